@@ -1,0 +1,173 @@
+"""Every setting, in one frozen tree that is validated once and never written again.
+
+Flags, environment variables (`DILASERVE_…`) and the TOML file all use the leaf names below, which are unique.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from dilaserve.errors import ConfigError
+
+BUNDLED = "dilaserve-tiny"
+CacheKind = Literal["none", "prefix", "dual"]
+ENVIRONMENT = "DILASERVE_"
+
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0.0, le=1.0)]
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A branch of the tree; its class docstring heads the group in `--help`."""
+
+
+class ModelConfig(Group):
+    """Model"""
+
+    model: Annotated[str, Meta(description="checkpoint directory, or the bundled model's name")] = BUNDLED
+    served_model_name: Annotated[str | None, Meta(description="name in the API (default: the directory's name)")] = None
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: float32 on CPU, bfloat16 on CUDA")
+    ] = "auto"
+
+
+class DeviceConfig(Group):
+    """Devices"""
+
+    devices: Annotated[str, Meta(description="auto, or a list with one worker each: cuda:0,cuda:1 or cpu,cpu")] = "auto"
+    max_num_seqs: Annotated[Positive, Meta(description="rows that may run at once on one device")] = 64
+    max_num_batched_tokens: Annotated[Positive, Meta(description="packed tokens in one step, at most")] = 8192
+    kv_cache_tokens: Annotated[
+        Positive | None, Meta(description="K/V pool of one device, in tokens (default: from free memory)")
+    ] = None
+    gpu_memory_utilization: Annotated[Share, Meta(description="share of a GPU's memory to use")] = 0.9
+    cpu_threads: Annotated[
+        Positive | None, Meta(description="threads of one CPU worker (default: cores / CPU workers)")
+    ] = None
+
+
+class DecodeConfig(Group):
+    """Decoding defaults, for requests that do not say otherwise"""
+
+    block_length: Annotated[Positive, Meta(description="tokens in one block")] = 32
+    confidence_threshold: Annotated[
+        Annotated[float, Meta(ge=0.0, le=1.0)], Meta(description="confidence at which a token is unmasked")
+    ] = 0.9
+    cache: Annotated[CacheKind, Meta(description="K/V reuse between refreshes")] = "dual"
+    default_max_tokens: Annotated[Positive, Meta(description="max_tokens of a request that states none")] = 128
+
+
+class SchedulerConfig(Group):
+    """Scheduling"""
+
+    scheduling: Annotated[Literal["fcfs"], Meta(description="order in which requests are served")] = "fcfs"
+    max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
+
+
+class ServerConfig(Group):
+    """Server"""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[Annotated[int, Meta(ge=0, le=65535)], Meta(description="port to listen on; 0 takes a free one")] = (
+        8000
+    )
+    api_key: Annotated[str | None, Meta(description="clients must send it as a bearer token")] = None
+    max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 4 * 2**20
+    max_choices: Annotated[Positive, Meta(description="largest n, and most prompts in one request")] = 16
+    grace_period: Annotated[
+        Annotated[float, Meta(ge=0.0)], Meta(description="seconds that running requests get to finish at shutdown")
+    ] = 30.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least level logged")] = "info"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole tree. `Config.of(model=…, devices=…)` builds one from leaf names."""
+
+    model: ModelConfig = msgspec.field(default_factory=ModelConfig)
+    device: DeviceConfig = msgspec.field(default_factory=DeviceConfig)
+    decode: DecodeConfig = msgspec.field(default_factory=DecodeConfig)
+    scheduler: SchedulerConfig = msgspec.field(default_factory=SchedulerConfig)
+    server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+
+    @staticmethod
+    def of(**settings: Any) -> "Config":
+        """A configuration with these leaf settings, checked; `ConfigError` names what is wrong."""
+        return build(settings)
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One leaf of the tree, as `--help` and the environment see it."""
+
+    name: str
+    group: str
+    heading: str
+    type: Any
+    default: Any
+    description: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def environment(self) -> str:
+        return ENVIRONMENT + self.name.upper()
+
+
+def settings() -> dict[str, Setting]:
+    """Every leaf by name, in the tree's order."""
+    leaves: dict[str, Setting] = {}
+    for group, branch in get_type_hints(Config).items():
+        hints = get_type_hints(branch, include_extras=True)
+        for field in msgspec.structs.fields(branch):
+            hint = hints[field.name]
+            text = hint.__metadata__[-1].description or ""
+            leaves[field.name] = Setting(field.name, group, branch.__doc__ or group, hint, field.default, text)
+    return leaves
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None) -> Config:
+    """The configuration from flags over environment over file over defaults.
+
+    Raises `ConfigError` for an unknown name or a value outside its limits.
+    """
+    merged: dict[str, Any] = read(file) if file else {}
+    for name, setting in settings().items():
+        if setting.environment in environ:
+            merged[name] = environ[setting.environment]
+    merged.update(flags)
+    return build(merged)
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {file} is not valid TOML: {error}") from error
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    tree: dict[str, dict[str, Any]] = {}
+    known = settings()
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; `dilaserve --help` lists them all", param=name)
+        tree.setdefault(known[name].group, {})[name] = convert(known[name], value)
+    return msgspec.convert(tree, Config)
+
+
+def convert(setting: Setting, value: Any) -> Any:
+    try:
+        return msgspec.convert(value, setting.type, strict=not isinstance(value, str))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{setting.flag} {value!r}: {error}", param=setting.name) from error

@@ -1,0 +1,322 @@
+"""The engine: one inbox, one consumer; requests in, streams of text out. It has the clock and knows no device."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Self, TypeAlias, TypeVar
+
+import msgspec
+import numpy as np
+
+from dilaserve import models
+from dilaserve.config import Config
+from dilaserve.devices import dtype_for, listed, threads_for
+from dilaserve.errors import BadRequest, ConfigError, Overloaded, RequestFailed, Unavailable
+from dilaserve.executor import Executor, ProcessExecutor, Progress
+from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.options import Options, settle
+from dilaserve.scheduler import Scheduler
+from dilaserve.stream import Chunk, Completion, Stream, collect
+from dilaserve.table import RequestTable
+from dilaserve.terms import (
+    Arrival,
+    Cancel,
+    Command,
+    Emit,
+    Event,
+    Fail,
+    Finish,
+    InstanceLost,
+    InstanceReady,
+    Launch,
+    Release,
+    Request,
+    StepDone,
+)
+from dilaserve.text import Text
+from dilaserve.worker.loop import Job
+
+__all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Message: TypeAlias = Mapping[str, str]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+LONG_TEXT = 4096  # characters from which encoding leaves the loop
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """The model as clients see it; `created` in Unix seconds."""
+
+    name: str
+    max_model_len: int
+    created: int
+    parameters: int
+
+
+class Profile(msgspec.Struct):
+    """Where time went since the start: over all steps, the workers' seconds and the part inside the model."""
+
+    steps: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    forward: float = 0.0
+
+
+class Engine:
+    """Serves one model inside a running asyncio loop: `async with Engine(config) as engine`.
+
+    Several engines may live in one process. Entering loads the model and raises `ConfigError` when that cannot work;
+    leaving cancels what still runs and ends the workers.
+    """
+
+    def __init__(self, config: Config | None = None, progress: Progress | None = None) -> None:
+        self.config = config or Config()
+        self.progress: Progress = progress or (lambda device, done, total: None)
+        self.profile = Profile()
+        self.draining = False
+        self.failure: BaseException | None = None
+        self.streams: dict[str, Stream] = {}
+        self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
+        self.inbox: deque[Event] = deque()
+        self.main: asyncio.Task[None] | None = None
+
+    # life
+
+    async def __aenter__(self) -> Self:
+        self.loop = asyncio.get_running_loop()
+        self.bell = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        executor = await asyncio.to_thread(self.furnish)
+        started: asyncio.Future[None] = self.loop.create_future()
+        self.main = asyncio.create_task(self.live(executor, started), name="dilaserve engine")
+        try:
+            await asyncio.wait([self.main, started], return_when=asyncio.FIRST_COMPLETED)
+            if not started.done():
+                self.main.result()
+            started.result()
+        except BaseException:
+            await self.leave()
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.leave()
+
+    async def leave(self) -> None:
+        if self.main:
+            self.main.cancel()
+            await asyncio.wait([self.main])
+
+    def furnish(self) -> Executor:
+        """Read and check everything that needs no worker; blocking."""
+        config = self.config
+        directory = locate(config.model.model)
+        names = listed(config.device.devices)
+        checkpoint = Checkpoint(directory)
+        self.spec = models.describe(checkpoint)
+        self.text = Text(directory)
+        limit = config.model.max_model_len or self.spec.max_length
+        if limit > self.spec.max_length:
+            raise ConfigError(
+                f"--max-model-len {limit} exceeds the model's {self.spec.max_length}; lower it", param="max_model_len"
+            )
+        self.model = ModelCard(
+            config.model.served_model_name or directory.name, limit, int(time.time()), self.spec.parameters
+        )
+        self.table = RequestTable(config.scheduler.max_queue, limit)
+        self.free = list(reversed(range(config.scheduler.max_queue)))
+        self.scheduler = Scheduler(config)
+        stop_ids = tuple(sorted({*self.spec.stop_ids, *self.text.stop_ids()}))
+        shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
+        return ProcessExecutor([self.job(name, names, shared) for name in names], self.table, self.progress)
+
+    def job(self, device: str, names: list[str], shared: Mapping[str, object]) -> Job:
+        config = self.config.device
+        fields = {
+            "device": device,
+            "dtype": dtype_for(device, self.config.model.dtype),
+            "threads": threads_for(device, names, config),
+            "kv_tokens": config.kv_cache_tokens,
+            "kv_wanted": config.max_num_seqs * self.model.max_model_len,
+            "batched_tokens": config.max_num_batched_tokens,
+            "memory_share": (1.0 if device == "cpu" else config.gpu_memory_utilization) / names.count(device),
+        }
+        return msgspec.convert({**shared, **fields}, Job)
+
+    async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
+        """Everything that runs on behalf of this engine, until it is cancelled or broken."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.consume(executor))
+                running = asyncio.get_running_loop().create_future()
+                group.create_task(executor.run(self.post, running))
+                await asyncio.gather(running, asyncio.to_thread(self.text.load_template))
+                started.set_result(None)
+        except BaseExceptionGroup as broken:
+            self.failure = broken.exceptions[0]
+            if not started.done():
+                started.set_exception(self.failure)
+            else:
+                log.error("the engine has stopped", exc_info=self.failure)
+        finally:
+            self.draining = True
+            for stream in list(self.streams.values()):
+                stream.fail(Unavailable("the engine has stopped"))
+            self.streams.clear()
+            self.idle.set()
+
+    @property
+    def ready(self) -> bool:
+        """Loaded, not draining, and at least one worker is up."""
+        return bool(self.capacity) and not self.draining
+
+    @property
+    def alive(self) -> bool:
+        return self.failure is None
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests, and wait until the running ones have ended, `grace` seconds at most."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self.idle.wait()
+
+    # requests
+
+    async def submit(self, prompt: Prompt, options: Options | None = None, *, id: str | None = None) -> Stream:
+        """Check the request, give it a row and start it.
+
+        Raises `BadRequest` for what cannot be honoured, `Overloaded` when every row is taken, `Unavailable` while
+        draining.
+        """
+        ids = await self.tokenize(prompt)
+        options = options or Options()
+        settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
+        self.check_room(settled.canvas_tokens)
+        row = self.free.pop()
+        canvas = np.array(ids, dtype=np.int32)
+        generation = self.table.fill(row, canvas, settled.canvas_tokens, self.spec.mask_id, settled.decoding)
+        request = Request(
+            id=id or secrets.token_hex(12),
+            row=row,
+            generation=generation,
+            prompt_tokens=len(ids),
+            canvas_tokens=settled.canvas_tokens,
+            max_tokens=settled.max_tokens,
+            arrived_at=self.loop.time(),
+            decoding=settled.decoding,
+            ignore_eos=options.ignore_eos,
+        )
+        stream = self.streams[request.id] = Stream(request, self.text, options.stop, self.post)
+        self.idle.clear()
+        self.post(Arrival(request))
+        return stream
+
+    async def generate(self, prompt: Prompt, options: Options | None = None) -> Completion:
+        """The whole answer."""
+        async with await self.submit(prompt, options) as stream:
+            return await collect(stream)
+
+    async def stream(self, prompt: Prompt, options: Options | None = None) -> AsyncIterator[Chunk]:
+        """The answer piece by piece, as it becomes final."""
+        async with await self.submit(prompt, options) as stream:
+            async for chunk in stream:
+                yield chunk
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, of a conversation (with the mark that opens the answer), or of checked token ids."""
+        if isinstance(prompt, str):
+            return await self.off_loop(len(prompt), self.text.encode, prompt)
+        if all(isinstance(item, Mapping) for item in prompt) and prompt:
+            messages: Sequence[Message] = prompt  # type: ignore[assignment]
+            size = sum(len(message.get("content", "")) for message in messages)
+            return await self.off_loop(size, self.text.encode_chat, messages)
+        for item in prompt:
+            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < self.spec.vocab_size:
+                raise BadRequest(
+                    f"token ids lie between 0 and {self.spec.vocab_size - 1}, not {item!r}", param="prompt"
+                )
+        return list(prompt)  # type: ignore[arg-type]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.text.decode(ids)
+
+    async def off_loop(self, size: int, encode: Callable[[T], list[int]], prompt: T) -> list[int]:
+        return encode(prompt) if size < LONG_TEXT else await asyncio.to_thread(encode, prompt)
+
+    def check_room(self, canvas_tokens: int) -> None:
+        if self.main is None or self.draining:
+            raise Unavailable("the server is shutting down; try another", retry_after=5.0)
+        if self.capacity and canvas_tokens > max(self.capacity.values()):
+            raise BadRequest(
+                f"a canvas of {canvas_tokens} tokens exceeds the K/V pool of {max(self.capacity.values())}; "
+                "lower max_tokens or raise --kv-cache-tokens"
+            )
+        if not self.free:
+            limit = self.config.scheduler.max_queue
+            raise Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=1.0)
+
+    # the loop
+
+    def post(self, event: Event) -> None:
+        """Put an event into the inbox; from the loop's thread only."""
+        self.inbox.append(event)
+        self.bell.set()
+
+    async def consume(self, executor: Executor) -> None:
+        """The one consumer: every event is observed, then idle instances get their next step."""
+        while True:
+            await self.bell.wait()
+            self.bell.clear()
+            now = self.loop.time()
+            while self.inbox:
+                event = self.inbox.popleft()
+                self.note(event)
+                for command in self.scheduler.observe(event, now):
+                    self.perform(command, executor)
+            for command in self.scheduler.decide(now):
+                self.perform(command, executor)
+
+    def note(self, event: Event) -> None:
+        """What the engine itself remembers of an event."""
+        match event:
+            case StepDone():
+                self.profile.steps += 1
+                self.profile.rows += len(event.results)
+                self.profile.seconds += event.seconds
+                self.profile.forward += event.forward
+            case InstanceReady(instance):
+                self.capacity[instance.id] = instance.kv_tokens
+            case InstanceLost(instance):
+                self.capacity.pop(instance, None)
+
+    def perform(self, command: Command, executor: Executor) -> None:
+        match command:
+            case Launch(batch):
+                executor.launch(batch)
+            case Emit(request, prefix):
+                self.emit(request, prefix)
+            case Finish(request, reason, usage):
+                self.streams.pop(request.id).finish(reason, usage)
+            case Fail(request, reason):
+                log.error("request %s failed: %s", request.id, reason)
+                self.streams.pop(request.id).fail(
+                    RequestFailed("the request failed twice on our side; it was given up")
+                )
+            case Release(row):
+                self.free.append(row)
+        if not self.streams:
+            self.idle.set()
+
+    def emit(self, request: Request, prefix: int) -> None:
+        stream, row = self.streams[request.id], request.row
+        new = slice(stream.position, prefix)
+        stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
+        if stream.stopped:
+            self.post(Cancel(request.id, "stop"))

@@ -1,0 +1,77 @@
+"""What can go wrong, as one family of exceptions.
+
+Each error carries the HTTP status it becomes, and a sentence that tells the reader what to change.
+"""
+
+
+class DilaserveError(Exception):
+    """Base of every error this package raises on purpose.
+
+    `status` is the HTTP status it maps to, `code` OpenAI's short machine-readable word, `param` the request field at
+    fault, `retry_after` the seconds after which trying again makes sense.
+    """
+
+    status = 500
+    kind = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after = retry_after
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class ConfigError(DilaserveError):
+    """The configuration cannot work; the command line exits with 2."""
+
+
+class CheckpointError(ConfigError):
+    """The model directory is missing, damaged, too large or of an unknown architecture."""
+
+
+class BadRequest(DilaserveError):
+    """The request is malformed or asks for something that cannot be honoured."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class Unauthorized(DilaserveError):
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class NotFound(DilaserveError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "not_found"
+
+
+class Overloaded(DilaserveError):
+    """Every row of the request table is taken."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "queue_full"
+
+
+class Unavailable(DilaserveError):
+    """The engine is starting, draining or stopped."""
+
+    status = 503
+    kind = "service_unavailable"
+    code = "unavailable"
+
+
+class RequestFailed(DilaserveError):
+    """The engine gave up on this request; others are not affected."""
+
+    code = "request_failed"

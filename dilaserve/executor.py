@@ -1,0 +1,206 @@
+"""The reach of the engine: worker processes, the lines to them, and what is done when one dies."""
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch.multiprocessing as mp
+
+from dilaserve import wire
+from dilaserve.errors import CheckpointError
+from dilaserve.table import RequestTable
+from dilaserve.terms import Batch, Event, Instance, InstanceLost, InstanceReady, StepDone
+from dilaserve.worker import loop as worker
+from dilaserve.worker.loop import Job
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
+Post = Callable[[Event], None]
+PATIENCE = 5.0  # seconds a worker gets to leave before it is killed
+RESPAWN_PAUSE = 2.0  # seconds between two attempts to bring a worker back
+_spawning = threading.Lock()
+
+
+class Executor(Protocol):
+    """Whatever can run batches: worker processes, or a machine that only spends the time."""
+
+    async def run(self, post: Post, started: asyncio.Future[None]) -> None:
+        """Serve until cancelled; every event goes to `post`.
+
+        `started` is resolved when batches may be launched, or gets the `CheckpointError` that prevents it.
+        """
+
+    def launch(self, batch: Batch) -> None:
+        """Begin a step; its `StepDone` comes by `post`."""
+
+
+class ProcessExecutor:
+    """One worker process per job; the job's place in the list is its rank and, at degree 1, its instance."""
+
+    def __init__(self, jobs: list[Job], table: RequestTable, progress: Progress) -> None:
+        self.jobs, self.table, self.progress = jobs, table, progress
+        self.workers: dict[int, WorkerHandle] = {}
+
+    async def run(self, post: Post, started: asyncio.Future[None]) -> None:
+        self.post = post
+        ready = [asyncio.get_running_loop().create_future() for _ in self.jobs]
+        async with asyncio.TaskGroup() as group:
+            for rank, job in enumerate(self.jobs):
+                group.create_task(self.mind(rank, job, ready[rank]))
+            try:
+                await asyncio.gather(*ready)
+                started.set_result(None)
+            except CheckpointError as error:
+                started.set_exception(error)
+
+    def launch(self, batch: Batch) -> None:
+        self.workers[batch.instance].send(wire.Run(batch.id, list(batch.spans)))
+
+    async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
+        """Keep one worker alive: start it, hear it out, and start it again when it is gone."""
+        while True:
+            async with WorkerHandle.spawned(job, self.table) as handle:
+                failure = await self.hear(rank, handle, ready)
+            if not ready.done():
+                ready.set_exception(CheckpointError(failure))
+                return
+            log.warning("worker %d on %s is gone (%s); starting another", rank, job.device, failure)
+            await asyncio.sleep(RESPAWN_PAUSE * handle.failed_to_load)
+
+    async def hear(self, rank: int, handle: "WorkerHandle", ready: asyncio.Future[None]) -> str:
+        """Pass on a worker's reports until it is gone; returns why."""
+        broken = ""
+        while (report := await handle.report()) is not None:
+            match report:
+                case wire.Loading(done, total):
+                    self.progress(handle.job.device, done, total)
+                case wire.Ready(kv_tokens):
+                    handle.failed_to_load = False
+                    self.attach(rank, handle)
+                    self.post(InstanceReady(Instance(rank, (rank,), kv_tokens)))
+                    if not ready.done():
+                        ready.set_result(None)
+                case wire.Broken(message):
+                    broken = message
+        if self.workers.pop(rank, None):
+            self.post(InstanceLost(rank, await handle.epitaph()))
+        return broken or await handle.epitaph()
+
+    def attach(self, rank: int, handle: "WorkerHandle") -> None:
+        """From now on steps go to this worker, and its reports are read straight from the loop, without a task."""
+        self.workers[rank] = handle
+        handle.on_done(
+            lambda done: self.post(StepDone(rank, done.batch, tuple(done.results), done.seconds, done.forward))
+        )
+
+
+class WorkerHandle:
+    """One child process and this side of its line."""
+
+    def __init__(self, job: Job, process: Any, line: socket.socket) -> None:
+        self.job, self.process, self.line = job, process, line
+        self.failed_to_load = True
+        self.loop = asyncio.get_running_loop()
+        self.others: asyncio.Queue[wire.Report | None] = asyncio.Queue()
+        self.done: Callable[[wire.Done], None] = lambda done: None
+        line.setblocking(False)
+        self.loop.add_reader(line, self.readable)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def spawned(cls, job: Job, table: RequestTable) -> AsyncIterator["WorkerHandle"]:
+        """A running child, which is gone when the block is left."""
+        ours, theirs = wire.pair()
+        process = await asyncio.to_thread(spawn, job, table, theirs)
+        theirs.close()
+        handle = cls(job, process, ours)
+        atexit.register(process.kill)  # an engine that is never left must not keep the interpreter waiting for it
+        try:
+            yield handle
+        finally:
+            await asyncio.shield(asyncio.ensure_future(handle.dismiss()))
+            atexit.unregister(process.kill)
+
+    def on_done(self, done: Callable[[wire.Done], None]) -> None:
+        self.done = done
+
+    def send(self, order: wire.Order) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the end of the line tells the same, in order
+            wire.send(self.line, order)
+
+    def readable(self) -> None:
+        try:
+            report = wire.receive_report(self.line)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            report = None
+        if isinstance(report, wire.Done):
+            self.done(report)
+            return
+        if report is None:
+            self.loop.remove_reader(self.line)
+        self.others.put_nowait(report)
+
+    async def report(self) -> wire.Report | None:
+        """The next report that is not `Done`; None when the worker is gone."""
+        return await self.others.get()
+
+    async def epitaph(self) -> str:
+        await asyncio.to_thread(self.process.join, PATIENCE)
+        code = self.process.exitcode
+        if code is None:
+            return "it closed its line but still runs"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    async def dismiss(self) -> None:
+        """Ask the child to leave, wait, then make it."""
+        self.loop.remove_reader(self.line)
+        self.send(wire.Stop())
+        self.line.close()
+        await asyncio.to_thread(self.process.join, PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            await asyncio.to_thread(self.process.join)
+        self.process.close()
+
+
+def spawn(job: Job, table: RequestTable, line: socket.socket) -> Any:
+    """Start a child; it inherits blocked SIGINT and SIGTERM, so that only its engine ends it."""
+    process = mp.get_context("spawn").Process(
+        target=worker.main, args=(job, table, line), name=f"dilaserve {job.device}", daemon=True
+    )
+    with _spawning, blocked(signal.SIGINT, signal.SIGTERM), anonymous_main():
+        process.start()
+    return process
+
+
+@contextlib.contextmanager
+def blocked(*signals: signal.Signals) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def anonymous_main() -> Iterator[None]:
+    """Hide the main script from multiprocessing, which would otherwise run it again in every child.
+
+    So an embedding script needs no `if __name__ == "__main__"` guard, and a notebook works too.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

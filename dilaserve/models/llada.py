@@ -1,0 +1,232 @@
+"""LLaDA-8B Base, Instruct and 1.5: a Llama-like encoder without a mask (arXiv 2502.09992).
+
+Knows the published field and tensor names, and the forward pass over packed spans.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dilaserve.errors import CheckpointError
+from dilaserve.models.checkpoint import Checkpoint, Tensors
+from dilaserve.models.kvcache import KVPool
+from dilaserve.models.layers import Packed, attend, interleaved, rotary_table, rotate
+from dilaserve.models.spec import ModelSpec, Shard
+
+MAX_DEGREE = 8
+ROOT = "model.transformer."
+UNSUPPORTED = {  # fields whose other values would change the arithmetic below
+    "rope": (True,),
+    "alibi": (False,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "bias_for_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "attention_layer_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "activation_type": ("silu",),
+    "block_type": ("llama",),
+    "block_group_size": (1,),
+    "multi_query_attention": (False,),
+}
+
+
+def describe(checkpoint: Checkpoint) -> ModelSpec:
+    """The spec of a LLaDA config.json; `CheckpointError` names the field that cannot be served."""
+    for name, allowed in UNSUPPORTED.items():
+        value = checkpoint.config.get(name)
+        if value is not None and value not in allowed:
+            raise CheckpointError(f"{checkpoint.directory}: {name} {value!r} is not supported, only {allowed[0]!r}")
+    field = checkpoint.field
+    hidden, heads = field("d_model", int), field("n_heads", int)
+    kv_heads = field("n_kv_heads", int, heads)
+    if min(hidden, heads, kv_heads) < 1 or hidden % heads or heads % kv_heads or hidden // heads % 2:
+        raise CheckpointError(
+            f"{checkpoint.directory}: d_model {hidden}, n_heads {heads}, n_kv_heads {kv_heads} do not fit"
+        )
+    mlp = field("mlp_hidden_size", int, field("mlp_ratio", int, 4) * hidden)
+    return ModelSpec(
+        architecture=checkpoint.architecture,
+        vocab_size=field("embedding_size", int, field("vocab_size", int)),
+        layers=field("n_layers", int),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        mlp=mlp,
+        groups=math.gcd(kv_heads, mlp, MAX_DEGREE),
+        rope_theta=field("rope_theta", float, 10000.0),
+        norm_eps=field("rms_norm_eps", float, 1e-5),
+        max_length=field("max_sequence_length", int),
+        tied=field("weight_tying", bool, False),
+        mask_id=field("mask_token_id", int),
+        stop_ids=(field("eos_token_id", int),),
+        parameters=sum(math.prod(shape) for shape in checkpoint.shapes.values()),
+    )
+
+
+def tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every published tensor name with its shape."""
+    d, kv = spec.hidden, spec.kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {ROOT + "wte.weight": (spec.vocab_size, d), ROOT + "ln_f.weight": (d,)}
+    if not spec.tied:
+        shapes[ROOT + "ff_out.weight"] = (spec.vocab_size, d)
+    block: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d,),
+        "ff_norm": (d,),
+        "q_proj": (d, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "attn_out": (d, d),
+        "ff_proj": (spec.mlp, d),
+        "up_proj": (spec.mlp, d),
+        "ff_out": (d, spec.mlp),
+    }
+    for i in range(spec.layers):
+        shapes |= {f"{ROOT}blocks.{i}.{name}.weight": shape for name, shape in block.items()}
+    return shapes
+
+
+class Block(NamedTuple):
+    """The weights of one layer. Fused projections lie by head group, so a TP shard of any degree is a run of rows."""
+
+    attn_norm: torch.Tensor  # [hidden]
+    qkv: torch.Tensor  # [groups · (q + k + v heads of a group) · head_dim, hidden]
+    attn_out: torch.Tensor  # [hidden, hidden]
+    ff_norm: torch.Tensor  # [hidden]
+    gate_up: torch.Tensor  # [groups · 2 · mlp / groups, hidden]
+    down: torch.Tensor  # [hidden, mlp]
+
+
+class Weights(NamedTuple):
+    """The full weights on one device, as every worker keeps them."""
+
+    embedding: torch.Tensor  # [vocab, hidden]
+    blocks: list[Block]
+    norm: torch.Tensor  # [hidden]
+    head: torch.Tensor  # [vocab, hidden]
+
+
+def load(
+    spec: ModelSpec, source: Tensors, device: torch.device, dtype: torch.dtype, placed: Callable[[int], None]
+) -> Weights:
+    """Read the checkpoint straight into its fused place on the device; `placed(nbytes)` reports progress."""
+
+    def take(name: str) -> torch.Tensor:
+        tensor = source[f"{ROOT}{name}.weight"]
+        placed(tensor.nbytes)
+        return tensor
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def plain(name: str) -> torch.Tensor:
+        tensor = take(name)
+        return empty(*tensor.shape).copy_(tensor)
+
+    def block(i: int) -> Block:
+        name = f"blocks.{i}."
+        g, hd, d = spec.groups, spec.head_dim, spec.hidden
+        q, kv = spec.heads // g * hd, spec.kv_heads // g * hd
+        qkv, gate_up = empty(g, q + 2 * kv, d), empty(g, 2, spec.mlp // g, d)
+        qkv[:, :q] = interleaved(take(name + "q_proj"), hd).view(g, q, d)
+        qkv[:, q : q + kv] = interleaved(take(name + "k_proj"), hd).view(g, kv, d)
+        qkv[:, q + kv :] = take(name + "v_proj").view(g, kv, d)
+        gate_up[:, 0] = take(name + "ff_proj").view(g, -1, d)
+        gate_up[:, 1] = take(name + "up_proj").view(g, -1, d)
+        return Block(
+            attn_norm=plain(name + "attn_norm"),
+            qkv=qkv.view(-1, d),
+            attn_out=plain(name + "attn_out"),
+            ff_norm=plain(name + "ff_norm"),
+            gate_up=gate_up.view(-1, d),
+            down=plain(name + "ff_out"),
+        )
+
+    embedding = plain("wte")
+    blocks = [block(i) for i in range(spec.layers)]
+    return Weights(embedding, blocks, plain("ln_f"), embedding if spec.tied else plain("ff_out"))
+
+
+def shard_of(block: Block, shard: Shard) -> Block:
+    """One rank's views of a layer; nothing is copied."""
+
+    def rows(weight: torch.Tensor) -> torch.Tensor:
+        return weight.chunk(shard.size)[shard.rank]
+
+    def columns(weight: torch.Tensor) -> torch.Tensor:
+        return weight.chunk(shard.size, dim=1)[shard.rank]
+
+    return block._replace(
+        qkv=rows(block.qkv), attn_out=columns(block.attn_out), gate_up=rows(block.gate_up), down=columns(block.down)
+    )
+
+
+def alone(x: torch.Tensor) -> torch.Tensor:
+    """The sum over a TP group of one."""
+    return x
+
+
+class Model:
+    """The forward pass of one rank. `reduce` sums a tensor over the TP group."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        shard: Shard = Shard(),  # noqa: B008 - a frozen value
+        reduce: Callable[[torch.Tensor], torch.Tensor] = alone,
+    ) -> None:
+        self.spec, self.weights, self.reduce = spec, weights, reduce
+        self.blocks = [shard_of(block, shard) for block in weights.blocks]
+        self.groups = spec.groups // shard.size
+        self.q, self.kv = spec.heads // spec.groups, spec.kv_heads // spec.groups
+        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, weights.norm.device)
+
+    def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
+        """Final hidden states of the kept tokens, [kept, hidden], normalised; writes K/V of all tokens to the pool.
+
+        The last layer computes queries and MLP for the kept tokens only: the others' K/V is all that is ever read.
+        """
+        x = F.embedding(packed.ids, self.weights.embedding)
+        turns = self.turns[packed.positions]
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            q, k, v = self.project(block, self.norm(x, block.attn_norm), turns)
+            pool.write(i, packed.slots, k, v)
+            spans = packed.spans
+            if i == last and packed.kept is not None:
+                x, q, spans = x[packed.kept], q[packed.kept], packed.kept_spans
+            x = x + self.reduce(F.linear(attend(q, pool, i, spans).flatten(1), block.attn_out))
+            x = x + self.reduce(self.feed_forward(block, self.norm(x, block.ff_norm)))
+        return self.norm(x, self.weights.norm)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] → [n, vocab] in the model's type, unscaled."""
+        return F.linear(hidden, self.weights.head)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm, cast to the model's type before the weight is applied, as LLaDA does."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) * weight
+
+    def project(
+        self, block: Block, x: torch.Tensor, turns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated q [tokens, heads, head_dim] and k, and v, [tokens, kv_heads, head_dim]."""
+        tokens, q, kv, hd = x.shape[0], self.q, self.kv, self.spec.head_dim
+        fused = F.linear(x, block.qkv).view(tokens, self.groups, q + 2 * kv, hd)
+        turned = rotate(fused[:, :, : q + kv], turns)
+        return (
+            turned[:, :, :q].reshape(tokens, -1, hd),
+            turned[:, :, q:].reshape(tokens, -1, hd),
+            fused[:, :, q + kv :].reshape(tokens, -1, hd),
+        )
+
+    def feed_forward(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(x, block.gate_up).view(x.shape[0], self.groups, 2, -1).unbind(2)
+        return F.linear((F.silu(gate) * up).flatten(1), block.down)

@@ -1,0 +1,36 @@
+"""What the rest of the house needs to know of a model."""
+
+import msgspec
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """The part of every layer that one rank of a TP group computes."""
+
+    rank: int = 0
+    size: int = 1
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes and special ids of one checkpoint. `groups` is the largest tensor-parallel degree its heads allow."""
+
+    architecture: str
+    vocab_size: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    groups: int
+    rope_theta: float
+    norm_eps: float
+    max_length: int
+    tied: bool
+    mask_id: int
+    stop_ids: tuple[int, ...]
+    parameters: int
+
+    @property
+    def kv_elements(self) -> int:
+        """K and V of one token over all layers, in elements."""
+        return 2 * self.layers * self.kv_heads * self.head_dim

@@ -1,0 +1,1 @@
+"""Pure judgements: no device, no clock, no randomness, no memory."""

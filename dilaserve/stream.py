@@ -1,0 +1,128 @@
+"""One request's way out: tokens become final, text comes out, once and in order."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Self
+
+import msgspec
+
+from dilaserve.errors import DilaserveError, Unavailable
+from dilaserve.terms import Cancel, Event, FinishReason, Request, Usage
+from dilaserve.text import Detokenizer, StopStrings, Text
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """What has become final since the last one. The last chunk carries why it ended and what it cost.
+
+    `confidences` are the probabilities of the tokens when they were unmasked. Text may lag behind the tokens, by part
+    of a character or of a stop string.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    confidences: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    usage: Usage
+
+
+class Stream:
+    """An async iterator of chunks. Leaving it early (`aclose`, or the `async with` block) cancels the request."""
+
+    def __init__(self, request: Request, text: Text, stop: tuple[str, ...], post: Callable[[Event], None]) -> None:
+        self.request, self.post = request, post
+        self.position = request.prompt_tokens  # canvas positions before it have been pushed
+        self.detokenizer, self.stops = Detokenizer(text), StopStrings(stop)
+        self.chunks: asyncio.Queue[Chunk | DilaserveError | None] = asyncio.Queue()
+        self.over = False  # nothing more will be put into the queue
+        self.read = False  # nothing more will be taken from it
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.request.prompt_tokens
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string has come."""
+        return self.stops.found
+
+    # the engine's side
+
+    def push(self, ids: list[int], confidences: list[float]) -> None:
+        self.position += len(ids)
+        text = self.stops.push(self.detokenizer.push(ids))
+        self.chunks.put_nowait(Chunk(text, tuple(ids), tuple(confidences)))
+
+    def finish(self, reason: FinishReason, usage: Usage) -> None:
+        if reason == "cancelled":
+            self.end(None)
+            return
+        rest = self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+        self.end(Chunk(rest, finish_reason="stop" if self.stopped else reason, usage=usage))
+
+    def fail(self, error: DilaserveError) -> None:
+        self.end(error)
+
+    def end(self, last: Chunk | DilaserveError | None) -> None:
+        self.over = True
+        self.chunks.put_nowait(last)
+
+    # the reader's side
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self.read:
+            raise StopAsyncIteration
+        chunk = await self.chunks.get()
+        self.read = not isinstance(chunk, Chunk) or chunk.finish_reason is not None
+        if isinstance(chunk, DilaserveError):
+            raise chunk
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it is over; its row is free after the step in flight."""
+        self.read = True
+        if not self.over:
+            self.post(Cancel(self.id, "cancelled"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+
+async def collect(stream: Stream) -> Completion:
+    """Read a stream to its end; raises the stream's error, and `Unavailable` if it was cancelled from elsewhere."""
+    chunks = [chunk async for chunk in stream]
+    if not chunks or (last := chunks[-1]).finish_reason is None or last.usage is None:
+        raise Unavailable("the request was cancelled")
+    ids = tuple(id for chunk in chunks for id in chunk.token_ids)
+    return Completion(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=ids,
+        confidences=tuple(confidence for chunk in chunks for confidence in chunk.confidences),
+        finish_reason=last.finish_reason,
+        prompt_tokens=stream.prompt_tokens,
+        completion_tokens=len(ids),
+        usage=last.usage,
+    )

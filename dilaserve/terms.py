@@ -1,0 +1,195 @@
+"""The nouns of the house: requests, spans, batches, instances, plans; the events that rise, the commands that descend.
+
+Values only; nothing here behaves.
+"""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from dilaserve.config import CacheKind
+
+DecodeRule = Literal["threshold", "steps", "factor"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+# Requests
+
+
+class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """How one row is decoded; every knob is per row.
+
+    `threshold` unmasks what reaches a confidence, `steps` a fixed number of tokens each step (LLaDA's own loop, from
+    `num_denoising_steps` over the whole canvas), `factor` Fast-dLLM's rule. `refresh_interval` counts steps between
+    refreshes inside a block; 0 refreshes at block starts only.
+    """
+
+    rule: DecodeRule = "threshold"
+    confidence_threshold: float = 0.9
+    num_denoising_steps: int = 0
+    factor: float = 1.0
+    block_length: int = 32
+    cache: CacheKind = "dual"
+    refresh_interval: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """A prompt that waits in, or runs from, a row of the request table.
+
+    The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
+    `max_tokens` of the latter. `ignore_eos` denoises the whole canvas.
+    """
+
+    id: str
+    row: int
+    generation: int
+    prompt_tokens: int
+    canvas_tokens: int
+    max_tokens: int
+    arrived_at: float
+    decoding: Decoding
+    ignore_eos: bool = False
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What a finished request has cost; seconds since arrival until its first step, and from there to the end."""
+
+    steps: int
+    refreshes: int
+    queued: float
+    served: float
+    mean_confidence: float | None
+
+
+# Steps
+
+
+class Span(NamedTuple):
+    """One row's part of a step; positions count from the start of its canvas.
+
+    Queries are positions `[start, start + length)`; they see the row's first `keys` positions, whose K/V lie in the
+    pool from token `kv_start` on. Masks are filled in `[block_start, block_end)` only. `quota` is the number of tokens
+    to unmask under the steps rule; `step` numbers the row's steps, for its random stream.
+    """
+
+    row: int
+    generation: int
+    kv_start: int
+    start: int
+    length: int
+    keys: int
+    block_start: int
+    block_end: int
+    quota: int
+    step: int
+
+
+class RowResult(NamedTuple):
+    """What one step did to one row.
+
+    `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token
+    in the block (-1 if none), `confidence` the sum over the tokens unmasked.
+    """
+
+    row: int
+    generation: int
+    unmasked: int
+    masks_left: int
+    prefix: int
+    stop_at: int
+    confidence: float
+
+
+class Batch(msgspec.Struct, frozen=True, gc=False):
+    """The rows that share one forward pass on one instance."""
+
+    id: int
+    instance: int
+    spans: tuple[Span, ...]
+
+
+class Instance(msgspec.Struct, frozen=True, gc=False):
+    """One copy of the model on a TP group; `kv_tokens` is the size of its K/V pool."""
+
+    id: int
+    ranks: tuple[int, ...]
+    kv_tokens: int
+
+
+# Events
+
+
+class Arrival(msgspec.Struct, frozen=True, gc=False):
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, gc=False):
+    """The client left (`cancelled`), or the text ended at a stop string (`stop`)."""
+
+    id: str
+    reason: FinishReason
+
+
+class StepDone(msgspec.Struct, frozen=True, gc=False):
+    """A batch is finished; `seconds` by the worker's clock, `forward` the part inside the model."""
+
+    instance: int
+    batch: int
+    results: tuple[RowResult, ...]
+    seconds: float
+    forward: float
+
+
+class InstanceReady(msgspec.Struct, frozen=True, gc=False):
+    instance: Instance
+
+
+class InstanceLost(msgspec.Struct, frozen=True, gc=False):
+    """The instance's worker is gone; its rows have lost their K/V and nothing else."""
+
+    instance: int
+    reason: str
+
+
+Event: TypeAlias = Arrival | Cancel | StepDone | InstanceReady | InstanceLost
+
+
+# Commands
+
+
+class Launch(msgspec.Struct, frozen=True, gc=False):
+    batch: Batch
+
+
+class Emit(msgspec.Struct, frozen=True, gc=False):
+    """The canvas is final up to `prefix`."""
+
+    request: Request
+    prefix: int
+
+
+class Finish(msgspec.Struct, frozen=True, gc=False):
+    """The request has ended; nothing more of it is emitted."""
+
+    request: Request
+    reason: FinishReason
+    usage: Usage
+
+
+class Fail(msgspec.Struct, frozen=True, gc=False):
+    """The request could not be finished; `reason` is for the log."""
+
+    request: Request
+    reason: str
+
+
+class Release(msgspec.Struct, frozen=True, gc=False):
+    """No step in flight touches the row any more; it may be given away."""
+
+    row: int
+
+
+Command: TypeAlias = Launch | Emit | Finish | Fail | Release

@@ -1,0 +1,126 @@
+"""Between text and token ids: encoding, the chat template, and decoding that never takes back what it gave."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from dilaserve.errors import BadRequest, CheckpointError
+
+log = logging.getLogger(__name__)
+ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
+UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
+
+
+class Text:
+    """A checkpoint's tokenizer and chat template. Encoding and decoding are safe from several threads."""
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / "tokenizer.json"
+        if not file.exists():
+            raise CheckpointError(f"{directory} holds no tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        self.directory = directory
+        self.template: Any = None
+
+    def load_template(self) -> None:
+        """Read the chat template; takes a second, because transformers is imported here."""
+        from transformers import PreTrainedTokenizerFast
+        from transformers.utils import logging as chatter
+
+        chatter.set_verbosity_error()
+        self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a turn."""
+        found = (self.tokenizer.token_to_id(token) for token in ENDS)
+        return tuple(id for id in found if id is not None)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The rendered conversation with the mark that opens the assistant's turn; raises `BadRequest`."""
+        return list(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if self.template is None or not self.template.chat_template:
+            raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            rendered = self.template.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything, for reasons in the messages
+            raise BadRequest(f"the chat template rejects these messages: {error}", param="messages") from error
+        return str(rendered)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class Detokenizer:
+    """Text of a growing list of ids; what was returned once never changes.
+
+    Part of a character is held back until the rest has come; `flush` gives it up at the end.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.ids: list[int] = []
+        self.settled = 0  # ids before it are out
+        self.context = 0  # ids before it no longer influence how later ones are decoded
+
+    def push(self, ids: Iterable[int]) -> str:
+        self.ids.extend(ids)
+        before, after = self.pending()
+        if after.endswith(UNFINISHED) or len(after) <= len(before):
+            return ""
+        self.context, self.settled = self.settled, len(self.ids)
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        before, after = self.pending()
+        self.context, self.settled = self.settled, len(self.ids)
+        return after[len(before) :]
+
+    def pending(self) -> tuple[str, str]:
+        """What is out of the current window, and the window with all that has come."""
+        return self.text.decode(self.ids[self.context : self.settled]), self.text.decode(self.ids[self.context :])
+
+
+class StopStrings:
+    """Cuts text at the first stop string, and holds back what might be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The part of all text so far that is safe to show now. After `found`, nothing."""
+        if not self.stops or self.found:
+            return "" if self.found else text
+        self.held += text
+        cut = min((at for stop in self.stops if (at := self.held.find(stop)) >= 0), default=-1)
+        self.found = cut >= 0
+        keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
+        shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
+        self.held = self.held[len(shown) :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, when no more text will come."""
+        rest, self.held = ("" if self.found else self.held), ""
+        return rest
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,86 @@
+"""The frames between the engine and a worker: rows, never tokens. One frame is one datagram of a socket pair.
+
+A datagram is doorbell and message in one system call, and its end tells each side that the other is gone.
+"""
+
+import socket
+from typing import TypeAlias
+
+import msgspec
+
+from dilaserve.terms import RowResult, Span
+
+MAX_FRAME = 2**20
+
+
+class Run(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Engine to worker: do one step with these rows."""
+
+    batch: int
+    spans: list[Span]
+
+
+class Stop(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Engine to worker: leave."""
+
+
+class Loading(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Worker to engine: so many bytes of the weights are in place."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Worker to engine: loaded; the K/V pool holds this many tokens."""
+
+    kv_tokens: int
+
+
+class Broken(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Worker to engine: this model cannot be served here, and why."""
+
+    message: str
+
+
+class Done(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Worker to engine: the step is finished; `forward` of its `seconds` were spent in the model."""
+
+    batch: int
+    results: list[RowResult]
+    seconds: float
+    forward: float
+
+
+Order: TypeAlias = Run | Stop
+Report: TypeAlias = Loading | Ready | Broken | Done
+
+_encoder = msgspec.msgpack.Encoder()
+_orders = msgspec.msgpack.Decoder(Order)
+_reports = msgspec.msgpack.Decoder(Report)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of one line; datagrams keep their borders."""
+    kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
+    ends = socket.socketpair(socket.AF_UNIX, kind)
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_FRAME)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MAX_FRAME)
+    return ends
+
+
+def send(line: socket.socket, frame: Order | Report) -> None:
+    line.send(_encoder.encode(frame))
+
+
+def receive_order(line: socket.socket) -> Order | None:
+    """The next order, or None when the engine is gone."""
+    data = line.recv(MAX_FRAME)
+    return _orders.decode(data) if data else None
+
+
+def receive_report(line: socket.socket) -> Report | None:
+    """The next report, or None when the worker is gone."""
+    data = line.recv(MAX_FRAME)
+    return _reports.decode(data) if data else None

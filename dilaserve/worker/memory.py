@@ -1,0 +1,54 @@
+"""How much of a device's memory is there, and how it is divided between weights, activations and K/V."""
+
+import logging
+
+import torch
+
+from dilaserve.errors import CheckpointError
+from dilaserve.models.spec import ModelSpec
+from dilaserve.pages import PAGE
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+LOGITS_BYTES = 2**30  # the runner works on slices of the logits; this bounds one with its copies
+
+
+def pin(buffer: torch.Tensor) -> None:
+    """Register the request table with CUDA, so that copies from it need no staging; goes on unpinned where it fails."""
+    code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # type: ignore[no-untyped-call]
+    if int(code) != 0:
+        log.warning("the request table could not be pinned (CUDA error %s); copies will be slower", int(code))
+
+
+def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float) -> None:
+    """Raise `CheckpointError` when the weights alone do not fit."""
+    need, there = spec.parameters * dtype.itemsize, available(device, share)
+    if need > there:
+        raise CheckpointError(
+            f"the model needs {need / GIB:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')} "
+            f"and {device} has {there / GIB:.1f} GiB; use a larger device or a smaller --dtype"
+        )
+
+
+def kv_tokens(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, batched_tokens: int
+) -> int:
+    """K/V tokens that fit beside the largest step's activations: what is wanted, or what memory leaves of it."""
+    left = available(device, share) - activation_bytes(spec, dtype, batched_tokens)
+    fits = left // (spec.kv_elements * dtype.itemsize)
+    return max(0, min(wanted, fits)) // PAGE * PAGE
+
+
+def activation_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
+    """An upper bound of what one step of `tokens` packed tokens allocates."""
+    layer = tokens * (8 * spec.hidden + 4 * spec.mlp) * dtype.itemsize
+    return layer + LOGITS_BYTES
+
+
+def available(device: torch.device, share: float) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - (1 - share) * total))
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":") for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
