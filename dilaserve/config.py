@@ -22,11 +22,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
-class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A branch of the tree; its class docstring heads the group in `--help`."""
-
-
-class ModelConfig(Group):
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Model"""
 
     model: Annotated[str, Meta(description="checkpoint directory, or the bundled model's name")] = BUNDLED
@@ -39,7 +35,7 @@ class ModelConfig(Group):
     ] = "auto"
 
 
-class DeviceConfig(Group):
+class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Devices"""
 
     devices: Annotated[str, Meta(description="auto, or a list with one worker each: cuda:0,cuda:1 or cpu,cpu")] = "auto"
@@ -54,7 +50,7 @@ class DeviceConfig(Group):
     ] = None
 
 
-class DecodeConfig(Group):
+class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Decoding defaults, for requests that do not say otherwise"""
 
     block_length: Annotated[Positive, Meta(description="tokens in one block")] = 32
@@ -65,14 +61,14 @@ class DecodeConfig(Group):
     default_max_tokens: Annotated[Positive, Meta(description="max_tokens of a request that states none")] = 128
 
 
-class SchedulerConfig(Group):
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Scheduling"""
 
     scheduling: Annotated[Literal["fcfs"], Meta(description="order in which requests are served")] = "fcfs"
     max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
 
 
-class ServerConfig(Group):
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Server"""
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"

@@ -102,6 +102,10 @@ class ProcessExecutor:
         )
 
 
+def step_done(rank: int, done: wire.Done) -> StepDone:
+    return StepDone(rank, done.batch, tuple(done.results), done.seconds, done.forward)
+
+
 class WorkerHandle:
     """One child process and this side of its line."""
 

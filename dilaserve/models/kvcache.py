@@ -6,7 +6,7 @@ from dilaserve.models.spec import ModelSpec, Shard
 
 
 class KVPool:
-    """`tokens` tokens of K and V in every layer, as `keys[layer]` and `values[layer]`: [tokens, kv_heads/size, head_dim].
+    """K and V of `tokens` tokens; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim].
 
     The pool is dead memory between refreshes: nothing in it is ever needed to rebuild it.
     """

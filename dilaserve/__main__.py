@@ -1,0 +1,7 @@
+"""`python -m dilaserve`."""
+
+import sys
+
+from dilaserve.cli import main
+
+sys.exit(main())

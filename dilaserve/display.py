@@ -1,0 +1,29 @@
+"""How loading looks on a terminal: one bar per device. Prints nothing where nobody watches."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback for progress (device, bytes placed, bytes in all), which draws while the block runs.
+
+    A bar vanishes when its model is whole, so that only the ready line stays.
+    """
+    if not sys.stderr.isatty():
+        yield lambda device, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading on {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks = {}
+
+        def show(device: str, done: int, total: int) -> None:
+            if device not in tasks:
+                tasks[device] = bars.add_task(device, total=total)
+            bars.update(tasks[device], completed=done, visible=done < total)
+
+        yield show

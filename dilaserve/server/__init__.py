@@ -1,0 +1,1 @@
+"""The server speaks HTTP to the world and knows only the engine."""

@@ -1,0 +1,115 @@
+"""What goes out: OpenAI's answer objects and stream chunks, built from the engine's chunks."""
+
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dilaserve import __version__
+from dilaserve.engine import Chunk, Completion, Engine
+from dilaserve.errors import DilaserveError
+from dilaserve.terms import Usage
+
+Json = dict[str, Any]
+FINGERPRINT = f"dilaserve-{__version__}"
+
+
+class Form:
+    """One endpoint's way of writing answers; `chat` or plain completions."""
+
+    def __init__(self, engine: Engine, chat: bool, logprobs: bool) -> None:
+        self.engine, self.chat, self.logprobs = engine, chat, logprobs
+        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self.created = int(time.time())
+        self.written = 0  # characters, for text_offset
+
+    def head(self, streamed: bool) -> Json:
+        kind = "text_completion" if not self.chat else "chat.completion.chunk" if streamed else "chat.completion"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.engine.model.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    # streams
+
+    def opening(self, index: int) -> Json:
+        return self.piece({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def delta(self, index: int, chunk: Chunk) -> Json:
+        said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
+        return self.piece({"index": index, **said, "logprobs": self.probabilities(chunk), "finish_reason": None})
+
+    def closing(self, index: int, chunk: Chunk) -> Json:
+        silent: Json = {"delta": {}} if self.chat else {"text": ""}
+        return self.piece({"index": index, **silent, "finish_reason": chunk.finish_reason}) | {
+            "dilaserve": cost([chunk.usage] if chunk.usage else [])
+        }
+
+    def counted(self, prompt_tokens: int, completion_tokens: int) -> Json:
+        return self.head(True) | {"choices": [], "usage": usage(prompt_tokens, completion_tokens)}
+
+    def piece(self, choice: Json) -> Json:
+        return self.head(True) | {"choices": [choice]}
+
+    # whole answers
+
+    def answer(self, completions: Sequence[Completion], echoes: Sequence[str], prompt_tokens: int) -> Json:
+        choices = [self.choice(i, completion, echoes[i]) for i, completion in enumerate(completions)]
+        spent = sum(completion.completion_tokens for completion in completions)
+        return self.head(False) | {
+            "choices": choices,
+            "usage": usage(prompt_tokens, spent),
+            "dilaserve": cost([completion.usage for completion in completions]),
+        }
+
+    def choice(self, index: int, completion: Completion, echo: str) -> Json:
+        choice: Json = {"index": index, "finish_reason": completion.finish_reason}
+        choice["logprobs"] = self.probabilities(completion)
+        if self.chat:
+            return choice | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+        return choice | {"text": echo + completion.text}
+
+    def probabilities(self, answer: Chunk | Completion) -> Json | None:
+        """Log probabilities of the chosen tokens, when they were unmasked."""
+        if not self.logprobs:
+            return None
+        tokens = [self.engine.detokenize([id]) for id in answer.token_ids]
+        logs = [math.log(max(confidence, 1e-45)) for confidence in answer.confidences]
+        if self.chat:
+            pairs = zip(tokens, logs, strict=True)
+            return {
+                "content": [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in pairs]
+            }
+        offsets = []
+        for token in tokens:
+            offsets.append(self.written)
+            self.written += len(token)
+        return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def cost(usages: Sequence[Usage]) -> Json:
+    """Our own object: steps and refreshes over all choices, the longest wait and service in seconds."""
+    known = [usage.mean_confidence for usage in usages if usage.mean_confidence is not None]
+    return {
+        "steps": sum(usage.steps for usage in usages),
+        "refreshes": sum(usage.refreshes for usage in usages),
+        "queued": max((usage.queued for usage in usages), default=0.0),
+        "served": max((usage.served for usage in usages), default=0.0),
+        "mean_confidence": sum(known) / len(known) if known else None,
+    }
+
+
+def failure(error: DilaserveError) -> Json:
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}

@@ -1,0 +1,270 @@
+"""The application: routes, the order of checks around every request, and the life from listening to the last answer."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import msgspec
+from aiohttp import web
+
+from dilaserve import __version__
+from dilaserve.config import Config
+from dilaserve.engine import Engine, Prompt, Stream
+from dilaserve.errors import BadRequest, ConfigError, DilaserveError, NotFound, Unauthorized, Unavailable
+from dilaserve.executor import Progress
+from dilaserve.server import openai, sse
+from dilaserve.server.answers import Form, Json, failure
+from dilaserve.stream import collect
+
+log = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Announce = Callable[[str, str, bool], None]
+ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
+CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
+BODY_WITHIN = 30.0  # seconds to receive a request body
+LINGER = 2.0  # seconds that answers get to leave after the engine is done
+OPEN = {"/health", "/ready", "/version"}  # no key needed
+STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
+_json = msgspec.json.Encoder()
+
+
+async def serve(config: Config, progress: Progress, announce: Announce) -> int:
+    """Load, listen, and on SIGTERM or SIGINT finish what runs; a second signal exits at once.
+
+    Raises `ConfigError` before any port opens when the model or the address cannot be used.
+    """
+    loop, stop, me = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
+    listening = False
+
+    def interrupt() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+        if not listening and me:
+            me.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        async with Engine(config, progress) as engine, running(engine, config) as address:
+            listening = True
+            announce(address, engine.model.name, config.server.api_key is not None)
+            await stop.wait()
+            log.info("stopping: %d requests are running", len(engine.streams))
+            await engine.drain(config.server.grace_period)
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
+    """The application on its port; gives the address."""
+    runner = web.AppRunner(
+        application(engine, config), access_log=None, handler_cancellation=True, shutdown_timeout=LINGER
+    )
+    await runner.setup()
+    try:
+        host, port = config.server.host, config.server.port
+        try:
+            await web.TCPSite(runner, host, port, backlog=1024).start()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        bound = runner.addresses[0]
+        yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+    finally:
+        await runner.cleanup()
+
+
+def application(engine: Engine, config: Config) -> web.Application:
+    app = web.Application(middlewares=[guarded], client_max_size=config.server.max_body_bytes)
+    app[ENGINE], app[CONFIG] = engine, config
+    app.add_routes(
+        [
+            web.get("/health", health),
+            web.get("/ready", ready),
+            web.get("/version", version),
+            web.get("/v1/models", models),
+            web.get("/v1/models/{model}", model),
+            web.post("/v1/chat/completions", chat),
+            web.post("/v1/completions", complete),
+            web.post("/tokenize", tokenize),
+            web.post("/detokenize", detokenize),
+        ]
+    )
+    return app
+
+
+# around every request
+
+
+@web.middleware
+async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request an id, check its key, and turn whatever goes wrong into OpenAI's error shape."""
+    given = request.headers.get("x-request-id", "")
+    id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
+    request["id"] = id
+    try:
+        authorize(request)
+        response = await handler(request)
+    except DilaserveError as error:
+        response = refused(error)
+    except web.HTTPException as error:
+        response = respelled(error, request)
+    except (ConnectionResetError, asyncio.CancelledError):
+        log.info("request %s: the client left", id)
+        raise
+    except Exception:
+        log.exception("request %s failed", id)
+        response = refused(DilaserveError(f"internal error; the log has more under request id {id}", code="internal"))
+    if not response.prepared:
+        response.headers["x-request-id"] = id
+    return response
+
+
+def authorize(request: web.Request) -> None:
+    key = request.app[CONFIG].server.api_key
+    if key is None or request.path in OPEN:
+        return
+    sent = request.headers.get("authorization", "")
+    if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
+        raise Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+
+
+def refused(error: DilaserveError) -> web.Response:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return answer(failure(error), error.status, headers)
+
+
+def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
+    """aiohttp's own refusals (404, 405, 413 …) in OpenAI's shape."""
+    reasons = {
+        404: f"there is no {request.method} {request.path}",
+        405: f"{request.path} does not take {request.method}",
+        413: f"the body exceeds {request.app[CONFIG].server.max_body_bytes} bytes (--max-body-bytes)",
+    }
+    ours = BadRequest(reasons.get(error.status, error.text or error.reason), code=STATUSES.get(error.status))
+    headers = {"allow": error.headers["allow"]} if "allow" in error.headers else {}
+    return answer(failure(ours), error.status, headers)
+
+
+def answer(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=_json.encode(body), status=status, headers=headers, content_type="application/json")
+
+
+async def body(request: web.Request) -> bytes:
+    if request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(text="send the body with content-type: application/json")
+    try:
+        async with asyncio.timeout(BODY_WITHIN):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
+
+
+# routes
+
+
+async def health(request: web.Request) -> web.StreamResponse:
+    return answer({"status": "ok"}) if request.app[ENGINE].alive else refused(DilaserveError("the engine has stopped"))
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    if not request.app[ENGINE].ready:
+        raise Unavailable("no worker is ready", retry_after=1.0)
+    return answer({"status": "ready"})
+
+
+async def version(request: web.Request) -> web.StreamResponse:
+    return answer({"version": __version__})
+
+
+async def models(request: web.Request) -> web.StreamResponse:
+    return answer({"object": "list", "data": [card(request.app[ENGINE])]})
+
+
+async def model(request: web.Request) -> web.StreamResponse:
+    known(request.app[ENGINE], request.match_info["model"])
+    return answer(card(request.app[ENGINE]))
+
+
+def card(engine: Engine) -> Json:
+    about = engine.model
+    return {
+        "id": about.name,
+        "object": "model",
+        "created": about.created,
+        "owned_by": "dilaserve",
+        "max_model_len": about.max_model_len,
+    }
+
+
+def known(engine: Engine, name: str | None) -> None:
+    if name is not None and name != engine.model.name:
+        raise NotFound(f"the model {name!r} is not served here, only {engine.model.name!r}", param="model")
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    asked = openai.decoded(await body(request), openai.ChatRequest)
+    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs))
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    return await respond(request, asked, form, [openai.conversation(asked.messages)], [""])
+
+
+async def complete(request: web.Request) -> web.StreamResponse:
+    asked = openai.decoded(await body(request), openai.CompletionRequest)
+    engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
+    if asked.logprobs and not isinstance(asked.logprobs, bool):
+        raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
+    form = Form(engine, chat=False, logprobs=asked.logprobs is not None)
+    echoes = [prompt if isinstance(prompt, str) else engine.detokenize(prompt) for prompt in prompts]
+    return await respond(request, asked, form, prompts, echoes if asked.echo else [""] * len(prompts))
+
+
+async def respond(
+    request: web.Request, asked: openai.Common, form: Form, prompts: Sequence[Prompt], echoes: Sequence[str]
+) -> web.StreamResponse:
+    """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
+    engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
+    known(engine, asked.model)
+    openai.refuse(asked)
+    n = openai.choices_wanted(asked, len(prompts), limit)
+    async with contextlib.AsyncExitStack() as stack:
+        streams: list[Stream] = []
+        for prompt in prompts:
+            for _ in range(n):
+                started = await engine.submit(prompt, openai.options(asked, len(streams)))
+                streams.append(await stack.enter_async_context(started))
+        prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
+        each = [echo for echo in echoes for _ in range(n)]
+        if asked.stream:
+            count = bool(asked.stream_options and asked.stream_options.include_usage)
+            return await sse.relay(request, form, streams, each, prompt_tokens, count)
+        completions = await asyncio.gather(*(collect(stream) for stream in streams))
+        return answer(form.answer(completions, each, prompt_tokens))
+
+
+async def tokenize(request: web.Request) -> web.StreamResponse:
+    asked, engine = openai.decoded(await body(request), openai.TokenizeRequest), request.app[ENGINE]
+    if (asked.prompt is None) == (asked.messages is None):
+        raise BadRequest("give either prompt or messages")
+    prompt: Prompt = asked.prompt if asked.prompt is not None else openai.conversation(asked.messages or [])
+    ids = await engine.tokenize(prompt)
+    return answer({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
+
+
+async def detokenize(request: web.Request) -> web.StreamResponse:
+    asked, engine = openai.decoded(await body(request), openai.DetokenizeRequest), request.app[ENGINE]
+    return answer({"prompt": engine.detokenize(await engine.tokenize(asked.tokens))})

@@ -1,0 +1,222 @@
+"""OpenAI's wire as structs: what may come in, what is refused and why, and how it becomes the engine's options."""
+
+import re
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from dilaserve.config import CacheKind
+from dilaserve.errors import BadRequest
+from dilaserve.options import Options
+from dilaserve.terms import DecodeRule
+
+T = TypeVar("T")
+NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
+NO_DEADLINES = "this version does not schedule by deadlines"
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class Common(msgspec.Struct, kw_only=True):
+    """Fields of both endpoints. null means the default everywhere."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # ours
+    decode: DecodeRule | None = None
+    confidence_threshold: float | None = None
+    num_denoising_steps: int | None = None
+    factor: float | None = None
+    block_length: int | None = None
+    cache: CacheKind | None = None
+    refresh_interval: int | None = None
+    ignore_eos: bool | None = None
+    # known, and refused unless at their default
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    slo: Any = None
+    priority: Any = None
+    min_confidence_threshold: Any = None
+
+
+class Part(msgspec.Struct, frozen=True):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[Part] | None = None
+    tool_calls: Any = None
+
+
+class ChatRequest(Common, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+    response_format: Any = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    prompt: str | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
+    suffix: Any = None
+    best_of: Any = None
+
+
+class TokenizeRequest(msgspec.Struct):
+    prompt: str | None = None
+    messages: list[Message] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    tokens: list[int]
+
+
+class Refusal(NamedTuple):
+    """Values of a known field that change nothing, and why others cannot be honoured."""
+
+    harmless: tuple[Any, ...]
+    reason: str
+
+
+REFUSALS = {
+    "frequency_penalty": Refusal((0,), NO_SAMPLING),
+    "presence_penalty": Refusal((0,), NO_SAMPLING),
+    "logit_bias": Refusal(({},), NO_SAMPLING),
+    "tools": Refusal(([],), "tools are not supported"),
+    "tool_choice": Refusal(("none", "auto"), "tools are not supported"),
+    "parallel_tool_calls": Refusal((True, False), "tools are not supported"),
+    "functions": Refusal(([],), "functions are not supported"),
+    "function_call": Refusal(("none", "auto"), "functions are not supported"),
+    "audio": Refusal((), "this server answers in text"),
+    "modalities": Refusal((["text"],), "this server answers in text"),
+    "response_format": Refusal(({"type": "text"},), "only {'type': 'text'} is supported"),
+    "suffix": Refusal(("",), "text after the answer is not supported"),
+    "best_of": Refusal((1,), "use n"),
+    "top_logprobs": Refusal((0,), "only the chosen token's probability is kept"),
+    "slo": Refusal((), NO_DEADLINES),
+    "priority": Refusal((0,), NO_DEADLINES),
+    "min_confidence_threshold": Refusal((), NO_DEADLINES),
+}
+
+_decoders: dict[type, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+}
+
+
+def decoded(body: bytes, kind: type[T]) -> T:
+    """The body as a request of this kind; `BadRequest` names the field that is wrong."""
+    try:
+        request: T = _decoders[kind].decode(body)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `")
+        missing = re.search(r"missing required field `(\w+)`", text)
+        param = missing[1] if missing else path.rstrip("`").removeprefix("$.") or None
+        raise BadRequest(f"{param}: {text}" if param else text, param=param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    return request
+
+
+def refuse(request: Common) -> None:
+    """Raise `BadRequest` for a known field whose value cannot be honoured."""
+    for name in request.__struct_fields__:
+        value, refusal = getattr(request, name), REFUSALS.get(name)
+        if refusal and value is not None and value not in refusal.harmless:
+            raise BadRequest(f"{name} cannot be honoured: {refusal.reason}", param=name, code="unsupported_parameter")
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options needs stream: true", param="stream_options")
+
+
+def options(request: Common, choice: int) -> Options:
+    """The engine's options for one of the choices; a given seed is counted up from choice to choice."""
+    stop = request.stop
+    given: dict[str, Any] = {
+        "max_tokens": max_tokens(request),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": None if request.seed is None else request.seed + choice,
+        "stop": (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop),
+        "refresh_interval": request.refresh_interval,
+        "ignore_eos": request.ignore_eos,
+    }
+    own = ("decode", "confidence_threshold", "num_denoising_steps", "factor", "block_length", "cache")
+    given |= {name: getattr(request, name) for name in own}
+    return Options(**{name: value for name, value in given.items() if value is not None})
+
+
+def max_tokens(request: Common) -> int | None:
+    newer = getattr(request, "max_completion_tokens", None)
+    return request.max_tokens if newer is None else newer
+
+
+def choices_wanted(request: Common, prompts: int, limit: int) -> int:
+    n = 1 if request.n is None else request.n
+    if not 1 <= n * prompts <= limit:
+        raise BadRequest(f"n times the number of prompts must lie between 1 and {limit}, not {n * prompts}", param="n")
+    return n
+
+
+def conversation(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages as the chat template takes them; text parts are joined."""
+    if not messages:
+        raise BadRequest("messages must not be empty", param="messages")
+    return [{"role": role(message, i), "content": content(message, i)} for i, message in enumerate(messages)]
+
+
+def role(message: Message, i: int) -> str:
+    if message.role not in ROLES:
+        raise BadRequest(f"the role {message.role!r} is not one of {', '.join(ROLES)}", param=f"messages[{i}].role")
+    return ROLES[message.role]
+
+
+def content(message: Message, i: int) -> str:
+    if message.tool_calls:
+        raise BadRequest("tools are not supported", param=f"messages[{i}].tool_calls")
+    if isinstance(message.content, str):
+        return message.content
+    if message.content is None:
+        raise BadRequest("a message needs content", param=f"messages[{i}].content")
+    for part in message.content:
+        if part.type != "text" or part.text is None:
+            raise BadRequest(f"a content part of type {part.type!r} is not text", param=f"messages[{i}].content")
+    return "".join(part.text or "" for part in message.content)
+
+
+def prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    """A completion's prompts: one text, several, token ids, or several lists of them."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and all(isinstance(item, str) for item in prompt):
+        return list(prompt)
+    if prompt and all(is_id(item) for item in prompt):
+        return [list(prompt)]
+    if prompt and all(isinstance(item, list) and item and all(map(is_id, item)) for item in prompt):
+        return [list(item) for item in prompt]
+    raise BadRequest("prompt must be a string, token ids, or a list of either", param="prompt")
+
+
+def is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)

@@ -1,0 +1,97 @@
+"""Server-sent events: several streams of one request, merged, kept awake, and dropped when nobody reads."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+from aiohttp import web
+
+from dilaserve.engine import Chunk, Stream
+from dilaserve.errors import DilaserveError
+from dilaserve.server.answers import Form, failure
+
+PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake
+STALLED_AFTER = 60.0  # seconds that a client may refuse to read
+HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+_json = msgspec.json.Encoder()
+
+
+async def relay(
+    request: web.Request, form: Form, streams: Sequence[Stream], echoes: Sequence[str], prompt_tokens: int, count: bool
+) -> web.StreamResponse:
+    """Write the streams as one event stream; errors after the first byte become an event."""
+    response = web.StreamResponse(headers={**HEADERS, "x-request-id": request["id"]})
+    await response.prepare(request)
+    spent = 0
+    try:
+        await write(response, opening(form, len(streams), echoes))
+        async for index, chunk in merged(response, streams):
+            spent += len(chunk.token_ids)
+            await write(response, events(form, index, chunk))
+        ending = event(form.counted(prompt_tokens, spent)) if count else b""
+        await write(response, ending + b"data: [DONE]\n\n")
+    except DilaserveError as error:
+        await write(response, event(failure(error)))
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()
+    return response
+
+
+def opening(form: Form, choices: int, echoes: Sequence[str]) -> bytes:
+    if form.chat:
+        return b"".join(event(form.opening(index)) for index in range(choices))
+    return b"".join(event(form.delta(index, Chunk(echo))) for index, echo in enumerate(echoes) if echo)
+
+
+def events(form: Form, index: int, chunk: Chunk) -> bytes:
+    data = b""
+    if chunk.text or (form.logprobs and chunk.token_ids):
+        data = event(form.delta(index, chunk))
+    return data + (event(form.closing(index, chunk)) if chunk.finish_reason else b"")
+
+
+def event(data: object) -> bytes:
+    return b"data: " + _json.encode(data) + b"\n\n"
+
+
+async def write(response: web.StreamResponse, data: bytes) -> None:
+    """Raises `TimeoutError` when the client has stopped reading."""
+    if data:
+        async with asyncio.timeout(STALLED_AFTER):
+            await response.write(data)
+
+
+async def merged(response: web.StreamResponse, streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Chunk]]:
+    """Chunks of all streams as they come, with the stream's index; pings while none comes."""
+    arrivals: asyncio.Queue[tuple[int, Chunk | DilaserveError | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: Stream) -> None:
+        try:
+            async for chunk in stream:
+                arrivals.put_nowait((index, chunk))
+            arrivals.put_nowait((index, None))
+        except DilaserveError as error:
+            arrivals.put_nowait((index, error))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        left = len(streams)
+        while left:
+            try:
+                async with asyncio.timeout(PING_AFTER):
+                    index, chunk = await arrivals.get()
+            except TimeoutError:
+                await write(response, b": ping\n\n")
+                continue
+            if isinstance(chunk, DilaserveError):
+                raise chunk
+            left -= chunk is None
+            if chunk is not None:
+                yield index, chunk
+    finally:
+        for task in pumps:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*pumps, return_exceptions=True)
