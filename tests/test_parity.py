@@ -1,0 +1,186 @@
+"""The engine against the reference loops, token for token: float32, CPU, temperature 0, real worker processes."""
+
+import asyncio
+import random
+
+import checkpoints
+import pytest
+from reference import Llada, decode
+from test_reference import CASES, cache_of
+
+from dilaserve import Config, Engine, Options
+
+SETTINGS = [
+    dict(cache=cache, **rule)
+    for cache in ("none", "prefix", "dual")
+    for rule in ({"threshold": 0.9}, {"threshold": 0.7}, {"threshold": 0.5}, {"steps": "half"}, {"factor": 1.0})
+]
+
+
+def asked(prompt, gen_length, block_length, cache, steps=None, threshold=None, factor=None):
+    """The engine's options for the reference's arguments."""
+    return prompt, Options(
+        max_tokens=gen_length,
+        block_length=block_length,
+        cache=cache,
+        num_denoising_steps=steps,
+        confidence_threshold=threshold,
+        factor=factor,
+        ignore_eos=True,
+    )
+
+
+def some_requests(count: int, seed: int, longest: int = 256):
+    """Requests of all lengths, caches, rules and block lengths, as arguments of `decode`."""
+    rng = random.Random(seed)
+    requests = []
+    for i in range(count):
+        block_length = rng.choice((4, 8, 16, 32))
+        gen_length = block_length * rng.randint(1, 64 // block_length)
+        setting = dict(SETTINGS[i % len(SETTINGS)])
+        if setting.get("steps"):
+            setting["steps"] = max(gen_length // block_length, gen_length // 2)
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, min(90, longest - gen_length)))]
+        requests.append(dict(prompt=prompt, gen_length=gen_length, block_length=block_length, **setting))
+    return requests
+
+
+async def answers(engine, requests, stagger=False):
+    async def one(i, request):
+        for _ in range(i * 3 if stagger else 0):
+            await asyncio.sleep(0)  # arrive a few loop turns later, at another step of the others
+        return await engine.generate(*asked(**request))
+
+    return await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
+
+
+def expect(model, requests, completions):
+    for request, completion in zip(requests, completions, strict=True):
+        tokens, forwards = decode(model, **request)
+        assert list(completion.token_ids) == tokens, request
+        assert completion.usage.steps == forwards, request
+
+
+async def test_the_authors_cases_one_by_one_and_all_at_once(author_model):
+    def arguments(case):
+        how = {"threshold": case["threshold"]} if case.get("threshold") else {"steps": case["steps"]}
+        return dict(
+            prompt=case["prompt"],
+            gen_length=case["gen_length"],
+            block_length=case["block_length"],
+            cache=cache_of(case),
+            **how,
+        )
+
+    requests = [arguments(case) for case in CASES]
+    async with Engine(Config.of(model=str(author_model), devices="cpu")) as engine:
+        alone = [await engine.generate(*asked(**request)) for request in requests]
+        together = await answers(engine, requests)
+    assert [list(completion.token_ids) for completion in alone] == [case["expected"] for case in CASES]
+    assert [list(completion.token_ids) for completion in together] == [case["expected"] for case in CASES]
+    assert [c.usage.steps for c in alone] == [case.get("nfe_reference", case["steps"]) for case in CASES]
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+async def test_a_mixed_crowd_gets_the_reference_answers(random_model, devices):
+    requests = some_requests(60, seed=1)
+    async with Engine(Config.of(model=str(random_model), devices=devices)) as engine:
+        completions = await answers(engine, requests, stagger=True)
+    expect(Llada(random_model), requests, completions)
+
+
+async def test_rows_that_queue_and_steps_that_are_split_change_nothing(random_model):
+    requests = some_requests(40, seed=2)
+    config = Config.of(model=str(random_model), devices="cpu", max_num_seqs=3, max_num_batched_tokens=150)
+    async with Engine(config) as engine:
+        completions = await answers(engine, requests)
+    expect(Llada(random_model), requests, completions)
+
+
+async def test_grouped_query_attention_shards_and_a_small_pool(tmp_path):
+    directory = checkpoints.make(tmp_path / "grouped", seed=7, layers=3, width=48, heads=6, kv_heads=2, shards=3)
+    requests = some_requests(20, seed=3)
+    async with Engine(Config.of(model=str(directory), devices="cpu", kv_cache_tokens=320)) as engine:
+        completions = await answers(engine, requests)
+    expect(Llada(directory), requests, completions)
+
+
+async def test_a_request_alone_and_in_company_gives_the_same_tokens_and_confidences(random_model):
+    requests = some_requests(30, seed=4)
+    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
+        alone = [await engine.generate(*asked(**request)) for request in requests]
+        together = await answers(engine, requests)
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.confidences == pytest.approx(other.confidences, rel=1e-4)
+
+
+async def test_sampling_depends_on_the_seed_and_not_on_the_company(random_model):
+    requests = [asked(**request) for request in some_requests(12, seed=5)]
+    hot = [
+        (prompt, Options(max_tokens=o.max_tokens, cache=o.cache, temperature=0.8, top_p=0.9, seed=i, ignore_eos=True))
+        for i, (prompt, o) in enumerate(requests)
+    ]
+    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
+        alone = [(await engine.generate(*request)).token_ids for request in hot]
+        together = await asyncio.gather(*(engine.generate(*request) for request in hot))
+        prompt, options = hot[0]
+        other = await engine.generate(prompt, Options(max_tokens=options.max_tokens, temperature=0.8, seed=99))
+    assert [completion.token_ids for completion in together] == alone
+    assert other.token_ids != alone[0]
+
+
+async def test_mask_tokens_in_the_prompt_are_left_alone(random_model):
+    prompt = [5, checkpoints.MASK, 70, checkpoints.MASK, checkpoints.MASK]
+    requests = [
+        dict(prompt=prompt, gen_length=32, block_length=16, cache=cache, threshold=0.7)
+        for cache in ("none", "prefix", "dual")
+    ]
+    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
+        completions = await answers(engine, requests)
+        text = await engine.tokenize("a<|mdm_mask|>b")
+        stream = await engine.submit(prompt, Options(max_tokens=16))
+        assert [chunk async for chunk in stream][-1].finish_reason == "length"
+        assert engine.table.canvas[stream.request.row, : len(prompt)].tolist() == prompt
+    assert text == [ord("a") - 33 + 0, checkpoints.MASK, ord("b") - 33 + 0]
+    expect(Llada(random_model), requests, completions)
+
+
+async def test_an_answer_ends_at_its_first_end_token_and_says_what_the_full_canvas_says(tmp_path):
+    directory = checkpoints.make(tmp_path / "ending", seed=11)
+    teach_an_end(directory)
+    requests = [request | {"threshold": 0.6, "steps": None, "factor": None} for request in some_requests(30, seed=6)]
+    async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
+        full = await answers(engine, requests)
+        cut = await asyncio.gather(
+            *(
+                engine.generate(prompt, msgspec_replace(options, ignore_eos=False))
+                for prompt, options in (asked(**request) for request in requests)
+            )
+        )
+    ended = 0
+    for whole, short in zip(full, cut, strict=True):
+        ids = list(whole.token_ids)
+        end = ids.index(checkpoints.EOS) if checkpoints.EOS in ids else len(ids)
+        ended += end < len(ids)
+        assert list(short.token_ids) == ids[:end]
+        assert short.finish_reason == ("stop" if end < len(ids) else "length")
+        assert short.usage.steps <= whole.usage.steps
+    assert ended >= 10
+
+
+def msgspec_replace(options, **changes):
+    import msgspec
+
+    return msgspec.structs.replace(options, **changes)
+
+
+def teach_an_end(directory):
+    """Give the end token a row of the head that often wins."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.transformer.ff_out.weight"]
+    head[checkpoints.EOS] = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 9 * 32**-0.5
+    save_file(tensors, directory / "model.safetensors")
