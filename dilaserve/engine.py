@@ -92,9 +92,9 @@ class Engine:
         self.bell = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
-        executor = await asyncio.to_thread(self.furnish)
+        self.executor = await asyncio.to_thread(self.furnish)
         started: asyncio.Future[None] = self.loop.create_future()
-        self.main = asyncio.create_task(self.live(executor, started), name="dilaserve engine")
+        self.main = asyncio.create_task(self.live(self.executor, started), name="dilaserve engine")
         try:
             await asyncio.wait([self.main, started], return_when=asyncio.FIRST_COMPLETED)
             if not started.done():
@@ -113,7 +113,7 @@ class Engine:
             self.main.cancel()
             await asyncio.wait([self.main])
 
-    def furnish(self) -> Executor:
+    def furnish(self) -> ProcessExecutor:
         """Read and check everything that needs no worker; blocking."""
         config = self.config
         directory = locate(config.model.model)
@@ -311,8 +311,8 @@ class Engine:
                 )
             case Release(row):
                 self.free.append(row)
-        if not self.streams:
-            self.idle.set()
+                if len(self.free) == self.table.rows:
+                    self.idle.set()
 
     def emit(self, request: Request, prefix: int) -> None:
         stream, row = self.streams[request.id], request.row

@@ -46,9 +46,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         if not directory.is_dir():
-            raise CheckpointError(
-                f"there is no model directory {directory}; --model takes a directory or a bundled name"
-            )
+            raise CheckpointError(f"there is no model directory {directory}; --model takes one")
         self.config = read_json(directory / "config.json")
         self.files = shards(directory)
         headers = {file: header(file) for file in set(self.files.values())}
@@ -67,9 +65,7 @@ class Checkpoint:
     def architecture(self) -> str:
         names = self.config.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
-            raise CheckpointError(
-                f"{self.directory / 'config.json'} names no architecture; it needs an architectures list"
-            )
+            raise CheckpointError(f"{self.directory / 'config.json'} names no architectures; is it a model?")
         return names[0]
 
     def field(self, name: str, kind: type, default: Any = None) -> Any:

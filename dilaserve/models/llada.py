@@ -46,9 +46,8 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     hidden, heads = field("d_model", int), field("n_heads", int)
     kv_heads = field("n_kv_heads", int, heads)
     if min(hidden, heads, kv_heads) < 1 or hidden % heads or heads % kv_heads or hidden // heads % 2:
-        raise CheckpointError(
-            f"{checkpoint.directory}: d_model {hidden}, n_heads {heads}, n_kv_heads {kv_heads} do not fit"
-        )
+        sizes = f"d_model {hidden}, n_heads {heads}, n_kv_heads {kv_heads}"
+        raise CheckpointError(f"{checkpoint.directory}: {sizes} do not go together")
     mlp = field("mlp_hidden_size", int, field("mlp_ratio", int, 4) * hidden)
     return ModelSpec(
         architecture=checkpoint.architecture,

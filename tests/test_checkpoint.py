@@ -1,0 +1,171 @@
+"""Checkpoints that cannot be served: one clear sentence each, before a worker is started."""
+
+import json
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dilaserve import models
+from dilaserve.devices import listed
+from dilaserve.errors import CheckpointError, ConfigError
+from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.worker import memory
+
+
+@pytest.fixture
+def model(tmp_path):
+    return checkpoints.make(tmp_path / "model")
+
+
+def refuse(model, pattern):
+    with pytest.raises(CheckpointError, match=pattern):
+        models.describe(Checkpoint(model))
+
+
+def change(model, **fields):
+    config = json.loads((model / "config.json").read_text()) | fields
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def test_the_bundled_model_is_found_by_its_name():
+    spec = models.describe(Checkpoint(locate("dilaserve-tiny")))
+    assert spec.max_length == 512
+    assert spec.parameters < 8_000_000
+
+
+def test_the_published_configuration_is_understood(tmp_path):
+    """LLaDA-8B's fields, with headers in place of 16 GB of weights."""
+    fields = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 32,
+        "mlp_hidden_size": 12288,
+        "mlp_ratio": 4,
+        "vocab_size": 126464,
+        "embedding_size": 126464,
+        "max_sequence_length": 4096,
+        "rope": True,
+        "rope_theta": 500000.0,
+        "rope_full_precision": True,
+        "rms_norm_eps": 1e-05,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "bias_for_layer_norm": False,
+        "activation_type": "silu",
+        "block_type": "llama",
+        "block_group_size": 1,
+        "attention_layer_norm": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "scale_logits": False,
+        "weight_tying": False,
+        "alibi": False,
+        "multi_query_attention": None,
+        "mask_token_id": 126336,
+        "eos_token_id": 126081,
+        "pad_token_id": 126081,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    spec = models.llada.describe(Checkpoint(tmp_path))
+    assert (spec.layers, spec.hidden, spec.head_dim, spec.groups, spec.mlp) == (32, 4096, 128, 8, 12288)
+    assert (spec.mask_id, spec.stop_ids, spec.kv_elements) == (126336, (126081,), 262144)
+    shapes = models.llada.tensors(spec)
+    assert len(shapes) == 3 + 32 * 9
+    assert shapes["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
+    assert shapes["model.transformer.ff_out.weight"] == (126464, 4096)
+
+
+def test_a_missing_directory_file_or_shard_is_named(tmp_path, model):
+    with pytest.raises(CheckpointError, match="there is no model directory"):
+        Checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", r"cannot read .*config\.json")
+    (model / "model.safetensors").unlink()
+    refuse(model, "holds neither")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    model = checkpoints.make(tmp_path / "sharded", shards=3)
+    assert models.describe(Checkpoint(model)).layers == 2
+    (model / "model-00002-of-00003.safetensors").unlink()
+    refuse(model, "the shard .*00002-of-00003.* is missing")
+
+
+def test_a_file_that_was_cut_short_is_named(model):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refuse(model, "cut short")
+    (model / "model.safetensors").write_bytes(b"<html>not found</html>" * 9)
+    refuse(model, "not a safetensors file|cut short")
+
+
+def test_missing_and_misshapen_tensors_are_named(model):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.transformer.blocks.1.up_proj.weight"
+    save_file({**tensors, name: torch.zeros(3, 3)}, model / "model.safetensors")
+    refuse(model, r"up_proj.* has shape \[3, 3\]; config\.json asks for \[64, 32\]")
+    del tensors[name]
+    save_file(tensors, model / "model.safetensors")
+    refuse(model, "lacks the tensor .*up_proj")
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM'; this version serves LLaDAModelLM"),
+        ({"architectures": None}, "names no architectures"),
+        ({"n_heads": 5}, "do not go together"),
+        ({"d_model": "big"}, "d_model must be int"),
+        ({"mask_token_id": None}, "mask_token_id must be int"),
+        ({"include_bias": True}, "include_bias True is not supported"),
+        ({"activation_type": "gelu"}, "activation_type 'gelu' is not supported"),
+    ],
+)
+def test_fields_that_cannot_be_served_are_named(model, fields, pattern):
+    change(model, **fields)
+    refuse(model, pattern)
+
+
+def test_broken_json_is_named(model):
+    (model / "config.json").write_text("{")
+    refuse(model, r"config\.json is not valid JSON")
+
+
+def test_too_little_memory_is_said_with_both_figures():
+    fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
+    spec = ModelSpec(**fields | {"parameters": 10**15})
+    with pytest.raises(CheckpointError, match=r"needs 3725290\.3 GiB .* in float32 and cpu has .* GiB"):
+        memory.check_weights(spec, torch.device("cpu"), torch.float32, 1.0)
+
+
+@pytest.mark.parametrize("devices", ["gpu", "cuda", "cpu,", "cuda:99", ""])
+def test_unknown_devices_are_named(devices):
+    with pytest.raises(ConfigError, match=r"unknown device|there is no cuda:99"):
+        listed(devices)
+
+
+def test_a_shard_of_any_degree_is_a_view_of_the_full_weights(model):
+    """Two ranks' parts sum to the whole layer, and none is a copy."""
+    checkpoint, cpu = Checkpoint(model), torch.device("cpu")
+    spec = models.describe(checkpoint)
+    weights = models.llada.load(spec, checkpoint.tensors(), cpu, torch.float32, lambda nbytes: None)
+    block, x = weights.blocks[0], torch.randn(5, spec.hidden)
+    whole = models.llada.Model(spec, weights)
+    turns = whole.turns[torch.arange(5)]
+    for size in (2, 4):
+        parts = [models.llada.Model(spec, weights, Shard(rank, size)) for rank in range(size)]
+        for i, name in enumerate(("q", "k", "v")):
+            split = [part.project(part.blocks[0], x, turns)[i] for part in parts]
+            assert torch.allclose(torch.cat(split, 1), whole.project(block, x, turns)[i], atol=1e-5), name
+        summed = sum(part.feed_forward(part.blocks[0], x) for part in parts)
+        assert torch.allclose(summed, whole.feed_forward(block, x), atol=1e-4)
+        storages = {part.blocks[0].qkv.untyped_storage().data_ptr() for part in parts}
+        assert storages == {block.qkv.untyped_storage().data_ptr()}

@@ -1,0 +1,173 @@
+"""The engine embedded in somebody's program: real workers, real deaths."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import checkpoints
+import pytest
+
+from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable
+
+
+def on(model, **settings):
+    return Config.of(model=str(model), devices=settings.pop("devices", "cpu"), **settings)
+
+
+def children() -> set[int]:
+    """Worker processes of this one."""
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
+    return {int(line) for line in found.stdout.split()}
+
+
+async def until(true):
+    """Poll: what is waited for happens in another process."""
+    while not true():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(32)]
+WISH = Options(max_tokens=64, block_length=16, confidence_threshold=0.8)
+
+
+async def test_an_answer_whole_and_in_pieces_is_the_same(random_model):
+    before = children()
+    async with Engine(on(random_model)) as engine:
+        whole = await engine.generate(PROMPTS[5], WISH)
+        chunks = [chunk async for chunk in engine.stream(PROMPTS[5], WISH)]
+        assert engine.ready
+        assert len(children() - before) == 1
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert sum((chunk.token_ids for chunk in chunks), ()) == whole.token_ids
+    assert len(chunks) > 4
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert (whole.finish_reason, whole.completion_tokens, whole.prompt_tokens) == ("length", 64, 10)
+    assert len(whole.confidences) == 64
+    assert all(0 < confidence <= 1 for confidence in whole.confidences)
+    assert whole.usage.refreshes == 4
+    assert not engine.ready
+    assert children() == before
+
+
+async def test_two_engines_in_one_process_and_64_clients_each_get_their_own_answer(random_model, tmp_path):
+    other_model = checkpoints.make(tmp_path / "other", seed=3)
+    async with Engine(on(random_model)) as one, Engine(on(other_model)) as other:
+        known = [[(await engine.generate(p, WISH)).token_ids for p in PROMPTS] for engine in (one, other)]
+        crowd = await asyncio.gather(*(engine.generate(p, WISH) for p in PROMPTS for engine in (one, other)))
+    assert [answer.token_ids for answer in crowd[0::2]] == known[0]
+    assert [answer.token_ids for answer in crowd[1::2]] == known[1]
+    assert known[0] != known[1]
+
+
+async def test_a_stream_that_is_left_frees_its_row(random_model):
+    async with Engine(on(random_model, max_queue=1)) as engine:
+        async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4)) as stream:
+            await anext(stream)
+            with pytest.raises(Overloaded) as caught:
+                await engine.submit(PROMPTS[1], WISH)
+            assert caught.value.retry_after
+        await engine.drain(30)
+        assert engine.free == [0]
+        assert not engine.scheduler.requests
+        engine.draining = False
+        assert (await engine.generate(PROMPTS[1], WISH)).finish_reason == "length"
+
+
+async def test_a_stop_string_ends_the_answer_and_does_not_leak(random_model):
+    async with Engine(on(random_model)) as engine:
+        whole = (await engine.generate(PROMPTS[7], WISH)).text
+        stop = next(whole[i : i + 3] for i in range(20, 40) if whole[i : i + 3].isprintable())
+        answer = await engine.generate(
+            PROMPTS[7], Options(max_tokens=64, block_length=16, confidence_threshold=0.8, stop=(stop,))
+        )
+        await engine.drain(30)
+        assert engine.free
+        assert not engine.scheduler.requests
+    assert answer.text == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+async def test_bad_requests_touch_nothing(random_model):
+    async with Engine(on(random_model, kv_cache_tokens=128)) as engine:
+        free = len(engine.free)
+        bad = [("", None), ([], None), ([999], None), ([True], None), ([1] * 256, None), ([1], Options(max_tokens=0))]
+        for prompt, options in [*bad, ([1], Options(max_tokens=200))]:
+            with pytest.raises(BadRequest):
+                await engine.submit(prompt, options)
+        assert len(engine.free) == free
+        assert (await engine.generate("a", WISH)).completion_tokens == 64
+
+
+async def test_leaving_the_engine_ends_what_runs(random_model):
+    async with Engine(on(random_model)) as engine:
+        stream = await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4))
+    with pytest.raises(Unavailable):
+        async for _ in stream:
+            pass
+    with pytest.raises(Unavailable):
+        await engine.submit(PROMPTS[0])
+
+
+async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
+    async with Engine(on(random_model, devices="cpu,cpu")) as engine:
+        known = [(await engine.generate(p, WISH)).token_ids for p in PROMPTS]
+        exact = Options(max_tokens=64, block_length=16, confidence_threshold=0.8, cache="none")
+        expected = [(await engine.generate(p, exact)).token_ids for p in PROMPTS]
+        running = [asyncio.create_task(engine.generate(p, exact)) for p in PROMPTS]
+        begun = engine.profile.steps + 4
+        await until(lambda: engine.profile.steps >= begun)
+        os.kill(min(handle.process.pid for handle in engine.executor.workers.values()), signal.SIGKILL)
+        answers = await asyncio.gather(*running)
+        await until(lambda: len(engine.capacity) == 2)
+        again = await asyncio.gather(*(engine.generate(p, WISH) for p in PROMPTS))
+    assert [answer.token_ids for answer in answers] == expected
+    assert [answer.token_ids for answer in again] == known
+
+
+async def test_the_only_worker_comes_back(random_model):
+    async with Engine(on(random_model)) as engine:
+        known = await engine.generate(PROMPTS[3], WISH)
+        (handle,) = engine.executor.workers.values()
+        os.kill(handle.process.pid, signal.SIGKILL)
+        assert (await engine.generate(PROMPTS[3], WISH)).token_ids == known.token_ids
+
+
+async def test_a_model_that_cannot_be_loaded_raises_before_anything_runs(tmp_path, random_model):
+    with pytest.raises(ConfigError, match="there is no model directory"):
+        async with Engine(on(tmp_path / "nowhere")):
+            pass
+    with pytest.raises(ConfigError, match="exceeds the model's 256"):
+        async with Engine(on(random_model, max_model_len=1000)):
+            pass
+
+
+async def test_loading_can_be_interrupted(random_model):
+    before = children()
+    task = asyncio.create_task(Engine(on(random_model)).__aenter__())
+    await until(lambda: children() - before)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert children() == before
+
+
+def test_an_embedding_script_needs_no_main_guard(random_model, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import asyncio
+        from dilaserve import Config, Engine, Options
+
+        async def main():
+            async with Engine(Config.of(model={str(random_model)!r}, devices="cpu")) as engine:
+                print((await engine.generate("hello", Options(max_tokens=8))).completion_tokens)
+
+        asyncio.run(main())
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")

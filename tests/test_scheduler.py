@@ -1,0 +1,277 @@
+"""The state machine alone: events in, commands out, no clock and no device."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilaserve.config import Config
+from dilaserve.scheduler import TRANSITIONS, Did, Scheduler, State
+from dilaserve.terms import (
+    Arrival,
+    Cancel,
+    Decoding,
+    Emit,
+    Fail,
+    Finish,
+    Instance,
+    InstanceLost,
+    InstanceReady,
+    Launch,
+    Release,
+    Request,
+    RowResult,
+    StepDone,
+)
+
+
+def request(row, prompt=10, answer=64, at=0.0, **decoding):
+    return Request(
+        id=f"r{row}",
+        row=row,
+        generation=1,
+        prompt_tokens=prompt,
+        canvas_tokens=prompt + answer,
+        max_tokens=answer,
+        arrived_at=at,
+        decoding=Decoding(**decoding),
+    )
+
+
+def scheduler(**device):
+    return Scheduler(Config.of(**device))
+
+
+def feed(machine, event, now=0.0):
+    """Commands of one event and the decision after it."""
+    return [*machine.observe(event, now), *machine.decide(now)]
+
+
+def result(span, masks_left=0, prefix=None, stop_at=-1, unmasked=4):
+    end = span.block_end if prefix is None else prefix
+    return RowResult(span.row, span.generation, unmasked, masks_left, end, stop_at, 0.9 * unmasked)
+
+
+def done(batch, results):
+    return StepDone(batch.instance, batch.id, tuple(results), 0.01, 0.009)
+
+
+def test_a_request_goes_from_refresh_to_reuse_to_the_next_block_and_ends():
+    machine = scheduler()
+    assert feed(machine, Arrival(request(3))) == []
+    (launch,) = feed(machine, InstanceReady(Instance(0, (0,), 4096)), 1.0)
+    (span,) = launch.batch.spans
+    assert (span.start, span.length, span.keys, span.block_start, span.block_end) == (0, 74, 74, 10, 42)
+    emit, launch = feed(machine, done(launch.batch, [result(span, masks_left=28, prefix=12)]), 2.0)
+    assert (emit.prefix, launch.batch.spans[0].start, launch.batch.spans[0].length) == (12, 10, 32)
+    emit, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0])]), 3.0)
+    (span,) = launch.batch.spans
+    assert (emit.prefix, span.start, span.length, span.block_start, span.block_end) == (42, 0, 74, 42, 74)
+    emit, finish, release = feed(machine, done(launch.batch, [result(span)]), 4.0)
+    assert (emit.prefix, finish.reason, release.row) == (74, "length", 3)
+    usage = finish.usage
+    assert (usage.steps, usage.refreshes, usage.queued, usage.served) == (3, 2, 1.0, 3.0)
+
+
+def test_an_end_token_counts_once_everything_before_it_is_there():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    (span,) = launch.batch.spans
+    emit, launch = feed(machine, done(launch.batch, [result(span, masks_left=3, prefix=15, stop_at=20)]))
+    assert isinstance(emit, Emit)
+    assert isinstance(launch, Launch)
+    emit, finish, release = feed(machine, done(launch.batch, [result(span, masks_left=1, prefix=25, stop_at=20)]))
+    assert (emit.prefix, finish.reason, release) == (20, "stop", Release(0))
+
+
+def test_max_tokens_cut_the_last_block():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    wanted = Request(
+        id="a",
+        row=0,
+        generation=1,
+        prompt_tokens=10,
+        canvas_tokens=42,
+        max_tokens=5,
+        arrived_at=0.0,
+        decoding=Decoding(),
+    )
+    (launch,) = feed(machine, Arrival(wanted))
+    emit, finish, _ = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=9, prefix=21)]))
+    assert (emit.prefix, finish.reason) == (15, "length")
+
+
+def test_a_cancelled_row_is_free_after_its_step_in_flight():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    (finish,) = feed(machine, Cancel("r0", "cancelled"))
+    assert finish.reason == "cancelled"
+    assert feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=1)])) == [Release(0)]
+    assert feed(machine, Cancel("r0", "cancelled")) == []
+
+
+def test_a_lost_worker_costs_a_refresh_and_nothing_else():
+    machine = scheduler()
+    for i in range(2):
+        feed(machine, InstanceReady(Instance(i, (i,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    _, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=8, prefix=30)]))
+    (again,) = feed(machine, InstanceLost(launch.batch.instance, "killed"))
+    (span,) = again.batch.spans
+    assert again.batch.instance != launch.batch.instance
+    assert (span.start, span.length, span.block_start) == (0, 74, 10)
+    assert feed(machine, done(launch.batch, [result(span)])) == []  # the late report of the lost one
+
+
+def test_a_row_in_flight_at_two_crashes_fails_alone():
+    machine = scheduler(max_num_seqs=1)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    feed(machine, Arrival(request(0)))
+    feed(machine, Arrival(request(1, at=1.0)))
+    feed(machine, InstanceLost(0, "killed"))
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    fail, release = feed(machine, InstanceLost(0, "killed"))
+    assert isinstance(fail, Fail)
+    assert (fail.request.row, release) == (0, Release(0))
+    (launch,) = feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    assert [span.row for span in launch.batch.spans] == [1]
+
+
+def test_the_steps_rule_hands_out_its_quotas():
+    machine, taken = scheduler(), []
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    commands = feed(machine, Arrival(request(0, answer=64, rule="steps", num_denoising_steps=5)))
+    while isinstance(commands[-1], Launch):
+        (span,) = commands[-1].batch.spans
+        taken.append((span.block_start, span.quota))
+        left = 32 - sum(quota for start, quota in taken if start == span.block_start)
+        prefix = span.block_end - left
+        commands = feed(machine, done(commands[-1].batch, [result(span, left, prefix, unmasked=span.quota)]))
+    assert taken == [(10, 11), (10, 11), (10, 10), (42, 16), (42, 16)]
+
+
+def test_requests_wait_in_order_for_rows_and_for_room_in_the_pool():
+    machine = scheduler(max_num_seqs=8)
+    feed(machine, InstanceReady(Instance(0, (0,), 200)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    assert feed(machine, Arrival(request(1, at=1.0))) == []
+    assert feed(machine, Arrival(request(2, at=2.0, answer=8))) == []
+    commands = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=1, prefix=10)]))
+    assert {span.row for span in commands[-1].batch.spans} == {0, 1}
+
+
+def test_what_the_tables_do_not_list_is_a_bug():
+    assert (State.GONE, Did.RETURNED) not in TRANSITIONS
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    feed(machine, Arrival(request(0)))
+    with pytest.raises(KeyError):
+        machine.requests["r0"].did(Did.PLACED)
+
+
+class World:
+    """Plays engine and workers at random, and watches that nothing is lost, doubled or overlapped."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.machine = scheduler(max_num_seqs=self.rng.randint(1, 5), max_num_batched_tokens=self.rng.randint(1, 400))
+        self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0
+        self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
+
+    def feed(self, event):
+        self.now += self.rng.random()
+        self.log.append((event, self.now))
+        for command in feed(self.machine, event, self.now):
+            match command:
+                case Launch(batch):
+                    self.launched(batch)
+                case Finish(wanted) | Fail(wanted):
+                    assert wanted.id not in self.ended
+                    self.ended.add(wanted.id)
+                case Release(row):
+                    self.alive.remove(row)
+
+    def launched(self, batch):
+        assert batch.instance in self.up
+        assert batch.instance not in self.flying
+        rows = [span.row for span in batch.spans]
+        busy = [span.row for other in self.flying.values() for span in other.spans]
+        assert len(set(rows)) == len(rows)
+        assert not set(rows) & set(busy)
+        assert set(rows) <= self.alive
+        places = sorted((span.kv_start, span.kv_start + span.keys) for span in batch.spans)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
+        self.flying[batch.instance] = batch
+
+    def act(self):
+        choice = self.rng.random()
+        if choice < 0.3:
+            prompt, answer = self.rng.randint(1, 60), self.rng.randint(1, 100)
+            cache = self.rng.choice(("none", "prefix", "dual"))
+            wanted = request(self.rows, prompt, answer, self.now, cache=cache, block_length=self.rng.choice((8, 32)))
+            self.alive.add(self.rows)
+            self.rows += 1
+            self.feed(Arrival(wanted))
+        elif choice < 0.35 and self.rows:
+            self.feed(Cancel(f"r{self.rng.randrange(self.rows)}", "cancelled"))
+        elif choice < 0.42:
+            self.toggle()
+        elif self.flying:
+            self.finish(self.rng.choice(sorted(self.flying)))
+
+    def toggle(self):
+        instance = self.rng.randrange(3)
+        if instance in self.up:
+            self.up.remove(instance)
+            self.flying.pop(instance, None)
+            self.feed(InstanceLost(instance, "killed"))
+        else:
+            self.up.add(instance)
+            self.feed(InstanceReady(Instance(instance, (instance,), 400)))
+
+    def finish(self, instance):
+        batch, results = self.flying.pop(instance), []
+        for span in batch.spans:
+            key = (span.row, span.block_start)
+            before = self.masks.get(key, span.block_end - span.block_start)
+            left = self.masks[key] = max(0, before - self.rng.randint(1, 8))
+            stop_at = self.rng.randrange(span.block_start, span.block_end) if self.rng.random() < 0.1 else -1
+            results.append(result(span, left, span.block_end - left, stop_at, before - left))
+        self.feed(done(batch, results))
+
+    def settle(self):
+        """Bring up every instance and let everything end."""
+        for instance in {0, 1, 2} - self.up:
+            self.up.add(instance)
+            self.feed(InstanceReady(Instance(instance, (instance,), 400)))
+        while self.flying:
+            self.finish(min(self.flying))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed):
+    world = World(seed)
+    for _ in range(150):
+        world.act()
+    world.settle()
+    assert world.ended == {f"r{i}" for i in range(world.rows)}
+    assert not world.alive
+    assert not world.machine.requests
+    assert not world.machine.waiting
+    for seat in world.machine.seats.values():
+        assert seat.pages.free == [(0, 384)]
+
+
+def test_the_same_events_give_the_same_commands():
+    world = World(1)
+    for _ in range(300):
+        world.act()
+    first, second = (scheduler(max_num_seqs=3, max_num_batched_tokens=200) for _ in range(2))
+    events = [(event, now) for event, now in world.log if isinstance(event, Arrival | InstanceReady | Cancel)]
+    assert [feed(first, *event) for event in events] == [feed(second, *event) for event in events]

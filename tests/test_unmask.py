@@ -1,0 +1,132 @@
+"""The transfer rules and row statistics against plain Python and float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import factor_count as reference_factor_count
+
+from dilaserve.table import RULES
+from dilaserve.worker.unmask import Guess, Rules, Sampling, accepted, factor_count, guess, gumbel, nucleus
+
+MASK = 7
+
+
+def rules(rows, rule="threshold", threshold=0.9, factor=1.0, quota=1):
+    return Rules(
+        torch.full((rows,), RULES[rule]),
+        torch.full((rows,), threshold, dtype=torch.float64),
+        torch.full((rows,), factor, dtype=torch.float64),
+        torch.full((rows,), quota),
+    )
+
+
+def guessed(confidences):
+    p = torch.tensor(confidences, dtype=torch.float64)
+    return Guess(torch.zeros(len(confidences), dtype=torch.int64), ((1 - p) / p).float())
+
+
+def test_statistics_agree_with_a_float64_softmax():
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 6
+    found = guess(logits.clone(), MASK)
+    probability = logits.double().softmax(-1)
+    free = probability.clone()
+    free[:, MASK] = -1
+    assert torch.equal(found.token, free.argmax(1))
+    assert torch.allclose(found.confidence, probability.gather(1, found.token[:, None]).squeeze(1), rtol=1e-5)
+
+
+def test_the_first_of_equal_logits_wins_and_the_mask_token_never_does():
+    logits = torch.zeros(1, 10)
+    logits[0, [3, 5]] = 2.0
+    logits[0, MASK] = 9.0
+    assert guess(logits, MASK).token.tolist() == [3]
+
+
+def test_confidences_that_round_to_one_are_still_ordered():
+    logits = torch.zeros(3, 10)
+    logits[:, 0] = torch.tensor([40.0, 60.0, 50.0])
+    found = guess(logits, MASK)
+    assert found.confidence.float().tolist() == [1.0, 1.0, 1.0]
+    assert found.odds.argsort().tolist() == [1, 2, 0]
+
+
+def test_rows_are_judged_by_their_own_knobs():
+    masked = torch.tensor([[True, True, True, False], [True, False, True, True], [True, True, True, True]])
+    found = guessed([0.95, 0.5, 0.92, 0.5, 0.6, 0.4, 0.1, 0.9, 0.8, 0.7])
+    knobs = Rules(
+        torch.tensor([RULES["threshold"], RULES["threshold"], RULES["steps"]]),
+        torch.tensor([0.9, 0.9, 0.9], dtype=torch.float64),
+        torch.ones(3, dtype=torch.float64),
+        torch.tensor([0, 0, 3]),
+    )
+    assert accepted(found, masked, knobs).tolist() == [
+        [True, False, True, False],
+        [False, False, True, False],
+        [False, True, True, True],
+    ]
+
+
+def test_a_row_without_masks_gets_nothing():
+    masked = torch.tensor([[False, False], [True, False]])
+    assert accepted(guessed([0.3]), masked, rules(2)).tolist() == [[False, False], [True, False]]
+    assert not accepted(guessed([]), torch.zeros(2, 2, dtype=torch.bool), rules(2)).any()
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(0.001, 0.999), min_size=1, max_size=12), st.sampled_from(list(RULES)), st.floats(0, 1), st.data()
+)
+def test_at_least_one_and_always_the_most_confident(confidences, rule, threshold, data):
+    pads = data.draw(st.integers(0, 4))
+    masked = torch.tensor([[True] * len(confidences) + [False] * pads])
+    found = guessed(confidences)
+    taken = accepted(
+        found, masked, rules(1, rule, threshold, factor=1 + threshold, quota=data.draw(st.integers(0, 20)))
+    )
+    taken = taken[0, : len(confidences)]
+    assert taken.any()
+    left = found.odds[~taken]
+    assert not len(left) or found.odds[taken].max() <= left.min()
+    if rule == "threshold":
+        assert int(taken.sum()) == max(1, int((found.confidence >= threshold).sum()))
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=10), st.floats(0.1, 4.0))
+def test_the_factor_rule_counts_like_the_published_loop(confidences, factor):
+    ordered = sorted(confidences, reverse=True)
+    padded = torch.tensor([[*ordered, 0.0, 0.0]], dtype=torch.float64)
+    count = factor_count(padded, torch.tensor([len(ordered)]), torch.tensor([factor], dtype=torch.float64))
+    assert count.item() == reference_factor_count(ordered, factor)
+
+
+def test_noise_is_a_function_of_seed_step_and_position():
+    one = torch.tensor([1]), torch.tensor([2]), torch.tensor([3])
+    noise = gumbel(*one, 1000)
+    assert torch.equal(noise, gumbel(*one, 1000))
+    for changed in (0, 1, 2):
+        other = [value + (i == changed) for i, value in enumerate(one)]
+        assert abs(torch.corrcoef(torch.cat([noise, gumbel(*other, 1000)]))[0, 1]) < 0.15
+    many = gumbel(torch.arange(400), torch.zeros(400, dtype=torch.int64), torch.zeros(400, dtype=torch.int64), 500)
+    assert many.mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert many.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.02)
+
+
+def test_sampling_follows_the_temperature_and_leaves_cold_rows_alone():
+    count = 4000
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(count, 1)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    heat = torch.full((count,), 2.0)
+    heat[::2] = 0.0
+    tokens = guess(logits.clone(), 3, Sampling(heat, torch.ones(count), torch.arange(count), zeros, zeros)).token
+    assert (tokens[::2] == 2).all()
+    shares = torch.bincount(tokens[1::2], minlength=3) / (count / 2)
+    assert torch.allclose(shares[:3], torch.tensor([0.0, 0.5, 1.0]).softmax(0), atol=0.04)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(3, 1)
+    kept = nucleus(logits, torch.tensor([0.5, 0.6, 1.0])) > -torch.inf
+    assert kept.tolist() == [[True, False, False, False], [True, True, False, False], [True] * 4]
