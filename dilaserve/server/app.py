@@ -110,7 +110,7 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id, check its key, and turn whatever goes wrong into OpenAI's error shape."""
     given = request.headers.get("x-request-id", "")
     id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
-    request["id"] = id
+    request[sse.REQUEST_ID] = id
     try:
         authorize(request)
         response = await handler(request)

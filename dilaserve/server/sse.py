@@ -11,6 +11,7 @@ from dilaserve.engine import Chunk, Stream
 from dilaserve.errors import DilaserveError
 from dilaserve.server.answers import Form, failure
 
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake
 STALLED_AFTER = 60.0  # seconds that a client may refuse to read
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -21,7 +22,7 @@ async def relay(
     request: web.Request, form: Form, streams: Sequence[Stream], echoes: Sequence[str], prompt_tokens: int, count: bool
 ) -> web.StreamResponse:
     """Write the streams as one event stream; errors after the first byte become an event."""
-    response = web.StreamResponse(headers={**HEADERS, "x-request-id": request["id"]})
+    response = web.StreamResponse(headers={**HEADERS, "x-request-id": request[REQUEST_ID]})
     await response.prepare(request)
     spent = 0
     try:

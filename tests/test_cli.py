@@ -1,0 +1,147 @@
+"""The command line, as processes: what a user types, and what comes back."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from dilaserve import config
+from dilaserve.cli import main
+from dilaserve.errors import ConfigError
+
+
+def run(*words, **environ):
+    return subprocess.run(
+        [sys.executable, "-m", "dilaserve", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environ,
+    )
+
+
+def failed(done):
+    """Exit code 2 and one sentence, no traceback; gives the sentence."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def served(random_model):
+    """A server process, after its ready line; gives the process and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dilaserve", "--model", str(random_model), "--port", "0", "--devices", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    address = re.search(r"on (http://\S+)", line)
+    assert address, line + process.stderr.read()
+    yield process, address[1], line
+    process.kill()
+    process.communicate()
+
+
+def ask(address, **more):
+    body = json.dumps({"prompt": "hello", "max_tokens": 8, **more}).encode()
+    request = urllib.request.Request(address + "/v1/completions", body, {"content-type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def no_children(pid):
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).returncode == 1
+
+
+def test_help_lists_every_setting_without_loading_anything_heavy():
+    code = "import sys; from dilaserve.cli import flags; print(flags().format_help(), 'torch' in sys.modules)"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert all(setting.flag in text for setting in config.settings().values())
+    assert text.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--prot", "1"], "unknown flag --prot; did you mean --port?"),
+        (["--port", "eighty"], "--port 'eighty': Expected `int`"),
+        (["--port", "70000"], "--port '70000'"),
+        (["--cache", "triple"], "--cache 'triple'"),
+        (["dance"], "unknown command 'dance'"),
+        (["--config", "/nowhere.toml"], "cannot read the configuration file /nowhere.toml"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, capsys):
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert pattern in captured.err
+    assert captured.err.startswith("dilaserve: ")
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_flags_go_before_the_environment_before_the_file(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("port = 1\nhost = 'file'\ncache = 'none'\n")
+    found = config.load({"port": "3"}, {"DILASERVE_PORT": "2", "DILASERVE_HOST": "environment"}, file)
+    assert (found.server.port, found.server.host, found.decode.cache) == (3, "environment", "none")
+    with pytest.raises(ConfigError, match="unknown setting 'prot'"):
+        config.load({"prot": 1}, {})
+    file.write_text("port = = 1")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        config.load({}, {}, file)
+
+
+def test_a_model_that_is_not_there_and_a_port_that_is_taken(random_model):
+    assert "there is no model directory /nowhere" in failed(run("--model", "/nowhere"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run("--model", str(random_model), "--port", port, DILASERVE_DEVICES="cpu")
+        assert f"cannot listen on 127.0.0.1:{port}" in failed(done)
+
+
+def test_the_ready_line_has_a_curl_that_works_and_sigterm_finishes_what_runs(served):
+    process, address, line = served
+    command = line[line.index("curl") :]
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.rstrip().endswith("data: [DONE]"), done
+    with ask(address, max_tokens=200, block_length=4, stream=True) as response:
+        response.readline()
+        process.send_signal(signal.SIGTERM)
+        rest = response.read().decode()
+    assert '"finish_reason":"length"' in rest
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert process.wait(30) == 0
+    assert "Traceback" not in process.stderr.read()
+    assert no_children(process.pid)
+
+
+def test_ctrl_c_ends_a_serving_and_a_loading_server_quietly(served, random_model):
+    process, address, _ = served
+    with ask(address) as response:
+        assert response.status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert "Traceback" not in process.stderr.read()
+    loading = subprocess.Popen(
+        [sys.executable, "-m", "dilaserve", "--model", str(random_model), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while no_children(loading.pid):  # until a worker loads
+        time.sleep(0.01)
+    loading.send_signal(signal.SIGINT)
+    assert loading.wait(60) == 0
+    assert "Traceback" not in loading.stderr.read()

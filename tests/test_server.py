@@ -1,0 +1,324 @@
+"""The wire, over real sockets: what OpenAI's clients send and expect."""
+
+import asyncio
+import json
+import random
+
+import aiohttp
+import openai
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dilaserve import Config, Engine, Options
+from dilaserve.server.app import running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 24, "block_length": 8}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(random_model):
+    config = Config.of(model=str(random_model), devices="cpu", port=0, max_body_bytes=100_000, max_choices=4)
+    async with Engine(config) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def address(engine):
+    async with running(engine, engine.config) as address:
+        yield address
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(address):
+    async with aiohttp.ClientSession(address) as session:
+        yield session
+
+
+async def post(client, path, body, **headers):
+    async with client.post(path, json=body, headers=headers) as response:
+        return response.status, await response.json(), response.headers
+
+
+async def stream(client, path, body):
+    """The raw event stream and its data objects."""
+    async with client.post(path, json=body | {"stream": True}) as response:
+        raw = (await response.read()).decode()
+    assert response.status == 200, raw
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    lines = raw.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(line.startswith("data: ") for line in lines[:-1])
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+async def test_a_chat_answer_has_openais_shape(client, engine):
+    status, body, headers = await post(client, CHAT, HELLO, **{"x-request-id": "mine-1"})
+    assert (status, headers["x-request-id"]) == (200, "mine-1")
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    known = await engine.generate(HELLO["messages"], Options(max_tokens=24, block_length=8))
+    (choice,) = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": known.text, "refusal": None}
+    assert choice["finish_reason"] == "length"
+    prompt = known.prompt_tokens
+    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 24, "total_tokens": prompt + 24}
+    assert body["dilaserve"]["steps"] == known.usage.steps
+    assert body["dilaserve"]["refreshes"] == 3
+    assert set(body["dilaserve"]) == {"steps", "refreshes", "queued", "served", "mean_confidence"}
+
+
+async def test_a_chat_stream_is_written_chunk_by_chunk(client):
+    _, whole, _ = await post(client, CHAT, HELLO)
+    chunks = await stream(client, CHAT, HELLO | {"stream_options": {"include_usage": True}})
+    first, *deltas, last, usage = chunks
+    assert first["choices"] == [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+    assert len(deltas) > 1
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in deltas)
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in deltas)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert last["choices"] == [{"index": 0, "delta": {}, "finish_reason": "length"}]
+    assert last["dilaserve"]["steps"] == whole["dilaserve"]["steps"]
+    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+
+
+async def test_completions_take_every_form_of_prompt(client, engine):
+    ids = await engine.tokenize("hello")
+    texts = []
+    for prompt, count in (("hello", 1), (ids, 1), (["hello", "hello"], 2), ([ids, ids], 2)):
+        _, body, _ = await post(client, COMPLETE, {"prompt": prompt, "max_tokens": 8})
+        assert body["object"] == "text_completion"
+        assert [choice["index"] for choice in body["choices"]] == list(range(count))
+        assert body["usage"]["prompt_tokens"] == 5 * count
+        texts += [choice["text"] for choice in body["choices"]]
+    assert len(set(texts)) == 1
+    chunks = await stream(client, COMPLETE, {"prompt": "hello", "max_tokens": 8, "echo": True})
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello" + texts[0]
+
+
+async def test_n_choices_count_the_seed_up(client):
+    wish = HELLO | {"temperature": 1.0, "seed": 7}
+    _, both, _ = await post(client, CHAT, wish | {"n": 2})
+    singles = [(await post(client, CHAT, wish | {"seed": seed}))[1] for seed in (7, 8)]
+    texts = [choice["message"]["content"] for choice in both["choices"]]
+    assert texts == [body["choices"][0]["message"]["content"] for body in singles]
+    assert texts[0] != texts[1]
+    chunks = await stream(client, CHAT, wish | {"n": 2})
+    for index, text in enumerate(texts):
+        mine = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in mine) == text
+        assert mine[-1]["finish_reason"] == "length"
+
+
+async def test_log_probabilities_of_the_chosen_tokens(client):
+    _, body, _ = await post(client, CHAT, HELLO | {"logprobs": True, "top_logprobs": 0})
+    tokens = body["choices"][0]["logprobs"]["content"]
+    assert len(tokens) == 24
+    assert all(token["logprob"] <= 0 and token["top_logprobs"] == [] for token in tokens)
+    _, body, _ = await post(client, COMPLETE, {"prompt": "hello", "max_tokens": 8, "logprobs": 0})
+    assert len(body["choices"][0]["logprobs"]["token_logprobs"]) == 8
+
+
+async def test_a_stop_string_cuts_a_stream_without_leaking(client):
+    _, whole, _ = await post(client, CHAT, HELLO)
+    text = whole["choices"][0]["message"]["content"]
+    stop = next(
+        text[i : i + 3] for i in range(5, 20) if text[i : i + 3].isprintable() and text.find(text[i : i + 3]) == i
+    )
+    chunks = await stream(client, CHAT, HELLO | {"stop": [stop, "never so"]})
+    said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+    assert said == text[: text.index(stop)]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "param"),
+    [
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": "hi"}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 300}]}, 400, "prompt"),
+        (CHAT, {"max_tokens": 0}, 400, "max_tokens"),
+        (CHAT, {"max_tokens": "many"}, 400, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 10**9}, 400, "max_tokens"),
+        (CHAT, {"temperature": 3}, 400, "temperature"),
+        (CHAT, {"top_p": 0}, 400, "top_p"),
+        (CHAT, {"n": 0}, 400, "n"),
+        (CHAT, {"n": 5}, 400, "n"),
+        (CHAT, {"stop": ["a"] * 5}, 400, "stop"),
+        (CHAT, {"seed": 2**64}, 400, "seed"),
+        (CHAT, {"decode": "magic"}, 400, "decode"),
+        (CHAT, {"cache": "all"}, 400, "cache"),
+        (CHAT, {"confidence_threshold": 2}, 400, "confidence_threshold"),
+        (CHAT, {"num_denoising_steps": 1000}, 400, "num_denoising_steps"),
+        (CHAT, {"top_logprobs": 3, "logprobs": True}, 400, "top_logprobs"),
+        (CHAT, {"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        (CHAT, {"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
+        (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
+        (CHAT, {"modalities": ["audio"]}, 400, "modalities"),
+        (CHAT, {"slo": {"deadline_ms": 100}}, 400, "slo"),
+        (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        (CHAT, {"model": "gpt-4"}, 404, "model"),
+        (COMPLETE, {"prompt": None}, 400, "prompt"),
+        (COMPLETE, {"prompt": ""}, 400, "prompt"),
+        (COMPLETE, {"prompt": []}, 400, "prompt"),
+        (COMPLETE, {"prompt": ["a", 3]}, 400, "prompt"),
+        (COMPLETE, {"prompt": [5000]}, 400, "prompt"),
+        (COMPLETE, {"prompt": "a", "logprobs": 2}, 400, "logprobs"),
+        (COMPLETE, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    ],
+)
+async def test_what_cannot_be_honoured_is_refused_by_name(client, path, change, status, param):
+    found, body, headers = await post(client, path, (HELLO if path == CHAT else {}) | change)
+    assert (found, body["error"]["param"]) == (status, param)
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert len(body["error"]["message"]) > 10
+    assert headers["x-request-id"]
+
+
+async def test_defaults_nulls_and_unknown_fields_change_nothing(client):
+    _, plain, _ = await post(client, CHAT, HELLO)
+    harmless = {"frequency_penalty": 0, "tools": [], "tool_choice": "none", "modalities": ["text"], "logit_bias": None}
+    harmless |= {
+        "top_p": None,
+        "n": None,
+        "new_field_of_next_month": {"a": 1},
+        "user": "u",
+        "response_format": {"type": "text"},
+    }
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    status, body, _ = await post(client, CHAT, HELLO | harmless | {"messages": [{"role": "user", "content": parts}]})
+    assert status == 200
+    assert body["choices"] == plain["choices"]
+
+
+async def test_broken_requests_get_openais_error_shape(client):
+    async def error(method, path, **how):
+        async with client.request(method, path, **how) as response:
+            return response.status, (await response.json())["error"]
+
+    json_type = {"content-type": "application/json"}
+    assert (await error("POST", CHAT, data=b"{", headers=json_type))[0] == 400
+    assert (await error("POST", CHAT, data=b"[]", headers=json_type))[0] == 400
+    assert (await error("POST", CHAT, data=b"\xff\xfe", headers=json_type))[0] == 400
+    assert (await error("POST", CHAT, data=b"[" * 90_000, headers=json_type))[0] == 400
+    assert (await error("POST", CHAT, data=b"{}"))[0] == 415
+    assert (await error("POST", CHAT, data=b'"' + b"x" * 200_000 + b'"', headers=json_type))[0] == 413
+    assert (await error("GET", "/v1/nothing"))[0] == 404
+    assert (await error("GET", CHAT))[0] == 405
+    assert (await error("GET", "/v1/models/other"))[1]["param"] == "model"
+    assert (await post(client, CHAT, HELLO))[0] == 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [
+    "messages",
+    "prompt",
+    "max_tokens",
+    "stop",
+    "n",
+    "seed",
+    "temperature",
+    "stream",
+    "block_length",
+    "cache",
+    "logprobs",
+]
+
+
+async def test_no_body_is_our_fault(client):
+    rng, statuses = random.Random(0), set()
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.booleans())
+    def collect(body, valid):
+        bodies.append(({"prompt": "a", "messages": HELLO["messages"], "max_tokens": 2} if valid else {}) | body)
+
+    bodies = []
+    collect()
+    for body in bodies:
+        async with client.post(rng.choice((CHAT, COMPLETE)), json=body) as response:
+            statuses.add(response.status)
+            await response.read()
+    assert statuses <= {200, 400}
+    assert (await post(client, CHAT, HELLO))[0] == 200
+
+
+async def test_a_client_that_leaves_frees_its_row(client, engine):
+    async with client.post(CHAT, json=HELLO | {"max_tokens": 200, "stream": True}) as response:
+        await response.content.readline()
+        assert engine.streams
+    await asyncio.wait_for(engine.idle.wait(), 30)
+    task = asyncio.create_task(post(client, CHAT, HELLO | {"max_tokens": 200}))
+    while not engine.streams:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.wait_for(engine.idle.wait(), 30)
+    assert not engine.scheduler.requests
+
+
+async def test_64_clients_at_once_each_get_their_own_answer(client):
+    bodies = [HELLO | {"messages": [{"role": "user", "content": f"client {i}" * (1 + i % 5)}]} for i in range(64)]
+    known = [(await post(client, CHAT, body))[1]["choices"] for body in bodies]
+    crowd = await asyncio.gather(*(post(client, CHAT, body) for body in bodies))
+    assert [body["choices"] for _, body, _ in crowd] == known
+
+
+async def test_openais_own_client_is_served(address, engine):
+    async with openai.AsyncOpenAI(base_url=address + "/v1", api_key="none") as client:
+        assert [model.id for model in (await client.models.list()).data] == ["random"]
+        answer = await client.chat.completions.create(
+            model="random", messages=HELLO["messages"], max_tokens=16, extra_body={"confidence_threshold": 0.6}
+        )
+        known = await engine.generate(HELLO["messages"], Options(max_tokens=16, confidence_threshold=0.6))
+        assert answer.choices[0].message.content == known.text
+        pieces = await client.chat.completions.create(
+            model="random",
+            messages=HELLO["messages"],
+            max_tokens=16,
+            stream=True,
+            extra_body={"confidence_threshold": 0.6},
+        )
+        text = "".join([piece.choices[0].delta.content or "" async for piece in pieces])
+        assert text == known.text
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            await client.completions.create(model="random", prompt="x", max_tokens=100_000)
+
+
+async def test_the_pages_around_it(client):
+    async def get(path):
+        async with client.get(path) as response:
+            return response.status, await response.json()
+
+    assert await get("/health") == (200, {"status": "ok"})
+    assert await get("/ready") == (200, {"status": "ready"})
+    assert "version" in (await get("/version"))[1]
+    assert (await get("/v1/models"))[1]["data"][0]["max_model_len"] == 256
+    _, body, _ = await post(client, "/tokenize", {"prompt": "é"})
+    assert body["count"] == 2
+    assert (await post(client, "/detokenize", {"tokens": body["tokens"]}))[1] == {"prompt": "é"}
+    assert (await post(client, "/tokenize", {}))[0] == 400
+
+
+async def test_a_key_is_asked_for_where_one_is_set(engine):
+    config = Config.of(port=0, api_key="secret")
+    async with running(engine, config) as address, aiohttp.ClientSession(address) as client:
+        status, body, headers = await post(client, CHAT, HELLO)
+        assert (status, body["error"]["code"], headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
+        assert (await post(client, CHAT, HELLO, authorization="Bearer wrong"))[0] == 401
+        assert (await post(client, CHAT, HELLO, authorization="Bearer secret"))[0] == 200
+        async with client.get("/health") as response:
+            assert response.status == 200
