@@ -43,7 +43,9 @@ TEMPLATE = (
 )
 VOCAB, WIDTH, LAYERS, HEADS, MLP = 264, 192, 5, 8, 512
 MAX_LENGTH, BLOCK, THETA, EPS = 512, 32, 10000.0, 1e-5
-WEIGHTS = {"add": 0.22, "chain": 0.16, "word": 0.16, "sort": 0.18, "reverse": 0.16, "json": 0.12}
+EARLY = {"add": 0.25, "chain": 0.0, "word": 0.0, "sort": 0.25, "reverse": 0.35, "json": 0.15}
+LATE = {"add": 0.22, "chain": 0.2, "word": 0.18, "sort": 0.18, "reverse": 0.1, "json": 0.12}
+FRONTIER = 6  # masked tokens from the left that count in full; those behind them depend on what is not there yet
 
 
 class Example(NamedTuple):
@@ -80,10 +82,12 @@ class Batch(NamedTuple):
 
 
 def examples(rng: random.Random, hardness: Any) -> Iterator[Example]:
+    """Problems of all tasks; the tasks that need several steps come in as the problems get harder."""
     streams = {name: training(name, rng, hardness) for name in TASKS}
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
     while True:
-        yield encoded(next(streams[rng.choices(names, weights)[0]]))
+        late = hardness()
+        weights = [(1 - late) * EARLY[name] + late * LATE[name] for name in streams]
+        yield encoded(next(streams[rng.choices(list(streams), weights)[0]]))
 
 
 def canvases(source: Iterator[Example], rng: random.Random, full: float) -> tuple[Example, int]:
@@ -120,9 +124,10 @@ def collate(group: list[Example], length: int, rng: random.Random) -> Batch:
         noisy[row, :start] = clean[row, :start]
         block, masked = masks(len(example.answer), length - start, rng)
         noisy[row, start : start + block] = clean[row, start : start + block]
-        for at in masked:
+        for order, at in enumerate(masked):
             noisy[row, start + at] = MASK
-            weight[row, start + at] = 1.0 if start + at <= end else 0.1
+            weight[row, start + at] = 0.1 if start + at > end else 1.0 if order < FRONTIER else 0.25
+        weight[row] /= weight[row].sum().sqrt()
     return Batch(noisy, clean, weight)
 
 
@@ -154,7 +159,7 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         scale = WIDTH**-0.5
-        self.embedding = torch.nn.Parameter(torch.randn(VOCAB, WIDTH) * 0.02)
+        self.embedding = torch.nn.Parameter(torch.randn(VOCAB, WIDTH) * 0.5)
         self.head = torch.nn.Parameter(torch.randn(VOCAB, WIDTH) * 0.02)
         self.norms = torch.nn.Parameter(torch.ones(2 * LAYERS + 1, WIDTH))
         self.qkv = torch.nn.Parameter(torch.randn(LAYERS * 3, WIDTH, WIDTH) * scale)
@@ -255,7 +260,7 @@ class Trainer:
             parameter.grad = None
         loss.backward()
         rate = self.rate()
-        self.muon.step(0.02 * rate, 0.01)
+        self.muon.step(0.01 * rate, 0.01)
         for group in self.adam.param_groups:
             group["lr"] = 0.004 * rate
         self.adam.step()
@@ -288,8 +293,8 @@ class Trainer:
         self.save()
 
     def difficulty(self, rng: random.Random) -> float:
-        """Short problems only at first; the full range from two fifths of the run on."""
-        return min(1.0, 2 * self.done + 0.4 * rng.random())
+        """Short problems only at first; the full range from the middle of the run on."""
+        return min(1.0, max(0.0, 2.2 * self.done - 0.2) + 0.3 * rng.random())
 
     def full_share(self) -> float:
         """Share of examples on whole blocks: few at first, many at the end."""
@@ -388,7 +393,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the run (default 60)")
     parser.add_argument("--steps", type=int, help="length of the run in steps, instead of minutes")
     parser.add_argument("--decay", type=float, default=0.3, help="share of the run over which the rate falls to 0")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens in a batch")
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens in a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")

@@ -180,6 +180,11 @@ class Engine:
     def alive(self) -> bool:
         return self.failure is None
 
+    async def ended(self) -> None:
+        """Wait until the engine has stopped, by itself (see `failure`) or because it was left."""
+        if self.main:
+            await asyncio.wait([self.main])
+
     async def drain(self, grace: float) -> None:
         """Refuse new requests, and wait until the running ones have ended, `grace` seconds at most."""
         self.draining = True

@@ -198,10 +198,10 @@ class Model:
         for i, block in enumerate(self.blocks):
             q, k, v = self.project(block, self.norm(x, block.attn_norm), turns)
             pool.write(i, packed.slots, k, v)
-            spans = packed.spans
+            groups = packed.groups
             if i == last and packed.kept is not None:
-                x, q, spans = x[packed.kept], q[packed.kept], packed.kept_spans
-            x = x + self.reduce(F.linear(attend(q, pool, i, spans).flatten(1), block.attn_out))
+                x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
+            x = x + self.reduce(F.linear(attend(q, pool, i, groups).flatten(1), block.attn_out))
             x = x + self.reduce(self.feed_forward(block, self.norm(x, block.ff_norm)))
         return self.norm(x, self.weights.norm)
 
@@ -211,7 +211,13 @@ class Model:
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm, cast to the model's type before the weight is applied, as LLaDA does."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) * weight
+        if x.dtype != torch.float32:
+            return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) * weight
+        length: torch.Tensor = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True
+        )  # one pass over x where the library makes three
+        scale = length.square_().div_(x.shape[-1]).add_(self.spec.norm_eps).rsqrt_()
+        return (x * scale).mul_(weight)
 
     def project(
         self, block: Block, x: torch.Tensor, turns: torch.Tensor
@@ -228,4 +234,4 @@ class Model:
 
     def feed_forward(self, block: Block, x: torch.Tensor) -> torch.Tensor:
         gate, up = F.linear(x, block.gate_up).view(x.shape[0], self.groups, 2, -1).unbind(2)
-        return F.linear((F.silu(gate) * up).flatten(1), block.down)
+        return F.linear(F.silu(gate).mul_(up).flatten(1), block.down)

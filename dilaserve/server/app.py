@@ -37,6 +37,7 @@ _json = msgspec.json.Encoder()
 async def serve(config: Config, progress: Progress, announce: Announce) -> int:
     """Load, listen, and on SIGTERM or SIGINT finish what runs; a second signal exits at once.
 
+    Returns the exit code, 1 when the engine itself has broken (the log says how).
     Raises `ConfigError` before any port opens when the model or the address cannot be used.
     """
     loop, stop, me = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
@@ -55,7 +56,12 @@ async def serve(config: Config, progress: Progress, announce: Announce) -> int:
         async with Engine(config, progress) as engine, running(engine, config) as address:
             listening = True
             announce(address, engine.model.name, config.server.api_key is not None)
-            await stop.wait()
+            ended = asyncio.create_task(engine.ended())
+            await asyncio.wait([ended, waiting := asyncio.create_task(stop.wait())], return_when="FIRST_COMPLETED")
+            waiting.cancel()
+            if ended.done():
+                return 1
+            ended.cancel()
             log.info("stopping: %d requests are running", len(engine.streams))
             await engine.drain(config.server.grace_period)
     except asyncio.CancelledError:

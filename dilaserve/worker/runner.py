@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import Packed, PackedSpan
+from dilaserve.models.layers import Packed, PackedSpan, grouped
 from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
 from dilaserve.table import RequestTable
@@ -100,9 +100,9 @@ class Runner:
             ids=self.on_device(ids.astype(np.int64)),
             positions=self.on_device(positions),
             slots=self.on_device(slots),
-            spans=packed_spans(offsets, columns.length, columns),
+            groups=grouped(packed_spans(offsets, columns.length, columns), self.device),
             kept=kept,
-            kept_spans=packed_spans(starts(widths), widths, columns),
+            kept_groups=grouped(packed_spans(starts(widths), widths, columns), self.device) if kept is not None else [],
         )
 
     def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> Sampling | None:

@@ -1,0 +1,35 @@
+"""The README's promises that a machine can check."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from dilaserve import config
+from dilaserve.server import openai
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_embedding_example_runs_as_it_stands():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = [block for block in blocks if "Engine(" in block]
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    whole, streamed = done.stdout.splitlines()
+    assert re.fullmatch(r"\S+ (stop|length) \d+", whole)
+    assert streamed
+
+
+def test_every_flag_that_is_named_exists():
+    flags = {setting.flag for setting in config.settings().values()} | {"--help", "--config"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
+
+
+def test_every_field_that_is_named_is_known():
+    rows = re.findall(r"^\| (?:honoured|our own|refused[^|]*) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 3
+    known = {*openai.ChatRequest.__struct_fields__, *openai.CompletionRequest.__struct_fields__}
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", row))}
+    assert named <= known
+    assert set(openai.REFUSALS) - named <= {"tool_choice", "parallel_tool_calls", "function_call", "best_of"}
