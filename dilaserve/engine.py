@@ -159,7 +159,7 @@ class Engine:
                 await asyncio.gather(running, asyncio.to_thread(self.text.load_template))
                 started.set_result(None)
         except BaseExceptionGroup as broken:
-            self.failure = broken.exceptions[0]
+            self.failure = first(broken)
             if not started.done():
                 started.set_exception(self.failure)
             else:
@@ -325,3 +325,10 @@ class Engine:
         stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
         if stream.stopped:
             self.post(Cancel(request.id, "stop"))
+
+
+def first(broken: BaseException) -> BaseException:
+    """The error at the bottom of nested groups."""
+    while isinstance(broken, BaseExceptionGroup):
+        broken = broken.exceptions[0]
+    return broken

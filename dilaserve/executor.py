@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch.multiprocessing as mp
 
 from dilaserve import wire
-from dilaserve.errors import CheckpointError
+from dilaserve.errors import CheckpointError, DilaserveError
 from dilaserve.table import RequestTable
 from dilaserve.terms import Batch, Event, Instance, InstanceLost, InstanceReady, StepDone
 from dilaserve.worker import loop as worker
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
 Post = Callable[[Event], None]
 PATIENCE = 5.0  # seconds a worker gets to leave before it is killed
-RESPAWN_PAUSE = 2.0  # seconds between two attempts to bring a worker back
+RESPAWN_PAUSE = 2.0  # seconds, times the attempts that failed, before a worker is started again
+MAX_FAILURES = 3  # attempts in a row, after which an engine without workers gives up
 _spawning = threading.Lock()
 
 
@@ -65,15 +66,22 @@ class ProcessExecutor:
         self.workers[batch.instance].send(wire.Run(batch.id, list(batch.spans)))
 
     async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
-        """Keep one worker alive: start it, hear it out, and start it again when it is gone."""
+        """Keep one worker alive: start it, hear it out, and start it again when it is gone.
+
+        Raises `DilaserveError` when it fails to come back again and again and no other worker is up.
+        """
+        failures = 0
         while True:
             async with WorkerHandle.spawned(job, self.table) as handle:
-                failure = await self.hear(rank, handle, ready)
+                reason = await self.hear(rank, handle, ready)
             if not ready.done():
-                ready.set_exception(CheckpointError(failure))
+                ready.set_exception(CheckpointError(reason))
                 return
-            log.warning("worker %d on %s is gone (%s); starting another", rank, job.device, failure)
-            await asyncio.sleep(RESPAWN_PAUSE * handle.failed_to_load)
+            failures = failures + 1 if handle.failed_to_load else 0
+            if failures >= MAX_FAILURES and not self.workers:
+                raise DilaserveError(f"the worker on {job.device} does not come back: {reason}")
+            log.warning("worker %d on %s is gone (%s); starting another", rank, job.device, reason)
+            await asyncio.sleep(RESPAWN_PAUSE * failures)
 
     async def hear(self, rank: int, handle: "WorkerHandle", ready: asyncio.Future[None]) -> str:
         """Pass on a worker's reports until it is gone; returns why."""
@@ -90,9 +98,10 @@ class ProcessExecutor:
                         ready.set_result(None)
                 case wire.Broken(message):
                     broken = message
+        reason = await handle.epitaph()
         if self.workers.pop(rank, None):
-            self.post(InstanceLost(rank, await handle.epitaph()))
-        return broken or await handle.epitaph()
+            self.post(InstanceLost(rank, reason))
+        return broken or f"the worker on {handle.job.device} ended early: {reason}"
 
     def attach(self, rank: int, handle: "WorkerHandle") -> None:
         """From now on steps go to this worker, and its reports are read straight from the loop, without a task."""

@@ -11,7 +11,7 @@ import textwrap
 import checkpoints
 import pytest
 
-from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable
+from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable, executor
 
 
 def on(model, **settings):
@@ -171,3 +171,21 @@ def test_an_embedding_script_needs_no_main_guard(random_model, tmp_path):
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+
+
+async def test_a_worker_that_cannot_come_back_ends_the_engine_and_nobody_waits_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.0)
+    model = checkpoints.make(tmp_path / "vanishing")
+    async with Engine(on(model)) as engine:
+        stream = await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4))
+        (model / "model.safetensors").unlink()
+        (handle,) = engine.executor.workers.values()
+        os.kill(handle.process.pid, signal.SIGKILL)
+        with pytest.raises(Unavailable):
+            async for _ in stream:
+                pass
+        await engine.ended()
+        assert "does not come back" in str(engine.failure)
+        assert not engine.alive
+        with pytest.raises(Unavailable):
+            await engine.submit(PROMPTS[0])
