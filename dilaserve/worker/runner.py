@@ -10,7 +10,7 @@ from dilaserve.models.kvcache import KVPool
 from dilaserve.models.layers import Packed, PackedSpan, grouped
 from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
-from dilaserve.table import RequestTable
+from dilaserve.table import RULES, RequestTable
 from dilaserve.terms import RowResult, Span
 from dilaserve.worker.unmask import Guess, Rules, Sampling, accepted, guess
 
@@ -117,8 +117,9 @@ class Runner:
 
     def rules(self, columns: Columns) -> Rules:
         table, row = self.table, columns.row
-        knobs = (table.rule[row], table.threshold[row], table.factor[row], columns.quota)
-        return Rules(*(self.on_device(knob) for knob in knobs))
+        rule = table.rule[row]
+        factor = self.on_device(table.factor[row]) if (rule == RULES["factor"]).any() else None
+        return Rules(self.on_device(rule), self.on_device(table.threshold[row]), factor, self.on_device(columns.quota))
 
     def write(
         self,
@@ -144,7 +145,7 @@ class Runner:
     ) -> list[RowResult]:
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
-        stops = np.isin(canvas, self.stop_ids) & blocks.valid
+        stops = (canvas[..., None] == self.stop_ids).any(-1) & blocks.valid
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
         fields = (columns.row, columns.generation, taken.sum(1), masked.sum(1), prefix, stop_at, confidence)

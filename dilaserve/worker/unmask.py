@@ -86,11 +86,11 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 class Rules(NamedTuple):
-    """Per-row knobs of the transfer, all [rows]."""
+    """Per-row knobs of the transfer, all [rows]; `factor` is None when no row goes by it."""
 
     rule: torch.Tensor  # int, see table.RULES
     threshold: torch.Tensor  # float64
-    factor: torch.Tensor  # float64
+    factor: torch.Tensor | None  # float64
     quota: torch.Tensor  # int
 
 
@@ -105,14 +105,10 @@ def accepted(guessed: Guess, masked: torch.Tensor, rules: Rules) -> torch.Tensor
     odds, order = odds.sort(dim=1, stable=True)
     confidence = 1.0 / (1.0 + odds.double())  # falls along the row, 0 past its masks
     masks = masked.sum(1)
-    counts = torch.stack(
-        [
-            (confidence >= rules.threshold[:, None]).sum(1),
-            rules.quota,
-            factor_count(confidence, masks, rules.factor),
-        ]
-    )
-    count = counts.gather(0, rules.rule[None].long()).squeeze(0).clamp(min=1).minimum(masks)
+    counts = [(confidence >= rules.threshold[:, None]).sum(1), rules.quota]  # in the order of table.RULES
+    if rules.factor is not None:
+        counts.append(factor_count(confidence, masks, rules.factor))
+    count = torch.stack(counts).gather(0, rules.rule[None].long()).squeeze(0).clamp(min=1).minimum(masks)
     rank = torch.arange(masked.shape[1], device=masked.device)
     return torch.zeros_like(masked).scatter_(1, order, rank < count[:, None])
 
