@@ -66,7 +66,9 @@ def unmask(x: torch.Tensor, logits: torch.Tensor, start: int, end: int, mask_id:
     """Threshold transfer in [start, end) of every row of x, in place; `logits` begin at `start`."""
     block = x[:, start:end]
     masked = block == mask_id
-    token = logits[:, : end - start].argmax(-1)
+    choices = logits[:, : end - start].clone()
+    choices[..., mask_id] = -torch.inf  # a mask as its own prediction would never end
+    token = choices.argmax(-1)
     probability = F.softmax(logits.to(torch.float64), -1)[:, : end - start]
     confidence = probability.gather(-1, token.unsqueeze(-1)).squeeze(-1).masked_fill(~masked, -torch.inf)
     best = F.one_hot(confidence.argmax(-1), end - start).bool()

@@ -106,9 +106,7 @@ class ProcessExecutor:
     def attach(self, rank: int, handle: "WorkerHandle") -> None:
         """From now on steps go to this worker, and its reports are read straight from the loop, without a task."""
         self.workers[rank] = handle
-        handle.on_done(
-            lambda done: self.post(StepDone(rank, done.batch, tuple(done.results), done.seconds, done.forward))
-        )
+        handle.on_done(lambda done: self.post(step_done(rank, done)))
 
 
 def step_done(rank: int, done: wire.Done) -> StepDone:

@@ -4,11 +4,14 @@ import asyncio
 import random
 
 import checkpoints
+import msgspec
 import pytest
 from reference import Llada, decode
 from test_reference import CASES, cache_of
 
 from dilaserve import Config, Engine, Options
+from dilaserve.models.checkpoint import locate
+from dilaserve.tasks import TASKS, held_out
 
 SETTINGS = [
     dict(cache=cache, **rule)
@@ -43,6 +46,10 @@ def some_requests(count: int, seed: int, longest: int = 256):
         prompt = [rng.randrange(256) for _ in range(rng.randint(1, min(90, longest - gen_length)))]
         requests.append(dict(prompt=prompt, gen_length=gen_length, block_length=block_length, **setting))
     return requests
+
+
+def wishes(requests):
+    return [asked(**request) for request in requests]
 
 
 async def answers(engine, requests, stagger=False):
@@ -115,6 +122,37 @@ async def test_a_request_alone_and_in_company_gives_the_same_tokens_and_confiden
         assert one.confidences == pytest.approx(other.confidences, rel=1e-4)
 
 
+async def test_refreshing_at_every_step_is_no_cache_at_all(random_model):
+    requests = [request | {"cache": "none"} for request in some_requests(12, seed=8)]
+    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
+        for cache in ("prefix", "dual"):
+            how = {"cache": cache, "refresh_interval": 1}
+            always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in wishes(requests)]
+            completions = await asyncio.gather(*(engine.generate(*wish) for wish in always))
+            expect(Llada(random_model), requests, completions)
+
+
+async def test_an_answer_cut_inside_a_block_is_the_beginning_of_the_whole_block(random_model):
+    requests = [request | {"steps": None, "threshold": 0.7, "factor": None} for request in some_requests(12, seed=9)]
+    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
+        whole = await answers(engine, requests)
+        cut = await answers(engine, [request | {"gen_length": request["gen_length"] - 3} for request in requests])
+    assert [answer.token_ids for answer in cut] == [answer.token_ids[:-3] for answer in whole]
+
+
+async def test_the_bundled_model_answers_as_the_reference_does():
+    model = Llada(locate("dilaserve-tiny"))
+    problems = [problem for task in TASKS for problem in held_out(task, 2, seed=3)]
+    settings = [dict(cache=cache, threshold=0.8) for cache in ("none", "prefix", "dual")]
+    async with Engine(Config.of(devices="cpu")) as engine:
+        prompts = [await engine.tokenize([{"role": "user", "content": problem.prompt}]) for problem in problems]
+        requests = [
+            dict(prompt=prompt, gen_length=64, block_length=32, **settings[i % 3]) for i, prompt in enumerate(prompts)
+        ]
+        completions = await answers(engine, requests)
+    expect(model, requests, completions)
+
+
 async def test_sampling_depends_on_the_seed_and_not_on_the_company(random_model):
     requests = [asked(**request) for request in some_requests(12, seed=5)]
     hot = [
@@ -154,7 +192,7 @@ async def test_an_answer_ends_at_its_first_end_token_and_says_what_the_full_canv
         full = await answers(engine, requests)
         cut = await asyncio.gather(
             *(
-                engine.generate(prompt, msgspec_replace(options, ignore_eos=False))
+                engine.generate(prompt, msgspec.structs.replace(options, ignore_eos=False))
                 for prompt, options in (asked(**request) for request in requests)
             )
         )
@@ -167,12 +205,6 @@ async def test_an_answer_ends_at_its_first_end_token_and_says_what_the_full_canv
         assert short.finish_reason == ("stop" if end < len(ids) else "length")
         assert short.usage.steps <= whole.usage.steps
     assert ended >= 10
-
-
-def msgspec_replace(options, **changes):
-    import msgspec
-
-    return msgspec.structs.replace(options, **changes)
 
 
 def teach_an_end(directory):

@@ -53,6 +53,16 @@ def test_confidences_that_round_to_one_are_still_ordered():
     assert found.odds.argsort().tolist() == [1, 2, 0]
 
 
+def test_logits_that_overflow_or_are_broken_still_unmask_one_real_position():
+    logits = torch.zeros(4, 10)
+    logits[:2, MASK] = 500.0
+    logits[2:] = torch.nan
+    masked = torch.tensor([[False, False, True, True], [False, True, False, True]])
+    taken = accepted(guess(logits, MASK), masked, rules(2))
+    assert taken.sum(1).tolist() == [1, 1]
+    assert (taken & ~masked).sum() == 0
+
+
 def test_rows_are_judged_by_their_own_knobs():
     masked = torch.tensor([[True, True, True, False], [True, False, True, True], [True, True, True, True]])
     found = guessed([0.95, 0.5, 0.92, 0.5, 0.6, 0.4, 0.1, 0.9, 0.8, 0.7])

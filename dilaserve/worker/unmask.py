@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+HOPELESS = torch.finfo(torch.float32).max  # odds of what overflows: behind all others, yet before a row's padding
+
 
 class Guess(NamedTuple):
     """The candidate of each masked position, all [masks].
@@ -45,7 +47,7 @@ def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) 
     chosen = logits.gather(1, token)
     weights = logits.sub_(chosen).exp_().scatter_(1, token, 0.0)
     odds = weights.sum(1) + (mask_logit - chosen.squeeze(1)).exp_()
-    return Guess(token.squeeze(1), odds)
+    return Guess(token.squeeze(1), odds.nan_to_num_(nan=HOPELESS, posinf=HOPELESS))
 
 
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
