@@ -5,15 +5,23 @@
 Masked diffusion (LLaDA, arXiv 2502.09992): cross-entropy on masked answer tokens. The masks are those that block
 decoding shows: everything after the active block is masked, everything before it is visible, and inside it mostly a
 prefix is visible, so that a result is computed and not copied from further right.
+
+That gives a handful of lessons per example. So the run begins with two streams (block diffusion, arXiv 2503.09573): the
+answer stands there once in clear and once masked, cut into chunks of random size; the masks of a chunk see each other
+and all clear tokens before the chunk, and every answer token is a lesson. The last part of the run is plain masked
+diffusion.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dilaserve.tasks import TASKS, Problem, training
 
@@ -41,11 +49,14 @@ TEMPLATE = (
     "<|{{ message['role'] }}|>{{ message['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-VOCAB, WIDTH, LAYERS, HEADS, MLP = 264, 192, 5, 8, 512
+VOCAB, WIDTH, LAYERS, HEADS, MLP = 384, 192, 5, 4, 512
+PIECES = r"[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]+|\s"  # every digit by itself, words and signs with the space before them
 MAX_LENGTH, BLOCK, THETA, EPS = 512, 32, 10000.0, 1e-5
-EARLY = {"add": 0.25, "chain": 0.0, "word": 0.0, "sort": 0.25, "reverse": 0.35, "json": 0.15}
-LATE = {"add": 0.22, "chain": 0.2, "word": 0.18, "sort": 0.18, "reverse": 0.1, "json": 0.12}
+MIX = {"add": 0.24, "chain": 0.2, "word": 0.18, "sort": 0.2, "reverse": 0.08, "json": 0.1}
 FRONTIER = 6  # masked tokens from the left that count in full; those behind them depend on what is not there yet
+
+
+Share = Callable[[], float]
 
 
 class Example(NamedTuple):
@@ -53,14 +64,41 @@ class Example(NamedTuple):
     answer: list[int]
 
 
+@functools.cache
 def tokenizer() -> Tokenizer:
-    """Bytes and marks: id n < 256 is byte n, so that every text has ids and every digit is a token."""
+    """Bytes, marks, and the words that the tasks use over and over; id n < 256 is byte n, so that every text has ids.
+
+    A word is a token as a whole or goes byte by byte (no merges), so that made-up words are always spelled out.
+    """
     letters = bytes_to_unicode()
-    made = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = {letters[byte]: byte for byte in range(256)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
+    words = common_words(made.pre_tokenizer, VOCAB - 256 - len(SPECIALS))
+    vocab |= {word: 256 + len(SPECIALS) + i for i, word in enumerate(words)}
+    made.model = models.BPE(
+        vocab=vocab | dict(zip(SPECIALS, range(256, 264), strict=True)), merges=[], ignore_merges=True
+    )
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     return made
+
+
+def common_words(pieces: pre_tokenizers.PreTokenizer, most: int) -> list[str]:
+    """Pieces of two characters or more that stand in at least one of 400 problems of a task, made-up words aside."""
+    rng, counts = random.Random(0), Counter[str]()
+    for name in TASKS:
+        stream = training(name, rng, lambda: 1.0)
+        for _ in range(2000):
+            problem = next(stream)
+            for text in (problem.prompt, problem.answer):
+                counts.update({piece for piece, _ in pieces.pre_tokenize_str(text) if len(piece) > 1})
+    return sorted(piece for piece, count in counts.most_common(most) if count >= 5 * len(TASKS))
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -71,23 +109,23 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 def encoded(problem: Problem) -> Example:
-    prompt = [BOS, USER, *problem.prompt.encode(), EOT, ASSISTANT]
-    return Example(prompt, list(problem.answer.encode()))
+    prompt = tokenizer().encode(problem.prompt, add_special_tokens=False).ids
+    answer = tokenizer().encode(problem.answer, add_special_tokens=False).ids
+    return Example([BOS, USER, *prompt, EOT, ASSISTANT], answer)
 
 
 class Batch(NamedTuple):
     noisy: torch.Tensor  # [rows, length], with masks
     clean: torch.Tensor  # [rows, length]
     weight: torch.Tensor  # [rows, length], 0 where nothing is learned
+    places: torch.Tensor  # [rows, length], positions in the canvas
+    seen: torch.Tensor | None  # [rows, 1, length, length], who sees whom; None: everybody everybody
 
 
-def examples(rng: random.Random, hardness: Any) -> Iterator[Example]:
-    """Problems of all tasks; the tasks that need several steps come in as the problems get harder."""
+def examples(rng: random.Random, hardness: Share) -> Iterator[Example]:
     streams = {name: training(name, rng, hardness) for name in TASKS}
     while True:
-        late = hardness()
-        weights = [(1 - late) * EARLY[name] + late * LATE[name] for name in streams]
-        yield encoded(next(streams[rng.choices(list(streams), weights)[0]]))
+        yield encoded(next(streams[rng.choices(list(streams), [MIX[name] for name in streams])[0]]))
 
 
 def canvases(source: Iterator[Example], rng: random.Random, full: float) -> tuple[Example, int]:
@@ -99,19 +137,66 @@ def canvases(source: Iterator[Example], rng: random.Random, full: float) -> tupl
     return example, len(example.prompt) + end
 
 
-def batches(rng: random.Random, tokens: int, full: Any, hardness: Any) -> Iterator[Batch]:
+def batches(
+    rng: random.Random,
+    tokens: int,
+    full: Callable[[], float],
+    hardness: Callable[[], float],
+    streams: Callable[[], float],
+) -> Iterator[Batch]:
     """Batches of about `tokens` tokens of like length; the longest sets the canvas, the others get more ends."""
     source = examples(rng, hardness)
     while True:
-        pool = sorted((canvases(source, rng, full()) for _ in range(6000)), key=lambda item: item[1])
+        double = rng.random() < streams()
+        if double:
+            items = [(example, cost(example)) for example in itertools.islice(source, 1500)]
+        else:
+            items = [canvases(source, rng, full()) for _ in range(1500)]
         groups: list[list[tuple[Example, int]]] = [[]]
-        for item in pool:
+        for item in sorted(items, key=lambda item: item[1]):
             if groups[-1] and item[1] * (len(groups[-1]) + 1) > tokens:
                 groups.append([])
             groups[-1].append(item)
         rng.shuffle(groups)
         for group in groups:
-            yield collate([example for example, _ in group], max(length for _, length in group), rng)
+            batch, length = [example for example, _ in group], max(length for _, length in group)
+            yield two_streams(batch, length, rng) if double else collate(batch, length, rng)
+
+
+def cost(example: Example) -> int:
+    return len(example.prompt) + 2 * (len(example.answer) + 2)
+
+
+def two_streams(group: list[Example], length: int, rng: random.Random) -> Batch:
+    """Rows of prompt, answer in clear, answer masked; the answer ends with two end tokens."""
+    clean = torch.full((len(group), length), EOS)
+    noisy = clean.clone()
+    weight = torch.zeros(len(group), length)
+    places = torch.zeros(len(group), length, dtype=torch.long)
+    level = torch.full((len(group), length), 10_000)  # the chunk a clear token lies in; the prompt is chunk 0
+    masked = torch.zeros(len(group), length, dtype=torch.bool)
+    for row, example in enumerate(group):
+        start, answer = len(example.prompt), [*example.answer, EOS, EOS]
+        middle, end = start + len(answer), start + 2 * len(answer)
+        clean[row, :end] = torch.tensor(example.prompt + answer + answer)
+        noisy[row, :middle] = clean[row, :middle]
+        noisy[row, middle:end] = MASK
+        places[row, :middle] = torch.arange(middle)
+        places[row, middle:end] = torch.arange(start, middle)
+        size = rng.choice((1, 1, 1, 1, 2, 2, 3, 4, 6, 12))
+        shift = rng.randrange(size)
+        chunks = (torch.arange(len(answer)) + shift) // size + 1
+        level[row, :start] = 0
+        level[row, start:middle], level[row, middle:end] = chunks, chunks
+        masked[row, middle:end] = True
+        order = (torch.arange(len(answer)) + shift) % size
+        weight[row, middle:end] = torch.where(order < FRONTIER, 1.0, 0.25)
+        weight[row, end - 1] = 0.1
+        weight[row] /= weight[row].sum().sqrt()
+    ours, theirs = level[:, :, None], level[:, None, :]
+    clear_seen = ~masked[:, None, :] & torch.where(masked[:, :, None], theirs < ours, theirs <= ours)
+    seen = clear_seen | (masked[:, :, None] & masked[:, None, :] & (theirs == ours))
+    return Batch(noisy, clean, weight, places, seen[:, None])
 
 
 def collate(group: list[Example], length: int, rng: random.Random) -> Batch:
@@ -128,7 +213,7 @@ def collate(group: list[Example], length: int, rng: random.Random) -> Batch:
             noisy[row, start + at] = MASK
             weight[row, start + at] = 0.1 if start + at > end else 1.0 if order < FRONTIER else 0.25
         weight[row] /= weight[row].sum().sqrt()
-    return Batch(noisy, clean, weight)
+    return Batch(noisy, clean, weight, torch.arange(length).expand(len(group), -1), None)
 
 
 def masks(answer: int, room: int, rng: random.Random) -> tuple[int, list[int]]:
@@ -171,21 +256,23 @@ class Net(torch.nn.Module):
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
 
-    def forward(self, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Logits [wanted, vocab] of the positions where `wanted` [rows, length] is true."""
+    def forward(
+        self, ids: torch.Tensor, places: torch.Tensor, seen: torch.Tensor | None, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [wanted, vocab] of the entries `wanted` of ids [rows, length], counted row by row."""
         rows, length = ids.shape
         x = F.embedding(ids, self.embedding)
-        cos, sin = self.cos[:length], self.sin[:length]
+        cos, sin = self.cos[places][:, None], self.sin[places][:, None]
         for i in range(LAYERS):
             h = F.rms_norm(x, (WIDTH,), self.norms[2 * i], EPS)
             q, k, v = F.linear(h, self.qkv[3 * i : 3 * i + 3].flatten(0, 1)).view(rows, length, 3, HEADS, -1).unbind(2)
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v)
+            mixed = F.scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v, attn_mask=seen)
             x = x + F.linear(mixed.transpose(1, 2).flatten(2), self.out[i])
             h = F.rms_norm(x, (WIDTH,), self.norms[2 * i + 1], EPS)
             gate, up = F.linear(h, self.gate_up[2 * i : 2 * i + 2].flatten(0, 1)).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, self.down[i])
-        return F.linear(F.rms_norm(x[wanted], (WIDTH,), self.norms[-1], EPS), self.head)
+        return F.linear(F.rms_norm(x.flatten(0, 1)[wanted], (WIDTH,), self.norms[-1], EPS), self.head)
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -251,10 +338,11 @@ class Trainer:
         return min(1.0, self.step / 200) * min(1.0, max(0.0, (1 - self.done) / tail))
 
     def train_step(self, batch: Batch) -> float:
-        wanted = batch.weight > 0
-        logits = self.forward(batch.noisy.to(self.device), wanted.to(self.device))
-        losses = F.cross_entropy(logits, batch.clean[wanted].to(self.device), reduction="none")
-        weight = batch.weight[wanted].to(self.device)
+        batch = Batch(*(None if part is None else part.to(self.device) for part in batch))
+        wanted = batch.weight.flatten().nonzero()[:, 0]
+        logits = self.forward(batch.noisy, batch.places, batch.seen, wanted)
+        losses = F.cross_entropy(logits, batch.clean.flatten()[wanted], reduction="none")
+        weight = batch.weight.flatten()[wanted]
         loss = (losses * weight).sum() / weight.sum()
         for parameter in self.net.parameters():
             parameter.grad = None
@@ -274,7 +362,7 @@ class Trainer:
 
     def run(self) -> None:
         rng = random.Random(self.args.seed + self.step)
-        source = batches(rng, self.args.tokens, self.full_share, lambda: self.difficulty(rng))
+        source = batches(rng, self.args.tokens, self.full_share, lambda: self.difficulty(rng), self.double_share)
         signal.signal(signal.SIGUSR1, lambda *_: self.save())
         columns = (TextColumn("loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tok/s"), BarColumn())
         with Progress(*columns, MofNCompleteColumn(), TimeElapsedColumn()) as bar:
@@ -295,6 +383,10 @@ class Trainer:
     def difficulty(self, rng: random.Random) -> float:
         """Short problems only at first; the full range from the middle of the run on."""
         return min(1.0, max(0.0, 2.2 * self.done - 0.2) + 0.3 * rng.random())
+
+    def double_share(self) -> float:
+        """Share of batches with two streams: most at first, none from three quarters of the run on."""
+        return 0.75 * min(1.0, max(0.0, (0.7 - self.done) / 0.25))
 
     def full_share(self) -> float:
         """Share of examples on whole blocks: few at first, many at the end."""

@@ -119,7 +119,7 @@ def quiet() -> None:
 def announce(address: str, model: str, key: bool) -> None:
     """The ready line, with a command to paste."""
     header = " -H 'authorization: Bearer YOUR-KEY'" if key else ""
-    body = '{"messages": [{"role": "user", "content": "What is 347+85?"}], "stream": true}'
+    body = '{"messages": [{"role": "user", "content": "Reverse: lamu"}], "stream": true}'
     print(
         f"ready: {model} on {address}   try: curl -N {address}/v1/chat/completions{header}"
         f" -H 'content-type: application/json' -d '{body}'",

@@ -25,7 +25,7 @@ def addition(rng: random.Random, difficulty: float) -> Problem:
 
 
 def chain(rng: random.Random, difficulty: float) -> Problem:
-    """Three to ten operations with a single digit on a value that stays between 0 and 99; one line a step."""
+    """Three to ten additions and subtractions of a digit; the value stays between 0 and 99 and is written each time."""
     value = rng.randint(1, 99)
     operations, lines = [f"Start with {value}:"], []
     for _ in range(upto(rng, 3, 10, difficulty)):
@@ -37,17 +37,17 @@ def chain(rng: random.Random, difficulty: float) -> Problem:
 
 def next_operation(rng: random.Random, value: int) -> tuple[str, int]:
     digit = rng.randint(2, 9)
-    choices = [(f"+{digit}", value + digit), (f"-{digit}", value - digit), (f"*{digit}", value * digit)]
+    choices = [(f"+{digit}", value + digit), (f"-{digit}", value - digit)]
     return rng.choice([(text, result) for text, result in choices if 0 <= result <= 99])
 
 
 def word_problem(rng: random.Random, difficulty: float) -> Problem:
     """Somebody has things and gains or loses some, two to four times; the working, then `#### answer`."""
-    name, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 99)
+    name, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(10, 60)
     told = [f"{name} has {value} {thing}"]
     working: list[str] = []
     for _ in range(upto(rng, 2, 4, difficulty)):
-        amount = rng.randint(2, 40)
+        amount = rng.randint(2, 20)
         gains = value + amount <= 99 and (amount > value or rng.random() < 0.5)
         if not gains and amount > value:
             amount = rng.randint(1, value) if value else 0

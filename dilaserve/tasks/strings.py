@@ -30,8 +30,8 @@ def word(rng: random.Random, least: int, most: int) -> str:
 
 
 def sorting(rng: random.Random, difficulty: float) -> Problem:
-    """Three to six different numbers of two digits, to be put in order."""
-    numbers = rng.sample(range(10, 100), upto(rng, 3, 6, difficulty))
+    """Three to five different numbers of two digits, to be put in order."""
+    numbers = rng.sample(range(10, 100), upto(rng, 3, 5, difficulty))
     return Problem("sort", f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers))))
 
 
