@@ -16,10 +16,12 @@ from dilaserve.errors import ConfigError
 
 BUNDLED = "dilaserve-tiny"
 CacheKind = Literal["none", "prefix", "dual"]
+Switch = Literal["on", "off"]
 ENVIRONMENT = "DILASERVE_"
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
+Budget = Annotated[str, Meta(pattern=r"^(off|[0-9]+(\.[0-9]+)?)$")]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,7 +66,30 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Scheduling"""
 
-    scheduling: Annotated[Literal["fcfs"], Meta(description="order in which requests are served")] = "fcfs"
+    scheduling: Annotated[
+        Literal["fcfs", "edf", "least-slack", "composed"],
+        Meta(description="who is served first; composed: by deadline, steps made up so that deadlines hold"),
+    ] = "composed"
+    shed: Annotated[Switch, Meta(description="stop spending time on requests that cannot meet their deadline")] = "on"
+    threshold_control: Annotated[
+        Literal["fixed", "slack", "slack+floor"],
+        Meta(description="lower the confidence threshold of requests that are short of time"),
+    ] = "slack+floor"
+    min_confidence_threshold: Annotated[Share, Meta(description="threshold control goes no lower")] = 0.6
+    accuracy_budget: Annotated[
+        Budget, Meta(description="mean accuracy drop per tenant, in percentage points, that control may spend; or off")
+    ] = "0.9"
+    slo_class: Annotated[
+        str, Meta(description="deadlines by name, NAME=2.0x|800ms|none[*WEIGHT],…; x: times the unloaded latency")
+    ] = ""
+    guaranteed_rows: Annotated[Positive, Meta(description="rows with a promised deadline on one device, at most")] = 6
+    batch_cap: Annotated[Positive | None, Meta(description="rows in one step, at most")] = None
+    best_effort_age: Annotated[
+        Annotated[float, Meta(gt=0.0)], Meta(description="seconds after which late requests go before all others")
+    ] = 30.0
+    profile: Annotated[
+        str | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
+    ] = None
     max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
 
 

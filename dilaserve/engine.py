@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Self, TypeAlias, TypeVar
@@ -12,20 +12,19 @@ from typing import Self, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
-from dilaserve import models
 from dilaserve.config import Config
-from dilaserve.devices import dtype_for, listed, threads_for
-from dilaserve.errors import BadRequest, ConfigError, Overloaded, RequestFailed, Unavailable
-from dilaserve.executor import Executor, ProcessExecutor, Progress
-from dilaserve.models.checkpoint import Checkpoint, locate
-from dilaserve.options import Options, settle
+from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
+from dilaserve.executor import Executor, Progress
+from dilaserve.furniture import Furnish, ModelCard, real
+from dilaserve.options import Options, parse_classes, settle, wanted
 from dilaserve.scheduler import Scheduler
 from dilaserve.stream import Chunk, Completion, Stream, collect
-from dilaserve.table import RequestTable
 from dilaserve.terms import (
+    Adjust,
     Arrival,
     Cancel,
     Command,
+    Decline,
     Emit,
     Event,
     Fail,
@@ -36,9 +35,8 @@ from dilaserve.terms import (
     Release,
     Request,
     StepDone,
+    Usage,
 )
-from dilaserve.text import Text
-from dilaserve.worker.loop import Job
 
 __all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
 
@@ -47,15 +45,6 @@ T = TypeVar("T")
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 LONG_TEXT = 4096  # characters from which encoding leaves the loop
-
-
-class ModelCard(msgspec.Struct, frozen=True):
-    """The model as clients see it; `created` in Unix seconds."""
-
-    name: str
-    max_model_len: int
-    created: int
-    parameters: int
 
 
 class Profile(msgspec.Struct):
@@ -71,11 +60,14 @@ class Engine:
     """Serves one model inside a running asyncio loop: `async with Engine(config) as engine`.
 
     Several engines may live in one process. Entering loads the model and raises `ConfigError` when that cannot work;
-    leaving cancels what still runs and ends the workers.
+    leaving cancels what still runs and ends the workers. `furnish` provides what it works with; the simulator has
+    its own.
     """
 
-    def __init__(self, config: Config | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, config: Config | None = None, progress: Progress | None = None, furnish: Furnish = real) -> None:
         self.config = config or Config()
+        self.furnish = furnish
+        self.classes = parse_classes(self.config.scheduler.slo_class)
         self.progress: Progress = progress or (lambda device, done, total: None)
         self.profile = Profile()
         self.draining = False
@@ -84,6 +76,8 @@ class Engine:
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.inbox: deque[Event] = deque()
         self.main: asyncio.Task[None] | None = None
+        self.alarm: asyncio.TimerHandle | None = None
+        self.alarm_at = math.inf
 
     # life
 
@@ -92,7 +86,11 @@ class Engine:
         self.bell = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
-        self.executor = await asyncio.to_thread(self.furnish)
+        furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
+        self.executor, self.table, self.text = furniture.executor, furniture.table, furniture.text
+        self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
+        self.free = list(reversed(range(self.table.rows)))
+        self.scheduler = Scheduler(self.config, furniture.law, furniture.quality)
         started: asyncio.Future[None] = self.loop.create_future()
         self.main = asyncio.create_task(self.live(self.executor, started), name="dilaserve engine")
         try:
@@ -112,42 +110,6 @@ class Engine:
         if self.main:
             self.main.cancel()
             await asyncio.wait([self.main])
-
-    def furnish(self) -> ProcessExecutor:
-        """Read and check everything that needs no worker; blocking."""
-        config = self.config
-        directory = locate(config.model.model)
-        names = listed(config.device.devices)
-        checkpoint = Checkpoint(directory)
-        self.spec = models.describe(checkpoint)
-        self.text = Text(directory)
-        limit = config.model.max_model_len or self.spec.max_length
-        if limit > self.spec.max_length:
-            raise ConfigError(
-                f"--max-model-len {limit} exceeds the model's {self.spec.max_length}; lower it", param="max_model_len"
-            )
-        self.model = ModelCard(
-            config.model.served_model_name or directory.name, limit, int(time.time()), self.spec.parameters
-        )
-        self.table = RequestTable(config.scheduler.max_queue, limit)
-        self.free = list(reversed(range(config.scheduler.max_queue)))
-        self.scheduler = Scheduler(config)
-        stop_ids = tuple(sorted({*self.spec.stop_ids, *self.text.stop_ids()}))
-        shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
-        return ProcessExecutor([self.job(name, names, shared) for name in names], self.table, self.progress)
-
-    def job(self, device: str, names: list[str], shared: Mapping[str, object]) -> Job:
-        config = self.config.device
-        fields = {
-            "device": device,
-            "dtype": dtype_for(device, self.config.model.dtype),
-            "threads": threads_for(device, names, config),
-            "kv_tokens": config.kv_cache_tokens,
-            "kv_wanted": config.max_num_seqs * self.model.max_model_len,
-            "batched_tokens": config.max_num_batched_tokens,
-            "memory_share": (1.0 if device == "cpu" else config.gpu_memory_utilization) / names.count(device),
-        }
-        return msgspec.convert({**shared, **fields}, Job)
 
     async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
@@ -197,16 +159,17 @@ class Engine:
     async def submit(self, prompt: Prompt, options: Options | None = None, *, id: str | None = None) -> Stream:
         """Check the request, give it a row and start it.
 
-        Raises `BadRequest` for what cannot be honoured, `Overloaded` when every row is taken, `Unavailable` while
-        draining.
+        Raises `BadRequest` for what cannot be honoured, `Overloaded` when every row is taken, `DeadlineMissed` when
+        the deadline cannot be kept and the client wants to know at once, `Unavailable` while draining.
         """
         ids = await self.tokenize(prompt)
         options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
+        slo = wanted(options, self.classes)
         self.check_room(settled.canvas_tokens)
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
-        generation = self.table.fill(row, canvas, settled.canvas_tokens, self.spec.mask_id, settled.decoding)
+        generation = self.table.fill(row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding)
         request = Request(
             id=id or secrets.token_hex(12),
             row=row,
@@ -217,10 +180,13 @@ class Engine:
             arrived_at=self.loop.time(),
             decoding=settled.decoding,
             ignore_eos=options.ignore_eos,
+            slo=slo,
         )
         stream = self.streams[request.id] = Stream(request, self.text, options.stop, self.post)
         self.idle.clear()
         self.post(Arrival(request))
+        if slo.on_miss == "reject":
+            await stream.admitted()
         return stream
 
     async def generate(self, prompt: Prompt, options: Options | None = None) -> Completion:
@@ -243,10 +209,8 @@ class Engine:
             size = sum(len(message.get("content", "")) for message in messages)
             return await self.off_loop(size, self.text.encode_chat, messages)
         for item in prompt:
-            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < self.spec.vocab_size:
-                raise BadRequest(
-                    f"token ids lie between 0 and {self.spec.vocab_size - 1}, not {item!r}", param="prompt"
-                )
+            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < self.vocab_size:
+                raise BadRequest(f"token ids lie between 0 and {self.vocab_size - 1}, not {item!r}", param="prompt")
         return list(prompt)  # type: ignore[arg-type]
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -285,8 +249,19 @@ class Engine:
                 self.note(event)
                 for command in self.scheduler.observe(event, now):
                     self.perform(command, executor)
+                if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
+                    stream.verdict.set()
             for command in self.scheduler.decide(now):
                 self.perform(command, executor)
+            self.wake_at(self.scheduler.wake_at())
+
+    def wake_at(self, when: float) -> None:
+        """Look at the house again at that time, whatever happens or not."""
+        if when != self.alarm_at:
+            self.alarm_at = when
+            if self.alarm:
+                self.alarm.cancel()
+            self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.set)
 
     def note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""
@@ -305,6 +280,8 @@ class Engine:
         match command:
             case Launch(batch):
                 executor.launch(batch)
+            case Adjust(row, threshold):
+                self.table.threshold[row] = threshold
             case Emit(request, prefix):
                 self.emit(request, prefix)
             case Finish(request, reason, usage):
@@ -314,6 +291,8 @@ class Engine:
                 self.streams.pop(request.id).fail(
                     RequestFailed("the request failed twice on our side; it was given up")
                 )
+            case Decline(request, usage, retry):
+                self.streams.pop(request.id).fail(missed(usage, retry))
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
@@ -325,6 +304,15 @@ class Engine:
         stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
         if stream.stopped:
             self.post(Cancel(request.id, "stop"))
+
+
+def missed(usage: Usage, retry_after: float | None) -> DeadlineMissed:
+    seconds = f"{usage.deadline:.3g} s" if usage.deadline is not None else "its deadline"
+    if retry_after is not None:
+        return DeadlineMissed(f"the server is too busy to answer within {seconds}; try later", retry_after=retry_after)
+    return DeadlineMissed(
+        f"the answer could not be finished within {seconds} and was given up after {usage.steps} steps"
+    )
 
 
 def first(broken: BaseException) -> BaseException:

@@ -63,6 +63,22 @@ class Overloaded(DilaserveError):
     code = "queue_full"
 
 
+class DeadlineMissed(DilaserveError):
+    """The deadline cannot be met, and the client does not want the answer late.
+
+    429 with `retry_after` when the request never started, else 504.
+    """
+
+    code = "deadline"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
+        if retry_after is not None:
+            self.status, self.kind = 429, "rate_limit_error"
+        else:
+            self.status, self.kind = 504, "timeout_error"
+
+
 class Unavailable(DilaserveError):
     """The engine is starting, draining or stopped."""
 

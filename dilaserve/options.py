@@ -1,13 +1,15 @@
 """What a caller may ask for, checked against what the model and the house allow."""
 
 import math
+import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
-from dilaserve.errors import BadRequest
-from dilaserve.terms import DecodeRule, Decoding
+from dilaserve.errors import BadRequest, ConfigError
+from dilaserve.terms import DecodeRule, Decoding, OnMiss, Slo
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 1024
 KNOBS: dict[str, DecodeRule] = {
@@ -22,6 +24,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     Without `decode` the rule follows from the knob that is given: `confidence_threshold` (unmask what reaches it),
     `num_denoising_steps` (a fixed number of steps over the whole canvas) or `factor` (Fast-dLLM's rule).
+
+    `deadline` is in seconds from arrival, or `slo_class` names one that was configured; `on_miss` says what becomes of
+    the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0. `min_confidence_threshold` bounds
+    threshold control, which leaves alone a request that states its `confidence_threshold`. `tenant` owns the accuracy
+    budget, `task` names a quality profile.
     """
 
     max_tokens: int | None = None
@@ -37,6 +44,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheKind | None = None
     refresh_interval: int = 0
     ignore_eos: bool = False
+    deadline: float | None = None
+    slo_class: str | None = None
+    on_miss: OnMiss = "best_effort"
+    priority: int = 0
+    min_confidence_threshold: float | None = None
+    tenant: str = ""
+    task: str | None = None
+
+
+class SloClass(NamedTuple):
+    """A configured deadline: a multiple of the unloaded latency, or seconds, or neither; and what it is worth."""
+
+    multiple: float | None
+    seconds: float | None
+    weight: float
 
 
 class Settled(NamedTuple):
@@ -85,12 +107,60 @@ def check(options: Options) -> None:
     within("block_length", options.block_length, 1, 2**31)
     within("num_denoising_steps", options.num_denoising_steps, 1, 2**31)
     within("refresh_interval", options.refresh_interval, 0, 2**31)
+    within("priority", options.priority, -8, 8)
+    within("min_confidence_threshold", options.min_confidence_threshold, 0.0, 1.0)
+    if options.deadline is not None and not 0.0 < options.deadline <= 86400.0:
+        raise BadRequest("slo.deadline_ms must lie between 0 and 86400000 (a day)", param="slo.deadline_ms")
     if options.top_p == 0.0:
         raise BadRequest("top_p must be above 0", param="top_p")
     if len(options.stop) > MAX_STOPS:
         raise BadRequest(f"at most {MAX_STOPS} stop strings are allowed, not {len(options.stop)}", param="stop")
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in options.stop):
         raise BadRequest(f"a stop string has 1 to {MAX_STOP_LENGTH} characters", param="stop")
+
+
+def wanted(options: Options, classes: Mapping[str, SloClass]) -> Slo:
+    """The deadline and its terms; raises `BadRequest` for an unknown class, or for a class and a deadline at once."""
+    seconds, multiple, weight = options.deadline, None, 2.0**options.priority
+    if options.slo_class is not None:
+        if seconds is not None:
+            raise BadRequest("slo.deadline_ms and slo.class exclude each other; give one", param="slo")
+        if options.slo_class not in classes:
+            known = ", ".join(sorted(classes)) or "none are configured (--slo-class)"
+            raise BadRequest(f"unknown class {options.slo_class!r}; known: {known}", param="slo.class")
+        multiple, seconds, share = classes[options.slo_class]
+        weight *= share
+    return Slo(
+        seconds=seconds,
+        multiple=multiple,
+        weight=weight,
+        floor=options.min_confidence_threshold or 0.0,
+        on_miss=options.on_miss,
+        tenant=options.tenant,
+        task=options.task,
+        fixed=options.confidence_threshold is not None,
+    )
+
+
+CLASS = re.compile(
+    r"(?P<name>[\w.-]+)=(?:(?P<x>\d+(?:\.\d+)?)x|(?P<ms>\d+(?:\.\d+)?)ms|none)(?:\*(?P<weight>\d+(?:\.\d+)?))?"
+)
+
+
+def parse_classes(text: str) -> dict[str, SloClass]:
+    """`chat=2.0x*3,fast=800ms,batch=none` as classes by name; raises `ConfigError`."""
+    classes = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        found = CLASS.fullmatch(part)
+        if not found or found["name"] in classes:
+            raise ConfigError(
+                f"--slo-class {part!r} is not NAME=2.0x, NAME=800ms or NAME=none, each once, with *WEIGHT behind",
+                param="slo_class",
+            )
+        multiple = float(found["x"]) if found["x"] else None
+        seconds = float(found["ms"]) / 1000 if found["ms"] else None
+        classes[found["name"]] = SloClass(multiple, seconds, float(found["weight"] or 1.0))
+    return classes
 
 
 def within(name: str, value: float | None, least: float, most: float) -> None:

@@ -1,165 +1,52 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
-from collections import deque
-from collections.abc import Iterator
-from enum import Enum, auto
+from bisect import insort
+from collections.abc import Iterator, Sequence
 
+from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
-from dilaserve.pages import PagePool
-from dilaserve.policy.admission import Room, least_loaded
-from dilaserve.policy.caching import View, Work, work
+from dilaserve.cost import StepCost
+from dilaserve.policy.admission import Room, Tenant, fits, hopeless, least_loaded, retry_after
+from dilaserve.policy.budget import Bank, allows, settled
+from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
-from dilaserve.policy.transfer import even, steps_per_block
+from dilaserve.policy.demand import alone
+from dilaserve.policy.ordering import ORDERS, Place
+from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, moved
+from dilaserve.progress import Did, Progress, Seat, State
+from dilaserve.quality import QualityProfile
 from dilaserve.terms import (
+    Adjust,
     Arrival,
     Batch,
     Cancel,
     Command,
+    Decline,
     Emit,
     Event,
     Fail,
     Finish,
     FinishReason,
-    Instance,
     InstanceLost,
     InstanceReady,
     Launch,
     Release,
-    Request,
     RowResult,
-    Span,
     StepDone,
-    Usage,
 )
 
 MAX_CRASHES = 2  # a row in flight at so many lost instances fails alone
+TICK = 0.25  # seconds between two looks at the whole house
+LOOKS = 8  # waiting requests that a decision may test in vain
+NEVER = float("inf")
 
 
-class State(Enum):
-    WAITING = auto()  # in the queue, without K/V
-    RESIDENT = auto()  # has K/V on an instance, between two steps
-    STEPPING = auto()  # in a step in flight
-    LEAVING = auto()  # ended while its last step is in flight
-    GONE = auto()
+class Totals:
+    """Sums since the start that metrics and tests read."""
 
-
-class Did(Enum):
-    PLACED = auto()
-    LAUNCHED = auto()
-    RETURNED = auto()
-    ENDED = auto()
-    EVICTED = auto()
-
-
-TRANSITIONS: dict[tuple[State, Did], State] = {
-    (State.WAITING, Did.PLACED): State.RESIDENT,
-    (State.WAITING, Did.ENDED): State.GONE,
-    (State.RESIDENT, Did.LAUNCHED): State.STEPPING,
-    (State.RESIDENT, Did.ENDED): State.GONE,
-    (State.RESIDENT, Did.EVICTED): State.WAITING,
-    (State.STEPPING, Did.RETURNED): State.RESIDENT,
-    (State.STEPPING, Did.ENDED): State.LEAVING,
-    (State.STEPPING, Did.EVICTED): State.WAITING,
-    (State.LEAVING, Did.RETURNED): State.GONE,
-    (State.LEAVING, Did.EVICTED): State.GONE,
-}
-
-
-class Progress:
-    """How far one request has come."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.state = State.WAITING
-        self.seat: Seat | None = None
-        self.kv_start = 0
-        self.block = 0
-        self.block_step = 0
-        self.prefix = request.prompt_tokens
-        self.fresh = False
-        self.since_refresh = 0
-        self.steps = self.refreshes = self.unmasked = self.crashes = 0
-        self.confidence = 0.0
-        self.started_at: float | None = None
-        self.quotas: list[list[int]] = quotas(request)
-
-    def did(self, what: Did) -> None:
-        self.state = TRANSITIONS[self.state, what]
-
-    @property
-    def block_start(self) -> int:
-        return self.request.prompt_tokens + self.block * self.request.decoding.block_length
-
-    @property
-    def block_end(self) -> int:
-        return min(self.block_start + self.request.decoding.block_length, self.request.canvas_tokens)
-
-    def next_work(self) -> Work:
-        decoding = self.request.decoding
-        due = decoding.refresh_interval and self.since_refresh >= decoding.refresh_interval
-        view = View(self.request.canvas_tokens, self.block_start, self.block_end, self.fresh and not due)
-        return work(decoding.cache, view)
-
-    def quota(self) -> int:
-        if not self.quotas:
-            return 0
-        shares = self.quotas[self.block]
-        return shares[min(self.block_step, len(shares) - 1)]
-
-    def span(self, todo: Work) -> Span:
-        request = self.request
-        return Span(
-            row=request.row,
-            generation=request.generation,
-            kv_start=self.kv_start,
-            start=todo.start,
-            length=todo.length,
-            keys=request.canvas_tokens,
-            block_start=self.block_start,
-            block_end=self.block_end,
-            quota=self.quota(),
-            step=self.steps,
-        )
-
-    def launched(self, todo: Work, now: float) -> None:
-        self.did(Did.LAUNCHED)
-        if self.started_at is None:
-            self.started_at = now
-        self.since_refresh = 1 if todo.refresh else self.since_refresh + 1
-        self.refreshes += todo.refresh
-        self.fresh = True
-
-    def advance(self, result: RowResult) -> None:
-        self.steps += 1
-        self.block_step += 1
-        self.unmasked += result.unmasked
-        self.confidence += result.confidence
-        self.prefix = result.prefix
-        if not result.masks_left and self.block_end < self.request.canvas_tokens:
-            self.block += 1
-            self.block_step = 0
-            self.fresh = False
-
-    def usage(self, now: float) -> Usage:
-        started_at = now if self.started_at is None else self.started_at
-        return Usage(
-            steps=self.steps,
-            refreshes=self.refreshes,
-            queued=started_at - self.request.arrived_at,
-            served=now - started_at,
-            mean_confidence=self.confidence / self.unmasked if self.unmasked else None,
-        )
-
-
-class Seat:
-    """One instance, who sits on it, and the batch it works on."""
-
-    def __init__(self, instance: Instance) -> None:
-        self.instance = instance
-        self.pages = PagePool(instance.kv_tokens)
-        self.residents: dict[int, Progress] = {}
-        self.flying: list[Progress] | None = None
-        self.batch = -1
+    def __init__(self) -> None:
+        self.device = self.wasted = 0.0  # seconds on all requests that ended, and on those that missed their deadline
+        self.met = self.missed = self.declined = 0
 
 
 class Scheduler:
@@ -168,20 +55,38 @@ class Scheduler:
     The same events at the same times give the same commands.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.compose = COMPOSITIONS[config.scheduler.scheduling]
+    def __init__(self, config: Config, law: StepCost, quality: QualityProfile) -> None:
+        policy = config.scheduler
+        self.beliefs = Beliefs(law, quality)
+        self.compose = COMPOSITIONS[policy.scheduling]
+        self.order = ORDERS[policy.scheduling]
+        self.control = CONTROLS[policy.threshold_control]
+        self.moves_floor = policy.threshold_control == "slack+floor"
+        self.controls = policy.threshold_control != "fixed"
+        self.admits = policy.scheduling == "composed"
+        self.shed = policy.shed == "on"
+        self.budget = None if policy.accuracy_budget == "off" else float(policy.accuracy_budget)
+        self.least = policy.min_confidence_threshold
+        self.age = policy.best_effort_age
         self.max_rows = config.device.max_num_seqs
+        self.max_promised = policy.guaranteed_rows
+        self.cap = policy.batch_cap or self.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
-        self.waiting: deque[Progress] = deque()
+        self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
+        self.queue: list[Progress] = []  # promised rows without a seat, in order of service
         self.requests: dict[str, Progress] = {}
         self.seats: dict[int, Seat] = {}
+        self.banks: dict[str, Bank] = {}
+        self.reserved: dict[str, float] = {}
+        self.floor = 0
+        self.ticked_at = -NEVER
         self.batches = 0
+        self.totals = Totals()
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
         match event:
-            case Arrival(request):
-                progress = self.requests[request.id] = Progress(request)
-                self.waiting.append(progress)
+            case Arrival():
+                yield from self.arrival(event, now)
             case Cancel(id, reason):
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
                     yield from self.end(known, reason, now)
@@ -194,20 +99,66 @@ class Scheduler:
                     yield from self.evict(seat, reason)
 
     def decide(self, now: float) -> Iterator[Command]:
-        self.place()
+        ticks = now >= self.ticked_at + TICK and (self.queue or self.admits)
+        if ticks:
+            yield from self.tick(now)
+        self.place(now, everywhere=bool(ticks))
         for seat in self.seats.values():
             if seat.flying is None and seat.residents:
-                yield self.launch(seat, now)
+                yield from self.launch(seat, now)
+
+    def wake_at(self) -> float:
+        """When the house must be looked at even if nothing happens; infinity while nobody waits for a promise."""
+        return self.ticked_at + TICK if self.queue or self.floor else NEVER
 
     # events
+
+    def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
+        request = event.request
+        thresholds = self.thresholds_of(event)
+        progress = Progress(request, thresholds, self.beliefs.drops(request, thresholds))
+        slo = request.slo
+        if slo.seconds is not None:
+            progress.deadline = request.arrived_at + slo.seconds
+        elif slo.multiple is not None:
+            progress.deadline = request.arrived_at + slo.multiple * self.beliefs.unloaded(progress)
+        self.requests[request.id] = progress
+        if progress.deadline is None:
+            self.waiting.append(progress)
+            return
+        progress.promised = True
+        if (
+            slo.on_miss == "reject"
+            and self.admits
+            and not self.seat_with_slack(progress, list(self.seats.values()), {}, now)
+        ):
+            del self.requests[request.id]
+            progress.did(Did.ENDED)
+            self.totals.declined += 1
+            wait = retry_after(self.backlog(), len(self.seats))
+            yield Decline(request, progress.usage(now), wait)
+            yield Release(request.row)
+            return
+        insort(self.queue, progress, key=self.rank)
+
+    def thresholds_of(self, event: Arrival) -> tuple[float, ...]:
+        """The thresholds that control may choose among: the request's own, and lower ones that all sides allow."""
+        request = event.request
+        own = request.decoding.confidence_threshold
+        if not self.controls or request.slo.fixed or request.decoding.rule != "threshold":
+            return (own,)
+        least = max(self.least, request.slo.floor)
+        return (own, *(level for level in self.beliefs.levels if least - 1e-6 <= level < own - 1e-6))
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
         seat = self.seats.get(event.instance)
         if seat is None or seat.batch != event.batch or seat.flying is None:
             return  # the instance was lost after it had sent this
         flying, seat.flying = seat.flying, None
-        for progress, result in zip(flying, event.results, strict=True):
+        self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at)
+        for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
             leaving = progress.state is State.LEAVING
+            progress.device += share * event.seconds
             progress.did(Did.RETURNED)
             if leaving:
                 yield self.release(progress)
@@ -217,7 +168,9 @@ class Scheduler:
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
         request, before = progress.request, progress.prefix
+        masks, block = progress.masks, progress.block
         progress.advance(result)
+        self.beliefs.watched(progress, masks, block)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix and not request.ignore_eos
         prefix = min(result.stop_at if stopped else result.prefix, end)
@@ -229,13 +182,32 @@ class Scheduler:
             yield from self.end(progress, "length", now)
 
     def end(self, progress: Progress, reason: FinishReason, now: float) -> Iterator[Command]:
+        yield from self.gone(progress, Finish(progress.request, reason, progress.usage(now)), now, reason)
+
+    def gone(self, progress: Progress, farewell: Command, now: float, reason: str) -> Iterator[Command]:
+        """The request leaves the house, now or after its step in flight."""
         del self.requests[progress.request.id]
         if progress.state is State.WAITING:
-            self.waiting.remove(progress)
+            (self.queue if progress.promised else self.waiting).remove(progress)
         progress.did(Did.ENDED)
-        yield Finish(progress.request, reason, progress.usage(now))
+        self.account(progress, now, reason)
+        yield farewell
         if progress.state is State.GONE:
             yield self.release(progress)
+
+    def account(self, progress: Progress, now: float, reason: str) -> None:
+        """Settle with the tenant's bank, and add up what was spent in vain."""
+        tenant = progress.request.slo.tenant
+        self.reserve(progress, 0.0)
+        if reason in ("stop", "length") and self.budget is not None and not progress.request.slo.fixed:
+            self.banks[tenant] = settled(self.banks.get(tenant, Bank()), progress.drop, self.budget)
+        totals = self.totals
+        totals.device += progress.device
+        if progress.deadline is not None and reason != "cancelled":
+            met = now <= progress.deadline and reason != "late"
+            totals.met += met
+            totals.missed += not met
+            totals.wasted += 0.0 if met else progress.device
 
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""
@@ -245,8 +217,10 @@ class Scheduler:
 
     def unseat(self, progress: Progress, seat: Seat) -> None:
         del seat.residents[progress.request.row]
+        if progress in seat.promised:
+            seat.promised.remove(progress)
         seat.pages.give(progress.kv_start)
-        progress.seat, progress.fresh = None, False
+        progress.seat, progress.fresh, progress.loads = None, False, None
 
     def evict(self, seat: Seat, reason: str) -> Iterator[Command]:
         """The instance is lost: its rows wait again, ahead of the others; they keep all committed tokens."""
@@ -257,6 +231,7 @@ class Scheduler:
             self.unseat(progress, seat)
             if state is State.STEPPING and progress.crashes >= MAX_CRASHES:
                 del self.requests[progress.request.id]
+                self.reserve(progress, 0.0)
                 yield Fail(progress.request, f"in flight at {progress.crashes} lost workers, the last: {reason}")
                 yield Release(progress.request.row)
                 continue
@@ -265,19 +240,142 @@ class Scheduler:
                 yield Release(progress.request.row)
             else:
                 back.append(progress)
-        self.waiting.extendleft(sorted(back, key=lambda progress: -progress.request.arrived_at))
+        self.wait_again(back)
 
-    # decisions
+    def wait_again(self, rows: list[Progress]) -> None:
+        """Rows that had a seat go back, ahead of the others of their kind."""
+        for progress in rows:
+            if progress.promised:
+                insort(self.queue, progress, key=self.rank)
+        others = [progress for progress in rows if not progress.promised]
+        self.waiting[:0] = sorted(others, key=lambda progress: progress.request.arrived_at)
 
-    def place(self) -> None:
-        """Seat waiting requests in order of arrival, until one finds no room."""
-        while self.waiting and (seat := self.seat_for(self.waiting[0])):
-            progress = self.waiting.popleft()
-            progress.did(Did.PLACED)
-            progress.seat = seat
-            seat.residents[progress.request.row] = progress
+    # deadlines
+
+    def rank(self, progress: Progress) -> float:
+        """The order of service; the smallest first."""
+        deadline = NEVER if progress.deadline is None else progress.deadline
+        seconds = self.beliefs.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
+        return self.order(Place(progress.request.arrived_at, deadline, seconds))
+
+    def tick(self, now: float) -> Iterator[Command]:
+        """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds."""
+        self.ticked_at = now
+        if self.shed:
+            for progress in list(self.queue):
+                if self.is_hopeless(progress, now):
+                    yield from self.give_up(progress, now)
+        if self.moves_floor:
+            promised = [progress for seat in self.seats.values() for progress in seat.promised]
+            missing = len(self.queue) + sum(verdict.late for _, verdict in self.verdicts_of_all(now))
+            total = len(promised) + len(self.queue)
+            deepest = min(1, len(self.beliefs.levels) - 1)
+            self.floor = moved(self.floor, missing / total if total else 0.0, deepest)
+
+    def verdicts_of_all(self, now: float) -> Iterator[tuple[Progress, Verdict]]:
+        for seat in self.seats.values():
+            yield from zip(seat.promised, self.verdicts(seat.promised, now), strict=True)
+
+    def verdicts(self, rows: Sequence[Progress], now: float) -> list[Verdict]:
+        """Level and slack of rows with deadlines, which stand in the order of service."""
+        wishes = [
+            Wish((progress.deadline or NEVER) - now, self.beliefs.loads(progress), self.deepest(progress))
+            for progress in rows
+        ]
+        return self.control(wishes, self.floor, self.beliefs.fixed)
+
+    def deepest(self, progress: Progress) -> int:
+        """The lowest of the row's thresholds that its tenant can pay for."""
+        if self.budget is None or len(progress.thresholds) == 1:
+            return len(progress.thresholds) - 1
+        tenant = progress.request.slo.tenant
+        bank = self.banks.get(tenant, Bank())
+        pending = self.reserved.get(tenant, 0.0) - progress.reserved
+        level = 0
+        while level + 1 < len(progress.thresholds):
+            if not allows(bank, max(progress.drops[level + 1], progress.drop), self.budget, pending):
+                break
+            level += 1
+        return level
+
+    def reserve(self, progress: Progress, drop: float) -> None:
+        """Let the bank hold back what a running request may still spend."""
+        tenant = progress.request.slo.tenant
+        self.reserved[tenant] = self.reserved.get(tenant, 0.0) + drop - progress.reserved
+        progress.reserved = drop
+
+    def is_hopeless(self, progress: Progress, now: float) -> bool:
+        if progress.deadline is None:
+            return False
+        need = self.beliefs.loads(progress)[self.deepest(progress)]
+        return hopeless(progress.deadline - now, alone(need, self.beliefs.fixed))
+
+    def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
+        """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
+        if progress.request.slo.on_miss != "best_effort":
+            self.totals.declined += 1
+            retry = None if progress.steps else retry_after(self.backlog(), len(self.seats))
+            farewell = Decline(progress.request, progress.usage(now), retry)
+            yield from self.gone(progress, farewell, now, "late")
+            return
+        if progress.state is State.WAITING:
+            self.queue.remove(progress)
+            self.waiting.append(progress)
+        elif progress.seat:
+            progress.seat.promised.remove(progress)
+        progress.promised, progress.late = False, True
+
+    def backlog(self) -> float:
+        """Seconds of guaranteed work in the house, as if one after the other."""
+        return sum(self.beliefs.unloaded(progress) for progress in self.requests.values() if progress.promised)
+
+    # placing
+
+    def place(self, now: float, everywhere: bool) -> None:
+        """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
+        if self.admits:
+            self.place_promised(now, everywhere)
+            self.place_rest(self.waiting)
+        else:
+            merged = sorted(self.queue + self.waiting, key=lambda row: (row.late, self.rank(row)))
+            self.place_rest(merged)
+            if len(merged) < len(self.queue) + len(self.waiting):
+                left = {id(progress) for progress in merged}
+                self.queue = [progress for progress in self.queue if id(progress) in left]
+                self.waiting = [progress for progress in self.waiting if id(progress) in left]
+
+    def place_promised(self, now: float, everywhere: bool) -> None:
+        """Newcomers are tested on every instance, those who failed once on the instances between two steps."""
+        idle = [seat for seat in self.seats.values() if seat.flying is None]
+        tested: dict[int, list[Tenant]] = {}
+        looks = 0
+        for progress in list(self.queue):
+            if progress.tested and not everywhere and (looks >= LOOKS or not idle):
+                continue
+            looks += progress.tested
+            seats = idle if progress.tested and not everywhere else list(self.seats.values())
+            progress.tested = True
+            seat = self.seat_with_slack(progress, seats, tested, now)
+            if seat is None and not self.shed and self.is_hopeless(progress, now):
+                seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
+            if seat is not None and self.make_room(seat, progress):
+                self.queue.remove(progress)
+                self.seat(progress, seat)
+                tested.pop(seat.instance.id, None)
+
+    def place_rest(self, rows: list[Progress]) -> None:
+        """In order, until one finds no room; removes from `rows` who got a seat."""
+        placed = 0
+        for progress in rows:
+            seat = self.seat_for(progress)
+            if seat is None:
+                break
+            self.seat(progress, seat)
+            placed += 1
+        del rows[:placed]
 
     def seat_for(self, progress: Progress) -> Seat | None:
+        """The emptiest instance with room for the canvas, whose pages are taken."""
         rooms = [Room(seat.instance.id, len(seat.residents), self.max_rows) for seat in self.seats.values()]
         for id in least_loaded(rooms):
             kv_start = self.seats[id].pages.take(progress.request.canvas_tokens)
@@ -286,31 +384,115 @@ class Scheduler:
                 return self.seats[id]
         return None
 
-    def launch(self, seat: Seat, now: float) -> Launch:
+    def seat_with_slack(
+        self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float
+    ) -> Seat | None:
+        """The instance that keeps the most slack, at the highest threshold at which any passes the test.
+
+        `tenants` keeps the rows of the instances that were looked at.
+        """
+        loads, fixed = self.beliefs.loads(progress), self.beliefs.fixed
+        left = (progress.deadline or NEVER) - now
+        deepest = self.deepest(progress)
+        for level in range(min(self.floor, deepest), deepest + 1):
+            newcomer = Tenant(left, loads[level].steps, loads[level].work, progress.request.slo.weight)
+            found: list[tuple[float, int]] = []
+            for seat in seats:
+                if len(seat.promised) >= self.max_promised:
+                    continue
+                if (id := seat.instance.id) not in tenants:
+                    tenants[id] = self.tenants(seat, now)
+                slack = fits(newcomer, tenants[id], fixed)
+                if slack is not None:
+                    found.append((slack, -id))
+            if found:
+                return self.seats[-max(found)[1]]
+        return None
+
+    def tenants(self, seat: Seat, now: float) -> list[Tenant]:
+        rows = []
+        for progress in seat.promised:
+            need = self.beliefs.loads(progress)[progress.level]
+            left = (progress.deadline or NEVER) - now
+            rows.append(Tenant(left, need.steps, need.work, progress.request.slo.weight))
+        return rows
+
+    def make_room(self, seat: Seat, progress: Progress) -> bool:
+        """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes."""
+        while True:
+            if len(seat.residents) < self.max_rows:
+                kv_start = seat.pages.take(progress.request.canvas_tokens)
+                if kv_start is not None:
+                    progress.kv_start = kv_start
+                    return True
+            idle = [row for row in seat.residents.values() if row.state is State.RESIDENT and not row.promised]
+            if not idle:
+                return False
+            last = max(idle, key=lambda row: row.request.arrived_at)
+            self.unseat(last, seat)
+            last.did(Did.EVICTED)
+            self.wait_again([last])
+
+    def seat(self, progress: Progress, seat: Seat) -> None:
+        progress.did(Did.PLACED)
+        progress.seat = seat
+        seat.residents[progress.request.row] = progress
+        if progress.promised:
+            insort(seat.promised, progress, key=self.rank)
+
+    # steps
+
+    def launch(self, seat: Seat, now: float) -> Iterator[Command]:
+        if self.shed:
+            for progress in list(seat.promised):
+                if self.is_hopeless(progress, now):
+                    yield from self.give_up(progress, now)
+        if not seat.residents:
+            return
         todo = {row: progress.next_work() for row, progress in seat.residents.items()}
+        verdicts = dict(zip((row.request.row for row in seat.promised), self.verdicts(seat.promised, now), strict=True))
+        order = self.served(seat, now)
+        costs = {row.request.row: self.step_seconds(row, todo[row.request.row]) for row in order}
         candidates = [
-            Candidate(row, progress.request.arrived_at, todo[row].length) for row, progress in seat.residents.items()
+            Candidate(row, todo[row].length, costs[row], verdicts[row].slack if row in verdicts else None)
+            for row in (progress.request.row for progress in order)
         ]
-        chosen = [seat.residents[row] for row in self.compose(candidates, self.max_tokens)]
+        chosen = [seat.residents[row] for row in self.compose(candidates, self.max_tokens, self.cap)]
+        for progress in chosen:
+            yield from self.at_level(progress, verdicts.get(progress.request.row))
         chosen.sort(key=lambda progress: (todo[progress.request.row].length, progress.request.canvas_tokens))
         spans = tuple(progress.span(todo[progress.request.row]) for progress in chosen)
+        total = self.beliefs.fixed + sum(costs[progress.request.row] for progress in chosen)
+        even = self.beliefs.fixed / len(chosen)
+        seat.shares = [(even + costs[progress.request.row]) / total for progress in chosen]
+        seat.features = batch_features(spans, sum(progress.masks for progress in chosen))
+        seat.refreshing = any(todo[progress.request.row].refresh for progress in chosen)
         for progress in chosen:
             progress.launched(todo[progress.request.row], now)
         self.batches += 1
-        seat.flying, seat.batch = chosen, self.batches
-        return Launch(Batch(self.batches, seat.instance.id, spans))
+        seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
+        yield Launch(Batch(self.batches, seat.instance.id, spans))
 
+    def served(self, seat: Seat, now: float) -> list[Progress]:
+        """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
+        rows = seat.residents.values()
+        if not self.admits:
+            return sorted(rows, key=lambda row: (row.late, self.rank(row), row.request.arrived_at))
+        rest = sorted((row for row in rows if not row.promised), key=lambda row: row.request.arrived_at)
+        if not seat.promised:
+            return rest
+        aged = rest[:1] if rest and now - rest[0].request.arrived_at > self.age else []
+        return [*aged, *seat.promised]
 
-def quotas(request: Request) -> list[list[int]]:
-    """Tokens to unmask by block and step under the steps rule; empty for the others."""
-    decoding = request.decoding
-    if decoding.rule != "steps":
-        return []
-    lengths = block_lengths(request)
-    steps = steps_per_block(decoding.num_denoising_steps, len(lengths))
-    return [even(length, share) for length, share in zip(lengths, steps, strict=True)]
+    def step_seconds(self, progress: Progress, todo: Work) -> float:
+        return self.beliefs.refresh_seconds(progress) if todo.refresh else self.beliefs.reuse_seconds(progress)
 
-
-def block_lengths(request: Request) -> list[int]:
-    total, block = request.canvas_tokens - request.prompt_tokens, request.decoding.block_length
-    return [min(block, total - start) for start in range(0, total, block)]
+    def at_level(self, progress: Progress, verdict: Verdict | None) -> Iterator[Adjust]:
+        """Settle the threshold of the row's next step, and reserve what it may cost."""
+        progress.level = verdict.level if verdict else 0
+        threshold = progress.threshold
+        if len(progress.thresholds) > 1:
+            self.reserve(progress, max(progress.drop, progress.drops[progress.level] if progress.level else 0.0))
+        if threshold != progress.told:
+            progress.told = threshold
+            yield Adjust(progress.request.row, threshold)

@@ -45,6 +45,7 @@ class Stream:
         self.position = request.prompt_tokens  # canvas positions before it have been pushed
         self.detokenizer, self.stops = Detokenizer(text), StopStrings(stop)
         self.chunks: asyncio.Queue[Chunk | DilaserveError | None] = asyncio.Queue()
+        self.verdict = asyncio.Event()  # set when the scheduler has seen the request
         self.over = False  # nothing more will be put into the queue
         self.read = False  # nothing more will be taken from it
 
@@ -60,6 +61,13 @@ class Stream:
     def stopped(self) -> bool:
         """A stop string has come."""
         return self.stops.found
+
+    async def admitted(self) -> None:
+        """Wait until the request is in the house; raises what the scheduler has against it."""
+        await self.verdict.wait()
+        if self.over and isinstance(error := self.chunks.get_nowait(), DilaserveError):
+            self.read = True
+            raise error
 
     # the engine's side
 
@@ -80,6 +88,7 @@ class Stream:
 
     def end(self, last: Chunk | DilaserveError | None) -> None:
         self.over = True
+        self.verdict.set()
         self.chunks.put_nowait(last)
 
     # the reader's side

@@ -11,6 +11,7 @@ from dilaserve.config import CacheKind
 
 DecodeRule = Literal["threshold", "steps", "factor"]
 FinishReason = Literal["stop", "length", "cancelled"]
+OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
 
 
 # Requests
@@ -36,6 +37,25 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     seed: int = 0
 
 
+class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What the client wants besides the answer.
+
+    `seconds` from arrival to the end, or `multiple` of what the request would take alone at the reference threshold;
+    neither: no deadline. `weight` says what the request is worth against others, `floor` is its least confidence
+    threshold, `on_miss` what to do when the deadline cannot be met. `tenant` owns the accuracy bank that pays, `task`
+    names the quality profile. `fixed`: the threshold is the client's and stays.
+    """
+
+    seconds: float | None = None
+    multiple: float | None = None
+    weight: float = 1.0
+    floor: float = 0.0
+    on_miss: OnMiss = "best_effort"
+    tenant: str = ""
+    task: str | None = None
+    fixed: bool = False
+
+
 class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A prompt that waits in, or runs from, a row of the request table.
 
@@ -52,16 +72,34 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     arrived_at: float
     decoding: Decoding
     ignore_eos: bool = False
+    slo: Slo = Slo()
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What a finished request has cost; seconds since arrival until its first step, and from there to the end."""
+    """What a finished request has cost; seconds since arrival until its first step, and from there to the end.
+
+    `deadline` counts from arrival. `expected_drop` is in percentage points of accuracy against the reference
+    threshold; `device` are the seconds of its instance that its part of the steps has taken.
+    """
 
     steps: int
     refreshes: int
     queued: float
     served: float
     mean_confidence: float | None
+    deadline: float | None = None
+    deadline_met: bool | None = None
+    min_threshold: float | None = None
+    mean_threshold: float | None = None
+    expected_drop: float = 0.0
+    device: float = 0.0
+
+
+class Load(NamedTuple):
+    """What one row still needs at one threshold: steps, and seconds of device time beyond each step's fixed part."""
+
+    steps: float
+    work: float
 
 
 # Steps
@@ -186,10 +224,28 @@ class Fail(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+class Decline(msgspec.Struct, frozen=True, gc=False):
+    """The deadline cannot be met and the client does not want the answer late.
+
+    `retry_after` seconds make sense for one that never started; None: it had started and has been given up.
+    """
+
+    request: Request
+    usage: Usage
+    retry_after: float | None
+
+
+class Adjust(msgspec.Struct, frozen=True, gc=False):
+    """The row is decoded at this confidence threshold from its next step on."""
+
+    row: int
+    threshold: float
+
+
 class Release(msgspec.Struct, frozen=True, gc=False):
     """No step in flight touches the row any more; it may be given away."""
 
     row: int
 
 
-Command: TypeAlias = Launch | Emit | Finish | Fail | Release
+Command: TypeAlias = Launch | Adjust | Emit | Finish | Fail | Decline | Release

@@ -4,10 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.policy.admission import Room, least_loaded
+from dilaserve.policy.admission import COMPANY, KEPT, Room, Tenant, fits, least_loaded, retry_after
+from dilaserve.policy.budget import CREDIT, Bank, allows, settled
 from dilaserve.policy.caching import CACHES, View, Work, work
-from dilaserve.policy.composition import Candidate, fcfs
+from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
+from dilaserve.policy.demand import alone, drifted, load, together
+from dilaserve.policy.thresholds import Wish, by_slack, fixed_levels, moved
 from dilaserve.policy.transfer import even, steps_per_block
+from dilaserve.terms import Load
 
 FRESH, STALE = View(100, 40, 72, True), View(100, 40, 72, False)
 
@@ -69,16 +73,124 @@ def test_admission_names_every_instance_with_room_once(pairs):
 
 
 def test_first_come_is_first_served_and_what_fits_rides_along():
-    residents = [Candidate(1, 2.0, 60), Candidate(2, 1.0, 50), Candidate(3, 3.0, 40), Candidate(4, 4.0, 10)]
-    assert fcfs(residents, 100) == [2, 3, 4]
-    assert fcfs(residents, 10) == [2]
+    residents = [Candidate(2, 50), Candidate(1, 60), Candidate(3, 40), Candidate(4, 10)]
+    assert in_order(residents, 100, 9) == [2, 3, 4]
+    assert in_order(residents, 10, 9) == [2]
+    assert in_order(residents, 100, 2) == [2, 3]
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 600)), min_size=1), st.integers(1, 1000))
-def test_the_oldest_always_steps_and_the_rest_fit(items, limit):
-    residents = [Candidate(i, arrived_at, tokens) for i, (arrived_at, tokens) in enumerate(items)]
-    chosen = fcfs(residents, limit)
-    oldest = min(residents, key=lambda candidate: candidate.arrived_at)
-    assert residents[chosen[0]].arrived_at == oldest.arrived_at
-    assert len(set(chosen)) == len(chosen)
-    assert sum(residents[key].tokens for key in chosen) <= max(limit, residents[chosen[0]].tokens)
+@given(st.sampled_from(list(COMPOSITIONS)), st.lists(st.integers(1, 600), min_size=1), st.integers(1, 1000))
+def test_the_first_always_steps_and_the_rest_fit(kind, tokens, limit):
+    residents = [Candidate(i, size, size / 1000, 0.5) for i, size in enumerate(tokens)]
+    chosen = COMPOSITIONS[kind](residents, limit, 8)
+    assert chosen[0] == 0
+    assert len(set(chosen)) == len(chosen) <= 8
+    assert sum(tokens[key] for key in chosen) <= max(limit, tokens[0])
+
+
+def test_a_cheap_row_rides_and_a_dear_one_waits_while_the_first_is_short_of_time():
+    first, reuse, refresh = Candidate(0, 32, 0.001, 0.01), Candidate(1, 32, 0.001, 1.0), Candidate(2, 900, 0.03, 1.0)
+    assert within_slack([first, reuse, refresh], 10_000, 9) == [0, 1]
+    assert within_slack([first._replace(slack=0.1), reuse, refresh], 10_000, 9) == [0, 1, 2]
+
+
+@given(st.lists(st.tuples(st.floats(0, 0.1), st.floats(0, 1)), min_size=1))
+def test_nobody_is_delayed_beyond_the_slack_at_which_rows_join(rows):
+    candidates = [Candidate(i, 1, seconds, slack) for i, (seconds, slack) in enumerate(rows)]
+    chosen = within_slack(candidates, 10_000, len(rows))
+    for key, (_, slack) in enumerate(rows):
+        joined_later = sum(rows[other][0] for other in chosen if other > key)
+        assert joined_later <= slack + 1e-9
+
+
+LOADS = st.builds(Load, st.floats(0, 100), st.floats(0, 10))
+
+
+@given(st.lists(LOADS), LOADS, st.floats(0, 0.1))
+def test_company_costs_time_and_never_more_than_one_after_the_other(loads, more, fixed):
+    before, after = together(loads, fixed), together([*loads, more], fixed)
+    assert before <= after <= before + alone(more, fixed) + 1e-9
+    assert together([more], fixed) == alone(more, fixed)
+
+
+@given(st.floats(0, 500), st.floats(0, 500))
+def test_drift_stays_near_one(observed, expected):
+    assert 0.6 <= drifted(observed, expected) <= 1.8
+    assert drifted(0, 0) == 1.0
+
+
+def test_a_request_has_no_more_refreshes_than_steps():
+    assert load(2.0, 5.0, 1.0, 0.1, 0.01) == Load(2.0, 0.2)
+    assert load(10.0, 2.0, 1.0, 0.1, 0.01) == Load(10.0, pytest.approx(0.28))
+
+
+ROWS = st.builds(Tenant, st.floats(0.01, 10), st.floats(1, 50), st.floats(0, 5), st.sampled_from([0.5, 1.0, 2.0]))
+
+
+@given(ROWS, st.lists(ROWS, max_size=6), st.floats(0.0001, 0.05))
+def test_who_is_admitted_makes_nobody_miss_who_is_worth_as_much(newcomer, residents, fixed):
+    residents = sorted(residents, key=lambda row: row.left)
+    slack = fits(newcomer, residents, fixed)
+    company = sorted([*residents, newcomer], key=lambda row: row.left)
+    if slack is None:
+        return
+    for row in residents:
+        if row.weight < newcomer.weight:
+            continue
+        before = [Load(one.steps, one.work) for one in residents if residents.index(one) <= residents.index(row)]
+        after = [Load(one.steps, one.work) for one in company if company.index(one) <= company.index(row)]
+        if together(before, fixed) <= row.left:
+            assert together(after, fixed) <= row.left + 1e-9
+
+
+@given(ROWS, st.floats(0.0001, 0.05))
+def test_an_empty_instance_takes_whoever_can_be_in_time(newcomer, fixed):
+    slack = newcomer.left - newcomer.steps * fixed - newcomer.work
+    assert (fits(newcomer, [], fixed) is not None) == (
+        slack > 0 and newcomer.left - COMPANY * (newcomer.left - slack) >= KEPT * slack
+    )
+
+
+@given(st.lists(st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3)), max_size=8), st.integers(0, 1))
+def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, floor):
+    wishes = [Wish(left, [Load(steps / (level + 1), 0.0) for level in range(4)], deep) for left, steps, deep in rows]
+    for wish, verdict in zip(wishes, by_slack(wishes, floor, 0.01), strict=True):
+        assert min(floor, wish.deepest) <= verdict.level <= wish.deepest
+        assert verdict.slack >= 0.0
+    assert all(verdict.level == 0 for verdict in fixed_levels(wishes, floor, 0.01))
+
+
+def test_a_row_short_of_time_runs_at_a_lower_threshold():
+    loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
+    levels = [by_slack([Wish(left, loads, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.1)]
+    assert levels == [0, 1, 2, 2]
+
+
+def test_the_floor_follows_the_share_of_rows_that_will_miss():
+    assert [moved(0, 0.3, 1), moved(1, 0.3, 1), moved(1, 0.1, 1), moved(1, 0.01, 1), moved(0, 0.0, 1)] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.booleans()), min_size=200, max_size=400), st.floats(0.1, 2.0))
+def test_the_bank_holds_the_mean_drop_within_its_budget(wishes, budget):
+    bank = Bank()
+    for drop, late in wishes:
+        taken = drop if late and allows(bank, drop, budget) else 0.0
+        bank = settled(bank, taken, budget)
+        assert bank.spent <= budget * (bank.served + CREDIT) + 1e-9
+
+
+def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
+    assert allows(Bank(), 5.0, 0.9, pending=40.0)
+    assert not allows(Bank(), 5.0, 0.9, pending=41.0)
+    assert allows(Bank(spent=100.0), 0.0, 0.9)
+
+
+@given(st.floats(0, 1e6), st.integers(0, 64))
+def test_retry_after_is_a_sensible_wait(backlog, instances):
+    assert 0.1 <= retry_after(backlog, instances) <= 60.0

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
-from dilaserve.scheduler import TRANSITIONS, Did, Scheduler, State
+from dilaserve.profiles import guessed
+from dilaserve.progress import TRANSITIONS, Did, State
+from dilaserve.scheduler import Scheduler
 from dilaserve.terms import (
     Arrival,
     Cancel,
+    Decline,
     Decoding,
     Emit,
     Fail,
@@ -23,11 +26,12 @@ from dilaserve.terms import (
     Release,
     Request,
     RowResult,
+    Slo,
     StepDone,
 )
 
 
-def request(row, prompt=10, answer=64, at=0.0, **decoding):
+def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: B008
     return Request(
         id=f"r{row}",
         row=row,
@@ -37,11 +41,13 @@ def request(row, prompt=10, answer=64, at=0.0, **decoding):
         max_tokens=answer,
         arrived_at=at,
         decoding=Decoding(**decoding),
+        slo=slo,
     )
 
 
 def scheduler(**device):
-    return Scheduler(Config.of(**device))
+    profile = guessed("a model", "cpu")
+    return Scheduler(Config.of(**device), profile.costs["cpu x1"], profile.quality)
 
 
 def feed(machine, event, now=0.0):
@@ -179,18 +185,30 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.machine = scheduler(max_num_seqs=self.rng.randint(1, 5), max_num_batched_tokens=self.rng.randint(1, 400))
+        self.settings = {
+            "max_num_seqs": self.rng.randint(1, 5),
+            "max_num_batched_tokens": self.rng.randint(1, 400),
+            "scheduling": self.rng.choice(("fcfs", "edf", "least-slack", "composed", "composed", "composed")),
+            "shed": self.rng.choice(("on", "off")),
+            "threshold_control": self.rng.choice(("fixed", "slack", "slack+floor")),
+            "accuracy_budget": self.rng.choice(("off", "0.9")),
+            "guaranteed_rows": self.rng.randint(1, 4),
+        }
+        self.machine = scheduler(**self.settings)
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
 
     def feed(self, event):
         self.now += self.rng.random()
         self.log.append((event, self.now))
-        for command in feed(self.machine, event, self.now):
+        self.perform(feed(self.machine, event, self.now))
+
+    def perform(self, commands):
+        for command in commands:
             match command:
                 case Launch(batch):
                     self.launched(batch)
-                case Finish(wanted) | Fail(wanted):
+                case Finish(wanted) | Fail(wanted) | Decline(wanted):
                     assert wanted.id not in self.ended
                     self.ended.add(wanted.id)
                 case Release(row):
@@ -213,7 +231,8 @@ class World:
         if choice < 0.3:
             prompt, answer = self.rng.randint(1, 60), self.rng.randint(1, 100)
             cache = self.rng.choice(("none", "prefix", "dual"))
-            wanted = request(self.rows, prompt, answer, self.now, cache=cache, block_length=self.rng.choice((8, 32)))
+            length = self.rng.choice((8, 32))
+            wanted = request(self.rows, prompt, answer, self.now, self.slo(), cache=cache, block_length=length)
             self.alive.add(self.rows)
             self.rows += 1
             self.feed(Arrival(wanted))
@@ -223,6 +242,11 @@ class World:
             self.toggle()
         elif self.flying:
             self.finish(self.rng.choice(sorted(self.flying)))
+
+    def slo(self):
+        seconds = self.rng.choice((None, None, 0.001, 1.0, 5.0, 100.0))
+        on_miss = self.rng.choice(("best_effort", "best_effort", "reject", "cancel_when_late"))
+        return Slo(seconds=seconds, on_miss=on_miss, weight=self.rng.choice((1.0, 4.0)), tenant=self.rng.choice("ab"))
 
     def toggle(self):
         instance = self.rng.randrange(3)
@@ -249,8 +273,12 @@ class World:
         for instance in {0, 1, 2} - self.up:
             self.up.add(instance)
             self.feed(InstanceReady(Instance(instance, (instance,), 400)))
-        while self.flying:
-            self.finish(min(self.flying))
+        while self.flying or self.machine.requests:
+            if self.flying:
+                self.finish(min(self.flying))
+            else:
+                self.now = max(self.now, self.machine.wake_at())
+                self.perform(self.machine.decide(self.now))
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,6 +292,8 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert not world.alive
     assert not world.machine.requests
     assert not world.machine.waiting
+    assert not world.machine.queue
+    assert all(abs(held) < 1e-6 for held in world.machine.reserved.values())
     for seat in world.machine.seats.values():
         assert seat.pages.free == [(0, 384)]
 
@@ -272,6 +302,8 @@ def test_the_same_events_give_the_same_commands():
     world = World(1)
     for _ in range(300):
         world.act()
-    first, second = (scheduler(max_num_seqs=3, max_num_batched_tokens=200) for _ in range(2))
-    events = [(event, now) for event, now in world.log if isinstance(event, Arrival | InstanceReady | Cancel)]
-    assert [feed(first, *event) for event in events] == [feed(second, *event) for event in events]
+    first, second = (scheduler(**world.settings) for _ in range(2))
+    once = [feed(first, *event) for event in world.log]
+    assert once == [feed(second, *event) for event in world.log]
+    assert once
+    assert any(isinstance(command, Launch) for commands in once for command in commands)

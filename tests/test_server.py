@@ -16,12 +16,31 @@ from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+COSTS = {
+    "steps",
+    "refreshes",
+    "queued",
+    "served",
+    "mean_confidence",
+    "deadline",
+    "deadline_met",
+    "min_threshold",
+    "mean_threshold",
+    "expected_accuracy_drop",
+}
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 24, "block_length": 8}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(random_model):
-    config = Config.of(model=str(random_model), devices="cpu", port=0, max_body_bytes=100_000, max_choices=4)
+    config = Config.of(
+        model=str(random_model),
+        devices="cpu",
+        port=0,
+        max_body_bytes=100_000,
+        max_choices=4,
+        slo_class="slow=1000x,none=none",
+    )
     async with Engine(config) as engine:
         yield engine
 
@@ -69,7 +88,10 @@ async def test_a_chat_answer_has_openais_shape(client, engine):
     assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 24, "total_tokens": prompt + 24}
     assert body["dilaserve"]["steps"] == known.usage.steps
     assert body["dilaserve"]["refreshes"] == 3
-    assert set(body["dilaserve"]) == {"steps", "refreshes", "queued", "served", "mean_confidence"}
+    fate = body["dilaserve"]
+    assert set(fate) == COSTS
+    assert (fate["deadline"], fate["deadline_met"], fate["expected_accuracy_drop"]) == (None, None, 0.0)
+    assert (fate["min_threshold"], fate["mean_threshold"]) == (0.9, pytest.approx(0.9))
 
 
 async def test_a_chat_stream_is_written_chunk_by_chunk(client):
@@ -86,6 +108,36 @@ async def test_a_chat_stream_is_written_chunk_by_chunk(client):
     assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+
+
+async def test_a_request_with_time_to_spare_meets_its_deadline(client):
+    for slo, headers in (({"deadline_ms": 60_000}, {}), (None, {"x-slo-deadline-ms": "60000", "x-priority": "1"})):
+        status, body, _ = await post(client, CHAT, HELLO | {"slo": slo}, **headers)
+        assert status == 200
+        assert (body["dilaserve"]["deadline"], body["dilaserve"]["deadline_met"]) == (60.0, True)
+        assert body["dilaserve"]["mean_threshold"] == pytest.approx(0.9)
+    *_, last = await stream(client, CHAT, HELLO | {"slo": {"class": "slow"}})
+    assert last["dilaserve"]["deadline_met"] is True
+    _, body, _ = await post(client, CHAT, HELLO, **{"x-slo-class": "none"})
+    assert body["dilaserve"]["deadline_met"] is None
+
+
+async def test_a_deadline_that_cannot_be_met_ends_as_the_client_wishes(client, engine):
+    hurried = HELLO | {"slo": {"deadline_ms": 0.01}}
+    status, body, _ = await post(client, CHAT, hurried)
+    assert (status, body["dilaserve"]["deadline_met"]) == (200, False)
+    for streamed in (False, True):
+        late = hurried | {"slo": {"deadline_ms": 0.01, "on_miss": "reject"}, "stream": streamed}
+        status, body, headers = await post(client, CHAT, late)
+        assert (status, body["error"]["code"], int(headers["retry-after"]) > 0) == (429, "deadline", True)
+    status, body, _ = await post(client, CHAT, HELLO | {"slo": {"deadline_ms": 0.01, "on_miss": "cancel_when_late"}})
+    assert (status, body["error"]["code"]) == (429, "deadline")
+    assert len(engine.free) == engine.table.rows
+
+
+async def test_headers_of_gateways_must_be_numbers(client):
+    status, body, _ = await post(client, CHAT, HELLO, **{"x-slo-deadline-ms": "soon"})
+    assert (status, "soon" in body["error"]["message"]) == (400, True)
 
 
 async def test_completions_take_every_form_of_prompt(client, engine):
@@ -165,7 +217,13 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
         (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
         (CHAT, {"modalities": ["audio"]}, 400, "modalities"),
-        (CHAT, {"slo": {"deadline_ms": 100}}, 400, "slo"),
+        (CHAT, {"slo": {"deadline_ms": -1}}, 400, "slo.deadline_ms"),
+        (CHAT, {"slo": {"class": "gold"}}, 400, "slo.class"),
+        (CHAT, {"slo": {"class": "gold", "deadline_ms": 5}}, 400, "slo"),
+        (CHAT, {"slo": {"deadline": 5}}, 400, "slo"),
+        (CHAT, {"slo": {"on_miss": "panic"}}, 400, "slo.on_miss"),
+        (CHAT, {"priority": 99}, 400, "priority"),
+        (CHAT, {"min_confidence_threshold": 2}, 400, "min_confidence_threshold"),
         (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         (CHAT, {"model": "gpt-4"}, 404, "model"),
         (COMPLETE, {"prompt": None}, 400, "prompt"),

@@ -1,18 +1,76 @@
-"""Which waiting request goes to which instance."""
+"""Who may run where: the test on arrival, what is hopeless, when to come back."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+COMPANY = 0.9  # share of the joint demand that counts in the test
+KEPT = 0.8  # share of its slack that a newcomer must keep in company
+HOPELESS = 1.05  # times the estimate, alone on the instance
+
 
 class Room(NamedTuple):
-    """An instance as admission sees it: rows resident, rows allowed."""
+    """An instance as placement sees it: rows resident, rows allowed."""
 
     instance: int
     residents: int
     limit: int
 
 
+class Tenant(NamedTuple):
+    """A row with a deadline: seconds left until it, steps and work ahead, what it is worth."""
+
+    left: float
+    steps: float
+    work: float
+    weight: float
+
+
 def least_loaded(rooms: Sequence[Room]) -> list[int]:
     """Instances with a free row, the emptiest first."""
     free = [room for room in rooms if room.residents < room.limit]
     return [room.instance for room in sorted(free, key=lambda room: (room.residents / room.limit, room.instance))]
+
+
+def fits(newcomer: Tenant, residents: Sequence[Tenant], fixed: float) -> float | None:
+    """The least relative slack on the instance if the newcomer joins, or None when it must not.
+
+    `residents` stand in order of their deadlines. The newcomer must keep most of the slack it would have alone, and
+    nobody behind it may lose a deadline that could be held, unless worth less. Who is lost already blocks nobody.
+    """
+    left = newcomer.left
+    slack = left - newcomer.steps * fixed - newcomer.work
+    if slack <= 0.0:
+        return None
+    steps = work = without_steps = without_work = 0.0
+    least = 1.0
+    here = False
+    for row in residents:
+        if not here and left < row.left:
+            here = True
+            steps, work = max(steps, newcomer.steps), work + newcomer.work
+            if left - COMPANY * (steps * fixed + work) < KEPT * slack:
+                return None
+            least = min(least, (left - steps * fixed - work) / left)
+        without_steps, without_work = max(without_steps, row.steps), without_work + row.work
+        steps, work = max(steps, row.steps), work + row.work
+        after = row.left - steps * fixed - work
+        if row.left - without_steps * fixed - without_work >= 0.0:
+            if after < 0.0 and here and row.weight >= newcomer.weight:
+                return None
+            least = min(least, after / row.left)
+    if not here:
+        steps, work = max(steps, newcomer.steps), work + newcomer.work
+        if left - COMPANY * (steps * fixed + work) < KEPT * slack:
+            return None
+        least = min(least, (left - steps * fixed - work) / left)
+    return least
+
+
+def hopeless(left: float, seconds: float) -> bool:
+    """Whether a row that needs `seconds` alone cannot end within the `left` seconds."""
+    return HOPELESS * seconds > left
+
+
+def retry_after(backlog: float, instances: int) -> float:
+    """Seconds until about half the guaranteed work in the house is done."""
+    return min(60.0, max(0.1, backlog / (2 * max(1, instances))))

@@ -5,17 +5,24 @@ from typing import NamedTuple
 
 
 class Candidate(NamedTuple):
-    """A resident row: when its request arrived, and the packed tokens its next step needs."""
+    """A resident row as composition sees it.
+
+    `tokens` and `seconds` are what it adds to the step; `slack` is what it can spare at its threshold (None: it has no
+    deadline). Candidates stand in the order in which they are served.
+    """
 
     key: int
-    arrived_at: float
     tokens: int
+    seconds: float = 0.0
+    slack: float | None = None
 
 
-def fcfs(residents: Sequence[Candidate], max_tokens: int) -> list[int]:
-    """Keys of the rows that step now: in order of arrival, as many as fit, and always the first."""
+def in_order(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[int]:
+    """As many as fit, and always the first."""
     chosen: list[int] = []
-    for candidate in sorted(residents, key=lambda candidate: candidate.arrived_at):
+    for candidate in candidates:
+        if len(chosen) >= cap:
+            break
         if chosen and candidate.tokens > max_tokens:
             continue
         chosen.append(candidate.key)
@@ -23,5 +30,30 @@ def fcfs(residents: Sequence[Candidate], max_tokens: int) -> list[int]:
     return chosen
 
 
-Composition = Callable[[Sequence[Candidate], int], list[int]]
-COMPOSITIONS: dict[str, Composition] = {"fcfs": fcfs}
+def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[int]:
+    """The first, and whoever costs the rows before it no more time than they can spare.
+
+    A reuse row rides almost for free; a refresh is charged in full.
+    """
+    chosen: list[int] = []
+    spare = float("inf")
+    for candidate in candidates:
+        if len(chosen) >= cap:
+            break
+        if not chosen or (candidate.seconds <= spare and candidate.tokens <= max_tokens):
+            if chosen:
+                spare -= candidate.seconds
+            chosen.append(candidate.key)
+            max_tokens -= candidate.tokens
+        if candidate.slack is not None:
+            spare = min(spare, candidate.slack)
+    return chosen
+
+
+Composition = Callable[[Sequence[Candidate], int, int], list[int]]
+COMPOSITIONS: dict[str, Composition] = {
+    "fcfs": in_order,
+    "edf": in_order,
+    "least-slack": in_order,
+    "composed": within_slack,
+}

@@ -100,15 +100,29 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 def cost(usages: Sequence[Usage]) -> Json:
-    """Our own object: steps and refreshes over all choices, the longest wait and service in seconds."""
-    known = [usage.mean_confidence for usage in usages if usage.mean_confidence is not None]
+    """Our own object: steps and refreshes over all choices; the longest wait, service and deadline in seconds; what the
+    thresholds were, and the points of accuracy that they are expected to cost.
+    """
+    timed = [usage for usage in usages if usage.deadline_met is not None]
     return {
         "steps": sum(usage.steps for usage in usages),
         "refreshes": sum(usage.refreshes for usage in usages),
         "queued": max((usage.queued for usage in usages), default=0.0),
         "served": max((usage.served for usage in usages), default=0.0),
-        "mean_confidence": sum(known) / len(known) if known else None,
+        "mean_confidence": mean([usage.mean_confidence for usage in usages]),
+        "deadline_met": all(usage.deadline_met for usage in timed) if timed else None,
+        "deadline": max((usage.deadline or 0.0 for usage in timed), default=None),
+        "min_threshold": min(
+            (usage.min_threshold for usage in usages if usage.min_threshold is not None), default=None
+        ),
+        "mean_threshold": mean([usage.mean_threshold for usage in usages]),
+        "expected_accuracy_drop": mean([usage.expected_drop for usage in usages]),
     }
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def failure(error: DilaserveError) -> Json:

@@ -246,6 +246,7 @@ async def respond(
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
     known(engine, asked.model)
     openai.refuse(asked)
+    openai.with_headers(asked, request.headers)
     n = openai.choices_wanted(asked, len(prompts), limit)
     async with contextlib.AsyncExitStack() as stack:
         streams: list[Stream] = []

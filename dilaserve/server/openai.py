@@ -1,6 +1,7 @@
 """OpenAI's wire as structs: what may come in, what is refused and why, and how it becomes the engine's options."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -8,16 +9,26 @@ import msgspec
 from dilaserve.config import CacheKind
 from dilaserve.errors import BadRequest
 from dilaserve.options import Options
-from dilaserve.terms import DecodeRule
+from dilaserve.terms import DecodeRule, OnMiss
 
 T = TypeVar("T")
 NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
-NO_DEADLINES = "this version does not schedule by deadlines"
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
+
+
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When the answer is wanted, and what becomes of it otherwise; `task` names a quality profile."""
+
+    deadline_ms: float | None = None
+    class_: str | None = msgspec.field(default=None, name="class")
+    on_miss: OnMiss | None = None
+    priority: int | None = None
+    min_confidence_threshold: float | None = None
+    task: str | None = None
 
 
 class Common(msgspec.Struct, kw_only=True):
@@ -42,13 +53,13 @@ class Common(msgspec.Struct, kw_only=True):
     cache: CacheKind | None = None
     refresh_interval: int | None = None
     ignore_eos: bool | None = None
+    slo: Slo | None = None
+    priority: int | None = None
+    min_confidence_threshold: float | None = None
     # known, and refused unless at their default
     frequency_penalty: Any = None
     presence_penalty: Any = None
     logit_bias: Any = None
-    slo: Any = None
-    priority: Any = None
-    min_confidence_threshold: Any = None
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -116,9 +127,6 @@ REFUSALS = {
     "suffix": Refusal(("",), "text after the answer is not supported"),
     "best_of": Refusal((1,), "use n"),
     "top_logprobs": Refusal((0,), "only the chosen token's probability is kept"),
-    "slo": Refusal((), NO_DEADLINES),
-    "priority": Refusal((0,), NO_DEADLINES),
-    "min_confidence_threshold": Refusal((), NO_DEADLINES),
 }
 
 _decoders: dict[type, msgspec.json.Decoder[Any]] = {
@@ -150,6 +158,35 @@ def refuse(request: Common) -> None:
         raise BadRequest("stream_options needs stream: true", param="stream_options")
 
 
+def with_headers(request: Common, headers: Mapping[str, str]) -> None:
+    """Take over what gateways put into headers that cannot touch the body; the body goes before."""
+    slo, priority = request.slo or Slo(), request.priority
+    try:
+        if (text := headers.get("x-slo-deadline-ms")) is not None and slo.class_ is None and slo.deadline_ms is None:
+            slo = msgspec.structs.replace(slo, deadline_ms=float(text))
+        elif (text := headers.get("x-slo-class")) is not None and slo.class_ is None and slo.deadline_ms is None:
+            slo = msgspec.structs.replace(slo, class_=text)
+        if (text := headers.get("x-priority")) is not None and priority is None:
+            priority = int(text)
+    except ValueError as error:
+        raise BadRequest(f"the header x-slo-deadline-ms or x-priority is not a number: {text!r}") from error
+    request.slo, request.priority = slo, priority
+
+
+def deadlines(request: Common) -> dict[str, Any]:
+    """The engine's options that speak of deadlines; `user` is the tenant."""
+    slo = request.slo or Slo()
+    return {
+        "deadline": None if slo.deadline_ms is None else slo.deadline_ms / 1000,
+        "slo_class": slo.class_,
+        "on_miss": slo.on_miss,
+        "priority": request.priority if slo.priority is None else slo.priority,
+        "min_confidence_threshold": slo.min_confidence_threshold or request.min_confidence_threshold,
+        "task": slo.task,
+        "tenant": request.user,
+    }
+
+
 def options(request: Common, choice: int) -> Options:
     """The engine's options for one of the choices; a given seed is counted up from choice to choice."""
     stop = request.stop
@@ -163,7 +200,7 @@ def options(request: Common, choice: int) -> Options:
         "ignore_eos": request.ignore_eos,
     }
     own = ("decode", "confidence_threshold", "num_denoising_steps", "factor", "block_length", "cache")
-    given |= {name: getattr(request, name) for name in own}
+    given |= {name: getattr(request, name) for name in own} | deadlines(request)
     return Options(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -1,0 +1,174 @@
+"""What a step costs in seconds: a piecewise-linear law of what it computes, fitted to measured steps.
+
+A batch of diffusion steps is flat up to a knee in packed tokens and linear behind it; a straight line through both is
+off by 10 %.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from scipy.optimize import nnls
+
+from dilaserve.errors import ConfigError
+
+KNOTS = (128, 256, 512, 1024, 2048, 3072)
+FORGET = 0.999  # a step's weight after one more step
+RELEARN = 200  # steps between two fits while serving
+QUANTILE_RATE = 0.02
+
+
+class Features(NamedTuple):
+    """What one step, or one row's part of it, computes."""
+
+    tokens: int  # packed queries
+    attention: int  # Σ queries x keys
+    projected: int  # rows projected to the vocabulary
+    rows: int
+
+
+class Sample(NamedTuple):
+    """A measured step."""
+
+    features: Features
+    seconds: float
+
+
+class StepCost(msgspec.Struct, frozen=True, kw_only=True):
+    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative.
+
+    `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were.
+    """
+
+    fixed: float
+    token: float
+    bends: tuple[float, ...]
+    attention: float
+    projection: float
+    row: float
+    knots: tuple[int, ...] = KNOTS
+    error: float = 0.0
+    samples: int = 0
+
+    def seconds(self, features: Features) -> float:
+        return self.fixed + self.variable(features)
+
+    def variable(self, features: Features) -> float:
+        """The part that grows with the batch."""
+        tokens, attention, projected, rows = features
+        total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
+        for knot, bend in zip(self.knots, self.bends, strict=True):
+            if tokens <= knot:
+                break
+            total += bend * (tokens - knot)
+        return total
+
+    def scaled(self, factor: float) -> "StepCost":
+        """The same law on a device that takes `factor` times as long."""
+        fields = ("fixed", "token", "attention", "projection", "row")
+        changed = {name: getattr(self, name) * factor for name in fields}
+        return msgspec.structs.replace(self, bends=tuple(bend * factor for bend in self.bends), **changed)
+
+
+def design(features: Features, knots: Sequence[int]) -> list[float]:
+    tokens, attention, projected, rows = features
+    return [1.0, tokens, *(max(0, tokens - knot) for knot in knots), attention, projected, rows]
+
+
+def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 0.0, samples: int = 0) -> StepCost:
+    bends = len(knots)
+    fixed, token, *rest = (float(weight) for weight in weights)
+    attention, projection, row = rest[bends:]
+    return StepCost(
+        fixed=fixed,
+        token=token,
+        bends=tuple(rest[:bends]),
+        attention=attention,
+        projection=projection,
+        row=row,
+        knots=tuple(knots),
+        error=error,
+        samples=samples,
+    )
+
+
+def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS) -> StepCost:
+    """Least squares on relative errors with coefficients of at least 0 (scipy.optimize.nnls).
+
+    Every fifth sample is held out for `error`; the law itself is then fitted to all. Raises `ConfigError` for fewer
+    samples than coefficients.
+    """
+    if len(samples) < len(knots) + 5:
+        raise ConfigError(f"a step cost cannot be fitted to {len(samples)} samples")
+    rest = [sample for i, sample in enumerate(samples) if i % 5]
+    held_out = samples[::5]
+    trial = solved(rest, knots)
+    errors = [abs(trial.seconds(sample.features) / sample.seconds - 1) for sample in held_out]
+    law = solved(samples, knots)
+    return msgspec.structs.replace(law, error=float(np.mean(errors)), samples=len(samples))
+
+
+def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
+    rows = np.array([design(sample.features, knots) for sample in samples])
+    rows /= np.array([sample.seconds for sample in samples])[:, None]
+    scale = rows.max(0)
+    scale[scale == 0] = 1.0
+    weights, _ = nnls(rows / scale, np.ones(len(rows)))
+    return from_weights(weights / scale, knots)
+
+
+class Learner:
+    """A cost law that follows the device while it serves.
+
+    Decayed normal equations, solved anew every 200 steps; between two solutions a slow correction by kind of step; and
+    the 90 % quantile of the remaining error, for guards.
+    """
+
+    def __init__(self, law: StepCost, prior: int = 400) -> None:
+        self.law = law
+        self.corrections = {True: 0.0, False: 0.0}  # log of actual over predicted, by whether the step refreshes
+        self.tail = 0.1  # the 90 % quantile of |log residual|
+        self.steps = 0
+        size = len(law.knots) + 5
+        self.gram = np.zeros((size, size))
+        self.moment = np.zeros(size)
+        self.anchor(prior)
+
+    def anchor(self, weight: int) -> None:
+        """Start as if `weight` steps had been seen that follow the law exactly."""
+        for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+            for rows in (1, 4):
+                point = Features(tokens, tokens * 256, min(tokens, 32 * rows), rows)
+                self.learn(point, self.law.seconds(point), weight / 16)
+
+    def learn(self, features: Features, seconds: float, weight: float = 1.0) -> None:
+        row = np.array(design(features, self.law.knots)) / max(seconds, 1e-9)
+        self.gram += weight * np.outer(row, row)
+        self.moment += weight * row
+
+    def seconds(self, features: Features, refreshes: bool) -> float:
+        return self.law.seconds(features) * math.exp(self.corrections[refreshes])
+
+    def observe(self, features: Features, refreshes: bool, seconds: float) -> None:
+        residual = math.log(max(seconds, 1e-9) / self.law.seconds(features))
+        old = self.corrections[refreshes]
+        rest = abs(residual - old)
+        self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
+        self.corrections[refreshes] = old + 0.02 * (min(max(residual, -1.0), 1.0) - old)
+        self.gram *= FORGET
+        self.moment *= FORGET
+        self.learn(features, seconds)
+        self.steps += 1
+        if self.steps % RELEARN == 0:
+            self.relearn()
+
+    def relearn(self) -> None:
+        """min |A w - 1|² from AᵀA and Aᵀ1 alone: with AᵀA = L Lᵀ it is nnls(Lᵀ, L⁻¹ Aᵀ1)."""
+        scale = np.sqrt(np.maximum(np.diag(self.gram), 1e-30))
+        gram = self.gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale))
+        lower = np.linalg.cholesky(gram)
+        weights, _ = nnls(lower.T, np.linalg.solve(lower, self.moment / scale))
+        self.law = from_weights(weights / scale, self.law.knots, self.law.error, self.law.samples)
+        self.corrections = {kind: value / 2 for kind, value in self.corrections.items()}

@@ -1,0 +1,26 @@
+"""The accuracy bank of a tenant: how far thresholds may be lowered, enforced and not hoped for."""
+
+from typing import NamedTuple
+
+CREDIT = 50  # requests' worth of drop that a new tenant may spend in advance
+RATE = 0.02  # of the price, per completion
+
+
+class Bank(NamedTuple):
+    """Percentage points spent so far, requests served, and the price of one more point."""
+
+    spent: float = 0.0
+    served: int = 0
+    price: float = 0.0
+
+
+def allows(bank: Bank, drop: float, budget: float, pending: float = 0.0) -> bool:
+    """Whether a request may run where accuracy drops by `drop` points; `pending` is promised to running requests."""
+    if drop <= 0.0:
+        return True
+    return bank.price * drop <= 1.0 and bank.spent + pending + drop <= budget * (bank.served + CREDIT)
+
+
+def settled(bank: Bank, drop: float, budget: float) -> Bank:
+    """The bank after a request that ended with this drop (drift plus penalty)."""
+    return Bank(bank.spent + drop, bank.served + 1, max(0.0, bank.price + RATE * (drop - budget)))

@@ -1,0 +1,30 @@
+"""How long a set of rows needs when they run together on one instance."""
+
+from collections.abc import Iterable
+
+from dilaserve.terms import Load
+
+
+def together(loads: Iterable[Load], fixed: float) -> float:
+    """Seconds: the longest row's steps each pay the fixed part, every row pays its own work."""
+    steps = work = 0.0
+    for load in loads:
+        steps = max(steps, load.steps)
+        work += load.work
+    return steps * fixed + work
+
+
+def alone(load: Load, fixed: float) -> float:
+    return load.steps * fixed + load.work
+
+
+def load(steps: float, refreshes: float, drift: float, refresh: float, reuse: float) -> Load:
+    """The load of a row with these steps and refreshes ahead, `refresh` and `reuse` being its marginal step times."""
+    steps *= drift
+    refreshes = min(refreshes, steps)
+    return Load(steps, refreshes * refresh + (steps - refreshes) * reuse)
+
+
+def drifted(observed: float, expected: float) -> float:
+    """How much slower than expected this request fills its canvas, drawn towards 1 while little is known."""
+    return min(1.8, max(0.6, (8.0 + observed) / (8.0 + expected)))

@@ -1,0 +1,63 @@
+"""The confidence threshold of each row, by its own slack, above a floor that the load moves."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dilaserve.terms import Load
+
+INFLATED = 2.0  # times the demand: lower early and mildly, not late and harshly
+TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
+
+
+class Wish(NamedTuple):
+    """A row with a deadline: seconds left, its load by level from the reference down, the deepest level allowed."""
+
+    left: float
+    loads: Sequence[Load]
+    deepest: int
+
+
+class Verdict(NamedTuple):
+    """The level to run at, the slack left there (inflated demand), and whether the deadline will probably be missed."""
+
+    level: int
+    slack: float
+    late: bool
+
+
+def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
+    """The highest level at or below `floor` at which each row, with all rows before it, keeps its deadline.
+
+    `wishes` stand in the order of service; levels count from 0, the reference.
+    """
+    steps = work = 0.0
+    verdicts: list[Verdict] = []
+    for left, loads, deepest in wishes:
+        level = min(floor, deepest)
+        while True:
+            load = loads[level]
+            joint_steps, joint_work = max(steps, load.steps), work + load.work
+            seconds = joint_steps * fixed + joint_work
+            if left >= INFLATED * seconds or level >= deepest:
+                break
+            level += 1
+        steps, work = joint_steps, joint_work
+        verdicts.append(Verdict(level, max(0.0, left - INFLATED * seconds), left < seconds))
+    return verdicts
+
+
+def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
+    """Everybody at the reference."""
+    return by_slack([Wish(left, loads, 0) for left, loads, _ in wishes], 0, fixed)
+
+
+def moved(floor: int, missing: float, deepest: int) -> int:
+    """The floor after another look at the share of rows expected to miss."""
+    if missing > TOO_MANY:
+        return min(deepest, floor + 1)
+    if missing < FEW:
+        return max(0, floor - 1)
+    return floor
+
+
+CONTROLS = {"fixed": fixed_levels, "slack": by_slack, "slack+floor": by_slack}

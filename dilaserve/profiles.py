@@ -1,0 +1,103 @@
+"""The profile of a model: what its steps cost on this machine, and what thresholds do to its steps and accuracy.
+
+A JSON file beside the model, or in the cache directory where that cannot be written.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from dilaserve.cost import KNOTS, StepCost
+from dilaserve.errors import ConfigError
+from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, TaskProfile
+
+FILE = "dilaserve-profile.json"
+UNKNOWN_DROPS = (0.0, 2.0, 6.0, 12.0)  # points by level, for a model that nobody has measured
+
+
+class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """`costs` by kind of device and tensor-parallel degree, such as "cpu x1"."""
+
+    model: str
+    made: str
+    machine: str
+    costs: dict[str, StepCost]
+    quality: QualityProfile
+    measured: bool = True
+
+
+def cost_key(device: str, degree: int = 1) -> str:
+    return f"{device.partition(':')[0]} x{degree}"
+
+
+def cache_file(directory: Path) -> Path:
+    """Where the profile of a model lies whose directory is not ours to write to."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+    return root / "dilaserve" / f"{directory.name}-{name}.json"
+
+
+def find(directory: Path, given: str | None) -> ModelProfile | None:
+    """The profile that was given, or the one beside the model or in the cache; None when there is none."""
+    if given is not None:
+        return read(Path(given))
+    for file in (cache_file(directory), directory / FILE):
+        if file.exists():
+            return read(file)
+    return None
+
+
+def read(file: Path) -> ModelProfile:
+    """Raises `ConfigError` with the reason."""
+    try:
+        profile = msgspec.json.decode(file.read_bytes(), type=ModelProfile)
+    except OSError as error:
+        raise ConfigError(f"cannot read the profile {file}: {error.strerror}", param="profile") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"the profile {file} is damaged: {error}; run `dilaserve calibrate`", param="profile"
+        ) from error
+    if ANY not in profile.quality.tasks:
+        raise ConfigError(f"the profile {file} has no task {ANY!r}; run `dilaserve calibrate`", param="profile")
+    return profile
+
+
+def write(profile: ModelProfile, directory: Path) -> Path:
+    """Beside the model, or in the cache directory; returns the file."""
+    text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
+    for file in (directory / FILE, cache_file(directory)):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".new")
+            temporary.write_bytes(text)
+            temporary.replace(file)
+        except OSError as error:
+            reason = error.strerror
+            continue
+        return file
+    raise ConfigError(f"the profile can be written neither beside the model nor to {file}: {reason}")
+
+
+def guessed(model: str, device: str) -> ModelProfile:
+    """A cautious profile for a model that was never measured; the server learns the rest while it serves."""
+    slow = device == "cpu"
+    fixed, token = (0.02, 2e-3) if slow else (0.006, 3e-5)
+    law = StepCost(fixed=fixed, token=token, bends=(0.0,) * len(KNOTS), attention=0.0, projection=0.0, row=0.0)
+    laws = tuple(tuple(pace(2.5 + level) for _ in range(PARTS)) for level in range(len(LEVELS)))
+    task = TaskProfile(laws=laws, drop=UNKNOWN_DROPS, mean_drop=UNKNOWN_DROPS)
+    quality = QualityProfile(tasks={ANY: task})
+    return ModelProfile(
+        model=model, made="", machine="", costs={cost_key(device): law}, quality=quality, measured=False
+    )
+
+
+def pace(tokens: float, weight: float = 20.0) -> Law:
+    """A law under which a step unmasks 1 + a geometric number of tokens, `tokens` in the mean."""
+    stop = 1.0 / tokens
+    rows = []
+    for most in BINS:
+        odds = [0.0] + [stop * (1 - stop) ** (d - 1) for d in range(1, most)] + [(1 - stop) ** (most - 1)]
+        rows.append(tuple(round(weight * p, 4) for p in odds))
+    return Law(tuple(rows))

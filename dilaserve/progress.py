@@ -1,0 +1,192 @@
+"""How far one request has come: its life cycle, its place on the canvas, its seat, and what it has cost."""
+
+from enum import Enum, auto
+
+from dilaserve.cost import Features
+from dilaserve.pages import PagePool
+from dilaserve.policy.caching import View, Work, work
+from dilaserve.policy.transfer import even, steps_per_block
+from dilaserve.terms import Instance, Load, Request, RowResult, Span, Usage
+
+
+class State(Enum):
+    WAITING = auto()  # in the queue, without K/V
+    RESIDENT = auto()  # has K/V on an instance, between two steps
+    STEPPING = auto()  # in a step in flight
+    LEAVING = auto()  # ended while its last step is in flight
+    GONE = auto()
+
+
+class Did(Enum):
+    PLACED = auto()
+    LAUNCHED = auto()
+    RETURNED = auto()
+    ENDED = auto()
+    EVICTED = auto()
+
+
+TRANSITIONS: dict[tuple[State, Did], State] = {
+    (State.WAITING, Did.PLACED): State.RESIDENT,
+    (State.WAITING, Did.ENDED): State.GONE,
+    (State.RESIDENT, Did.LAUNCHED): State.STEPPING,
+    (State.RESIDENT, Did.ENDED): State.GONE,
+    (State.RESIDENT, Did.EVICTED): State.WAITING,
+    (State.STEPPING, Did.RETURNED): State.RESIDENT,
+    (State.STEPPING, Did.ENDED): State.LEAVING,
+    (State.STEPPING, Did.EVICTED): State.WAITING,
+    (State.LEAVING, Did.RETURNED): State.GONE,
+    (State.LEAVING, Did.EVICTED): State.GONE,
+}
+
+
+class Seat:
+    """One instance, who sits on it, and the batch it works on."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.pages = PagePool(instance.kv_tokens)
+        self.residents: dict[int, Progress] = {}
+        self.promised: list[Progress] = []  # those with a deadline, in order of service
+        self.flying: list[Progress] | None = None
+        self.batch = -1
+        self.launched_at = 0.0
+        self.features = Features(0, 0, 0, 0)
+        self.refreshing = False
+        self.shares: list[float] = []  # of the step's time, by row in flight
+
+
+class Progress:
+    """One request in the scheduler's memory.
+
+    `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points; `level`
+    counts in them. `promised` rows have a deadline that
+    is being kept; `late` ones had one, and run on as best effort.
+    """
+
+    def __init__(self, request: Request, thresholds: tuple[float, ...], drops: tuple[float, ...]) -> None:
+        self.request, self.thresholds, self.drops = request, thresholds, drops
+        self.state = State.WAITING
+        self.seat: Seat | None = None
+        self.deadline: float | None = None
+        self.promised = self.late = self.tested = False
+        self.level = 0
+        self.told = request.decoding.confidence_threshold  # the threshold in the row's column
+        self.loads: tuple[Load, ...] | None = None  # by level; None: not worked out since the last step
+        self.reserved = 0.0  # accuracy drop that the bank holds back for it
+        self.observed = self.expected = 0.0  # steps, for the drift
+        self.kv_start = 0
+        self.block = self.block_step = 0
+        self.prefix = request.prompt_tokens
+        self.fresh = False
+        self.since_refresh = 0
+        self.steps = self.refreshes = self.unmasked = self.crashes = 0
+        self.confidence = self.threshold_sum = self.dropped = self.device = 0.0
+        self.lowest: float | None = None
+        self.started_at: float | None = None
+        self.blocks = block_lengths(request)
+        self.masks = self.blocks[0]
+        self.quotas: list[list[int]] = quotas(request, self.blocks)
+
+    def did(self, what: Did) -> None:
+        self.state = TRANSITIONS[self.state, what]
+
+    @property
+    def block_start(self) -> int:
+        return self.request.prompt_tokens + self.block * self.request.decoding.block_length
+
+    @property
+    def block_end(self) -> int:
+        return min(self.block_start + self.request.decoding.block_length, self.request.canvas_tokens)
+
+    @property
+    def threshold(self) -> float:
+        return self.thresholds[self.level]
+
+    def next_work(self) -> Work:
+        decoding = self.request.decoding
+        due = decoding.refresh_interval and self.since_refresh >= decoding.refresh_interval
+        view = View(self.request.canvas_tokens, self.block_start, self.block_end, self.fresh and not due)
+        return work(decoding.cache, view)
+
+    def quota(self) -> int:
+        if not self.quotas:
+            return 0
+        shares = self.quotas[self.block]
+        return shares[min(self.block_step, len(shares) - 1)]
+
+    def span(self, todo: Work) -> Span:
+        request = self.request
+        return Span(
+            row=request.row,
+            generation=request.generation,
+            kv_start=self.kv_start,
+            start=todo.start,
+            length=todo.length,
+            keys=request.canvas_tokens,
+            block_start=self.block_start,
+            block_end=self.block_end,
+            quota=self.quota(),
+            step=self.steps,
+        )
+
+    def launched(self, todo: Work, now: float) -> None:
+        self.did(Did.LAUNCHED)
+        if self.started_at is None:
+            self.started_at = now
+        self.since_refresh = 1 if todo.refresh else self.since_refresh + 1
+        self.refreshes += todo.refresh
+        self.fresh = True
+
+    def advance(self, result: RowResult) -> None:
+        """Take in what a step did."""
+        self.steps += 1
+        self.block_step += 1
+        self.unmasked += result.unmasked
+        self.confidence += result.confidence
+        self.threshold_sum += self.told
+        self.lowest = self.told if self.lowest is None else min(self.lowest, self.told)
+        self.dropped += self.drops[self.level] * result.unmasked
+        self.prefix, self.masks = result.prefix, result.masks_left
+        self.loads = None
+        if not result.masks_left and self.block_end < self.request.canvas_tokens:
+            self.block += 1
+            self.block_step = 0
+            self.masks = self.blocks[self.block]
+            self.fresh = False
+
+    @property
+    def drop(self) -> float:
+        """Expected accuracy drop in points: that of its thresholds, weighted by the tokens unmasked at each."""
+        return self.dropped / self.unmasked if self.unmasked else 0.0
+
+    def usage(self, now: float) -> Usage:
+        request = self.request
+        started_at = now if self.started_at is None else self.started_at
+        ruled = request.decoding.rule == "threshold" and self.steps > 0
+        return Usage(
+            steps=self.steps,
+            refreshes=self.refreshes,
+            queued=started_at - request.arrived_at,
+            served=now - started_at,
+            mean_confidence=self.confidence / self.unmasked if self.unmasked else None,
+            deadline=None if self.deadline is None else self.deadline - request.arrived_at,
+            deadline_met=None if self.deadline is None else now <= self.deadline,
+            min_threshold=self.lowest if ruled else None,
+            mean_threshold=self.threshold_sum / self.steps if ruled else None,
+            expected_drop=self.drop,
+            device=self.device,
+        )
+
+
+def quotas(request: Request, lengths: list[int]) -> list[list[int]]:
+    """Tokens to unmask by block and step under the steps rule; empty for the others."""
+    decoding = request.decoding
+    if decoding.rule != "steps":
+        return []
+    steps = steps_per_block(decoding.num_denoising_steps, len(lengths))
+    return [even(length, share) for length, share in zip(lengths, steps, strict=True)]
+
+
+def block_lengths(request: Request) -> list[int]:
+    total, block = request.canvas_tokens - request.prompt_tokens, request.decoding.block_length
+    return [min(block, total - start) for start in range(0, total, block)]

@@ -1,0 +1,181 @@
+"""How fast a canvas fills and how good it gets: steps and accuracy drop by threshold and task.
+
+One law says how many tokens a step unmasks, given the masks left in the block; a Markov chain over it gives the mean
+and the variance of the steps that a request still needs.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+LEVELS = (0.9, 0.8, 0.7, 0.6)  # thresholds that control may choose, the reference first
+BINS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # upper ends, in masks left
+PARTS = 3  # first block, second block, later ones
+ANY = "any"  # the task of requests that name none
+TRUST = 40.0  # weight of what is known of any task, in steps of one bin
+
+
+def bin_of(masks: int) -> int:
+    return min(bisect_left(BINS, masks), len(BINS) - 1)
+
+
+def part_of(block: int) -> int:
+    return min(block, PARTS - 1)
+
+
+class Law(msgspec.Struct, frozen=True):
+    """Counts of what one step did, by bin of masks left: `unmasked[bin][d]` steps unmasked d tokens.
+
+    d = 0 stands for: the request ended, because its text was complete.
+    """
+
+    unmasked: tuple[tuple[float, ...], ...]
+
+
+class TaskProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """One task: a law by level and part of the canvas, and the accuracy drop in points by level.
+
+    `drop` is against the reference level, the pessimistic end of its 90 % interval and never falling with the level;
+    `mean_drop` is the estimate itself. `samples` counts problems a level.
+    """
+
+    laws: tuple[tuple[Law, ...], ...]  # [level][part]
+    drop: tuple[float, ...]
+    mean_drop: tuple[float, ...]
+    accuracy: float | None = None
+    steps: tuple[float, ...] = ()
+    samples: int = 0
+
+
+class QualityProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """All tasks; `any` is the law over all of them together, with the largest drops among them."""
+
+    tasks: dict[str, TaskProfile]
+    block_length: int = 32
+    levels: tuple[float, ...] = LEVELS
+
+    def task(self, name: str | None) -> TaskProfile:
+        return self.tasks.get(name or ANY, self.tasks[ANY])
+
+
+class Outlook(NamedTuple):
+    """What is ahead of a request: steps and their variance, refreshes; means."""
+
+    steps: float
+    variance: float
+    refreshes: float
+
+
+class Chain(NamedTuple):
+    """A block by masks left, [block_length + 1]: steps to come, their variance, chance that the text ends in it."""
+
+    steps: tuple[float, ...]
+    variance: tuple[float, ...]
+    ends: tuple[float, ...]
+
+
+def chain(law: Law, prior: Law, block_length: int) -> Chain:
+    """Mean, variance and ending by recursion over masks left, s(m) = 1 + Σ p(d|m) s(m-d).
+
+    Blocks longer than the longest bin are taken to go on at the same pace.
+    """
+    steps, squares, ends = [0.0], [0.0], [0.0]
+    for masks in range(1, min(block_length, BINS[-1]) + 1):
+        odds = chances(law, prior, masks)
+        mean = square = end = 0.0
+        for d, p in enumerate(odds):
+            if not p:
+                continue
+            if d == 0:
+                end += p
+            elif d < masks:
+                mean += p * steps[masks - d]
+                square += p * squares[masks - d]
+                end += p * ends[masks - d]
+        steps.append(1 + mean)
+        squares.append(1 + 2 * mean + square)
+        ends.append(end)
+    variance = [max(0.0, square - mean * mean) for square, mean in zip(squares, steps, strict=True)]
+    for masks in range(len(steps), block_length + 1):
+        steps.append(steps[BINS[-1]] * masks / BINS[-1])
+        variance.append(variance[BINS[-1]] * masks / BINS[-1])
+        ends.append(ends[BINS[-1]])
+    return Chain(tuple(steps), tuple(variance), tuple(ends))
+
+
+def chances(law: Law, prior: Law, masks: int) -> list[float]:
+    """p(d | masks left), d from 0 (the request ends) to `masks`; the prior counts as `TRUST` steps."""
+    bin = bin_of(masks)
+    own, all_ = law.unmasked[bin], prior.unmasked[bin]
+    weight = TRUST / max(sum(all_), TRUST)
+    pooled = [0.0] * (masks + 1)
+    for counts, share in ((own, 1.0), (all_, weight)):
+        for d, count in enumerate(counts):
+            pooled[min(d, masks)] += share * count
+    total = sum(pooled)
+    if total <= 0:  # nothing known of this bin: one token a step, the slowest there is
+        pooled[1], total = 1.0, 1.0
+    return [count / total for count in pooled]
+
+
+class Forecast:
+    """The profile as the scheduler asks it: outlooks by task, level and place, worked out once and kept."""
+
+    def __init__(self, profile: QualityProfile) -> None:
+        self.profile = profile
+        self.chains: dict[tuple[str, int, int, int], Chain] = {}
+        self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
+
+    def name(self, task: str | None) -> str:
+        return task if task is not None and task in self.profile.tasks else ANY
+
+    def drop(self, task: str | None, level: int) -> float:
+        return self.profile.task(task).drop[level]
+
+    def chain(self, task: str, level: int, part: int, block_length: int) -> Chain:
+        key = (task, level, part, block_length)
+        if key not in self.chains:
+            prior = self.profile.tasks[ANY].laws[level][part]
+            self.chains[key] = chain(self.profile.tasks[task].laws[level][part], prior, block_length)
+        return self.chains[key]
+
+    def blocks(self, task: str, level: int, count: int, block_length: int) -> list[Outlook]:
+        """What is ahead at the start of block k of a canvas of `count` blocks, for k = 0 … count."""
+        key = (task, level, count, block_length)
+        if key not in self.futures:
+            ahead = [Outlook(0.0, 0.0, 0.0)]
+            for block in reversed(range(count)):
+                law = self.chain(task, level, part_of(block), block_length)
+                ahead.append(joined(law, block_length, ahead[-1], 1.0))
+            self.futures[key] = ahead[::-1]
+        return self.futures[key]
+
+    def outlook(
+        self, task: str | None, level: int, block: int, masks: int, count: int, block_length: int, fresh: bool
+    ) -> Outlook:
+        """What is ahead of a request in block `block` of `count` with `masks` left in it."""
+        name = self.name(task)
+        law = self.chain(name, level, part_of(block), block_length)
+        after = self.blocks(name, level, count, block_length)[block + 1]
+        return joined(law, masks, after, 0.0 if fresh else 1.0)
+
+
+def joined(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:
+    """A block with `masks` left, and what comes after it unless the text ends inside."""
+    stays = 1.0 - law.ends[masks]
+    variance = law.variance[masks] + stays * after.variance + stays * (1 - stays) * after.steps**2
+    return Outlook(law.steps[masks] + stays * after.steps, variance, refreshes + stays * after.refreshes)
+
+
+def isotonic(drops: Sequence[float]) -> tuple[float, ...]:
+    """The nearest values (least squares) that start at 0 and never fall (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for drop in drops:
+        pools.append([drop, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (value, size), (before, count) = pools.pop(), pools.pop()
+            pools.append([(value * size + before * count) / (size + count), size + count])
+    flat = [value for value, size in pools for _ in range(int(size))]
+    return (0.0, *(max(0.0, value) for value in flat[1:]))

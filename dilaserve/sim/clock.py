@@ -1,0 +1,60 @@
+"""An asyncio loop whose clock jumps to the next timer instead of waiting for it."""
+
+import asyncio
+import selectors
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Stalled(RuntimeError):
+    """Every task waits and no timer is set: nothing would ever happen again."""
+
+
+class JumpingSelector(selectors.BaseSelector):
+    """Looks at real files without waiting; where the loop would wait, virtual time passes instead."""
+
+    def __init__(self) -> None:
+        self.real = selectors.DefaultSelector()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self.real.select(0)
+        if ready or timeout == 0:
+            return ready
+        if timeout is None:
+            raise Stalled("the simulation waits for something that never happens")
+        self.now += max(timeout, 0.0)
+        return []
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self.real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self.real.unregister(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self.real.get_map()
+
+    def close(self) -> None:
+        self.real.close()
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """`time()` is virtual; work for threads is done at once, on the spot."""
+
+    def __init__(self) -> None:
+        self.jumping = JumpingSelector()
+        super().__init__(self.jumping)
+
+    def time(self) -> float:
+        return self.jumping.now
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future

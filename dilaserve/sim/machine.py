@@ -1,0 +1,121 @@
+"""Pretended devices: an executor whose steps take the seconds of a cost law and unmask what a profile says."""
+
+import asyncio
+import random
+from bisect import bisect_right
+from itertools import accumulate
+
+from dilaserve.beliefs import batch_features
+from dilaserve.cost import StepCost
+from dilaserve.executor import Post
+from dilaserve.quality import Forecast, QualityProfile, chances, part_of
+from dilaserve.table import RequestTable
+from dilaserve.terms import Batch, Instance, InstanceReady, RowResult, Span, StepDone
+
+FILLER = ord("a")  # the token that a pretended model writes
+
+
+class SimMachine:
+    """`devices` instances of degree 1 on the running loop's time, virtual or real.
+
+    A row's task is its prompt's first token, an index into `tasks`. `jitter` is the relative spread of step times,
+    `spread` that of how fast requests of one task fill their canvases.
+    """
+
+    def __init__(
+        self,
+        table: RequestTable,
+        devices: int,
+        law: StepCost,
+        quality: QualityProfile,
+        kv_tokens: int,
+        mask_id: int,
+        seed: int = 0,
+        jitter: float = 0.02,
+        spread: float = 0.2,
+    ) -> None:
+        self.table, self.devices, self.law, self.kv_tokens = table, devices, law, kv_tokens
+        self.forecast, self.tasks = Forecast(quality), list(quality.tasks)
+        self.levels, self.mask_id = quality.levels, mask_id
+        self.random = random.Random(seed)
+        self.jitter, self.spread = jitter, spread
+        self.rows: dict[int, Row] = {}
+        self.odds: dict[tuple[str, int, int, int], list[float]] = {}
+
+    async def run(self, post: Post, started: asyncio.Future[None]) -> None:
+        self.post, self.loop = post, asyncio.get_running_loop()
+        for device in range(self.devices):
+            post(InstanceReady(Instance(device, (device,), self.kv_tokens)))
+        started.set_result(None)
+        await self.loop.create_future()
+
+    def launch(self, batch: Batch) -> None:
+        rows = [self.row(span) for span in batch.spans]
+        masks = sum(row.masks for row in rows)
+        seconds = self.law.seconds(batch_features(batch.spans, masks))
+        seconds *= self.random.lognormvariate(0.0, self.jitter)
+        self.loop.call_later(seconds, self.finish, batch, seconds)
+
+    def finish(self, batch: Batch, seconds: float) -> None:
+        results = tuple(self.unmask(span) for span in batch.spans)
+        self.post(StepDone(batch.instance, batch.id, results, seconds, seconds))
+
+    def row(self, span: Span) -> "Row":
+        known = self.rows.get(span.row)
+        if known is None or known.generation != span.generation:
+            slowness = self.random.lognormvariate(0.0, self.spread)
+            task = self.tasks[int(self.table.canvas[span.row, 0]) % len(self.tasks)]
+            known = self.rows[span.row] = Row(span, task, slowness)
+        if known.block_start != span.block_start:
+            known.next_block(span)
+        return known
+
+    def unmask(self, span: Span) -> RowResult:
+        row = self.row(span)
+        threshold = float(self.table.threshold[span.row])
+        level = max((i for i, one in enumerate(self.levels) if one >= threshold - 1e-6), default=0)
+        part = part_of(row.block)
+        drawn = self.draw(row.task, level, part, row.masks)
+        ended = drawn == 0
+        count = row.masks if ended else min(row.masks, self.slowed(drawn, row.slowness))
+        row.masks -= count
+        prefix = span.block_end - row.masks
+        self.table.canvas[span.row, span.block_start : prefix] = FILLER
+        return RowResult(
+            row=span.row,
+            generation=span.generation,
+            unmasked=count,
+            masks_left=row.masks,
+            prefix=prefix,
+            stop_at=max(span.block_start, prefix - 1) if ended else -1,
+            confidence=count * (1 + threshold) / 2,
+        )
+
+    def slowed(self, drawn: int, slowness: float) -> int:
+        exact = drawn / slowness
+        whole = int(exact)
+        return max(1, whole + (self.random.random() < exact - whole))
+
+    def draw(self, task: str, level: int, part: int, masks: int) -> int:
+        key = (task, level, part, masks)
+        if key not in self.odds:
+            tasks = self.forecast.profile.tasks
+            odds = chances(tasks[task].laws[level][part], tasks["any"].laws[level][part], masks)
+            self.odds[key] = list(accumulate(odds))
+        sums = self.odds[key]
+        return min(bisect_right(sums, self.random.random() * sums[-1]), masks)
+
+
+class Row:
+    """What the machine keeps of a row in work."""
+
+    def __init__(self, span: Span, task: str, slowness: float) -> None:
+        self.generation, self.task, self.slowness = span.generation, task, slowness
+        self.block = -1
+        self.block_start = -1
+        self.masks = 0
+
+    def next_block(self, span: Span) -> None:
+        self.block += 1
+        self.block_start = span.block_start
+        self.masks = span.block_end - span.block_start

@@ -1,0 +1,156 @@
+"""One simulated run: the real engine on a virtual clock, requests thrown at it, and what became of each."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from dilaserve.config import Config
+from dilaserve.cost import StepCost
+from dilaserve.engine import Engine
+from dilaserve.errors import DilaserveError
+from dilaserve.executor import Progress
+from dilaserve.furniture import Furnish, Furniture, ModelCard
+from dilaserve.options import Options
+from dilaserve.profiles import ModelProfile
+from dilaserve.sim.clock import VirtualLoop
+from dilaserve.sim.machine import SimMachine
+from dilaserve.sim.workload import Job
+from dilaserve.stream import collect
+from dilaserve.table import RequestTable
+from dilaserve.terms import Usage
+from dilaserve.text import Text
+
+MASK = 2**30  # no token of a pretended model
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one request; seconds. `latency` is None for one that was declined."""
+
+    at: float
+    task: str | None
+    scale: float | None
+    deadline: float | None
+    latency: float | None
+    met: bool | None
+    usage: Usage | None
+
+
+class PlainText(Text):
+    """Stands in for a tokenizer: prompts are token ids, and no text comes out."""
+
+    def __init__(self) -> None:
+        self.template = None
+
+    def load_template(self) -> None:
+        pass
+
+    def decode(self, ids: object) -> str:
+        return ""
+
+
+def pretended(
+    profile: ModelProfile,
+    devices: int,
+    limit: int,
+    truth: StepCost | None = None,
+    seed: int = 0,
+    text: Text | None = None,
+) -> Furnish:
+    """Furniture without a model: `devices` machines that behave as the profile says, or as `truth` costs."""
+
+    def furnish(config: Config, progress: Progress) -> Furniture:
+        law = next(iter(profile.costs.values()))
+        table = RequestTable(config.scheduler.max_queue, limit)
+        pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
+        machine = SimMachine(table, devices, truth or law, profile.quality, pool, MASK, seed)
+        card = ModelCard(profile.model, limit, 0, 0)
+        return Furniture(card, MASK, MASK, text or PlainText(), table, machine, law, profile.quality)
+
+    return furnish
+
+
+class Run(NamedTuple):
+    outcomes: list[Outcome]
+    engine: Engine
+    timeline: list[tuple[float, int, int, float]]  # second, queued, running, mean threshold
+
+
+def simulate(
+    config: Config,
+    furnish: Furnish,
+    tasks: Sequence[str],
+    jobs: Sequence[Job],
+    seen: Callable[[int], None] = lambda done: None,
+) -> Run:
+    """Run all jobs to their end; `seen` hears how many have arrived."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(play(config, furnish, tasks, jobs, seen))
+
+
+async def play(
+    config: Config, furnish: Furnish, tasks: Sequence[str], jobs: Sequence[Job], seen: Callable[[int], None]
+) -> Run:
+    loop = asyncio.get_running_loop()
+    outcomes: list[Outcome] = []
+    timeline: list[tuple[float, int, int, float]] = []
+    async with Engine(config, furnish=furnish) as engine:
+        began = loop.time()
+
+        async def one(job: Job) -> None:
+            outcomes.append(await ask(engine, job, tasks))
+
+        async with asyncio.TaskGroup() as group:
+            watching = asyncio.create_task(watch(engine, timeline, began))
+            for count, job in enumerate(jobs):
+                await asyncio.sleep(began + job.at - loop.time())
+                group.create_task(one(job))
+                seen(count + 1)
+        watching.cancel()
+    return Run(sorted(outcomes, key=lambda outcome: outcome.at), engine, timeline)
+
+
+async def ask(engine: Engine, job: Job, tasks: Sequence[str]) -> Outcome:
+    loop = asyncio.get_running_loop()
+    index = tasks.index(job.task) if job.task in tasks else 0
+    prompt = [index] + [0] * (job.prompt_tokens - 1)
+    began = loop.time()
+    name = None if job.scale is None else f"x{job.scale:g}"
+    options = Options(max_tokens=job.max_tokens, slo_class=name, task=job.task, on_miss=job.on_miss)
+    try:
+        async with await engine.submit(prompt, options) as stream:
+            answer = await collect(stream)
+    except DilaserveError:
+        return Outcome(at=began, task=job.task, scale=job.scale, deadline=None, latency=None, met=False, usage=None)
+    usage = answer.usage
+    return Outcome(
+        at=began,
+        task=job.task,
+        scale=job.scale,
+        deadline=usage.deadline,
+        latency=loop.time() - began,
+        met=usage.deadline_met,
+        usage=usage,
+    )
+
+
+async def watch(engine: Engine, timeline: list[tuple[float, int, int, float]], began: float) -> None:
+    """A look at the house every second of its time."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(1.0)
+        rows = list(engine.scheduler.requests.values())
+        seated = [row for row in rows if row.seat]
+        mean = sum(row.told for row in seated) / len(seated) if seated else 0.0
+        timeline.append((loop.time() - began, len(rows) - len(seated), len(seated), mean))
+
+
+def classes(scales: Sequence[float | None]) -> str:
+    """The --slo-class that names these deadlines."""
+    return ",".join(f"x{scale:g}={scale:g}x" for scale in sorted({scale for scale in scales if scale is not None}))
+
+
+def written(run: Run, file: Path) -> None:
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(run.outcomes), indent=1))
