@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dilaserve.cost import Features, Learner, StepCost
 from dilaserve.policy.demand import drifted, load
 from dilaserve.progress import Progress
-from dilaserve.quality import Forecast, Outlook, QualityProfile
+from dilaserve.quality import Forecast, Outlook, QualityProfile, part_of
 from dilaserve.terms import Load, Request, Span
 
 SMOOTH = 0.02
@@ -67,6 +67,12 @@ class Beliefs:
             return (0.0,)
         return tuple(self.forecast.drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
 
+    def mean_drops(self, request: Request, thresholds: Sequence[float]) -> tuple[float, ...]:
+        """The estimates themselves, where `drops` are on the safe side."""
+        if request.decoding.rule != "threshold":
+            return (0.0,)
+        return tuple(self.forecast.mean_drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
+
     def ahead(self, progress: Progress, threshold: float, masks: int | None = None) -> Outlook:
         """Steps and refreshes that the request still needs, before drift."""
         decoding = progress.request.decoding
@@ -101,15 +107,16 @@ class Beliefs:
         need = self.loads(progress)[0]
         return need.steps * self.fixed + need.work
 
-    def watched(self, progress: Progress, masks_before: int, block_before: int) -> None:
-        """After a step: compare the progress in the block with what the law expected of one step."""
+    def watched(self, progress: Progress, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
+        """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
         if progress.quotas or progress.request.decoding.rule != "threshold":
             return
         level = self.level_of(progress.told)
         name = self.forecast.name(progress.request.slo.task)
-        part = min(block_before, 2)
+        part = part_of(block_before)
         steps = self.forecast.chain(name, level, part, progress.request.decoding.block_length).steps
         left = steps[progress.masks] if progress.block == block_before else 0.0
+        self.forecast.observe(progress.request.slo.task, level, part, masks_before, 0 if ended else unmasked)
         progress.observed += 1.0
         progress.expected += steps[masks_before] - left
 

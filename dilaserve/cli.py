@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dilaserve: unknown command {name!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
     try:
-        return COMMANDS[name](parsed(words))
+        settings, extras = parsed(words, name)
+        return COMMANDS[name].run(settings, extras)
     except ConfigError as error:
         print(f"dilaserve: {error.message}", file=sys.stderr)
         return USAGE_ERROR
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def parsed(words: list[str]) -> Config:
-    """The configuration from the flags, the environment and the file they name."""
-    parser = flags()
+def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
+    """The configuration from the flags, the environment and the file they name; and the command's own flags."""
+    parser = flags(command)
     found, unknown = parser.parse_known_args(words)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
@@ -50,20 +51,22 @@ def parsed(words: list[str]) -> Config:
         parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(found)
     file = given.pop("config", None)
-    return config.load(given, file=file)
+    own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
+    return config.load(given, file=file), argparse.Namespace(**own)
 
 
-def flags() -> Parser:
+def flags(command: str = "serve") -> Parser:
     parser = Parser(
         prog="dilaserve",
-        usage="dilaserve [serve] [flags]",
-        description="Serve a diffusion language model over OpenAI-compatible HTTP.",
+        usage=f"dilaserve {'[serve]' if command == 'serve' else command} [flags]",
+        description=COMMANDS[command].about + (OTHERS if command == "serve" else ""),
         epilog="Every flag can also be set as DILASERVE_NAME in the environment, or in the file of --config.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dilaserve {__version__}")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    COMMANDS[command].flags(parser)
     groups: dict[str, Any] = {}
     for setting in config.settings().values():
         if setting.group not in groups:
@@ -91,7 +94,7 @@ def described(setting: Setting) -> str:
     return (setting.description + default).replace("%", "%%")
 
 
-def serve(settings: Config) -> int:
+def serve(settings: Config, extras: argparse.Namespace) -> int:
     """Load the model, then listen until told to stop."""
     quiet()
     logging.basicConfig(
@@ -127,4 +130,108 @@ def announce(address: str, model: str, key: bool) -> None:
     )
 
 
-COMMANDS: dict[str, Callable[[Config], int]] = {"serve": serve}
+def calibration_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Calibration")
+    group.add_argument("--problems", type=Path, default=None, metavar="FILE", help=PROBLEMS)
+    group.add_argument(
+        "--per-task", type=positive, default=300, metavar="N", help="problems of each task (default: 300)"
+    )
+    group.add_argument("--plots", type=Path, default=None, metavar="DIR", help="where to draw the curves (PNG)")
+
+
+def calibrate(settings: Config, extras: argparse.Namespace) -> int:
+    """Measure the model, write its profile, draw it."""
+    quiet()
+    from dilaserve import profiles
+    from dilaserve.calibrate import calibrate as measure
+    from dilaserve.display import counting
+    from dilaserve.models.checkpoint import locate
+
+    with counting() as seen:
+        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen))
+    file = profiles.write(profile, locate(settings.model.model))
+    print(f"step costs: {law.samples} kinds of steps, {100 * law.error:.1f} % mean error on those held out")
+    for name, task in profile.quality.tasks.items():
+        if task.accuracy is not None:
+            steps = ", ".join(
+                f"{level:g}: {mean:.1f}" for level, mean in zip(profile.quality.levels, task.steps, strict=True)
+            )
+            drops = ", ".join(
+                f"{level:g}: {mean:.1f}" for level, mean in zip(profile.quality.levels, task.mean_drop, strict=True)
+            )
+            print(f"{name}: accuracy {task.accuracy:.1f} %   steps {steps}   drop {drops}")
+    print(f"profile: {file}")
+    if extras.plots:
+        from dilaserve import plots
+
+        plots.step_cost(law, samples, extras.plots / "step-cost.png")
+        plots.quality(profile.quality, extras.plots / "quality.png")
+        print(f"plots: {extras.plots / 'step-cost.png'}, {extras.plots / 'quality.png'}")
+    return 0
+
+
+def simulation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Simulation")
+    add = group.add_argument
+    add(
+        "--costs",
+        default="h200",
+        metavar="FILE",
+        help="a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs",
+    )
+    add("--sim-devices", type=positive, default=8, metavar="N", help="pretended devices (default: 8)")
+    add(
+        "--trace", type=Path, default=None, metavar="FILE", help="CSV of arrival_s,prompt_tokens,output_tokens; .gz too"
+    )
+    add("--arrivals", default="poisson", metavar="KIND", help="without a trace: poisson, gamma2, gamma4, bursts")
+    add(
+        "--rate",
+        type=float,
+        default=10.0,
+        metavar="R",
+        help="requests a second; a trace is stretched to it (default: 10)",
+    )
+    add("--seconds", type=float, default=120.0, metavar="S", help="how long requests arrive (default: 120)")
+    add("--prompt", type=positive, default=256, metavar="N", help="prompt tokens without a trace (default: 256)")
+    add("--answer", type=positive, default=256, metavar="N", help="answer tokens without a trace (default: 256)")
+    add("--deadline", default="2.0", metavar="X", help="times the unloaded latency, as 2.0, none, or a mix 1.5:1,8:1")
+    add("--on-miss", default="best_effort", choices=("best_effort", "reject", "cancel_when_late"), help="then")
+    add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
+    add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
+    add("--out", type=Path, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
+
+
+def simulate(settings: Config, extras: argparse.Namespace) -> int:
+    """Run made-up traffic through the real engine on a virtual clock."""
+    from dilaserve.display import counting
+    from dilaserve.sim.command import simulate as run
+
+    with counting() as seen:
+        for line in run(settings, extras, seen):
+            print(line)
+    return 0
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def no_flags(parser: argparse.ArgumentParser) -> None:
+    """This command has only the settings."""
+
+
+class Command(NamedTuple):
+    run: Callable[[Config, argparse.Namespace], int]
+    flags: Callable[[argparse.ArgumentParser], None]
+    about: str
+
+
+PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
+OTHERS = " Other commands: simulate, calibrate."
+COMMANDS: dict[str, Command] = {
+    "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP."),
+    "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
+    "calibrate": Command(calibrate, calibration_flags, "Measure step costs and the price of lower thresholds."),
+}

@@ -1,6 +1,5 @@
 """What an engine works with: the model as clients see it, its tokenizer, the request table, and who runs the steps."""
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,8 +18,6 @@ from dilaserve.quality import QualityProfile
 from dilaserve.table import RequestTable
 from dilaserve.text import Text
 from dilaserve.worker.loop import Job
-
-log = logging.getLogger(__name__)
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -41,6 +38,7 @@ class Furniture(NamedTuple):
     executor: Executor
     law: StepCost
     quality: QualityProfile
+    note: str | None = None  # what the log should say once the engine is up
 
 
 Furnish = Callable[[Config, Progress], Furniture]
@@ -63,21 +61,20 @@ def real(config: Config, progress: Progress) -> Furniture:
     stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
     shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
     executor = ProcessExecutor([job(config, name, names, shared) for name in names], table, progress)
-    known = profile(config, card.name, names[0])
-    law = known.costs.get(profiles.cost_key(names[0])) or next(iter(guess(card.name, names[0]).costs.values()))
-    return Furniture(card, spec.mask_id, spec.vocab_size, text, table, executor, law, known.quality)
+    law, quality, note = known(profiles.find(directory, config.scheduler.profile), card.name, names[0])
+    return Furniture(card, spec.mask_id, spec.vocab_size, text, table, executor, law, quality, note)
 
 
-def profile(config: Config, name: str, device: str) -> ModelProfile:
-    found = profiles.find(locate(config.model.model), config.scheduler.profile)
-    if found is None:
-        log.info("%s has no profile yet: starting from a cautious guess; `dilaserve calibrate` measures one", name)
-        return guess(name, device)
-    return found
-
-
-def guess(name: str, device: str) -> ModelProfile:
-    return profiles.guessed(name, device)
+def known(profile: ModelProfile | None, name: str, device: str) -> tuple[StepCost, QualityProfile, str | None]:
+    """Cost law and quality profile, and what to tell the user where a guess stands in for them."""
+    key, guess = profiles.cost_key(device), profiles.guessed(name, device)
+    if profile is None:
+        note = f"{name} has no profile yet and starts from a cautious guess; `dilaserve calibrate` measures one"
+        return guess.costs[key], guess.quality, note
+    if key not in profile.costs:
+        note = f"the profile of {name} knows no step costs on {device}; they are learned while serving"
+        return guess.costs[key], profile.quality, note
+    return profile.costs[key], profile.quality, None
 
 
 def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -> Job:

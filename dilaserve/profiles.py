@@ -5,6 +5,7 @@ A JSON file beside the model, or in the cache directory where that cannot be wri
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from dilaserve.errors import ConfigError
 from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, TaskProfile
 
 FILE = "dilaserve-profile.json"
+NUMBERS = re.compile(rb"\[\s+([-+.\de,\s]+?)\s+\]")  # a list of numbers, which is to stand on one line
 UNKNOWN_DROPS = (0.0, 2.0, 6.0, 12.0)  # points by level, for a model that nobody has measured
 
 
@@ -66,7 +68,7 @@ def read(file: Path) -> ModelProfile:
 
 def write(profile: ModelProfile, directory: Path) -> Path:
     """Beside the model, or in the cache directory; returns the file."""
-    text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
+    text = NUMBERS.sub(lambda found: b"[" + b" ".join(found[1].split()) + b"]", indented(profile))
     for file in (directory / FILE, cache_file(directory)):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,10 @@ def write(profile: ModelProfile, directory: Path) -> Path:
             continue
         return file
     raise ConfigError(f"the profile can be written neither beside the model nor to {file}: {reason}")
+
+
+def indented(profile: ModelProfile) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(profile), indent=1)
 
 
 def guessed(model: str, device: str) -> ModelProfile:

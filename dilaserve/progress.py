@@ -58,13 +58,15 @@ class Seat:
 class Progress:
     """One request in the scheduler's memory.
 
-    `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points; `level`
-    counts in them. `promised` rows have a deadline that
+    `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points
+    and on the safe side (`mean_drops`: expected); `level` counts in them. `promised` rows have a deadline that
     is being kept; `late` ones had one, and run on as best effort.
     """
 
-    def __init__(self, request: Request, thresholds: tuple[float, ...], drops: tuple[float, ...]) -> None:
-        self.request, self.thresholds, self.drops = request, thresholds, drops
+    def __init__(
+        self, request: Request, thresholds: tuple[float, ...], drops: tuple[float, ...], means: tuple[float, ...]
+    ) -> None:
+        self.request, self.thresholds, self.drops, self.mean_drops = request, thresholds, drops, means
         self.state = State.WAITING
         self.seat: Seat | None = None
         self.deadline: float | None = None
@@ -80,7 +82,7 @@ class Progress:
         self.fresh = False
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = self.crashes = 0
-        self.confidence = self.threshold_sum = self.dropped = self.device = 0.0
+        self.confidence = self.threshold_sum = self.dropped = self.mean_dropped = self.device = 0.0
         self.lowest: float | None = None
         self.started_at: float | None = None
         self.blocks = block_lengths(request)
@@ -146,6 +148,7 @@ class Progress:
         self.threshold_sum += self.told
         self.lowest = self.told if self.lowest is None else min(self.lowest, self.told)
         self.dropped += self.drops[self.level] * result.unmasked
+        self.mean_dropped += self.mean_drops[self.level] * result.unmasked
         self.prefix, self.masks = result.prefix, result.masks_left
         self.loads = None
         if not result.masks_left and self.block_end < self.request.canvas_tokens:
@@ -156,7 +159,7 @@ class Progress:
 
     @property
     def drop(self) -> float:
-        """Expected accuracy drop in points: that of its thresholds, weighted by the tokens unmasked at each."""
+        """Accuracy drop in points, on the safe side: that of its thresholds, by the tokens unmasked at each."""
         return self.dropped / self.unmasked if self.unmasked else 0.0
 
     def usage(self, now: float) -> Usage:
@@ -173,7 +176,7 @@ class Progress:
             deadline_met=None if self.deadline is None else now <= self.deadline,
             min_threshold=self.lowest if ruled else None,
             mean_threshold=self.threshold_sum / self.steps if ruled else None,
-            expected_drop=self.drop,
+            expected_drop=self.mean_dropped / self.unmasked if self.unmasked else 0.0,
             device=self.device,
         )
 

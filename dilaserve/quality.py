@@ -14,6 +14,8 @@ LEVELS = (0.9, 0.8, 0.7, 0.6)  # thresholds that control may choose, the referen
 BINS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # upper ends, in masks left
 PARTS = 3  # first block, second block, later ones
 ANY = "any"  # the task of requests that name none
+RELEARN = 400  # steps between two looks at what was learned while serving
+PRIOR = 400.0  # weight of what was known of a bin against what is seen, in steps
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
 
 
@@ -125,14 +127,43 @@ class Forecast:
 
     def __init__(self, profile: QualityProfile) -> None:
         self.profile = profile
+        self.learns = True  # else counts are only kept, under the tasks' own names
+        self.observed = 0
+        self.seen: dict[tuple[str, int, int], list[list[float]]] = {}  # counts since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
+
+    def observe(self, task: str | None, level: int, part: int, masks: int, unmasked: int) -> None:
+        """A step has unmasked so many tokens, 0 when the text ended; every 400 steps the laws take it in."""
+        for name in {self.name(task) if self.learns else task or ANY, ANY}:
+            rows = self.seen.setdefault((name, level, part), [[] for _ in BINS])
+            counts = rows[bin_of(masks)]
+            counts.extend([0.0] * (unmasked + 1 - len(counts)))
+            counts[unmasked] += 1.0
+        self.observed += 1
+        if self.observed % RELEARN == 0 and self.learns:
+            self.relearn()
+
+    def relearn(self) -> None:
+        """Add what was seen to the counts of the profile, each bin of which counts as at most `PRIOR` steps."""
+        tasks = dict(self.profile.tasks)
+        for (name, level, part), rows in self.seen.items():
+            laws = [list(parts) for parts in tasks[name].laws]
+            laws[level][part] = added(laws[level][part], rows)
+            tasks[name] = msgspec.structs.replace(tasks[name], laws=tuple(tuple(parts) for parts in laws))
+        self.profile = msgspec.structs.replace(self.profile, tasks=tasks)
+        self.seen.clear()
+        self.chains.clear()
+        self.futures.clear()
 
     def name(self, task: str | None) -> str:
         return task if task is not None and task in self.profile.tasks else ANY
 
     def drop(self, task: str | None, level: int) -> float:
         return self.profile.task(task).drop[level]
+
+    def mean_drop(self, task: str | None, level: int) -> float:
+        return self.profile.task(task).mean_drop[level]
 
     def chain(self, task: str, level: int, part: int, block_length: int) -> Chain:
         key = (task, level, part, block_length)
@@ -160,6 +191,16 @@ class Forecast:
         law = self.chain(name, level, part_of(block), block_length)
         after = self.blocks(name, level, count, block_length)[block + 1]
         return joined(law, masks, after, 0.0 if fresh else 1.0)
+
+
+def added(law: Law, seen: list[list[float]]) -> Law:
+    rows = []
+    for known, new in zip(law.unmasked, seen, strict=True):
+        weight = min(1.0, PRIOR / max(1.0, sum(known)))
+        width = max(len(known), len(new))
+        old = [weight * count for count in known] + [0.0] * (width - len(known))
+        rows.append(tuple(round(a + b, 3) for a, b in zip(old, new + [0.0] * (width - len(new)), strict=True)))
+    return Law(tuple(rows))
 
 
 def joined(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:

@@ -116,7 +116,8 @@ class Scheduler:
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
         thresholds = self.thresholds_of(event)
-        progress = Progress(request, thresholds, self.beliefs.drops(request, thresholds))
+        drops, means = self.beliefs.drops(request, thresholds), self.beliefs.mean_drops(request, thresholds)
+        progress = Progress(request, thresholds, drops, means)
         slo = request.slo
         if slo.seconds is not None:
             progress.deadline = request.arrived_at + slo.seconds
@@ -170,9 +171,9 @@ class Scheduler:
         request, before = progress.request, progress.prefix
         masks, block = progress.masks, progress.block
         progress.advance(result)
-        self.beliefs.watched(progress, masks, block)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix and not request.ignore_eos
+        self.beliefs.watched(progress, masks, block, result.unmasked, stopped)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)

@@ -1,6 +1,7 @@
 """One simulated run: the real engine on a virtual clock, requests thrown at it, and what became of each."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +144,7 @@ async def watch(engine: Engine, timeline: list[tuple[float, int, int, float]], b
         await asyncio.sleep(1.0)
         rows = list(engine.scheduler.requests.values())
         seated = [row for row in rows if row.seat]
-        mean = sum(row.told for row in seated) / len(seated) if seated else 0.0
+        mean = sum(row.told for row in seated) / len(seated) if seated else math.nan
         timeline.append((loop.time() - began, len(rows) - len(seated), len(seated), mean))
 
 

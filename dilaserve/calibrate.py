@@ -1,0 +1,333 @@
+"""Measure a model on this machine: seconds of a step by what it computes, steps and accuracy by threshold and task.
+
+Both on the real executor. The result is one profile file, which the server then loads by itself, and two plots.
+"""
+
+import asyncio
+import datetime
+import math
+import platform
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from dilaserve import profiles, tasks
+from dilaserve.beliefs import batch_features
+from dilaserve.config import Config
+from dilaserve.cost import Sample, StepCost, fit
+from dilaserve.devices import listed
+from dilaserve.engine import Engine
+from dilaserve.errors import ConfigError, Unavailable
+from dilaserve.executor import Executor
+from dilaserve.furniture import Furnish, Furniture, real
+from dilaserve.models.checkpoint import locate
+from dilaserve.options import Options
+from dilaserve.pages import PAGE
+from dilaserve.profiles import ModelProfile
+from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, TaskProfile, isotonic
+from dilaserve.table import RequestTable
+from dilaserve.tasks import TASKS, held_out
+from dilaserve.tasks.problem import Problem
+from dilaserve.terms import Batch, Decoding, Event, InstanceReady, Span, StepDone
+
+ANSWER = 32  # tokens of the block that measured rows work on
+REUSE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+REFRESH_ROWS = (1, 2, 3, 4, 8)
+REPEATS = 7
+SIDE = 1.645  # normal quantile of a one-sided 95 % bound: the pessimistic end of a 90 % interval
+CHATTER = 16  # requests at once while quality is measured
+Seen = Callable[[str, int, int], None]  # what is measured, done, total
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One line of a JSONL file; without an answer, agreement with the model's own reference answer counts."""
+
+    prompt: str
+    answer: str | None = None
+    task: str = "prompts"
+
+
+class Answer(NamedTuple):
+    right: bool
+    steps: int
+    drop: float
+
+
+# step costs
+
+
+class Rig(NamedTuple):
+    """The first instance of an executor, with a table whose rows are all laid out."""
+
+    executor: Executor
+    table: RequestTable
+    kv_tokens: int
+    inbox: "asyncio.Queue[Event]"
+
+
+async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = real) -> list[Sample]:
+    """Seconds of reuse, refresh and mixed steps on the first device; the median of several each."""
+    furniture = await asyncio.to_thread(furnish, config, quiet)
+    started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+    running = asyncio.create_task(furniture.executor.run(inbox.put_nowait, started))
+    try:
+        await asyncio.wait([running, started], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        await started
+        first = await inbox.get()
+        assert isinstance(first, InstanceReady)
+        rig = Rig(furniture.executor, furniture.table, first.instance.kv_tokens, inbox)
+        return [sample async for sample in measured(rig, furniture, first.instance.id, config, limit, seen)]
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def measured(  # type: ignore[no-untyped-def]
+    rig: Rig, furniture: Furniture, instance: int, config: Config, limit: int, seen: Seen
+):
+    plan = list(layouts(config.device.max_num_seqs, config.device.max_num_batched_tokens, rig.kv_tokens, limit))
+    rng = random.Random(0)
+    rng.shuffle(plan)
+    number = 0
+    for count, rows in enumerate(plan):
+        spans = laid_out(rig.table, rows, furniture.mask_id, rng, furniture.vocab_size)
+        seconds = []
+        for repeat in range(REPEATS):
+            for span in spans:
+                rig.table.canvas[span.row, span.block_start : span.block_end] = furniture.mask_id
+            number += 1
+            rig.executor.launch(Batch(number, instance, spans))
+            done = await next_step(rig.inbox)
+            if repeat:
+                seconds.append(done.seconds)
+        masks = sum(span.block_end - span.block_start for span in spans)
+        yield Sample(batch_features(spans, masks), statistics.median(seconds))
+        seen("step costs", count + 1, len(plan))
+
+
+async def next_step(inbox: "asyncio.Queue[Event]") -> StepDone:
+    while True:
+        event = await inbox.get()
+        if isinstance(event, StepDone):
+            return event
+        if not isinstance(event, InstanceReady):
+            raise Unavailable("the worker was lost while its steps were measured")
+
+
+class Shape(NamedTuple):
+    canvas: int
+    refresh: bool
+
+
+def layouts(rows: int, tokens: int, pool: int, limit: int) -> Iterator[list[Shape]]:
+    """Batches to measure: reuse only, refresh only and mixed, that fit the limits of the server."""
+    lengths = [length for length in (64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096) if length <= limit] or [limit]
+    for batch in every_layout(lengths):
+        pages = sum(-(-shape.canvas // PAGE) * PAGE for shape in batch)
+        packed = sum(shape.canvas if shape.refresh else ANSWER for shape in batch)
+        if len(batch) <= rows and packed <= tokens and pages <= pool:
+            yield batch
+
+
+def every_layout(lengths: Sequence[int]) -> Iterator[list[Shape]]:
+    for count in REUSE_ROWS:
+        for length in lengths[1::2]:
+            yield [Shape(length, False)] * count
+    for count in REFRESH_ROWS:
+        for length in lengths:
+            yield [Shape(length, True)] * count
+    for fresh in (1, 2, 3):
+        for count in (1, 3, 6, 12):
+            for length in lengths[::2]:
+                yield [Shape(length, True)] * fresh + [Shape(length, False)] * count
+
+
+def laid_out(table: RequestTable, rows: list[Shape], mask_id: int, rng: random.Random, vocab: int) -> tuple[Span, ...]:
+    """Fill rows of the table with random canvases whose last block is masked."""
+    spans, kv_start = [], 0
+    for row, (canvas, refresh) in enumerate(rows):
+        prompt = max(1, canvas - ANSWER)
+        ids = np.array([rng.randrange(min(vocab, 250)) for _ in range(prompt)], dtype=np.int32)
+        generation = table.fill(row, ids, canvas, mask_id, Decoding())
+        start, length = (0, canvas) if refresh else (prompt, canvas - prompt)
+        spans.append(Span(row, generation, kv_start, start, length, canvas, prompt, canvas, 0, 0))
+        kv_start += -(-canvas // PAGE) * PAGE
+    return tuple(spans)
+
+
+# quality
+
+
+async def quality(
+    engine: Engine, questions: dict[str, list[tuple[Question, Problem | None]]], seen: Seen
+) -> QualityProfile:
+    """Ask every question at every level; steps are counted from what the workers report, accuracy is paired."""
+    forecast = engine.scheduler.beliefs.forecast
+    forecast.learns = False
+    forecast.seen.clear()
+    total = sum(map(len, questions.values())) * len(LEVELS)
+    done = 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        seen("quality", done, total)
+
+    found: dict[str, list[list[Answer]]] = {}
+    for task, items in questions.items():
+        reference: list[str] = []
+        found[task] = []
+        for level in LEVELS:
+            texts = await asked(engine, task, [item[0].prompt for item in items], level, one_more)
+            reference = reference or [text for text, _ in texts]
+            rows = zip(items, texts, reference, strict=True)
+            found[task].append([Answer(judged(item, text, own), steps, 0.0) for item, (text, steps), own in rows])
+    laws = {task: observed_laws(forecast.seen, name_in(forecast.seen, task)) for task in questions}
+    return profile_of(found, laws, observed_laws(forecast.seen, ANY))
+
+
+def name_in(seen: dict[tuple[str, int, int], list[list[float]]], task: str) -> str:
+    return task if any(name == task for name, _, _ in seen) else ANY
+
+
+async def asked(
+    engine: Engine, task: str, prompts: Sequence[str], level: float, one_more: Callable[[], None]
+) -> list[tuple[str, int]]:
+    """Answers and their steps, a few requests at a time."""
+    gate = asyncio.Semaphore(CHATTER)
+    options = Options(confidence_threshold=level, task=task, max_tokens=room(engine))
+
+    async def ask(prompt: str) -> tuple[str, int]:
+        async with gate:
+            answer = await engine.generate(chat(engine, prompt), options)
+        one_more()
+        return answer.text, answer.usage.steps
+
+    return list(await asyncio.gather(*(ask(prompt) for prompt in prompts)))
+
+
+def room(engine: Engine) -> int:
+    return min(128, engine.model.max_model_len // 2)
+
+
+def chat(engine: Engine, prompt: str) -> str | list[dict[str, str]]:
+    has_template = engine.text.template is not None and engine.text.template.chat_template
+    return [{"role": "user", "content": prompt}] if has_template else prompt
+
+
+def judged(item: tuple[Question, Problem | None], text: str, reference: str) -> bool:
+    """By the task's rule, by the given answer, or by agreement with the reference threshold's answer."""
+    question, problem = item
+    if problem is not None:
+        return tasks.check(problem, text)
+    expected = reference if question.answer is None else question.answer
+    return " ".join(text.split()) == " ".join(expected.split())
+
+
+def observed_laws(seen: dict[tuple[str, int, int], list[list[float]]], task: str) -> tuple[tuple[Law, ...], ...]:
+    empty: list[list[float]] = [[] for _ in BINS]
+    return tuple(
+        tuple(Law(tuple(tuple(counts) for counts in seen.get((task, level, part), empty))) for part in range(PARTS))
+        for level in range(len(LEVELS))
+    )
+
+
+def profile_of(
+    found: dict[str, list[list[Answer]]],
+    laws: dict[str, tuple[tuple[Law, ...], ...]],
+    all_laws: tuple[tuple[Law, ...], ...],
+) -> QualityProfile:
+    known = {}
+    for task, levels in found.items():
+        pairs = [drop(levels[0], answers) for answers in levels]
+        known[task] = TaskProfile(
+            laws=laws[task],
+            drop=isotonic([bound for _, bound in pairs]),
+            mean_drop=isotonic([mean for mean, _ in pairs]),
+            accuracy=round(100 * statistics.fmean(answer.right for answer in levels[0]), 2),
+            steps=tuple(round(statistics.fmean(answer.steps for answer in answers), 3) for answers in levels),
+            samples=len(levels[0]),
+        )
+    worst = tuple(max(task.drop[level] for task in known.values()) for level in range(len(LEVELS)))
+    mean = tuple(max(task.mean_drop[level] for task in known.values()) for level in range(len(LEVELS)))
+    known[ANY] = TaskProfile(laws=all_laws, drop=worst, mean_drop=mean)
+    return QualityProfile(tasks=known)
+
+
+def drop(reference: Sequence[Answer], answers: Sequence[Answer]) -> tuple[float, float]:
+    """Points lost against the reference on the same problems: the mean, and the pessimistic end of its interval."""
+    differences = [float(a.right) - float(b.right) for a, b in zip(reference, answers, strict=True)]
+    mean = statistics.fmean(differences)
+    spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return 100 * mean, 100 * (mean + SIDE * spread)
+
+
+# the whole
+
+
+def questions_from(file: Path | None, per_task: int) -> dict[str, list[tuple[Question, Problem | None]]]:
+    """The problems of the package, or the questions of a JSONL file by their task; raises `ConfigError`."""
+    if file is None:
+        return {
+            task: [(Question(problem.prompt, problem.answer, task), problem) for problem in held_out(task, per_task)]
+            for task in TASKS
+        }
+    found: dict[str, list[tuple[Question, Problem | None]]] = {}
+    try:
+        for line in file.read_bytes().splitlines():
+            if line.strip():
+                question = msgspec.json.decode(line, type=Question)
+                found.setdefault(question.task, []).append((question, None))
+    except OSError as error:
+        raise ConfigError(f"cannot read the problems {file}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{file} is not JSON lines of prompt, answer and task: {error}") from error
+    if not found:
+        raise ConfigError(f"{file} holds no problems")
+    return {task: items[:per_task] for task, items in found.items()}
+
+
+async def calibrate(
+    config: Config, problems: Path | None, per_task: int, seen: Seen
+) -> tuple[ModelProfile, list[Sample], StepCost]:
+    """Measure quality, then step costs; the profile is not written yet."""
+    questions = questions_from(problems, per_task)
+    directory = locate(config.model.model)
+    device = listed(config.device.devices)[0]
+    async with Engine(config, quiet) as engine:
+        measured_quality = await quality(engine, questions, seen)
+        limit, name = engine.model.max_model_len, engine.model.name
+    samples = await step_costs(config, limit, seen)
+    law = fit(samples)
+    known = profiles.find(directory, None)
+    costs: dict[str, StepCost] = {**(known.costs if known else {}), profiles.cost_key(device): law}
+    profile = ModelProfile(
+        model=name,
+        made=datetime.date.today().isoformat(),
+        machine=machine(),
+        costs=costs,
+        quality=measured_quality,
+    )
+    return profile, samples, law
+
+
+def machine() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def quiet(device: str, done: int, total: int) -> None:
+    """Nobody watches the weights being loaded."""

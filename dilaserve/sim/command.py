@@ -1,0 +1,98 @@
+"""`dilaserve simulate`: from flags to a run, a report and files."""
+
+import argparse
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from dilaserve import profiles
+from dilaserve.config import Config
+from dilaserve.errors import ConfigError
+from dilaserve.profiles import ModelProfile
+from dilaserve.quality import ANY
+from dilaserve.sim import workload
+from dilaserve.sim.report import by_second, lines, report
+from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import Run, classes, pretended, written
+from dilaserve.sim.run import simulate as play
+from dilaserve.sim.workload import Job
+
+Scales = tuple[tuple[float | None, float], ...]
+ROWS = 4096  # requests in the house at once, so that a backlog is seen and not refused
+
+
+def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, int, int], None]) -> Iterator[str]:
+    """Lines to print; raises `ConfigError`."""
+    profile = costs(extras.costs)
+    scales = mix(extras.deadline)
+    jobs = traffic(extras, profile, scales, settings.model.max_model_len or 4096)
+    settings = prepared(settings, scales)
+    furnish = pretended(profile, extras.sim_devices, settings.model.max_model_len or 4096, seed=extras.sim_seed)
+    began = time.perf_counter()
+    run = play(settings, furnish, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
+    took = time.perf_counter() - began
+    result = report(run, extras.seconds)
+    yield from lines(result)
+    yield f"{extras.sim_devices} devices, {extras.seconds:g} s simulated in {took:.1f} s ({extras.seconds / took:.0f}x)"
+    if extras.out:
+        yield from saved(run, result, extras.out)
+
+
+def saved(run: Run, result: object, out: Path) -> Iterator[str]:
+    from dilaserve import plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    written(run, out / "outcomes.json")
+    (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    rows = by_second(run)
+    if rows:
+        plots.timeline(rows, "simulation", out / "timeline.png")
+    yield f"saved in {out}"
+
+
+def costs(name: str) -> ModelProfile:
+    return llada_8b_h200() if name == "h200" else profiles.read(Path(name))
+
+
+def prepared(settings: Config, scales: Scales) -> Config:
+    """The settings with the deadline classes of the traffic and room for its backlog."""
+    scheduler = msgspec.structs.replace(
+        settings.scheduler, slo_class=classes([scale for scale, _ in scales]), max_queue=ROWS
+    )
+    return msgspec.structs.replace(settings, scheduler=scheduler)
+
+
+def mix(text: str) -> Scales:
+    """`2.0`, `none`, or `1.5:1,8:1`, weights behind the colon."""
+    found = []
+    for part in text.split(","):
+        scale, _, weight = part.partition(":")
+        try:
+            found.append((None if scale == "none" else float(scale), float(weight or 1)))
+        except ValueError as error:
+            raise ConfigError(f"--deadline {text!r}: write 2.0, none, or a mix such as 1.5:1,8:1") from error
+    if any(scale is not None and scale <= 0 for scale, _ in found) or sum(weight for _, weight in found) <= 0:
+        raise ConfigError(f"--deadline {text!r}: multiples and weights are positive")
+    return tuple(found)
+
+
+def traffic(extras: argparse.Namespace, profile: ModelProfile, scales: Scales, limit: int) -> list[Job]:
+    if extras.rate <= 0 or extras.seconds <= 0:
+        raise ConfigError("--rate and --seconds are positive")
+    names = tuple(extras.task.split(",")) if extras.task else tuple(profile.quality.tasks)
+    for name in names:
+        if name not in profile.quality.tasks:
+            raise ConfigError(f"--task {name!r} is not in the profile; it knows {', '.join(profile.quality.tasks)}")
+    if len(names) > 1:
+        names = tuple(name for name in names if name != ANY)
+    if extras.trace:
+        times = workload.scaled(workload.trace(extras.trace), extras.rate)
+    else:
+        rng = random.Random(extras.sim_seed)
+        arrivals = workload.arrivals(extras.arrivals, extras.rate, rng)
+        times = zip(arrivals, itertools.repeat(extras.prompt), itertools.repeat(extras.answer), strict=False)
+    return workload.jobs(times, extras.seconds, limit, names, scales, extras.sim_seed, extras.on_miss)

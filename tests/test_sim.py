@@ -1,0 +1,105 @@
+"""The real engine on virtual time."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+
+from dilaserve.cli import main
+from dilaserve.config import Config
+from dilaserve.errors import ConfigError
+from dilaserve.quality import chain
+from dilaserve.sim import workload
+from dilaserve.sim.clock import Stalled, VirtualLoop
+from dilaserve.sim.report import by_second, report
+from dilaserve.sim.roofline import STEPS, llada_8b_h200
+from dilaserve.sim.run import classes, pretended, simulate
+
+SECONDS = 20.0
+
+
+def run(rate=6.0, scale=2.0, devices=2, on_miss="best_effort", seed=0, **settings):
+    profile = llada_8b_h200()
+    rng = random.Random(seed)
+    times = zip(workload.poisson(rate, rng), itertools.repeat(200), itertools.repeat(128), strict=False)
+    jobs = workload.jobs(times, SECONDS, 1024, (None,), ((scale, 1.0),), seed, on_miss)
+    config = Config.of(slo_class=classes([scale]), max_queue=2048, **settings)
+    return simulate(config, pretended(profile, devices, 1024, seed=seed), list(profile.quality.tasks), jobs)
+
+
+def test_time_jumps_and_nothing_waits_for_ever():
+    async def sleepy():
+        await asyncio.sleep(3600)
+        return asyncio.get_running_loop().time()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(sleepy()) == pytest.approx(3600)
+        with pytest.raises(Stalled):
+            runner.run(asyncio.Event().wait())
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = run(), run()
+    assert first.outcomes == second.outcomes
+    assert first.outcomes != run(seed=1).outcomes
+
+
+def test_every_request_ends_and_light_load_meets_its_deadlines():
+    light = run(rate=2.0)
+    assert report(light, SECONDS).attainment > 0.95
+    for heavy in (run(rate=40.0), run(rate=40.0, on_miss="cancel_when_late")):
+        assert not heavy.engine.scheduler.requests
+        assert len(heavy.engine.free) == heavy.engine.table.rows
+    assert by_second(light)
+
+
+def test_deadlines_are_met_where_first_come_first_served_misses_them():
+    ours = report(run(rate=40.0, on_miss="cancel_when_late"), SECONDS)
+    plain = report(run(rate=40.0, scheduling="fcfs", shed="off", threshold_control="fixed"), SECONDS)
+    assert ours.attainment > plain.attainment + 0.2
+    assert ours.wasted < plain.wasted
+    assert ours.mean_threshold < plain.mean_threshold == pytest.approx(0.9)
+
+
+def test_the_accuracy_budget_is_kept():
+    tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget="0.1", min_confidence_threshold=0.7)
+    bank = tight.engine.scheduler.banks[""]
+    assert bank.spent <= 0.1 * (bank.served + 50)
+
+
+def test_the_built_in_profile_has_the_published_steps():
+    laws = llada_8b_h200().quality.tasks["any"].laws
+    assert [8 * chain(law[0], law[0], 32).steps[32] for law in laws] == pytest.approx(list(STEPS), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", workload.ARRIVALS)
+def test_arrivals_come_at_their_rate(kind):
+    times = list(itertools.islice(workload.arrivals(kind, 10.0, random.Random(0)), 20_000))
+    assert times == sorted(times)
+    assert len(times) / times[-1] == pytest.approx(10.0, rel=0.1)
+
+
+def test_a_trace_is_read_and_stretched(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text("arrival_s,prompt_tokens,output_tokens\n0.0,10,20\n1.5,30,40\n3.0,50,60\n")
+    rows = workload.trace(file)
+    assert rows == [(0.0, 10, 20), (1.5, 30, 40), (3.0, 50, 60)]
+    jobs = workload.jobs(workload.scaled(rows, 10.0), 5.0, 64, (None,), ((None, 1.0),), 0)
+    assert len(jobs) == pytest.approx(50, abs=25)
+    assert all(job.prompt_tokens + job.max_tokens <= 64 for job in jobs)
+    file.write_text("a,b\n")
+    with pytest.raises(ConfigError, match="not a CSV"):
+        workload.trace(file)
+    with pytest.raises(ConfigError, match="cannot read"):
+        workload.trace(tmp_path / "none.csv")
+
+
+def test_the_command_prints_and_saves(tmp_path, capsys):
+    flags = ["--rate", "4", "--seconds", "10", "--sim-devices", "2", "--deadline", "1.5:1,8:1", "--out", str(tmp_path)]
+    assert main(["simulate", *flags]) == 0
+    assert "of deadlines met" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"outcomes.json", "report.json", "timeline.png"}
+    for wrong in (["--rate", "0"], ["--deadline", "x"], ["--costs", "nope"], ["--arrivals", "x"], ["--task", "x"]):
+        assert main(["simulate", *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
