@@ -89,7 +89,7 @@ class Engine:
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
         self.executor, self.table, self.text = furniture.executor, furniture.table, furniture.text
         self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
-        self.note_once = furniture.note
+        self.advice = furniture.note
         self.free = list(reversed(range(self.table.rows)))
         self.scheduler = Scheduler(self.config, furniture.law, furniture.quality)
         started: asyncio.Future[None] = self.loop.create_future()
@@ -121,8 +121,6 @@ class Engine:
                 group.create_task(executor.run(self.post, running))
                 await asyncio.gather(running, asyncio.to_thread(self.text.load_template))
                 started.set_result(None)
-                if self.note_once:
-                    log.info("%s", self.note_once)
         except BaseExceptionGroup as broken:
             self.failure = first(broken)
             if not started.done():

@@ -38,7 +38,7 @@ class Furniture(NamedTuple):
     executor: Executor
     law: StepCost
     quality: QualityProfile
-    note: str | None = None  # what the log should say once the engine is up
+    note: str | None = None  # what the user should hear once the engine is up
 
 
 Furnish = Callable[[Config, Progress], Furniture]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from dilaserve import config
+from dilaserve import config, profiles
 from dilaserve.cli import main
 from dilaserve.errors import ConfigError
 
@@ -145,3 +146,21 @@ def test_ctrl_c_ends_a_serving_and_a_loading_server_quietly(served, random_model
     loading.send_signal(signal.SIGINT)
     assert loading.wait(60) == 0
     assert "Traceback" not in loading.stderr.read()
+
+
+def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(random_model, model)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "hello"}\n{"prompt": "What is 1+1?", "answer": "2", "task": "sums"}\n')
+    flags = ["--model", str(model), "--devices", "cpu", "--max-num-seqs", "4", "--max-num-batched-tokens", "300"]
+    done = run("calibrate", *flags, "--problems", str(problems), "--plots", str(tmp_path / "plots"))
+    assert done.returncode == 0, done.stderr
+    assert "mean error on those held out" in done.stdout
+    profile = profiles.find(model, None)
+    assert set(profile.quality.tasks) == {"any", "prompts", "sums"}
+    assert profile.costs["cpu x1"].samples > 20
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {"step-cost.png", "quality.png"}
+    assert "holds no problems" in failed(run("calibrate", *flags, "--problems", "/dev/null"))
+    (model / profiles.FILE).write_text("[]")
+    assert "damaged" in failed(run(*flags, "--port", "0"))

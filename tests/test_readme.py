@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dilaserve import config
+from dilaserve import cli
 from dilaserve.server import openai
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -22,7 +22,9 @@ def test_the_embedding_example_runs_as_it_stands():
 
 
 def test_every_flag_that_is_named_exists():
-    flags = {setting.flag for setting in config.settings().values()} | {"--help", "--config"}
+    flags = {
+        flag for command in cli.COMMANDS for action in cli.flags(command)._actions for flag in action.option_strings
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
 
 

@@ -56,6 +56,8 @@ async def serve(config: Config, progress: Progress, announce: Announce) -> int:
         async with Engine(config, progress) as engine, running(engine, config) as address:
             listening = True
             announce(address, engine.model.name, config.server.api_key is not None)
+            if engine.advice:
+                log.info("%s", engine.advice)
             ended = asyncio.create_task(engine.ended())
             await asyncio.wait([ended, waiting := asyncio.create_task(stop.wait())], return_when="FIRST_COMPLETED")
             waiting.cancel()
