@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Self, TypeAlias, TypeVar
@@ -48,12 +49,16 @@ LONG_TEXT = 4096  # characters from which encoding leaves the loop
 
 
 class Profile(msgspec.Struct):
-    """Where time went since the start: over all steps, the workers' seconds and the part inside the model."""
+    """Where time went since the start: over all steps, the workers' seconds and the part inside the model;
+    and the seconds in which the scheduler decided.
+    """
 
     steps: int = 0
     rows: int = 0
     seconds: float = 0.0
     forward: float = 0.0
+    decisions: int = 0
+    deciding: float = 0.0
 
 
 class Engine:
@@ -252,7 +257,11 @@ class Engine:
                     self.perform(command, executor)
                 if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
                     stream.verdict.set()
-            for command in self.scheduler.decide(now):
+            began = time.perf_counter()
+            commands = list(self.scheduler.decide(now))
+            self.profile.deciding += time.perf_counter() - began
+            self.profile.decisions += 1
+            for command in commands:
                 self.perform(command, executor)
             self.wake_at(self.scheduler.wake_at())
 

@@ -107,6 +107,11 @@ class Scheduler:
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
 
+    @property
+    def running(self) -> int:
+        """Requests that have a seat."""
+        return sum(len(seat.residents) for seat in self.seats.values())
+
     def wake_at(self) -> float:
         """When the house must be looked at even if nothing happens; infinity while nobody waits for a promise."""
         return self.ticked_at + TICK if self.queue or self.floor else NEVER

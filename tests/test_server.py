@@ -371,6 +371,17 @@ async def test_the_pages_around_it(client):
     assert (await post(client, "/tokenize", {}))[0] == 400
 
 
+async def test_prometheus_reads_what_happened(client):
+    await post(client, CHAT, HELLO | {"slo": {"deadline_ms": 60_000}})
+    async with client.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(found['dilaserve_deadlines_total{fate="met"}']) >= 1
+    assert float(found["dilaserve_device_seconds_total"]) > 0
+    assert float(found["dilaserve_instances"]) == 1
+    assert (found["dilaserve_requests_running"], found["dilaserve_requests_waiting"]) == ("0.0", "0.0")
+
+
 async def test_a_key_is_asked_for_where_one_is_set(engine):
     config = Config.of(port=0, api_key="secret")
     async with running(engine, config) as address, aiohttp.ClientSession(address) as client:

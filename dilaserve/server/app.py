@@ -18,7 +18,7 @@ from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import BadRequest, ConfigError, DilaserveError, NotFound, Unauthorized, Unavailable
 from dilaserve.executor import Progress
-from dilaserve.server import openai, sse
+from dilaserve.server import metrics, openai, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.stream import collect
 
@@ -29,7 +29,7 @@ ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 BODY_WITHIN = 30.0  # seconds to receive a request body
 LINGER = 2.0  # seconds that answers get to leave after the engine is done
-OPEN = {"/health", "/ready", "/version"}  # no key needed
+OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
 _json = msgspec.json.Encoder()
 
@@ -99,6 +99,7 @@ def application(engine: Engine, config: Config) -> web.Application:
             web.get("/health", health),
             web.get("/ready", ready),
             web.get("/version", version),
+            web.get("/metrics", measured),
             web.get("/v1/models", models),
             web.get("/v1/models/{model}", model),
             web.post("/v1/chat/completions", chat),
@@ -196,6 +197,10 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 async def version(request: web.Request) -> web.StreamResponse:
     return answer({"version": __version__})
+
+
+async def measured(request: web.Request) -> web.StreamResponse:
+    return web.Response(body=metrics.text(request.app[ENGINE]), content_type="text/plain", charset="utf-8")
 
 
 async def models(request: web.Request) -> web.StreamResponse:

@@ -1,0 +1,54 @@
+"""What Prometheus reads: counts since the start, and what is in the house now."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dilaserve.engine import Engine
+
+
+class House(Collector):
+    """Reads the engine whenever it is asked; nothing is counted twice."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, scheduler = self.engine, self.engine.scheduler
+        totals, profile = scheduler.totals, engine.profile
+        yield gauge("requests_running", "requests with a seat", scheduler.running)
+        yield gauge("requests_waiting", "requests without a seat", len(scheduler.requests) - scheduler.running)
+        yield gauge("instances", "instances that are up", len(engine.capacity))
+        yield gauge("threshold_floor_level", "levels by which load has lowered all thresholds", scheduler.floor)
+        yield counter("steps", "denoising steps", profile.steps)
+        yield counter("step_rows", "rows in all steps", profile.rows)
+        yield counter("step_seconds", "seconds of all steps, by the workers", profile.seconds)
+        yield counter("forward_seconds", "seconds of all steps inside the model", profile.forward)
+        yield counter("device_seconds", "seconds of steps that ended requests have taken", totals.device)
+        yield counter("wasted_seconds", "those of requests that missed their deadline", totals.wasted)
+        yield counter("decide_seconds", "seconds in which the scheduler decided", profile.deciding)
+        yield counter("decisions", "times the scheduler decided", profile.decisions)
+        fates = CounterMetricFamily("dilaserve_deadlines", "requests with a deadline, by their fate", labels=["fate"])
+        for fate in ("met", "missed", "declined"):
+            fates.add_metric([fate], getattr(totals, fate))
+        yield fates
+        banks = GaugeMetricFamily("dilaserve_accuracy_drop", "mean expected drop, in points", labels=["tenant"])
+        for tenant, bank in scheduler.banks.items():
+            banks.add_metric([tenant], bank.spent / max(1, bank.served))
+        yield banks
+
+
+def gauge(name: str, about: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"dilaserve_{name}", about, value=value)
+
+
+def counter(name: str, about: str, value: float) -> Metric:
+    return CounterMetricFamily(f"dilaserve_{name}", about, value=value)
+
+
+def text(engine: Engine) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(House(engine))
+    return generate_latest(registry)
