@@ -46,6 +46,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "dilaserve": (),
 }
 MAX_TOKENS = 96
+UNHURRIED = 1000.0  # a deadline that nobody misses
 PATIENCE = 60.0  # seconds after the last arrival until what is still open counts as unanswered
 
 
@@ -143,14 +144,14 @@ async def unloaded_latency(args: argparse.Namespace) -> dict[str, float]:
             problems = held_out(task, args.unloaded, seed=99)
             fates = []
             for problem in problems:
-                fates += await replay(address, [Ask(0.0, problem, 1e6)], {task: 1.0}, PATIENCE)
+                fates += await replay(address, [Ask(0.0, problem, UNHURRIED)], {task: 1.0}, PATIENCE)
             found[task] = statistics.median(fate.latency for fate in fates if fate.latency is not None)
     return found
 
 
 async def keeps_up(args: argparse.Namespace, address: str, rate: float, unloaded: dict[str, float]) -> bool:
     """Whether requests of the last third wait no longer than twice those of the first."""
-    fates = await replay(address, asks(args, rate, [1e6], 7, args.knee_seconds), unloaded, 10 * PATIENCE)
+    fates = await replay(address, asks(args, rate, [UNHURRIED], 7, args.knee_seconds), unloaded, 10 * PATIENCE)
     third = args.knee_seconds / 3
     early = [fate.latency or 0.0 for fate in fates if fate.ask.at < third]
     late = [fate.latency or 0.0 for fate in fates if fate.ask.at > 2 * third]
@@ -185,7 +186,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
             wanted = asks(args, load * rate, scales, seed, args.seconds)
             for system in turned(args.systems, seed):
                 async with server(SYSTEMS[system], args.devices, args.model) as address:
-                    await replay(address, asks(args, rate / 2, [1e6], 50, 3.0), unloaded, PATIENCE)  # warm up
+                    await replay(address, asks(args, rate / 2, [UNHURRIED], 50, 3.0), unloaded, PATIENCE)  # warm up
                     got = await replay(address, wanted, unloaded, PATIENCE)
                     wasted.setdefault((mix, system, load), []).append(await waste(address))
                 fates.setdefault((mix, system, load), []).append(got)
