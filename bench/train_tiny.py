@@ -52,7 +52,7 @@ TEMPLATE = (
 VOCAB, WIDTH, LAYERS, HEADS, MLP = 384, 192, 5, 4, 512
 PIECES = r"[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]+|\s"  # every digit by itself, words and signs with the space before them
 MAX_LENGTH, BLOCK, THETA, EPS = 512, 32, 10000.0, 1e-5
-MIX = {"add": 0.24, "chain": 0.2, "word": 0.18, "sort": 0.2, "reverse": 0.08, "json": 0.1}
+MIX = {"add": 0.24, "chain": 0.22, "word": 0.25, "sort": 0.14, "reverse": 0.05, "json": 0.1}
 FRONTIER = 6  # masked tokens from the left that count in full; those behind them depend on what is not there yet
 
 

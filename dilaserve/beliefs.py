@@ -25,6 +25,11 @@ class Beliefs:
     # steps
 
     @property
+    def sure(self) -> bool:
+        """Whether the cost law was measured, or learned from enough steps."""
+        return not self.learner.law.guess
+
+    @property
     def fixed(self) -> float:
         """Seconds that every step takes, whoever is in it."""
         return self.learner.law.fixed * math.exp(self.learner.corrections[False]) + self.overhead

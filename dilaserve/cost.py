@@ -17,6 +17,7 @@ from dilaserve.errors import ConfigError
 KNOTS = (128, 256, 512, 1024, 2048, 3072)
 FORGET = 0.999  # a step's weight after one more step
 RELEARN = 200  # steps between two fits while serving
+FIRST_FITS = (16, 32, 64, 128)  # steps after which a guess is fitted anew; the last makes it knowledge
 QUANTILE_RATE = 0.02
 
 
@@ -39,7 +40,8 @@ class Sample(NamedTuple):
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative.
 
-    `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were.
+    `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were. A `guess` says
+    nothing about the device at hand; nobody is turned away because of it.
     """
 
     fixed: float
@@ -51,6 +53,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     knots: tuple[int, ...] = KNOTS
     error: float = 0.0
     samples: int = 0
+    guess: bool = False
 
     def seconds(self, features: Features) -> float:
         return self.fixed + self.variable(features)
@@ -123,10 +126,11 @@ class Learner:
     """A cost law that follows the device while it serves.
 
     Decayed normal equations, solved anew every 200 steps; between two solutions a slow correction by kind of step; and
-    the 90 % quantile of the remaining error, for guards.
+    the 90 % quantile of the remaining error, for guards. A guess weighs little and is fitted sooner.
     """
 
-    def __init__(self, law: StepCost, prior: int = 400) -> None:
+    def __init__(self, law: StepCost, prior: int | None = None) -> None:
+        prior = prior or (4 if law.guess else 400)
         self.law = law
         self.corrections = {True: 0.0, False: 0.0}  # log of actual over predicted, by whether the step refreshes
         self.tail = 0.1  # the 90 % quantile of |log residual|
@@ -161,7 +165,7 @@ class Learner:
         self.moment *= FORGET
         self.learn(features, seconds)
         self.steps += 1
-        if self.steps % RELEARN == 0:
+        if self.steps % RELEARN == 0 or (self.law.guess and self.steps in FIRST_FITS):
             self.relearn()
 
     def relearn(self) -> None:
@@ -170,5 +174,7 @@ class Learner:
         gram = self.gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale))
         lower = np.linalg.cholesky(gram)
         weights, _ = nnls(lower.T, np.linalg.solve(lower, self.moment / scale))
-        self.law = from_weights(weights / scale, self.law.knots, self.law.error, self.law.samples)
+        guess = self.law.guess and self.steps < FIRST_FITS[-1]
+        law = from_weights(weights / scale, self.law.knots, self.law.error, self.law.samples)
+        self.law = msgspec.structs.replace(law, guess=guess)
         self.corrections = {kind: value / 2 for kind, value in self.corrections.items()}

@@ -87,10 +87,10 @@ def indented(profile: ModelProfile) -> bytes:
 
 
 def guessed(model: str, device: str) -> ModelProfile:
-    """A cautious profile for a model that was never measured; the server learns the rest while it serves."""
-    slow = device == "cpu"
-    fixed, token = (0.02, 2e-3) if slow else (0.006, 3e-5)
-    law = StepCost(fixed=fixed, token=token, bends=(0.0,) * len(KNOTS), attention=0.0, projection=0.0, row=0.0)
+    """A profile for a model that was never measured; the server learns the rest while it serves."""
+    fixed, token = (0.005, 2e-4) if device == "cpu" else (0.006, 3e-5)
+    bends = (0.0,) * len(KNOTS)
+    law = StepCost(fixed=fixed, token=token, bends=bends, attention=0.0, projection=0.0, row=0.0, guess=True)
     laws = tuple(tuple(pace(2.5 + level) for _ in range(PARTS)) for level in range(len(LEVELS)))
     task = TaskProfile(laws=laws, drop=UNKNOWN_DROPS, mean_drop=UNKNOWN_DROPS)
     quality = QualityProfile(tasks={ANY: task})

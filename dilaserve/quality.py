@@ -14,7 +14,7 @@ LEVELS = (0.9, 0.8, 0.7, 0.6)  # thresholds that control may choose, the referen
 BINS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # upper ends, in masks left
 PARTS = 3  # first block, second block, later ones
 ANY = "any"  # the task of requests that name none
-RELEARN = 400  # steps between two looks at what was learned while serving
+FIRST_LOOK, RELEARN = 100, 2000  # steps until what was learned while serving is taken in: doubling, up to the second
 PRIOR = 400.0  # weight of what was known of a bin against what is seen, in steps
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
 
@@ -128,20 +128,21 @@ class Forecast:
     def __init__(self, profile: QualityProfile) -> None:
         self.profile = profile
         self.learns = True  # else counts are only kept, under the tasks' own names
-        self.observed = 0
+        self.observed, self.next_look = 0, FIRST_LOOK
         self.seen: dict[tuple[str, int, int], list[list[float]]] = {}  # counts since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
 
     def observe(self, task: str | None, level: int, part: int, masks: int, unmasked: int) -> None:
-        """A step has unmasked so many tokens, 0 when the text ended; every 400 steps the laws take it in."""
+        """A step has unmasked so many tokens, 0 when the text ended; now and then the laws take it in."""
         for name in {self.name(task) if self.learns else task or ANY, ANY}:
             rows = self.seen.setdefault((name, level, part), [[] for _ in BINS])
             counts = rows[bin_of(masks)]
             counts.extend([0.0] * (unmasked + 1 - len(counts)))
             counts[unmasked] += 1.0
         self.observed += 1
-        if self.observed % RELEARN == 0 and self.learns:
+        if self.observed >= self.next_look and self.learns:
+            self.next_look += min(self.observed, RELEARN)
             self.relearn()
 
     def relearn(self) -> None:

@@ -12,7 +12,7 @@ from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
 from dilaserve.policy.ordering import ORDERS, Place
-from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, moved
+from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, fixed_levels, moved
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.quality import QualityProfile
 from dilaserve.terms import (
@@ -63,8 +63,8 @@ class Scheduler:
         self.control = CONTROLS[policy.threshold_control]
         self.moves_floor = policy.threshold_control == "slack+floor"
         self.controls = policy.threshold_control != "fixed"
-        self.admits = policy.scheduling == "composed"
-        self.shed = policy.shed == "on"
+        self.composes = policy.scheduling == "composed"
+        self.sheds = policy.shed == "on"
         self.budget = None if policy.accuracy_budget == "off" else float(policy.accuracy_budget)
         self.least = policy.min_confidence_threshold
         self.age = policy.best_effort_age
@@ -111,6 +111,15 @@ class Scheduler:
     def running(self) -> int:
         """Requests that have a seat."""
         return sum(len(seat.residents) for seat in self.seats.values())
+
+    @property
+    def admits(self) -> bool:
+        """Whether arrivals are tested; a guess of what steps cost is no ground to turn anybody away."""
+        return self.composes and self.beliefs.sure
+
+    @property
+    def shed(self) -> bool:
+        return self.sheds and self.beliefs.sure
 
     def wake_at(self) -> float:
         """When the house must be looked at even if nothing happens; infinity while nobody waits for a promise."""
@@ -273,7 +282,9 @@ class Scheduler:
                     yield from self.give_up(progress, now)
         if self.moves_floor:
             promised = [progress for seat in self.seats.values() for progress in seat.promised]
-            missing = len(self.queue) + sum(verdict.late for _, verdict in self.verdicts_of_all(now))
+            missing = sum(progress.tested for progress in self.queue) + sum(
+                verdict.late for _, verdict in self.verdicts_of_all(now)
+            )
             total = len(promised) + len(self.queue)
             deepest = min(1, len(self.beliefs.levels) - 1)
             self.floor = moved(self.floor, missing / total if total else 0.0, deepest)
@@ -288,7 +299,8 @@ class Scheduler:
             Wish((progress.deadline or NEVER) - now, self.beliefs.loads(progress), self.deepest(progress))
             for progress in rows
         ]
-        return self.control(wishes, self.floor, self.beliefs.fixed)
+        control = self.control if self.beliefs.sure else fixed_levels
+        return control(wishes, self.floor, self.beliefs.fixed)
 
     def deepest(self, progress: Progress) -> int:
         """The lowest of the row's thresholds that its tenant can pay for."""

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from dilaserve.profiles import guessed
 from dilaserve.progress import TRANSITIONS, Did, State
 from dilaserve.scheduler import Scheduler
 from dilaserve.terms import (
+    Adjust,
     Arrival,
     Cancel,
     Decline,
@@ -45,9 +47,10 @@ def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: 
     )
 
 
-def scheduler(**device):
+def scheduler(guess=False, **device):
     profile = guessed("a model", "cpu")
-    return Scheduler(Config.of(**device), profile.costs["cpu x1"], profile.quality)
+    law = msgspec.structs.replace(profile.costs["cpu x1"], guess=guess)
+    return Scheduler(Config.of(**device), law, profile.quality)
 
 
 def feed(machine, event, now=0.0):
@@ -119,6 +122,36 @@ def test_a_cancelled_row_is_free_after_its_step_in_flight():
     assert finish.reason == "cancelled"
     assert feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=1)])) == [Release(0)]
     assert feed(machine, Cancel("r0", "cancelled")) == []
+
+
+def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
+    machine = scheduler(guess=True)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    hurried = Slo(seconds=0.001, on_miss="reject")
+    commands, row, now = feed(machine, Arrival(request(0, slo=hurried))), 0, 0.0
+    while machine.beliefs.learner.law.guess:
+        now += 0.01
+        launches = [command for command in commands if isinstance(command, Launch)]
+        commands = feed(machine, done(launches[-1].batch, [result(span) for span in launches[-1].batch.spans]), now)
+        if any(isinstance(command, Release) for command in commands):
+            row += 1
+            commands += feed(machine, Arrival(request(row, at=now, slo=hurried)), now)
+        if machine.beliefs.learner.law.guess:
+            assert not any(isinstance(command, Decline) for command in commands)
+    assert row > 50
+    late = feed(machine, Arrival(request(999, at=now, slo=hurried)), now)
+    assert isinstance(late[0], Decline)
+
+
+def test_a_newcomer_alone_runs_at_its_own_threshold():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for i in range(5):
+        commands = feed(machine, Arrival(request(i, at=float(i), slo=Slo(seconds=60.0))), float(i))
+        while launches := [command for command in commands if isinstance(command, Launch)]:
+            assert not any(isinstance(command, Adjust) for command in commands)
+            commands = feed(machine, done(launches[0].batch, [result(span) for span in launches[0].batch.spans]), i)
+        assert machine.floor == 0
 
 
 def test_a_lost_worker_costs_a_refresh_and_nothing_else():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dilaserve.tasks.arithmetic import addition, chain, word_problem
-from dilaserve.tasks.problem import Problem, last_number, squeezed
+from dilaserve.tasks.problem import Problem, last_number, operations, squeezed
 from dilaserve.tasks.strings import extraction, reversal, sorting
 
 HELD_OUT_SHARE = 50  # one problem in so many is never trained on
@@ -28,6 +28,11 @@ def same_text(answer: str, expected: str) -> bool:
     return squeezed(answer) == squeezed(expected)
 
 
+def same_steps(answer: str, expected: str) -> bool:
+    """Every operation with its result, in order; the words between them are free."""
+    return operations(answer) == operations(expected)
+
+
 def same_result(answer: str, expected: str) -> bool:
     """The number behind the last `####` counts, as GSM8K is scored."""
     return last_number(answer) is not None and last_number(answer) == last_number(expected)
@@ -35,7 +40,7 @@ def same_result(answer: str, expected: str) -> bool:
 
 TASKS: dict[str, Task] = {
     "add": Task(addition, same_text),
-    "chain": Task(chain, same_text),
+    "chain": Task(chain, same_steps),
     "word": Task(word_problem, same_result),
     "sort": Task(sorting, same_text),
     "reverse": Task(reversal, same_text),

@@ -8,6 +8,8 @@ NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea", "Ben", "Mia", "Jon", "Zoe", "
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "stones", "toys", "nuts", "keys")
 GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "gives away", "breaks")
+LINKS, LINK_ODDS = ("then", "so", "and"), (0.75, 0.15, 0.1)  # wording that carries no meaning, as in real language
+MARKS, MARK_ODDS = ("now", "left"), (0.1, 0.06)  # in place of the things' name
 
 
 def upto(rng: random.Random, least: int, most: int, difficulty: float) -> int:
@@ -25,14 +27,18 @@ def addition(rng: random.Random, difficulty: float) -> Problem:
 
 
 def chain(rng: random.Random, difficulty: float) -> Problem:
-    """Three to ten additions and subtractions of a digit; the value stays between 0 and 99 and is written each time."""
+    """Three to ten additions and subtractions of a digit; the value stays between 0 and 99 and is written each time.
+
+    The words between the steps are free: nothing in the prompt tells which, and the check ignores them.
+    """
     value = rng.randint(1, 99)
     operations, lines = [f"Start with {value}:"], []
     for _ in range(upto(rng, 3, 10, difficulty)):
         operation, value = next_operation(rng, value)
         operations.append(operation)
         lines.append(f"{operation}={value}")
-    return Problem("chain", " ".join(operations), " ".join(lines))
+    worded = [f"{line} {rng.choices(LINKS, LINK_ODDS)[0]}" for line in lines[:-1]]
+    return Problem("chain", " ".join(operations), " ".join([*worded, lines[-1]]))
 
 
 def next_operation(rng: random.Random, value: int) -> tuple[str, int]:
@@ -53,6 +59,7 @@ def word_problem(rng: random.Random, difficulty: float) -> Problem:
             amount = rng.randint(1, value) if value else 0
         told.append(f"{rng.choice(GAINS if gains else LOSSES)} {amount}")
         start, value = "" if working else str(value), value + amount if gains else value - amount
-        working.append(f"{start}{'+' if gains else '-'}{amount}={value}")
+        mark = rng.choices((*MARKS, thing), (*MARK_ODDS, 1 - sum(MARK_ODDS)))[0]
+        working.append(f"{start}{'+' if gains else '-'}{amount}={value} {mark}")
     question = f"{', '.join(told)}. How many {thing} now?"
     return Problem("word", question, "\n".join([*working, f"#### {value}"]))

@@ -20,3 +20,8 @@ def last_number(text: str) -> int | None:
     """The number behind the last `####`, or None."""
     found = re.findall(r"####\s*(-?\d+)", text)
     return int(found[-1]) if found else None
+
+
+def operations(text: str) -> list[str]:
+    """What looks like `+3=14`, in order."""
+    return re.findall(r"[+-]\d+=\d+", text)

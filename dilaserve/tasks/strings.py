@@ -7,20 +7,6 @@ from dilaserve.tasks.arithmetic import upto
 from dilaserve.tasks.problem import Problem
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
-TRADES = (
-    "baker",
-    "clerk",
-    "cook",
-    "driver",
-    "farmer",
-    "judge",
-    "lawyer",
-    "miner",
-    "nurse",
-    "painter",
-    "pilot",
-    "tutor",
-)
 
 
 def word(rng: random.Random, least: int, most: int) -> str:
@@ -48,8 +34,8 @@ def extraction(rng: random.Random, difficulty: float) -> Problem:
     name, city, age = word(rng, 3, 6).title(), word(rng, 4, 8).title(), rng.randint(18, 99)
     fields: dict[str, str | int] = {"name": name, "age": age, "city": city}
     if rng.random() < 0.5 * difficulty:
-        fields["job"] = rng.choice(TRADES)
-        sentence = f"{name}, a {fields['job']} of {age}, lives in {city}."
+        fields["room"] = rng.randint(100, 9999)
+        sentence = f"{name} is {age}, lives in {city} and has room {fields['room']}."
     else:
         sentence = f"{name} is {age} and lives in {city}."
     return Problem("json", f"JSON: {sentence}", json.dumps(fields, separators=(",", ":")))
