@@ -1,12 +1,11 @@
 """What the scheduler believes of the future: seconds of a step, and steps and seconds that a request still needs."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from dilaserve.cost import Features, Learner, StepCost
 from dilaserve.policy.demand import drifted, load
 from dilaserve.progress import Progress
-from dilaserve.quality import Forecast, Outlook, QualityProfile, part_of
+from dilaserve.quality import Forecast, QualityProfile, Track, part_of
 from dilaserve.terms import Load, Request, Span
 
 SMOOTH = 0.02
@@ -32,10 +31,10 @@ class Beliefs:
     @property
     def fixed(self) -> float:
         """Seconds that every step takes, whoever is in it."""
-        return self.learner.law.fixed * math.exp(self.learner.corrections[False]) + self.overhead
+        return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
     def variable(self, features: Features, refresh: bool) -> float:
-        return self.learner.law.variable(features) * math.exp(self.learner.corrections[refresh])
+        return self.learner.law.variable(features) * self.learner.factors[refresh]
 
     def refresh_seconds(self, progress: Progress) -> float:
         """What the row adds to a step that recomputes its whole canvas."""
@@ -78,33 +77,38 @@ class Beliefs:
             return (0.0,)
         return tuple(self.forecast.mean_drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
 
-    def ahead(self, progress: Progress, threshold: float, masks: int | None = None) -> Outlook:
-        """Steps and refreshes that the request still needs, before drift."""
-        decoding = progress.request.decoding
+    def ahead(self, progress: Progress) -> list[tuple[float, float]]:
+        """Steps and refreshes that the request still needs, by its own levels, before drift."""
         if progress.quotas:
             left = sum(map(len, progress.quotas[progress.block :])) - progress.block_step
-            return Outlook(left, 0.0, len(progress.quotas) - progress.block - progress.fresh)
-        level = self.level_of(threshold) if decoding.rule == "threshold" else 0
-        outlook = self.forecast.outlook(
-            progress.request.slo.task,
-            level,
-            progress.block,
-            progress.masks if masks is None else masks,
-            len(progress.blocks),
-            decoding.block_length,
-            progress.fresh,
-        )
-        if decoding.refresh_interval:
-            outlook = outlook._replace(refreshes=max(outlook.refreshes, outlook.steps / decoding.refresh_interval))
-        return outlook
+            return [(left, len(progress.quotas) - progress.block - progress.fresh)]
+        masks, due = progress.masks, 0.0 if progress.fresh else 1.0
+        ahead = []
+        for law, after in self.tracks(progress):
+            stays = 1.0 - law.ends[masks]
+            ahead.append((law.steps[masks] + stays * after.steps, due + stays * after.refreshes))
+        if interval := progress.request.decoding.refresh_interval:
+            ahead = [(steps, max(refreshes, steps / interval)) for steps, refreshes in ahead]
+        return ahead
+
+    def tracks(self, progress: Progress) -> list[Track]:
+        """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
+        if progress.tracked != (progress.block, self.forecast.version):
+            decoding, task = progress.request.decoding, progress.request.slo.task
+            ruled = decoding.rule == "threshold"
+            levels = [self.level_of(threshold) if ruled else 0 for threshold in progress.thresholds]
+            place = progress.block, len(progress.blocks), decoding.block_length
+            progress.tracks = [self.forecast.track(task, level, *place) for level in levels]
+            progress.tracked = progress.block, self.forecast.version
+        return progress.tracks
 
     def loads(self, progress: Progress) -> tuple[Load, ...]:
         """What the request still needs, by its own levels; kept until it has moved on."""
         if progress.loads is None:
-            refresh, reuse = self.refresh_seconds(progress), self.reuse_seconds(progress)
+            refresh, reuse = progress.costs = self.refresh_seconds(progress), self.reuse_seconds(progress)
             drift = drifted(progress.observed, progress.expected)
-            outlooks = (self.ahead(progress, threshold) for threshold in progress.thresholds)
-            progress.loads = tuple(load(one.steps, one.refreshes, drift, refresh, reuse) for one in outlooks)
+            ahead = self.ahead(progress)
+            progress.loads = tuple([load(steps, refreshes, drift, refresh, reuse) for steps, refreshes in ahead])
         return progress.loads
 
     def unloaded(self, progress: Progress) -> float:

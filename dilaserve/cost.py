@@ -62,10 +62,8 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
         """The part that grows with the batch."""
         tokens, attention, projected, rows = features
         total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
-        for knot, bend in zip(self.knots, self.bends, strict=True):
-            if tokens <= knot:
-                break
-            total += bend * (tokens - knot)
+        if tokens > self.knots[0]:
+            total += sum(bend * max(0, tokens - knot) for knot, bend in zip(self.knots, self.bends, strict=True))
         return total
 
     def scaled(self, factor: float) -> "StepCost":
@@ -133,11 +131,13 @@ class Learner:
         prior = prior or (4 if law.guess else 400)
         self.law = law
         self.corrections = {True: 0.0, False: 0.0}  # log of actual over predicted, by whether the step refreshes
+        self.factors = {True: 1.0, False: 1.0}  # the same, not as a logarithm
         self.tail = 0.1  # the 90 % quantile of |log residual|
         self.steps = 0
         size = len(law.knots) + 5
         self.gram = np.zeros((size, size))
         self.moment = np.zeros(size)
+        self.news: list[list[float]] = []  # rows of steps that are not in the normal equations yet
         self.anchor(prior)
 
     def anchor(self, weight: int) -> None:
@@ -147,34 +147,43 @@ class Learner:
                 point = Features(tokens, tokens * 256, min(tokens, 32 * rows), rows)
                 self.learn(point, self.law.seconds(point), weight / 16)
 
-    def learn(self, features: Features, seconds: float, weight: float = 1.0) -> None:
+    def learn(self, features: Features, seconds: float, weight: float) -> None:
         row = np.array(design(features, self.law.knots)) / max(seconds, 1e-9)
         self.gram += weight * np.outer(row, row)
         self.moment += weight * row
 
     def seconds(self, features: Features, refreshes: bool) -> float:
-        return self.law.seconds(features) * math.exp(self.corrections[refreshes])
+        return self.law.seconds(features) * self.factors[refreshes]
 
     def observe(self, features: Features, refreshes: bool, seconds: float) -> None:
         residual = math.log(max(seconds, 1e-9) / self.law.seconds(features))
         old = self.corrections[refreshes]
         rest = abs(residual - old)
         self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
-        self.corrections[refreshes] = old + 0.02 * (min(max(residual, -1.0), 1.0) - old)
-        self.gram *= FORGET
-        self.moment *= FORGET
-        self.learn(features, seconds)
+        self.correct(refreshes, old + 0.02 * (min(max(residual, -1.0), 1.0) - old))
+        self.news.append([one / max(seconds, 1e-9) for one in design(features, self.law.knots)])
         self.steps += 1
         if self.steps % RELEARN == 0 or (self.law.guess and self.steps in FIRST_FITS):
             self.relearn()
 
+    def correct(self, refreshes: bool, value: float) -> None:
+        self.corrections[refreshes] = value
+        self.factors[refreshes] = math.exp(value)
+
     def relearn(self) -> None:
         """min |A w - 1|² from AᵀA and Aᵀ1 alone: with AᵀA = L Lᵀ it is nnls(Lᵀ, L⁻¹ Aᵀ1)."""
+        rows = np.array(self.news)
+        weights = FORGET ** np.arange(len(rows) - 1, -1, -1)
+        faded = FORGET ** len(rows)
+        self.gram = faded * self.gram + (rows * weights[:, None]).T @ rows
+        self.moment = faded * self.moment + weights @ rows
+        self.news.clear()
         scale = np.sqrt(np.maximum(np.diag(self.gram), 1e-30))
         gram = self.gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale))
         lower = np.linalg.cholesky(gram)
-        weights, _ = nnls(lower.T, np.linalg.solve(lower, self.moment / scale))
+        solution, _ = nnls(lower.T, np.linalg.solve(lower, self.moment / scale))
         guess = self.law.guess and self.steps < FIRST_FITS[-1]
-        law = from_weights(weights / scale, self.law.knots, self.law.error, self.law.samples)
+        law = from_weights(solution / scale, self.law.knots, self.law.error, self.law.samples)
         self.law = msgspec.structs.replace(law, guess=guess)
-        self.corrections = {kind: value / 2 for kind, value in self.corrections.items()}
+        for kind, value in self.corrections.items():
+            self.correct(kind, value / 2)

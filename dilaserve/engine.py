@@ -13,6 +13,7 @@ from typing import Self, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
+from dilaserve.bell import Bell
 from dilaserve.config import Config
 from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
 from dilaserve.executor import Executor, Progress
@@ -88,7 +89,7 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
-        self.bell = asyncio.Event()
+        self.bell = Bell()
         self.idle = asyncio.Event()
         self.idle.set()
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
@@ -214,9 +215,8 @@ class Engine:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
             size = sum(len(message.get("content", "")) for message in messages)
             return await self.off_loop(size, self.text.encode_chat, messages)
-        for item in prompt:
-            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < self.vocab_size:
-                raise BadRequest(f"token ids lie between 0 and {self.vocab_size - 1}, not {item!r}", param="prompt")
+        if not all(type(item) is int and 0 <= item < self.vocab_size for item in prompt):
+            raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")
         return list(prompt)  # type: ignore[arg-type]
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -242,13 +242,12 @@ class Engine:
     def post(self, event: Event) -> None:
         """Put an event into the inbox; from the loop's thread only."""
         self.inbox.append(event)
-        self.bell.set()
+        self.bell.ring()
 
     async def consume(self, executor: Executor) -> None:
         """The one consumer: every event is observed, then idle instances get their next step."""
         while True:
             await self.bell.wait()
-            self.bell.clear()
             now = self.loop.time()
             while self.inbox:
                 event = self.inbox.popleft()
@@ -256,7 +255,7 @@ class Engine:
                 for command in self.scheduler.observe(event, now):
                     self.perform(command, executor)
                 if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
-                    stream.verdict.set()
+                    stream.seen.ring()
             began = time.perf_counter()
             commands = list(self.scheduler.decide(now))
             self.profile.deciding += time.perf_counter() - began
@@ -271,7 +270,7 @@ class Engine:
             self.alarm_at = when
             if self.alarm:
                 self.alarm.cancel()
-            self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.set)
+            self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.ring)
 
     def note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""

@@ -6,6 +6,7 @@ from dilaserve.cost import Features
 from dilaserve.pages import PagePool
 from dilaserve.policy.caching import View, Work, work
 from dilaserve.policy.transfer import even, steps_per_block
+from dilaserve.quality import Track
 from dilaserve.terms import Instance, Load, Request, RowResult, Span, Usage
 
 
@@ -74,6 +75,9 @@ class Progress:
         self.level = 0
         self.told = request.decoding.confidence_threshold  # the threshold in the row's column
         self.loads: tuple[Load, ...] | None = None  # by level; None: not worked out since the last step
+        self.costs = (0.0, 0.0)  # seconds that a refresh and a reuse add to a step; as old as the loads
+        self.tracks: list[Track] = []  # by level, of the block that `tracked` tells
+        self.tracked = (-1, -1)
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
         self.observed = self.expected = 0.0  # steps, for the drift
         self.kv_start = 0
@@ -87,18 +91,12 @@ class Progress:
         self.started_at: float | None = None
         self.blocks = block_lengths(request)
         self.masks = self.blocks[0]
+        self.block_start = request.prompt_tokens
+        self.block_end = self.block_start + self.masks
         self.quotas: list[list[int]] = quotas(request, self.blocks)
 
     def did(self, what: Did) -> None:
         self.state = TRANSITIONS[self.state, what]
-
-    @property
-    def block_start(self) -> int:
-        return self.request.prompt_tokens + self.block * self.request.decoding.block_length
-
-    @property
-    def block_end(self) -> int:
-        return min(self.block_start + self.request.decoding.block_length, self.request.canvas_tokens)
 
     @property
     def threshold(self) -> float:
@@ -155,6 +153,7 @@ class Progress:
             self.block += 1
             self.block_step = 0
             self.masks = self.blocks[self.block]
+            self.block_start, self.block_end = self.block_end, self.block_end + self.masks
             self.fresh = False
 
     @property

@@ -122,6 +122,13 @@ def chances(law: Law, prior: Law, masks: int) -> list[float]:
     return [count / total for count in pooled]
 
 
+class Track(NamedTuple):
+    """A block at one threshold, and what comes after it."""
+
+    law: Chain
+    after: Outlook
+
+
 class Forecast:
     """The profile as the scheduler asks it: outlooks by task, level and place, worked out once and kept."""
 
@@ -129,6 +136,7 @@ class Forecast:
         self.profile = profile
         self.learns = True  # else counts are only kept, under the tasks' own names
         self.observed, self.next_look = 0, FIRST_LOOK
+        self.version = 0  # how often the laws have changed
         self.seen: dict[tuple[str, int, int], list[list[float]]] = {}  # counts since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
@@ -153,6 +161,7 @@ class Forecast:
             laws[level][part] = added(laws[level][part], rows)
             tasks[name] = msgspec.structs.replace(tasks[name], laws=tuple(tuple(parts) for parts in laws))
         self.profile = msgspec.structs.replace(self.profile, tasks=tasks)
+        self.version += 1
         self.seen.clear()
         self.chains.clear()
         self.futures.clear()
@@ -184,13 +193,17 @@ class Forecast:
             self.futures[key] = ahead[::-1]
         return self.futures[key]
 
+    def track(self, task: str | None, level: int, block: int, count: int, block_length: int) -> Track:
+        """Block `block` of `count`, and what comes after it; valid until `version` moves on."""
+        name = self.name(task)
+        law = self.chain(name, level, part_of(block), block_length)
+        return Track(law, self.blocks(name, level, count, block_length)[block + 1])
+
     def outlook(
         self, task: str | None, level: int, block: int, masks: int, count: int, block_length: int, fresh: bool
     ) -> Outlook:
         """What is ahead of a request in block `block` of `count` with `masks` left in it."""
-        name = self.name(task)
-        law = self.chain(name, level, part_of(block), block_length)
-        after = self.blocks(name, level, count, block_length)[block + 1]
+        law, after = self.track(task, level, block, count, block_length)
         return joined(law, masks, after, 0.0 if fresh else 1.0)
 
 

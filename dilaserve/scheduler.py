@@ -7,8 +7,7 @@ from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.policy.admission import Room, Tenant, fits, hopeless, least_loaded, retry_after
-from dilaserve.policy.budget import Bank, allows, settled
-from dilaserve.policy.caching import Work
+from dilaserve.policy.budget import Bank, room, settled
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
 from dilaserve.policy.ordering import ORDERS, Place
@@ -39,6 +38,7 @@ MAX_CRASHES = 2  # a row in flight at so many lost instances fails alone
 TICK = 0.25  # seconds between two looks at the whole house
 LOOKS = 8  # waiting requests that a decision may test in vain
 NEVER = float("inf")
+NEW = Bank()
 
 
 class Totals:
@@ -215,7 +215,7 @@ class Scheduler:
         tenant = progress.request.slo.tenant
         self.reserve(progress, 0.0)
         if reason in ("stop", "length") and self.budget is not None and not progress.request.slo.fixed:
-            self.banks[tenant] = settled(self.banks.get(tenant, Bank()), progress.drop, self.budget)
+            self.banks[tenant] = settled(self.banks.get(tenant, NEW), progress.drop, self.budget)
         totals = self.totals
         totals.device += progress.device
         if progress.deadline is not None and reason != "cancelled":
@@ -295,25 +295,26 @@ class Scheduler:
 
     def verdicts(self, rows: Sequence[Progress], now: float) -> list[Verdict]:
         """Level and slack of rows with deadlines, which stand in the order of service."""
-        wishes = [
-            Wish((progress.deadline or NEVER) - now, self.beliefs.loads(progress), self.deepest(progress))
-            for progress in rows
-        ]
+        return self.verdicts_on([self.wish(progress, now) for progress in rows])
+
+    def verdicts_on(self, wishes: Sequence[Wish]) -> list[Verdict]:
         control = self.control if self.beliefs.sure else fixed_levels
         return control(wishes, self.floor, self.beliefs.fixed)
+
+    def wish(self, progress: Progress, now: float) -> Wish:
+        left = NEVER if progress.deadline is None else progress.deadline - now
+        return Wish(left, self.beliefs.loads(progress), self.deepest(progress))
 
     def deepest(self, progress: Progress) -> int:
         """The lowest of the row's thresholds that its tenant can pay for."""
         if self.budget is None or len(progress.thresholds) == 1:
             return len(progress.thresholds) - 1
         tenant = progress.request.slo.tenant
-        bank = self.banks.get(tenant, Bank())
         pending = self.reserved.get(tenant, 0.0) - progress.reserved
-        level = 0
-        while level + 1 < len(progress.thresholds):
-            if not allows(bank, max(progress.drops[level + 1], progress.drop), self.budget, pending):
-                break
-            level += 1
+        most = room(self.banks.get(tenant, NEW), self.budget, pending)
+        level = len(progress.thresholds) - 1
+        while level and progress.drops[level] > 0.0 and max(progress.drops[level], progress.drop) > most:
+            level -= 1
         return level
 
     def reserve(self, progress: Progress, drop: float) -> None:
@@ -323,10 +324,8 @@ class Scheduler:
         progress.reserved = drop
 
     def is_hopeless(self, progress: Progress, now: float) -> bool:
-        if progress.deadline is None:
-            return False
-        need = self.beliefs.loads(progress)[self.deepest(progress)]
-        return hopeless(progress.deadline - now, alone(need, self.beliefs.fixed))
+        left, loads, deepest = self.wish(progress, now)
+        return hopeless(left, alone(loads[deepest], self.beliefs.fixed))
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
@@ -461,35 +460,47 @@ class Scheduler:
     # steps
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
+        fixed = self.beliefs.fixed
+        wishes = [self.wish(progress, now) for progress in seat.promised]
         if self.shed:
-            for progress in list(seat.promised):
-                if self.is_hopeless(progress, now):
+            lost = [hopeless(left, alone(loads[deepest], fixed)) for left, loads, deepest in wishes]
+            if any(lost):
+                for progress in [row for row, gone in zip(seat.promised, lost, strict=True) if gone]:
                     yield from self.give_up(progress, now)
-        if not seat.residents:
-            return
-        todo = {row: progress.next_work() for row, progress in seat.residents.items()}
-        verdicts = dict(zip((row.request.row for row in seat.promised), self.verdicts(seat.promised, now), strict=True))
-        order = self.served(seat, now)
-        costs = {row.request.row: self.step_seconds(row, todo[row.request.row]) for row in order}
+                wishes = [wish for wish, gone in zip(wishes, lost, strict=True) if not gone]
+                if not seat.residents:
+                    return
+        verdicts = {
+            progress.request.row: verdict
+            for progress, verdict in zip(seat.promised, self.verdicts_on(wishes), strict=True)
+        }
         candidates = [
-            Candidate(row, todo[row].length, costs[row], verdicts[row].slack if row in verdicts else None)
-            for row in (progress.request.row for progress in order)
+            self.candidate(progress, verdicts.get(progress.request.row)) for progress in self.served(seat, now)
         ]
-        chosen = [seat.residents[row] for row in self.compose(candidates, self.max_tokens, self.cap)]
-        for progress in chosen:
-            yield from self.at_level(progress, verdicts.get(progress.request.row))
-        chosen.sort(key=lambda progress: (todo[progress.request.row].length, progress.request.canvas_tokens))
-        spans = tuple(progress.span(todo[progress.request.row]) for progress in chosen)
-        total = self.beliefs.fixed + sum(costs[progress.request.row] for progress in chosen)
-        even = self.beliefs.fixed / len(chosen)
-        seat.shares = [(even + costs[progress.request.row]) / total for progress in chosen]
-        seat.features = batch_features(spans, sum(progress.masks for progress in chosen))
-        seat.refreshing = any(todo[progress.request.row].refresh for progress in chosen)
-        for progress in chosen:
-            progress.launched(todo[progress.request.row], now)
+        candidates = self.compose(candidates, self.max_tokens, self.cap)
+        candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
+        chosen = [seat.residents[candidate.key] for candidate in candidates]
+        todo = [progress.next_work() for progress in chosen]
+        if verdicts or self.controls:
+            for progress in chosen:
+                yield from self.at_level(progress, verdicts.get(progress.request.row))
+        spans = tuple([progress.span(work) for progress, work in zip(chosen, todo, strict=True)])
+        total = fixed + sum([candidate.seconds for candidate in candidates])
+        even = fixed / len(chosen)
+        seat.shares = [(even + candidate.seconds) / total for candidate in candidates]
+        seat.features = batch_features(spans, sum([progress.masks for progress in chosen]))
+        seat.refreshing = any(work.refresh for work in todo)
+        for progress, work in zip(chosen, todo, strict=True):
+            progress.launched(work, now)
         self.batches += 1
         seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
         yield Launch(Batch(self.batches, seat.instance.id, spans))
+
+    def candidate(self, progress: Progress, verdict: Verdict | None) -> Candidate:
+        work = progress.next_work()
+        self.beliefs.loads(progress)
+        seconds = progress.costs[0 if work.refresh else 1]
+        return Candidate(progress.request.row, work.length, seconds, verdict.slack if verdict else None)
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
         """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
@@ -501,9 +512,6 @@ class Scheduler:
             return rest
         aged = rest[:1] if rest and now - rest[0].request.arrived_at > self.age else []
         return [*aged, *seat.promised]
-
-    def step_seconds(self, progress: Progress, todo: Work) -> float:
-        return self.beliefs.refresh_seconds(progress) if todo.refresh else self.beliefs.reuse_seconds(progress)
 
     def at_level(self, progress: Progress, verdict: Verdict | None) -> Iterator[Adjust]:
         """Settle the threshold of the row's next step, and reserve what it may cost."""

@@ -1,11 +1,12 @@
 """One request's way out: tokens become final, text comes out, once and in order."""
 
-import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Self
 
 import msgspec
 
+from dilaserve.bell import Bell
 from dilaserve.errors import DilaserveError, Unavailable
 from dilaserve.terms import Cancel, Event, FinishReason, Request, Usage
 from dilaserve.text import Detokenizer, StopStrings, Text
@@ -44,10 +45,12 @@ class Stream:
         self.request, self.post = request, post
         self.position = request.prompt_tokens  # canvas positions before it have been pushed
         self.detokenizer, self.stops = Detokenizer(text), StopStrings(stop)
-        self.chunks: asyncio.Queue[Chunk | DilaserveError | None] = asyncio.Queue()
-        self.verdict = asyncio.Event()  # set when the scheduler has seen the request
-        self.over = False  # nothing more will be put into the queue
-        self.read = False  # nothing more will be taken from it
+        self.chunks: deque[Chunk | DilaserveError | None] = deque()
+        self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says
+        self.patient = False
+        self.seen = Bell()  # rings when the scheduler has seen the request
+        self.over = False  # no more chunks will come
+        self.read = False  # nobody will read any more
 
     @property
     def id(self) -> str:
@@ -64,8 +67,8 @@ class Stream:
 
     async def admitted(self) -> None:
         """Wait until the request is in the house; raises what the scheduler has against it."""
-        await self.verdict.wait()
-        if self.over and isinstance(error := self.chunks.get_nowait(), DilaserveError):
+        await self.seen.wait()
+        if self.over and isinstance(error := self.chunks[0], DilaserveError):
             self.read = True
             raise error
 
@@ -74,7 +77,9 @@ class Stream:
     def push(self, ids: list[int], confidences: list[float]) -> None:
         self.position += len(ids)
         text = self.stops.push(self.detokenizer.push(ids))
-        self.chunks.put_nowait(Chunk(text, tuple(ids), tuple(confidences)))
+        self.chunks.append(Chunk(text, tuple(ids), tuple(confidences)))
+        if not self.patient:
+            self.news.ring()
 
     def finish(self, reason: FinishReason, usage: Usage) -> None:
         if reason == "cancelled":
@@ -88,8 +93,9 @@ class Stream:
 
     def end(self, last: Chunk | DilaserveError | None) -> None:
         self.over = True
-        self.verdict.set()
-        self.chunks.put_nowait(last)
+        self.chunks.append(last)
+        self.seen.ring()
+        self.news.ring()
 
     # the reader's side
 
@@ -99,13 +105,22 @@ class Stream:
     async def __anext__(self) -> Chunk:
         if self.read:
             raise StopAsyncIteration
-        chunk = await self.chunks.get()
+        while not self.chunks:
+            await self.news.wait()
+        chunk = self.chunks.popleft()
         self.read = not isinstance(chunk, Chunk) or chunk.finish_reason is not None
         if isinstance(chunk, DilaserveError):
             raise chunk
         if chunk is None:
             raise StopAsyncIteration
         return chunk
+
+    async def whole(self) -> list[Chunk]:
+        """All chunks, once the last has come."""
+        self.patient = True
+        while not self.over:
+            await self.news.wait()
+        return [chunk async for chunk in self]
 
     async def aclose(self) -> None:
         """Cancel the request unless it is over; its row is free after the step in flight."""
@@ -122,7 +137,7 @@ class Stream:
 
 async def collect(stream: Stream) -> Completion:
     """Read a stream to its end; raises the stream's error, and `Unavailable` if it was cancelled from elsewhere."""
-    chunks = [chunk async for chunk in stream]
+    chunks = await stream.whole()
     if not chunks or (last := chunks[-1]).finish_reason is None or last.usage is None:
         raise Unavailable("the request was cancelled")
     ids = tuple(id for chunk in chunks for id in chunk.token_ids)

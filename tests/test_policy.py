@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.policy.admission import COMPANY, KEPT, Room, Tenant, fits, least_loaded, retry_after
-from dilaserve.policy.budget import CREDIT, Bank, allows, settled
+from dilaserve.policy.budget import CREDIT, Bank, room, settled
 from dilaserve.policy.caching import CACHES, View, Work, work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
 from dilaserve.policy.demand import alone, drifted, load, together
@@ -72,17 +72,21 @@ def test_admission_names_every_instance_with_room_once(pairs):
     assert sorted(least_loaded(rooms)) == [room.instance for room in rooms if room.residents < room.limit]
 
 
+def keys(chosen):
+    return [candidate.key for candidate in chosen]
+
+
 def test_first_come_is_first_served_and_what_fits_rides_along():
     residents = [Candidate(2, 50), Candidate(1, 60), Candidate(3, 40), Candidate(4, 10)]
-    assert in_order(residents, 100, 9) == [2, 3, 4]
-    assert in_order(residents, 10, 9) == [2]
-    assert in_order(residents, 100, 2) == [2, 3]
+    assert keys(in_order(residents, 100, 9)) == [2, 3, 4]
+    assert keys(in_order(residents, 10, 9)) == [2]
+    assert keys(in_order(residents, 100, 2)) == [2, 3]
 
 
 @given(st.sampled_from(list(COMPOSITIONS)), st.lists(st.integers(1, 600), min_size=1), st.integers(1, 1000))
 def test_the_first_always_steps_and_the_rest_fit(kind, tokens, limit):
     residents = [Candidate(i, size, size / 1000, 0.5) for i, size in enumerate(tokens)]
-    chosen = COMPOSITIONS[kind](residents, limit, 8)
+    chosen = keys(COMPOSITIONS[kind](residents, limit, 8))
     assert chosen[0] == 0
     assert len(set(chosen)) == len(chosen) <= 8
     assert sum(tokens[key] for key in chosen) <= max(limit, tokens[0])
@@ -90,14 +94,14 @@ def test_the_first_always_steps_and_the_rest_fit(kind, tokens, limit):
 
 def test_a_cheap_row_rides_and_a_dear_one_waits_while_the_first_is_short_of_time():
     first, reuse, refresh = Candidate(0, 32, 0.001, 0.01), Candidate(1, 32, 0.001, 1.0), Candidate(2, 900, 0.03, 1.0)
-    assert within_slack([first, reuse, refresh], 10_000, 9) == [0, 1]
-    assert within_slack([first._replace(slack=0.1), reuse, refresh], 10_000, 9) == [0, 1, 2]
+    assert keys(within_slack([first, reuse, refresh], 10_000, 9)) == [0, 1]
+    assert keys(within_slack([first._replace(slack=0.1), reuse, refresh], 10_000, 9)) == [0, 1, 2]
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.1), st.floats(0, 1)), min_size=1))
 def test_nobody_is_delayed_beyond_the_slack_at_which_rows_join(rows):
     candidates = [Candidate(i, 1, seconds, slack) for i, (seconds, slack) in enumerate(rows)]
-    chosen = within_slack(candidates, 10_000, len(rows))
+    chosen = keys(within_slack(candidates, 10_000, len(rows)))
     for key, (_, slack) in enumerate(rows):
         joined_later = sum(rows[other][0] for other in chosen if other > key)
         assert joined_later <= slack + 1e-9
@@ -180,15 +184,16 @@ def test_the_floor_follows_the_share_of_rows_that_will_miss():
 def test_the_bank_holds_the_mean_drop_within_its_budget(wishes, budget):
     bank = Bank()
     for drop, late in wishes:
-        taken = drop if late and allows(bank, drop, budget) else 0.0
+        taken = drop if late and drop <= room(bank, budget) else 0.0
         bank = settled(bank, taken, budget)
         assert bank.spent <= budget * (bank.served + CREDIT) + 1e-9
 
 
 def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
-    assert allows(Bank(), 5.0, 0.9, pending=40.0)
-    assert not allows(Bank(), 5.0, 0.9, pending=41.0)
-    assert allows(Bank(spent=100.0), 0.0, 0.9)
+    assert room(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
+    assert room(Bank(), 0.9, pending=50.0) == 0.0
+    assert room(Bank(spent=100.0), 0.9) == 0.0
+    assert room(Bank(price=0.5), 0.9) == 2.0
 
 
 @given(st.floats(0, 1e6), st.integers(0, 64))

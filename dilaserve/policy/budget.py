@@ -14,11 +14,10 @@ class Bank(NamedTuple):
     price: float = 0.0
 
 
-def allows(bank: Bank, drop: float, budget: float, pending: float = 0.0) -> bool:
-    """Whether a request may run where accuracy drops by `drop` points; `pending` is promised to running requests."""
-    if drop <= 0.0:
-        return True
-    return bank.price * drop <= 1.0 and bank.spent + pending + drop <= budget * (bank.served + CREDIT)
+def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
+    """The most points that one more request may drop; `pending` is promised to running requests."""
+    left = budget * (bank.served + CREDIT) - bank.spent - pending
+    return max(0.0, min(left, 1.0 / bank.price) if bank.price else left)
 
 
 def settled(bank: Bank, drop: float, budget: float) -> Bank:

@@ -17,25 +17,25 @@ class Candidate(NamedTuple):
     slack: float | None = None
 
 
-def in_order(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[int]:
+def in_order(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[Candidate]:
     """As many as fit, and always the first."""
-    chosen: list[int] = []
+    chosen: list[Candidate] = []
     for candidate in candidates:
         if len(chosen) >= cap:
             break
         if chosen and candidate.tokens > max_tokens:
             continue
-        chosen.append(candidate.key)
+        chosen.append(candidate)
         max_tokens -= candidate.tokens
     return chosen
 
 
-def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[int]:
+def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[Candidate]:
     """The first, and whoever costs the rows before it no more time than they can spare.
 
     A reuse row rides almost for free; a refresh is charged in full.
     """
-    chosen: list[int] = []
+    chosen: list[Candidate] = []
     spare = float("inf")
     for candidate in candidates:
         if len(chosen) >= cap:
@@ -43,14 +43,14 @@ def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> 
         if not chosen or (candidate.seconds <= spare and candidate.tokens <= max_tokens):
             if chosen:
                 spare -= candidate.seconds
-            chosen.append(candidate.key)
+            chosen.append(candidate)
             max_tokens -= candidate.tokens
         if candidate.slack is not None:
             spare = min(spare, candidate.slack)
     return chosen
 
 
-Composition = Callable[[Sequence[Candidate], int, int], list[int]]
+Composition = Callable[[Sequence[Candidate], int, int], list[Candidate]]
 COMPOSITIONS: dict[str, Composition] = {
     "fcfs": in_order,
     "edf": in_order,

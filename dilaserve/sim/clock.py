@@ -5,6 +5,8 @@ import selectors
 from collections.abc import Callable, Mapping
 from typing import Any
 
+LOOK = 64  # turns of the loop between two looks at real files; each is a system call
+
 
 class Stalled(RuntimeError):
     """Every task waits and no timer is set: nothing would ever happen again."""
@@ -16,11 +18,14 @@ class JumpingSelector(selectors.BaseSelector):
     def __init__(self) -> None:
         self.real = selectors.DefaultSelector()
         self.now = 0.0
+        self.looks = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = self.real.select(0)
-        if ready or timeout == 0:
+        self.looks += 1
+        if (timeout is None or self.looks % LOOK == 0) and (ready := self.real.select(0)):
             return ready
+        if timeout == 0:
+            return []
         if timeout is None:
             raise Stalled("the simulation waits for something that never happens")
         self.now += max(timeout, 0.0)
