@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 from dilaserve.cost import Features, Learner, StepCost
-from dilaserve.policy.demand import drifted, load
-from dilaserve.progress import Progress
-from dilaserve.quality import Forecast, QualityProfile, Track, part_of
-from dilaserve.terms import Load, Request, Span
+from dilaserve.policy.demand import drifted
+from dilaserve.progress import Loads, Progress
+from dilaserve.quality import Chain, Forecast, Outlook, QualityProfile, Track, part_of
+from dilaserve.terms import Request, Span
 
 SMOOTH = 0.02
+NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
 
 
 class Beliefs:
@@ -33,13 +34,10 @@ class Beliefs:
         """Seconds that every step takes, whoever is in it."""
         return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
-    def variable(self, features: Features, refresh: bool) -> float:
-        return self.learner.law.variable(features) * self.learner.factors[refresh]
-
     def refresh_seconds(self, progress: Progress) -> float:
         """What the row adds to a step that recomputes its whole canvas."""
         canvas = progress.request.canvas_tokens
-        return self.variable(Features(canvas, canvas * canvas, progress.masks, 1), True)
+        return self.learner.law.marginal(canvas, canvas * canvas, progress.masks, 1) * self.learner.factors[True]
 
     def reuse_seconds(self, progress: Progress) -> float:
         """What the row adds to a step that reuses its K/V."""
@@ -48,7 +46,14 @@ class Beliefs:
             return self.refresh_seconds(progress)
         end = progress.block_end if request.decoding.cache == "dual" else request.canvas_tokens
         tokens = end - progress.block_start
-        return self.variable(Features(tokens, tokens * request.canvas_tokens, progress.masks, 1), False)
+        attention = tokens * request.canvas_tokens
+        return self.learner.law.marginal(tokens, attention, progress.masks, 1) * self.learner.factors[False]
+
+    def step_seconds(self, progress: Progress, refresh: bool) -> float:
+        """What the row adds to its next step."""
+        if progress.loads is not None:
+            return progress.loads.refresh if refresh else progress.loads.reuse
+        return self.refresh_seconds(progress) if refresh else self.reuse_seconds(progress)
 
     def stepped(self, features: Features, refreshes: bool, seconds: float, turnaround: float) -> None:
         """A step has taken `seconds` on the worker and `turnaround` seen from here."""
@@ -77,20 +82,6 @@ class Beliefs:
             return (0.0,)
         return tuple(self.forecast.mean_drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
 
-    def ahead(self, progress: Progress) -> list[tuple[float, float]]:
-        """Steps and refreshes that the request still needs, by its own levels, before drift."""
-        if progress.quotas:
-            left = sum(map(len, progress.quotas[progress.block :])) - progress.block_step
-            return [(left, len(progress.quotas) - progress.block - progress.fresh)]
-        masks, due = progress.masks, 0.0 if progress.fresh else 1.0
-        ahead = []
-        for law, after in self.tracks(progress):
-            stays = 1.0 - law.ends[masks]
-            ahead.append((law.steps[masks] + stays * after.steps, due + stays * after.refreshes))
-        if interval := progress.request.decoding.refresh_interval:
-            ahead = [(steps, max(refreshes, steps / interval)) for steps, refreshes in ahead]
-        return ahead
-
     def tracks(self, progress: Progress) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if progress.tracked != (progress.block, self.forecast.version):
@@ -102,13 +93,17 @@ class Beliefs:
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks
 
-    def loads(self, progress: Progress) -> tuple[Load, ...]:
+    def loads(self, progress: Progress) -> Loads:
         """What the request still needs, by its own levels; kept until it has moved on."""
         if progress.loads is None:
-            refresh, reuse = progress.costs = self.refresh_seconds(progress), self.reuse_seconds(progress)
-            drift = drifted(progress.observed, progress.expected)
-            ahead = self.ahead(progress)
-            progress.loads = tuple([load(steps, refreshes, drift, refresh, reuse) for steps, refreshes in ahead])
+            refresh, reuse = self.refresh_seconds(progress), self.reuse_seconds(progress)
+            if progress.quotas:
+                progress.loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0)
+            else:
+                drift = drifted(progress.observed, progress.expected)
+                due = 0.0 if progress.fresh else 1.0
+                interval = progress.request.decoding.refresh_interval
+                progress.loads = Loads(self.tracks(progress), progress.masks, due, drift, refresh, reuse, interval)
         return progress.loads
 
     def unloaded(self, progress: Progress) -> float:
@@ -128,6 +123,13 @@ class Beliefs:
         self.forecast.observe(progress.request.slo.task, level, part, masks_before, 0 if ended else unmasked)
         progress.observed += 1.0
         progress.expected += steps[masks_before] - left
+
+
+def counted(progress: Progress) -> Track:
+    """Under the steps rule the future is known."""
+    left = sum(map(len, progress.quotas[progress.block :])) - progress.block_step
+    refreshes = len(progress.quotas) - progress.block - progress.fresh
+    return Track(NOTHING, Outlook(left, 0.0, refreshes))
 
 
 def batch_features(spans: Iterable[Span], masks: int) -> Features:

@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
 from dilaserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dilaserve.furniture import Furnish
 
 USAGE_ERROR = 2
 
@@ -96,6 +99,20 @@ def described(setting: Setting) -> str:
 
 def serve(settings: Config, extras: argparse.Namespace) -> int:
     """Load the model, then listen until told to stop."""
+    from dilaserve.furniture import real
+
+    return listen(settings, real)
+
+
+def emulate(settings: Config, extras: argparse.Namespace) -> int:
+    """Listen like `serve`, with pretended devices that take the time a profile says and write filler."""
+    from dilaserve.sim.command import furnishing
+
+    return listen(settings, furnishing(settings, extras))
+
+
+def listen(settings: Config, furnish: "Furnish") -> int:
+    """The server, until told to stop."""
     quiet()
     logging.basicConfig(
         level=settings.server.log_level.upper(),
@@ -105,10 +122,10 @@ def serve(settings: Config, extras: argparse.Namespace) -> int:
     import uvloop
 
     from dilaserve.display import loading
-    from dilaserve.server.app import serve as listen
+    from dilaserve.server.app import serve as run
 
     with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(listen(settings, progress, announce))
+        return runner.run(run(settings, progress, announce, furnish))
 
 
 def quiet() -> None:
@@ -170,16 +187,17 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     return 0
 
 
+def pretending_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Pretended devices").add_argument
+    costs = "a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs (default)"
+    add("--costs", default="h200", metavar="FILE", help=costs)
+    add("--sim-devices", type=positive, default=8, metavar="N", help="how many (default: 8)")
+    add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
+
+
 def simulation_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Simulation")
-    add = group.add_argument
-    add(
-        "--costs",
-        default="h200",
-        metavar="FILE",
-        help="a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs",
-    )
-    add("--sim-devices", type=positive, default=8, metavar="N", help="pretended devices (default: 8)")
+    pretending_flags(parser)
+    add = parser.add_argument_group("Simulation").add_argument
     add(
         "--trace", type=Path, default=None, metavar="FILE", help="CSV of arrival_s,prompt_tokens,output_tokens; .gz too"
     )
@@ -197,7 +215,6 @@ def simulation_flags(parser: argparse.ArgumentParser) -> None:
     add("--deadline", default="2.0", metavar="X", help="times the unloaded latency, as 2.0, none, or a mix 1.5:1,8:1")
     add("--on-miss", default="best_effort", choices=("best_effort", "reject", "cancel_when_late"), help="then")
     add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
-    add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
     add("--out", type=Path, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
 
 
@@ -229,9 +246,10 @@ class Command(NamedTuple):
 
 
 PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
-OTHERS = " Other commands: simulate, calibrate."
+OTHERS = " Other commands: simulate, emulate, calibrate."
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP."),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
+    "emulate": Command(emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text."),
     "calibrate": Command(calibrate, calibration_flags, "Measure step costs and the price of lower thresholds."),
 }

@@ -60,7 +60,9 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
 
     def variable(self, features: Features) -> float:
         """The part that grows with the batch."""
-        tokens, attention, projected, rows = features
+        return self.marginal(*features)
+
+    def marginal(self, tokens: int, attention: int, projected: int, rows: int) -> float:
         total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
             total += sum(bend * max(0, tokens - knot) for knot, bend in zip(self.knots, self.bends, strict=True))

@@ -1,16 +1,18 @@
 """How far one request has come: its life cycle, its place on the canvas, its seat, and what it has cost."""
 
-from enum import Enum, auto
+from collections.abc import Sequence
+from enum import IntEnum, auto
 
 from dilaserve.cost import Features
 from dilaserve.pages import PagePool
 from dilaserve.policy.caching import View, Work, work
+from dilaserve.policy.demand import load
 from dilaserve.policy.transfer import even, steps_per_block
 from dilaserve.quality import Track
 from dilaserve.terms import Instance, Load, Request, RowResult, Span, Usage
 
 
-class State(Enum):
+class State(IntEnum):
     WAITING = auto()  # in the queue, without K/V
     RESIDENT = auto()  # has K/V on an instance, between two steps
     STEPPING = auto()  # in a step in flight
@@ -18,7 +20,7 @@ class State(Enum):
     GONE = auto()
 
 
-class Did(Enum):
+class Did(IntEnum):
     PLACED = auto()
     LAUNCHED = auto()
     RETURNED = auto()
@@ -56,6 +58,34 @@ class Seat:
         self.shares: list[float] = []  # of the step's time, by row in flight
 
 
+class Loads(Sequence[Load]):
+    """What a request still needs, by its own levels, worked out when it is asked for.
+
+    `refresh` and `reuse` are the seconds that such steps of the row take, `due` the refreshes that it needs right now.
+    """
+
+    def __init__(
+        self, tracks: list[Track], masks: int, due: float, drift: float, refresh: float, reuse: float, interval: int
+    ) -> None:
+        self.tracks, self.masks, self.due, self.drift = tracks, masks, due, drift
+        self.refresh, self.reuse, self.interval = refresh, reuse, interval
+        self.known: list[Load | None] = [None] * len(tracks)
+
+    def __len__(self) -> int:
+        return len(self.tracks)
+
+    def __getitem__(self, level: int) -> Load:  # type: ignore[override]
+        if (known := self.known[level]) is None:
+            law, after = self.tracks[level]
+            stays = 1.0 - law.ends[self.masks]
+            steps = law.steps[self.masks] + stays * after.steps
+            refreshes = self.due + stays * after.refreshes
+            if self.interval:
+                refreshes = max(refreshes, steps / self.interval)
+            known = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
+        return known
+
+
 class Progress:
     """One request in the scheduler's memory.
 
@@ -74,8 +104,7 @@ class Progress:
         self.promised = self.late = self.tested = False
         self.level = 0
         self.told = request.decoding.confidence_threshold  # the threshold in the row's column
-        self.loads: tuple[Load, ...] | None = None  # by level; None: not worked out since the last step
-        self.costs = (0.0, 0.0)  # seconds that a refresh and a reuse add to a step; as old as the loads
+        self.loads: Loads | None = None  # None: not looked at since the last step
         self.tracks: list[Track] = []  # by level, of the block that `tracked` tells
         self.tracked = (-1, -1)
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
@@ -109,25 +138,14 @@ class Progress:
         return work(decoding.cache, view)
 
     def quota(self) -> int:
-        if not self.quotas:
-            return 0
         shares = self.quotas[self.block]
         return shares[min(self.block_step, len(shares) - 1)]
 
     def span(self, todo: Work) -> Span:
         request = self.request
-        return Span(
-            row=request.row,
-            generation=request.generation,
-            kv_start=self.kv_start,
-            start=todo.start,
-            length=todo.length,
-            keys=request.canvas_tokens,
-            block_start=self.block_start,
-            block_end=self.block_end,
-            quota=self.quota(),
-            step=self.steps,
-        )
+        kv = self.kv_start, todo.start, todo.length, request.canvas_tokens
+        quota = self.quota() if self.quotas else 0
+        return Span(request.row, request.generation, *kv, self.block_start, self.block_end, quota, self.steps)
 
     def launched(self, todo: Work, now: float) -> None:
         self.did(Did.LAUNCHED)

@@ -483,7 +483,9 @@ class Scheduler:
         todo = [progress.next_work() for progress in chosen]
         if verdicts or self.controls:
             for progress in chosen:
-                yield from self.at_level(progress, verdicts.get(progress.request.row))
+                verdict = verdicts.get(progress.request.row)
+                if verdict or progress.level or progress.told != progress.thresholds[0]:
+                    yield from self.at_level(progress, verdict)
         spans = tuple([progress.span(work) for progress, work in zip(chosen, todo, strict=True)])
         total = fixed + sum([candidate.seconds for candidate in candidates])
         even = fixed / len(chosen)
@@ -498,8 +500,7 @@ class Scheduler:
 
     def candidate(self, progress: Progress, verdict: Verdict | None) -> Candidate:
         work = progress.next_work()
-        self.beliefs.loads(progress)
-        seconds = progress.costs[0 if work.refresh else 1]
+        seconds = self.beliefs.step_seconds(progress, work.refresh)
         return Candidate(progress.request.row, work.length, seconds, verdict.slack if verdict else None)
 
     def served(self, seat: Seat, now: float) -> list[Progress]:

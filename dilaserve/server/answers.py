@@ -104,7 +104,7 @@ def cost(usages: Sequence[Usage]) -> Json:
     thresholds were, and the points of accuracy that they are expected to cost.
     """
     timed = [usage for usage in usages if usage.deadline_met is not None]
-    return {
+    fate = {
         "steps": sum(usage.steps for usage in usages),
         "refreshes": sum(usage.refreshes for usage in usages),
         "queued": max((usage.queued for usage in usages), default=0.0),
@@ -118,6 +118,7 @@ def cost(usages: Sequence[Usage]) -> Json:
         "mean_threshold": mean([usage.mean_threshold for usage in usages]),
         "expected_accuracy_drop": mean([usage.expected_drop for usage in usages]),
     }
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in fate.items()}
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -18,6 +18,7 @@ from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import BadRequest, ConfigError, DilaserveError, NotFound, Unauthorized, Unavailable
 from dilaserve.executor import Progress
+from dilaserve.furniture import Furnish, real
 from dilaserve.server import metrics, openai, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.stream import collect
@@ -34,7 +35,7 @@ STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 
 _json = msgspec.json.Encoder()
 
 
-async def serve(config: Config, progress: Progress, announce: Announce) -> int:
+async def serve(config: Config, progress: Progress, announce: Announce, furnish: Furnish = real) -> int:
     """Load, listen, and on SIGTERM or SIGINT finish what runs; a second signal exits at once.
 
     Returns the exit code, 1 when the engine itself has broken (the log says how).
@@ -53,7 +54,7 @@ async def serve(config: Config, progress: Progress, announce: Announce) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, interrupt)
     try:
-        async with Engine(config, progress) as engine, running(engine, config) as address:
+        async with Engine(config, progress, furnish) as engine, running(engine, config) as address:
             listening = True
             announce(address, engine.model.name, config.server.api_key is not None)
             if engine.advice:

@@ -12,6 +12,8 @@ import msgspec
 from dilaserve import profiles
 from dilaserve.config import Config
 from dilaserve.errors import ConfigError
+from dilaserve.furniture import Furnish
+from dilaserve.models.checkpoint import locate
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import ANY
 from dilaserve.sim import workload
@@ -20,6 +22,7 @@ from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import Run, classes, pretended, written
 from dilaserve.sim.run import simulate as play
 from dilaserve.sim.workload import Job
+from dilaserve.text import Text
 
 Scales = tuple[tuple[float | None, float], ...]
 ROWS = 4096  # requests in the house at once, so that a backlog is seen and not refused
@@ -40,6 +43,13 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
     yield f"{extras.sim_devices} devices, {extras.seconds:g} s simulated in {took:.1f} s ({extras.seconds / took:.0f}x)"
     if extras.out:
         yield from saved(run, result, extras.out)
+
+
+def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
+    """Pretended devices behind the model's own tokenizer."""
+    text = Text(locate(settings.model.model))
+    limit = settings.model.max_model_len or 4096
+    return pretended(costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text)
 
 
 def saved(run: Run, result: object, out: Path) -> Iterator[str]:

@@ -1,0 +1,112 @@
+"""Seconds that the scheduler takes to decide, by rows in the house.
+
+    python bench/decisions.py [--rows 16,64,256] [--instances 1,8]
+
+The scheduler alone, on steps that a law and chance make up: every decision starts one step on the instance that has
+just come back. With deadlines (far ones) at most six rows of an instance are guaranteed and the others wait; without, all run as they
+came.
+"""
+
+import argparse
+import random
+import statistics
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from dilaserve.config import Config
+from dilaserve.scheduler import Scheduler
+from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.terms import (
+    Arrival,
+    Batch,
+    Command,
+    Decoding,
+    Finish,
+    Instance,
+    InstanceReady,
+    Launch,
+    Request,
+    RowResult,
+    Slo,
+    StepDone,
+)
+
+
+def request(number: int, row: int, now: float, seconds: float | None) -> Request:
+    return Request(
+        id=f"r{number}",
+        row=row,
+        generation=number,
+        prompt_tokens=200,
+        canvas_tokens=456,
+        max_tokens=256,
+        arrived_at=now,
+        decoding=Decoding(),
+        slo=Slo(seconds=seconds),
+    )
+
+
+def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> list[float]:
+    """Seconds of each decision while `rows` requests are in the house."""
+    profile, rng = llada_8b_h200(), random.Random(0)
+    law = next(iter(profile.costs.values()))
+    config = Config.of(max_num_seqs=max(64, rows), max_queue=4096)
+    machine = Scheduler(config, law, profile.quality)
+    now, number = 0.0, 0
+    flying: list[tuple[float, Batch]] = []
+    took: list[float] = []
+
+    def perform(commands: list[Command]) -> None:
+        nonlocal number
+        for command in commands:
+            if isinstance(command, Launch):
+                flying.append((now + rng.uniform(0.01, 0.03), command.batch))
+            elif isinstance(command, Finish):
+                arrive(command.request.row)
+
+    def arrive(row: int) -> None:
+        nonlocal number
+        number += 1
+        perform(list(machine.observe(Arrival(request(number, row, now, seconds)), now)))
+
+    for id in range(instances):
+        perform(list(machine.observe(InstanceReady(Instance(id, (id,), 10**7)), now)))
+    for row in range(rows):
+        arrive(row)
+    perform(list(machine.decide(now)))
+    while len(took) < decisions:
+        flying.sort(key=lambda one: one[0], reverse=True)
+        now, batch = flying.pop()
+        results = []
+        for span in batch.spans:
+            left = max(0, machine.seats[batch.instance].residents[span.row].masks - rng.randint(2, 8))
+            results.append(RowResult(span.row, span.generation, 4, left, span.block_end - left, -1, 3.8))
+        perform(list(machine.observe(StepDone(batch.instance, batch.id, tuple(results), 0.02, 0.02), now)))
+        began = time.perf_counter()
+        commands = list(machine.decide(now))
+        took.append(time.perf_counter() - began)
+        perform(commands)
+    return took[decisions // 5 :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--rows", type=numbers, default=[16, 64, 256])
+    parser.add_argument("--instances", type=numbers, default=[1, 8])
+    parser.add_argument("--decisions", type=int, default=1500)
+    args = parser.parse_args()
+    table = Table("rows", "instances", "deadlines", "median, ms", "p99, ms")
+    for rows in args.rows:
+        for instances in args.instances:
+            for seconds in (None, 60.0):
+                took = sorted(1000 * one for one in decide(rows, instances, seconds, args.decisions))
+                middle, tail = statistics.median(took), took[int(0.99 * len(took))]
+                table.add_row(str(rows), str(instances), "yes" if seconds else "no", f"{middle:.3f}", f"{tail:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
