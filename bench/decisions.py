@@ -3,8 +3,8 @@
     python bench/decisions.py [--rows 16,64,256] [--instances 1,8]
 
 The scheduler alone, on steps that a law and chance make up: every decision starts one step on the instance that has
-just come back. With deadlines (far ones) at most six rows of an instance are guaranteed and the others wait; without, all run as they
-came.
+just come back. With deadlines (far ones) six rows of each instance are guaranteed and the others wait; without, all
+run as they came.
 """
 
 import argparse

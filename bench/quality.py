@@ -8,6 +8,7 @@ Every problem is asked through the engine, greedily, and the answer checked by t
 import argparse
 import asyncio
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ async def measure(args: argparse.Namespace) -> dict[tuple[str, float, str], Cell
     problems = {task: held_out(task, args.per_task, args.seed) for task in TASKS}
     settings = [(cache, threshold) for cache in args.caches for threshold in args.thresholds]
     table: dict[tuple[str, float, str], Cell] = {}
-    async with Engine(Config.of(model=args.model, devices=args.devices)) as engine:
+    room = len(TASKS) * args.per_task
+    async with Engine(Config.of(model=args.model, devices=args.devices, max_queue=room)) as engine:
         for cache, threshold in track(settings, description="settings", console=Console(stderr=True)):
             everything = [problem for task in problems.values() for problem in task]
             samples = await asyncio.gather(
@@ -101,7 +103,7 @@ def interval(c: Cell) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dilaserve-tiny")
-    parser.add_argument("--devices", default="cpu")
+    parser.add_argument("--devices", default=",".join(["cpu"] * (os.cpu_count() or 1)))
     parser.add_argument("--per-task", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=96, help="canvas for the answer (default 96)")
     parser.add_argument("--thresholds", type=lambda s: [float(v) for v in s.split(",")], default=list(THRESHOLDS))

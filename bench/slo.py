@@ -139,6 +139,8 @@ def asks(args: argparse.Namespace, rate: float, scales: Sequence[float], seed: i
 async def unloaded_latency(args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of one request alone, by task, at the reference threshold."""
     async with server(SYSTEMS["fcfs .9"], args.devices, args.model) as address:
+        for problem in (problem for task in TASKS for problem in held_out(task, 5, seed=98)):  # warm up
+            await replay(address, [Ask(0.0, problem, UNHURRIED)], {problem.task: 1.0}, PATIENCE)
         found = {}
         for task in TASKS:
             problems = held_out(task, args.unloaded, seed=99)
