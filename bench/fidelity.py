@@ -101,9 +101,9 @@ def shown(name: str, fates: Sequence[Fate]) -> str:
     return f"{name:>10}: met {met:5.1f} %   mean {mean:6.1f} ms   p90 {p90:6.1f} ms   steps {steps:5.2f}"
 
 
-def capacity(devices: int) -> float:
+def capacity(model: str, devices: int) -> float:
     """Requests a second that the profile expects `devices` to finish at .9, three rows to a step."""
-    profile = profiles.find(locate(Config().model.model), None)
+    profile = profiles.find(locate(model), None)
     if profile is None:
         raise SystemExit("no profile yet: run `python -m dilaserve calibrate` first")
     law = profile.costs[profiles.cost_key("cpu")]
@@ -115,22 +115,21 @@ def capacity(devices: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dilaserve-tiny")
     parser.add_argument("--loads", type=lambda text: [float(part) for part in text.split(",")], default=[0.5, 0.8, 1.0])
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--devices", default=",".join(["cpu"] * (os.cpu_count() or 1)))
     parser.add_argument("--rate", type=float, help="requests a second at 1.0x")
     args = parser.parse_args()
     devices = len(args.devices.split(","))
-    rate = args.rate or capacity(devices)
-    config = Config.of(devices=args.devices, slo_class=f"{NAME}={SCALE}x", max_queue=4096)
+    rate = args.rate or capacity(args.model, devices)
+    config = Config.of(model=args.model, devices=args.devices, slo_class=f"{NAME}={SCALE}x", max_queue=4096)
     print(f"1.0x = {rate:.1f} requests/s on {args.devices}; deadlines {SCALE}x the unloaded latency")
     for load in args.loads:
         rng = random.Random(f"fidelity {load}")
-        times = itertools.takewhile(lambda at: at < args.seconds, poisson(load * rate, rng))
+        times = list(itertools.takewhile(lambda at: at < args.seconds, poisson(load * rate, rng)))
         pools = {task: itertools.cycle(held_out(task, 300, seed=11)) for task in TASKS}
         problems = [next(pools[rng.choice(list(TASKS))]) for _ in times]
-        rng = random.Random(f"fidelity {load}")
-        times = itertools.takewhile(lambda at: at < args.seconds, poisson(load * rate, rng))
         jobs = [
             Job(at, len(problem.prompt) + 5, MAX_TOKENS, problem.task, SCALE, "cancel_when_late")
             for at, problem in zip(times, problems, strict=True)
@@ -146,7 +145,9 @@ def main() -> None:
 
 def named(config: Config) -> Config:
     """The simulator names its classes after their multiple."""
-    return Config.of(devices=config.device.devices, slo_class=f"x{SCALE:g}={SCALE:g}x", max_queue=4096)
+    return Config.of(
+        model=config.model.model, devices=config.device.devices, slo_class=f"x{SCALE:g}={SCALE:g}x", max_queue=4096
+    )
 
 
 if __name__ == "__main__":
