@@ -9,6 +9,7 @@ from dilaserve.quality import Chain, Forecast, Outlook, QualityProfile, Track, p
 from dilaserve.terms import Request, Span
 
 SMOOTH = 0.02
+MOST_THRESHOLDS = 4096  # that are remembered; requests may bring any
 NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
 
 
@@ -66,6 +67,8 @@ class Beliefs:
         """The level of the profile that is nearest above this threshold."""
         level = self.nearest.get(threshold)
         if level is None:
+            if len(self.nearest) >= MOST_THRESHOLDS:
+                self.nearest.clear()
             level = max((i for i, known in enumerate(self.levels) if known >= threshold - 1e-6), default=0)
             self.nearest[threshold] = level
         return level

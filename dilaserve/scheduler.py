@@ -37,6 +37,7 @@ from dilaserve.terms import (
 MAX_CRASHES = 2  # a row in flight at so many lost instances fails alone
 TICK = 0.25  # seconds between two looks at the whole house
 LOOKS = 8  # waiting requests that a decision may test in vain
+MAX_TENANTS = 4096  # accuracy banks that are remembered
 NEVER = float("inf")
 NEW = Bank()
 
@@ -215,7 +216,9 @@ class Scheduler:
         tenant = progress.request.slo.tenant
         self.reserve(progress, 0.0)
         if reason in ("stop", "length") and self.budget is not None and not progress.request.slo.fixed:
-            self.banks[tenant] = settled(self.banks.get(tenant, NEW), progress.drop, self.budget)
+            self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop, self.budget)
+            if len(self.banks) > MAX_TENANTS:
+                del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
         totals = self.totals
         totals.device += progress.device
         if progress.deadline is not None and reason != "cancelled":
@@ -320,7 +323,9 @@ class Scheduler:
     def reserve(self, progress: Progress, drop: float) -> None:
         """Let the bank hold back what a running request may still spend."""
         tenant = progress.request.slo.tenant
-        self.reserved[tenant] = self.reserved.get(tenant, 0.0) + drop - progress.reserved
+        total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
+        if total > 1e-9:
+            self.reserved[tenant] = total
         progress.reserved = drop
 
     def is_hopeless(self, progress: Progress, now: float) -> bool:

@@ -143,6 +143,17 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     assert isinstance(late[0], Decline)
 
 
+def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
+    monkeypatch.setattr("dilaserve.scheduler.MAX_TENANTS", 3)
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for i in range(6):
+        (launch,) = feed(machine, Arrival(request(i, answer=8, slo=Slo(tenant=f"t{i % 5}"))), i)
+        feed(machine, done(launch.batch, [result(launch.batch.spans[0])]), i)
+    assert list(machine.banks) == ["t3", "t4", "t0"]
+    assert machine.reserved == {}
+
+
 def test_a_newcomer_alone_runs_at_its_own_threshold():
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))

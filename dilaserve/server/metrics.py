@@ -34,10 +34,9 @@ class House(Collector):
         for fate in ("met", "missed", "declined"):
             fates.add_metric([fate], getattr(totals, fate))
         yield fates
-        banks = GaugeMetricFamily("dilaserve_accuracy_drop", "mean expected drop, in points", labels=["tenant"])
-        for tenant, bank in scheduler.banks.items():
-            banks.add_metric([tenant], bank.spent / max(1, bank.served))
-        yield banks
+        spent = sum(bank.spent for bank in scheduler.banks.values())
+        served = sum(bank.served for bank in scheduler.banks.values())
+        yield gauge("accuracy_drop", "mean drop that the banks have counted, in points", spent / max(1, served))
 
 
 def gauge(name: str, about: str, value: float) -> Metric:
