@@ -58,6 +58,25 @@ def ask(address, **more):
     return urllib.request.urlopen(request, timeout=60)
 
 
+def test_emulate_serves_filler_on_pretended_devices():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dilaserve", "emulate", "--port", "0", "--sim-devices", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = re.search(r"on (http://\S+)", process.stdout.readline())[1]
+        answer = json.load(ask(address, slo={"deadline_ms": 60_000}))
+        assert answer["choices"][0]["text"] == "aaaaaaaa"
+        assert answer["dilaserve"]["deadline_met"] is True
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def no_children(pid):
     return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).returncode == 1
 

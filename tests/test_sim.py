@@ -19,11 +19,12 @@ from dilaserve.sim.run import classes, pretended, simulate
 SECONDS = 20.0
 
 
-def run(rate=6.0, scale=2.0, devices=2, on_miss="best_effort", seed=0, **settings):
+def run(rate=6.0, scale=2.0, devices=2, on_miss="best_effort", seed=0, mix=0.0, **settings):
+    """`mix` of the requests have no deadline."""
     profile = llada_8b_h200()
     rng = random.Random(seed)
     times = zip(workload.poisson(rate, rng), itertools.repeat(200), itertools.repeat(128), strict=False)
-    jobs = workload.jobs(times, SECONDS, 1024, (None,), ((scale, 1.0),), seed, on_miss)
+    jobs = workload.jobs(times, SECONDS, 1024, (None,), ((scale, 1.0 - mix), (None, mix)), seed, on_miss)
     config = Config.of(slo_class=classes([scale]), max_queue=2048, **settings)
     return simulate(config, pretended(profile, devices, 1024, seed=seed), list(profile.quality.tasks), jobs)
 
@@ -52,6 +53,15 @@ def test_every_request_ends_and_light_load_meets_its_deadlines():
         assert not heavy.engine.scheduler.requests
         assert len(heavy.engine.free) == heavy.engine.table.rows
     assert by_second(light)
+
+
+def test_nothing_without_a_deadline_starves_behind_those_that_have_one():
+    heavy = run(rate=30.0, on_miss="cancel_when_late", mix=0.1, best_effort_age=5.0)
+    rest = [outcome for outcome in heavy.outcomes if outcome.scale is None]
+    assert len(rest) > 30
+    assert all(outcome.latency is not None for outcome in rest)
+    early = [outcome.latency for outcome in rest if outcome.at < SECONDS / 4]
+    assert min(early) < SECONDS  # some were served while promises kept coming
 
 
 def test_deadlines_are_met_where_first_come_first_served_misses_them():
