@@ -50,7 +50,7 @@ def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: 
 def scheduler(guess=False, **device):
     profile = guessed("a model", "cpu")
     law = msgspec.structs.replace(profile.costs["cpu x1"], guess=guess)
-    return Scheduler(Config.of(**device), law, profile.quality)
+    return Scheduler(Config.of(**device), {1: law}, profile.quality)
 
 
 def feed(machine, event, now=0.0):
@@ -129,14 +129,14 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     hurried = Slo(seconds=0.001, on_miss="reject")
     commands, row, now = feed(machine, Arrival(request(0, slo=hurried))), 0, 0.0
-    while machine.beliefs.learner.law.guess:
+    while machine.beliefs.pace(1).learner.law.guess:
         now += 0.01
         launches = [command for command in commands if isinstance(command, Launch)]
         commands = feed(machine, done(launches[-1].batch, [result(span) for span in launches[-1].batch.spans]), now)
         if any(isinstance(command, Release) for command in commands):
             row += 1
             commands += feed(machine, Arrival(request(row, at=now, slo=hurried)), now)
-        if machine.beliefs.learner.law.guess:
+        if machine.beliefs.pace(1).learner.law.guess:
             assert not any(isinstance(command, Decline) for command in commands)
     assert row > 50
     late = feed(machine, Arrival(request(999, at=now, slo=hurried)), now)

@@ -172,7 +172,10 @@ def alone(x: torch.Tensor) -> torch.Tensor:
 
 
 class Model:
-    """The forward pass of one rank. `reduce` sums a tensor over the TP group."""
+    """The forward pass of one rank on views of the weights. `reduce` sums a tensor over the TP group.
+
+    `vocabulary` are the token ids whose logits the rank computes. `turns` is another model's rotary table.
+    """
 
     def __init__(
         self,
@@ -180,12 +183,16 @@ class Model:
         weights: Weights,
         shard: Shard = Shard(),  # noqa: B008 - a frozen value
         reduce: Callable[[torch.Tensor], torch.Tensor] = alone,
+        turns: torch.Tensor | None = None,
     ) -> None:
         self.spec, self.weights, self.reduce = spec, weights, reduce
         self.blocks = [shard_of(block, shard) for block in weights.blocks]
         self.groups = spec.groups // shard.size
         self.q, self.kv = spec.heads // spec.groups, spec.kv_heads // spec.groups
-        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, weights.norm.device)
+        self.vocabulary = shard.slice(spec.vocab_size)
+        self.head = weights.head[self.vocabulary]
+        device = weights.norm.device
+        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
         """Final hidden states of the kept tokens, [kept, hidden], normalised; writes K/V of all tokens to the pool.
@@ -206,8 +213,8 @@ class Model:
         return self.norm(x, self.weights.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] → [n, vocab] in the model's type, unscaled."""
-        return F.linear(hidden, self.weights.head)
+        """[n, hidden] → [n, the rank's part of the vocabulary] in the model's type, unscaled."""
+        return F.linear(hidden, self.head)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm, cast to the model's type before the weight is applied, as LLaDA does."""

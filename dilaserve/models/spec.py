@@ -9,6 +9,10 @@ class Shard(msgspec.Struct, frozen=True):
     rank: int = 0
     size: int = 1
 
+    def slice(self, total: int) -> slice:
+        """This rank's part of `total` things; the parts differ by one at most."""
+        return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes and special ids of one checkpoint. `groups` is the largest tensor-parallel degree its heads allow."""
@@ -29,6 +33,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     mask_id: int
     stop_ids: tuple[int, ...]
     parameters: int
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Tensor-parallel degrees that the heads allow."""
+        return tuple(degree for degree in (1, 2, 4, 8) if self.groups % degree == 0)
 
     @property
     def kv_elements(self) -> int:
