@@ -57,9 +57,8 @@ class Errors:
     def on_row(self, progress: Progress, masks: int, block: int, unmasked: int, ended: bool) -> None:
         self.watched(progress, masks, block, unmasked, ended)
         progress.loads = None
-        self.forecasts.setdefault(id(progress), []).append(
-            self.beliefs.loads(progress, self.beliefs.base)[progress.level].steps
-        )
+        steps = self.beliefs.loads(progress, self.beliefs.base)[progress.level].steps
+        self.forecasts.setdefault(id(progress), []).append(steps)
         if ended:
             seen = self.forecasts.pop(id(progress))
             actual = range(len(seen) - 1, -1, -1)

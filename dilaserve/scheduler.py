@@ -104,6 +104,7 @@ class Scheduler:
         self.max_tokens = config.device.max_num_batched_tokens
         self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
         self.queue: list[Progress] = []  # promised rows without a seat, in order of service
+        self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
         self.requests: dict[str, Progress] = {}
         self.seats: dict[int, Seat] = {}
         self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
@@ -152,6 +153,9 @@ class Scheduler:
     def decide(self, now: float) -> Iterator[Command]:
         if self.layout.moot:
             yield from self.reshape(now)
+        if self.moving and not self.closing and not self.layout.forming:
+            moved_rows, self.moving = self.moving, []
+            self.wait_again(moved_rows)
         yield from self.watch(now)
         if self.solves and not self.solving and now >= self.solve_at:
             yield self.solve(now)
@@ -230,7 +234,10 @@ class Scheduler:
             yield Reshard(Moves(tuple(ends), tuple(begins)))
 
     def vacate(self, seat: Seat) -> None:
-        """The instance goes between two steps: its rows wait again with all committed tokens and no K/V."""
+        """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
+
+        They wait for the new instances rather than crowd the old ones that stay.
+        """
         rows = list(seat.residents.values())
         if ends := [row.stepped_at for row in rows if row.steps]:
             self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
@@ -238,7 +245,7 @@ class Scheduler:
             self.unseat(progress, seat)
             progress.did(Did.EVICTED)
             progress.tested = False
-        self.wait_again(rows)
+        self.moving += rows
 
     def reseated(self) -> None:
         self.degrees = tuple(sorted({seat.degree for seat in self.seats.values()})) or (self.beliefs.base,)
@@ -353,7 +360,8 @@ class Scheduler:
         """The request leaves the house, now or after its step in flight."""
         del self.requests[progress.request.id]
         if progress.state is State.WAITING:
-            (self.queue if progress.promised else self.waiting).remove(progress)
+            home = self.queue if progress.promised else self.waiting
+            (self.moving if progress in self.moving else home).remove(progress)
         progress.did(Did.ENDED)
         self.account(progress, now, reason)
         yield farewell
