@@ -61,7 +61,7 @@ def test_shared_memory_and_gloo_agree_in_any_group_at_any_time():
         for process in processes:
             process.join()
     assert len(found) == (2 + 3 + 2 + 2) * 2 * 2 * 4
-    for (rank, number, name, dtype, i), (gathered, summed) in found.items():
+    for (_, number, name, dtype, i), (gathered, summed) in found.items():
         ranks = ((0, 1), (0, 1, 2), (1, 2), (0, 1))[number]
         parts = [inputs(peer, getattr(torch, dtype.removeprefix("torch.")))[i] for peer in ranks]
         assert gathered == torch.stack(parts).tolist()
@@ -94,10 +94,8 @@ def test_shards_are_views_of_the_weights_and_of_one_pool(random_model):
     flat = torch.zeros(64 * spec.kv_elements)
 
     def inside(part, whole):
-        first, end = whole.data_ptr(), whole.data_ptr() + whole.nbytes
-        return (
-            first <= part.data_ptr() < end and part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        )
+        same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        return same and whole.data_ptr() <= part.data_ptr() < whole.data_ptr() + whole.nbytes
 
     assert spec.degrees == (1, 2, 4)
     for degree in spec.degrees:
