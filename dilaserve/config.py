@@ -53,6 +53,10 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_tokens: Annotated[
         Positive | None, Meta(description="K/V pool of one device, in tokens (default: from free memory)")
     ] = None
+    weights_memory: Annotated[
+        Annotated[float, Meta(gt=0.0)] | None,
+        Meta(description="GiB of one device that weights may take (default: what is there); more are split up"),
+    ] = None
     gpu_memory_utilization: Annotated[Share, Meta(description="share of a GPU's memory to use")] = 0.9
     cpu_threads: Annotated[
         Positive | None, Meta(description="threads of one CPU worker (default: cores / CPU workers)")

@@ -173,7 +173,7 @@ class ProcessExecutor:
 
     def step_done(self, rank: int, done: wire.Done) -> None:
         for id, known in self.instances.items():
-            if rank == known.instance.ranks[0]:
+            if rank in known.instance.ranks:
                 self.post(StepDone(id, done.batch, tuple(done.results), done.seconds, done.forward))
 
     def formed(self, rank: int, instance: int) -> None:

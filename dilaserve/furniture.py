@@ -5,21 +5,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
+import torch
 
 from dilaserve import models, profiles
-from dilaserve.config import Config
+from dilaserve.config import Config, DeviceConfig
 from dilaserve.cost import StepCost
 from dilaserve.devices import backend_for, dtype_for, listed, threads_for
-from dilaserve.errors import BadRequest, ConfigError
+from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.exchange import Exchange
 from dilaserve.executor import Executor, ProcessExecutor, Progress
 from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models.spec import ModelSpec
 from dilaserve.policy.layouts import parsed, uniform
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import QualityProfile
 from dilaserve.table import RequestTable
 from dilaserve.terms import Plan
 from dilaserve.text import Text
+from dilaserve.worker import memory
 from dilaserve.worker.loop import Job, Shared
 
 
@@ -66,14 +69,42 @@ def real(config: Config, progress: Progress) -> Furniture:
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
     shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
-    degrees = tuple(degree for degree in spec.degrees if degree <= len(names))
+    degrees = possible_degrees(spec, names, config)
+    shared["shards"] = min(degrees)
     plan = first_plan(config.device.plan, len(names), degrees)
-    memory = Shared(table, Exchange(len(names)))
-    executor = ProcessExecutor([job(config, name, names, shared) for name in names], memory, progress)
+    mapped = Shared(table, Exchange(len(names)))
+    executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
     laws, quality, note = known(profiles.find(directory, config.scheduler.profile), card.name, names[0], degrees)
     return Furniture(
         card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note
     )
+
+
+def possible_degrees(spec: ModelSpec, names: list[str], config: Config) -> tuple[int, ...]:
+    """How many devices may run the model together: as its heads divide, and so many that its weights fit.
+
+    Raises `CheckpointError` where there are too few devices.
+    """
+    size = getattr(torch, dtype_for(names[0], config.model.dtype)).itemsize
+    room = min(weights_room(name, names, config.device) for name in names)
+    fits = [degree for degree in spec.degrees if spec.shard_parameters(degree) * size <= room]
+    if not fits:
+        fits = [spec.degrees[-1]]  # the worker says what is missing
+    if fits[0] > len(names):
+        raise CheckpointError(
+            f"the weights fit on {fits[0]} devices together and there are {len(names)}; see --devices"
+        )
+    return tuple(degree for degree in fits if degree <= len(names))
+
+
+def weights_room(name: str, names: list[str], config: DeviceConfig) -> float:
+    """Bytes that weights may take on this device, which workers of the same name share."""
+    if config.weights_memory is not None:
+        return config.weights_memory * 2**30
+    if name == "cpu":
+        return memory.available(torch.device(name), 1.0 / names.count(name))
+    total: int = torch.cuda.get_device_properties(name).total_memory
+    return total * config.gpu_memory_utilization / names.count(name)
 
 
 def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:

@@ -67,7 +67,7 @@ def test_shared_memory_and_gloo_agree_in_any_group_at_any_time():
         assert gathered == torch.stack(parts).tolist()
         total = sum(part.float() for part in parts)
         tolerance = 1e-6 if dtype == "torch.float32" else 0.05
-        assert torch.allclose(torch.tensor(summed), total, atol=tolerance)
+        assert torch.allclose(torch.tensor(summed).view(total.shape), total, atol=tolerance)
         if name == "shm":  # the same bits everywhere
             assert summed == found[ranks[0], number, name, dtype, i][1]
 
@@ -162,6 +162,21 @@ def test_a_part_that_is_only_the_mask_does_no_harm():
     whole, found = guess(logits.clone(), 2), across(logits, 4, 2, None)
     assert (found.token.item(), found.odds.item()) == (whole.token.item(), pytest.approx(whole.odds.item()))
     assert Alone().all_gather(logits).shape == (1, 1, 4)
+
+
+def test_a_worker_with_a_part_of_the_weights_has_the_shards_of_that_part(random_model):
+    checkpoint = Checkpoint(random_model)
+    spec = models.describe(checkpoint)
+    arguments = spec, checkpoint.tensors(), torch.device("cpu"), torch.float32, lambda nbytes: None
+    whole, half = llada.load(*arguments), llada.load(*arguments, Shard(1, 2))
+    held = sum(tensor.numel() for block in half.blocks for tensor in block)
+    assert half.embedding.numel() + half.norm.numel() + half.head.numel() + held == spec.shard_parameters(2)
+    assert spec.shard_parameters(1) == spec.parameters
+    for shard in (Shard(1, 2), Shard(2, 4), Shard(3, 4)):
+        one, other = llada.Model(spec, whole, shard), llada.Model(spec, half, shard)
+        assert torch.equal(one.head, other.head)
+        for mine, theirs in zip(one.blocks, other.blocks, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_heads_decide_which_degrees_there_are(tmp_path):

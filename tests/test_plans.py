@@ -178,12 +178,29 @@ async def test_an_error_in_a_step_fails_the_request_that_brings_it_alone(mortal)
     assert any("IndexError" in change.reason for change in mortal.history)
 
 
+async def test_a_model_too_large_for_one_device_is_read_in_shards(random_model):
+    small = dict(devices="cpu,cpu,cpu,cpu", weights_memory=1e-4, kv_cache_tokens=640)
+    requests = some_requests(15, seed=8)
+    async with Engine(Config.of(model=str(random_model), **small)) as engine:
+        assert (engine.degrees, spelled(engine.plan)) == ((2, 4), "2x2")
+        expect(Llada(random_model), requests, await answers(engine, requests))
+        with pytest.raises(BadRequest, match="on 2, 4 devices together"):
+            await engine.replan("4x1")
+        await engine.replan("1x4")
+        expect(Llada(random_model), requests, await answers(engine, requests))
+    with pytest.raises(ConfigError, match="fit on 2 devices together and there are 1"):
+        async with Engine(Config.of(model=str(random_model), devices="cpu", weights_memory=1e-4)):
+            pass
+
+
 async def test_plans_in_words():
     assert parsed("2x1+1x2", 4, (1, 2, 4)) == Plan(((0, 1), (2,), (3,)))
     assert spelled(parsed("4x1 + 2x2", 8, (1, 2))) == "2x2+4x1"
     assert uniform(5, 2) == Plan(((0, 1), (2, 3)))
     assert checked(Plan(((3, 2), (1, 0))), 4, (1, 2)) == Plan(((0, 1), (2, 3)))
     assert checked(uniform(5, 2), 5, (2, 4))  # a device that no group can take may be left
+    with pytest.raises(BadRequest, match="2 parts"):
+        checked(Plan(((0, 2), (1, 3))), 4, (2, 4))
     for wrong in ("", "x", "0x1", "2x3", "1x1", "9x9", "1x8"):
         with pytest.raises(BadRequest):
             parsed(wrong, 4, (1, 2, 4))
@@ -196,5 +213,6 @@ async def test_what_is_left_of_a_plan():
     eight = Plan((tuple(range(8)),))
     assert shrunk(eight, range(8), (1, 2, 4, 8)) == eight
     assert shrunk(eight, set(range(8)) - {3}, (1, 2, 4, 8)) == Plan(((0, 1, 2, 4), (5, 6), (7,)))
-    assert shrunk(eight, set(range(8)) - {3}, (2, 4, 8)) == Plan(((0, 1, 2, 4), (5, 6)))
+    assert shrunk(eight, set(range(8)) - {3}, (2, 4, 8)) == Plan(((0, 1, 2, 5), (4, 7)))  # both halves of the weights
+    assert shrunk(eight, {0, 2, 4, 6}, (2, 4, 8)) == Plan(())
     assert shrunk(eight, (), (1, 2)) == Plan(())

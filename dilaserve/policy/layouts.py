@@ -40,6 +40,11 @@ def checked(plan: Plan, devices: int, degrees: Sequence[int]) -> Plan:
             raise BadRequest(f"this model runs on {allowed} devices together, not on {len(group)}", param="plan")
     if len(set(ranks)) != len(ranks) or not set(ranks) <= set(range(devices)):
         raise BadRequest(f"the groups must hold each of the devices 0 to {devices - 1} once", param="plan")
+    if any(len(set(shards)) > 1 for shards in (held(group, min(degrees)) for group in groups)):
+        raise BadRequest(
+            f"the weights are in {min(degrees)} parts; a group needs as many devices of each part (aligned groups do)",
+            param="plan",
+        )
     if devices - len(ranks) >= min(degrees):
         raise BadRequest(f"the plan uses {len(ranks)} of {devices} devices; use them all", param="plan")
     return Plan(groups)
@@ -54,11 +59,19 @@ def shrunk(plan: Plan, alive: Collection[int], degrees: Sequence[int]) -> Plan:
     """What of the plan can be with these ranks: whole groups as they are, of the others the survivors together."""
     groups: list[tuple[int, ...]] = []
     for group in plan.groups:
-        left = tuple(rank for rank in group if rank in alive)
-        while size := max((degree for degree in degrees if degree <= len(left)), default=0):
-            groups.append(left[:size])
-            left = left[size:]
+        parts = min(degrees)
+        left = [rank for rank in group if rank in alive]
+        while size := max((degree for degree in degrees if degree <= parts * min(held(left, parts))), default=0):
+            each = [[rank for rank in left if rank % parts == part][: size // parts] for part in range(parts)]
+            taken = tuple(sorted(rank for ranks in each for rank in ranks))
+            groups.append(taken)
+            left = [rank for rank in left if rank not in taken]
     return Plan(tuple(sorted(groups)))
+
+
+def held(group: Sequence[int], parts: int) -> list[int]:
+    """How many of the devices hold each of the parts that the weights are split into."""
+    return [sum(rank % parts == part for rank in group) for part in range(parts)]
 
 
 def spelled(plan: Plan) -> str:

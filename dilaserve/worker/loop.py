@@ -28,7 +28,11 @@ PROGRESS_BYTES = 16 * 2**20  # between two progress frames
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is started with. `backend` carries TP groups, which may meet through the file `store`."""
+    """What a worker is started with. `backend` carries TP groups, which may meet through the file `store`.
+
+    Where the model is too large for one device, the weights are in `shards` parts, and workers of neighbouring ranks
+    hold them one after the other.
+    """
 
     device: str
     directory: str
@@ -41,6 +45,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     batched_tokens: int
     memory_share: float
     backend: str = "shm"
+    shards: int = 1
     store: str = ""
 
 
@@ -83,7 +88,9 @@ class Worker:
 
     def form(self, order: wire.Form) -> Runner:
         """Join an instance; no weight is copied. Raises `Abandoned`."""
-        group = self.groups.join(order.instance, order.ranks, order.lives)
+        ranks = sorted(order.ranks, key=lambda rank: (rank % self.job.shards, rank))  # in the order of what they hold
+        lives = dict(zip(order.ranks, order.lives, strict=True))
+        group = self.groups.join(order.instance, ranks, [lives[rank] for rank in ranks])
         shard = Shard(group.rank, group.size)
         family = models.FAMILIES[self.spec.architecture]
         model: Model = family.Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
@@ -101,8 +108,9 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     checkpoint = Checkpoint(Path(job.directory))
     spec = msgspec.structs.replace(models.describe(checkpoint), max_length=job.max_length)
     family = models.FAMILIES[spec.architecture]
-    memory.check_weights(spec, device, dtype, job.memory_share)
-    weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line))
+    memory.check_weights(spec, device, dtype, job.memory_share, job.shards)
+    held = Shard(rank % job.shards, job.shards)
+    weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
     tokens = job.kv_tokens or memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
     if tokens < PAGE:
         raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
