@@ -109,10 +109,10 @@ def left_behind() -> set[str]:
     """Child processes, named shared memory, temporary directories and open files."""
     found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
     children = {f"process {pid}" for pid in found.stdout.split()}
-    temporary = set(glob.glob(f"{tempfile.gettempdir()}/dilaserve-*"))
+    temporary = set(glob.glob(f"{tempfile.gettempdir()}/dilaserve-{os.getpid()}-*"))
     files = {os.readlink(file) for file in glob.glob("/proc/self/fd/*") if os.path.islink(file)}
     counts = {f"{sum(kind in name for name in files)} open of kind {kind}" for kind in ("socket", "eventfd", "shm")}
-    return children | set(glob.glob("/dev/shm/*")) | temporary | counts
+    return children | set(glob.glob(f"/dev/shm/*{os.getpid()}*")) | temporary | counts
 
 
 STRIKES: dict[str, Callable[[Engine, float, argparse.Namespace], Awaitable[int]]] = {"plans": plans, "kills": kills}

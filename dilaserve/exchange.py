@@ -7,7 +7,8 @@ import torch
 
 from dilaserve.table import shared_bytes
 
-SLOT = 2**20  # bytes of one slot; larger tensors pass in pieces
+MOST = 2**25  # bytes of all slots; /dev/shm of a container may be small
+SLOT = 2**22  # bytes of one slot at most; larger tensors pass in pieces
 LINE = 64  # bytes; a counter or a flag has a cache line of its own
 WORDS = LINE // 8
 SHIFT = 32  # a counter is the instance's number, then the collectives on it
@@ -19,7 +20,8 @@ class Exchange:
     Pickling it (to a child process) shares the memory, it does not copy it.
     """
 
-    def __init__(self, ranks: int, slot: int = SLOT, buffer: torch.Tensor | None = None) -> None:
+    def __init__(self, ranks: int, slot: int | None = None, buffer: torch.Tensor | None = None) -> None:
+        slot = slot or min(SLOT, MOST // (2 * ranks) // LINE * LINE)
         self.ranks, self.slot = ranks, slot
         head = 2 * ranks * LINE
         self.buffer = shared_bytes(head + (2 * ranks * slot if ranks > 1 else 0)) if buffer is None else buffer

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -82,7 +83,7 @@ class ProcessExecutor:
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
         self.post = post
         ready = [asyncio.get_running_loop().create_future() for _ in self.jobs]
-        with tempfile.TemporaryDirectory(prefix="dilaserve-") as place:
+        with meeting_place(self.jobs) as place:
             async with asyncio.TaskGroup() as group:
                 for rank, job in enumerate(self.jobs):
                     job = msgspec.structs.replace(job, store=f"{place}/store")
@@ -190,6 +191,13 @@ class ProcessExecutor:
             for peer in self.instances[id].instance.ranks:
                 self.shared.exchange.abandon(peer, id)
         return lost
+
+
+def meeting_place(jobs: list[Job]) -> contextlib.AbstractContextManager[str]:
+    """A directory for files through which torch.distributed introduces workers; none is made where it is not needed."""
+    if all(job.backend == "shm" for job in jobs):
+        return contextlib.nullcontext("")
+    return tempfile.TemporaryDirectory(prefix=f"dilaserve-{os.getpid()}-")
 
 
 class WorkerHandle:

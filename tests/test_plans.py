@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import aiohttp
@@ -123,8 +125,8 @@ async def mortal(random_model):
 
 
 def shared_files():
-    """Shared memory that has a name, and open files of this process."""
-    return sorted(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else []
+    """Shared memory of this process that has a name."""
+    return sorted(Path("/dev/shm").glob(f"*{os.getpid()}*"))
 
 
 async def crowd(engine, strike):
@@ -191,6 +193,15 @@ async def test_a_model_too_large_for_one_device_is_read_in_shards(random_model):
     with pytest.raises(ConfigError, match="fit on 2 devices together and there are 1"):
         async with Engine(Config.of(model=str(random_model), devices="cpu", weights_memory=1e-4)):
             pass
+
+
+@pytest.mark.parametrize("what", ["plans", "kills"])
+async def test_a_short_soak(random_model, what):
+    words = [what, "--seconds", "4", "--clients", "8", "--model", str(random_model)]
+    bench = Path(__file__).parent.parent / "bench" / "soak.py"
+    done = subprocess.run([sys.executable, str(bench), *words], capture_output=True, text=True)  # noqa: ASYNC221
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all answers right, nothing left behind" in done.stdout
 
 
 async def test_plans_in_words():
