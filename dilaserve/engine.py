@@ -180,8 +180,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Loaded, not draining, and at least one worker is up."""
-        return bool(self.capacity) and not self.draining
+        """Loaded, not draining, and an instance is up or will be in a moment."""
+        return bool(self.capacity or self.scheduler.layout.forming) and not self.draining
 
     @property
     def alive(self) -> bool:
@@ -214,18 +214,24 @@ class Engine:
     async def replan(self, plan: Plan | str, reason: str = "asked for") -> Change:
         """Change the plan, such as "2x1" or `Plan(((0, 1),))`, while requests run; returns when it stands.
 
-        Instances of both plans are not touched, rows of the others wait for one step at most. Raises `BadRequest` for a
+        Instances of both plans are not touched, rows of the others wait for one step at most. The plan stays, whatever
+        the planner thinks, until another is asked for; "auto" leaves it to the planner again. Raises `BadRequest` for a
         plan that cannot be.
         """
-        if isinstance(plan, str):
-            plan = parsed(plan, len(self.devices), self.degrees)
-        plan = checked(plan, len(self.devices), self.degrees)
+        wanted = None if plan == "auto" else self.possible(plan)
+        if wanted is None and self.planner is None:
+            raise BadRequest("there is no planner here; name a plan such as 2x1", param="plan")
         if self.main is None or self.main.done():
             raise Unavailable("the engine has stopped")
         done: asyncio.Future[Change] = self.loop.create_future()
         self.planned.append(done)
-        self.post(Replan(plan, reason))
+        self.post(Replan(wanted, reason))
         return await done
+
+    def possible(self, plan: Plan | str) -> Plan:
+        if isinstance(plan, str):
+            return parsed(plan, len(self.devices), self.degrees)
+        return checked(plan, len(self.devices), self.degrees)
 
     async def ask(self, planner: Planner, demand: Demand) -> None:
         """Let the planner think in a thread; a planner that fails is not asked again."""

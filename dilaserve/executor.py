@@ -119,7 +119,7 @@ class ProcessExecutor:
     async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
         """Keep one worker alive: start it, hear it out, and start it again when it is gone.
 
-        Raises `DilaserveError` when it fails to come back again and again and no other worker is up.
+        Raises `DilaserveError` when it fails to come back again and again and the others cannot do without it.
         """
         failures = life = 0
         while True:
@@ -134,7 +134,7 @@ class ProcessExecutor:
                 ready.set_exception(CheckpointError(reason))
                 return
             failures = failures + 1 if handle.failed_to_load else 0
-            if failures >= MAX_FAILURES and not self.workers:
+            if failures >= MAX_FAILURES and len(self.workers) < job.shards:
                 raise DilaserveError(f"the worker on {job.device} does not come back: {reason}")
             log.warning("worker %d on %s is gone (%s); starting another", rank, job.device, reason)
             await asyncio.sleep(RESPAWN_PAUSE * failures)

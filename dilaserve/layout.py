@@ -1,5 +1,6 @@
 """Which instances there are, which there should be, and the change from one to the other. Remembers, has no clock."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from dilaserve.pages import PAGE
@@ -18,6 +19,7 @@ class Layout:
         self.workers: dict[int, int] = {}  # K/V tokens at degree 1, by rank
         self.forming: dict[int, Instance] = {}
         self.next_id = 0
+        self.form_by = math.inf  # when instances that are being formed count as hung
         self.moot = False  # something has happened that may call for moves
         self.change: Pending | None = None
         self.stopped: dict[int, float] = {}  # end of the last step with rows, by rank whose instance is no more

@@ -144,10 +144,11 @@ class Scheduler:
                 self.layout.asked(now, self.instances(), f"worker {rank} is gone ({reason})")
                 self.layout.workers.pop(rank, None)
             case Replan(plan, reason):
-                self.replan(plan, reason, now)
+                self.solves = plan is None
+                self.replan(plan or self.layout.wanted, reason, now)
             case PlanReady(plan, reason):
                 self.solving = False
-                if plan is not None and plan != self.layout.wanted:
+                if self.solves and plan is not None and plan != self.layout.wanted:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
@@ -196,6 +197,7 @@ class Scheduler:
         the planner.
         """
         when = self.ticked_at + TICK if self.queue or self.floor else NEVER
+        when = min(when, self.layout.form_by)
         for seats in (self.seats, self.closing):
             for seat in seats.values():
                 when = min(when, seat.overdue_at)
@@ -203,7 +205,7 @@ class Scheduler:
 
     # the plan
 
-    def replan(self, plan: Plan, reason: str, now: float) -> None:
+    def replan(self, plan: Plan | None, reason: str, now: float) -> None:
         self.layout.asked(now, self.instances(), reason)
         self.layout.wanted = plan
 
@@ -230,6 +232,7 @@ class Scheduler:
         self.reseated()
         there = [*self.instances(), *self.layout.forming.values()]
         begins = self.layout.begun({rank for instance in there for rank in instance.ranks})
+        self.layout.form_by = math.ceil(now + self.patience) if self.layout.forming else NEVER
         if ends or begins:
             yield Reshard(Moves(tuple(ends), tuple(begins)))
 
@@ -251,12 +254,16 @@ class Scheduler:
         self.degrees = tuple(sorted({seat.degree for seat in self.seats.values()})) or (self.beliefs.base,)
 
     def watch(self, now: float) -> Iterator[Command]:
-        """Give up on instances whose step takes many times as long as predicted."""
+        """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
         for seats in (self.seats, self.closing):
             for id, seat in seats.items():
                 if now >= seat.overdue_at:
                     seat.overdue_at = NEVER
                     yield Kill(id, f"no answer to a step for {now - seat.launched_at:.3g} s")
+        if now >= self.layout.form_by:
+            self.layout.form_by = NEVER
+            for id in self.layout.forming:
+                yield Kill(id, f"an instance was not formed within {self.patience:g} s")
 
     def solve(self, now: float) -> Solve:
         self.solving, self.solve_at = True, now + SOLVE_EVERY

@@ -260,9 +260,9 @@ class WorkerLost(msgspec.Struct, frozen=True, gc=False):
 
 
 class Replan(msgspec.Struct, frozen=True, gc=False):
-    """Somebody wants this plan, which has been checked."""
+    """Somebody wants this plan, which has been checked, and no other; None: from now on what the planner wants."""
 
-    plan: Plan
+    plan: Plan | None
     reason: str
 
 

@@ -329,6 +329,23 @@ def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     assert (solve.demand.plan, solve.demand.ranks) == (SINGLES, (0, 1, 2, 3))
     feed(machine, PlanReady(PAIRS, "tight deadlines"), 4.0)
     assert machine.layout.wanted == PAIRS
+    feed(machine, Replan(SINGLES, "asked"), 4.5)
+    feed(machine, PlanReady(PAIRS, "tight deadlines"), 5.0)
+    assert (machine.layout.wanted, machine.solves) == (SINGLES, False)  # who asks by hand has the last word
+    feed(machine, Replan(None, "auto"), 6.0)
+    assert (machine.layout.wanted, machine.solves) == (SINGLES, True)
+
+
+def test_an_instance_that_does_not_come_up_is_killed():
+    machine = scheduler(plan=PAIRS, step_timeout=3.0)
+    for rank in range(4):
+        list(machine.observe(WorkerUp(rank, 4096), 1.0))
+    (reshard,) = machine.decide(1.0)
+    first, second = reshard.moves.begins
+    assert feed(machine, InstanceReady(first), 2.0) == []
+    assert machine.wake_at() == 5.0
+    (kill,) = machine.decide(5.0)
+    assert kill.instance == second.id
 
 
 def test_the_steps_rule_hands_out_its_quotas():

@@ -30,6 +30,7 @@ def shown(engine: Engine) -> dict[str, Any]:
         "plan": spelled(engine.plan),
         "groups": engine.plan.groups,
         "wanted": spelled(engine.wanted_plan),
+        "auto": engine.scheduler.solves,
         "devices": engine.devices,
         "degrees": engine.degrees,
         "history": [told(engine, change) for change in reversed(engine.history)],
