@@ -13,6 +13,7 @@ diffusion.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -315,6 +316,7 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         self.net = Net().to(self.device)
         self.forward = torch.compile(self.net, dynamic=True) if args.compile else self.net
+        self.halves = self.device.type == "cuda" or has_bfloat16()
         self.average = [parameter.detach().clone() for parameter in self.net.parameters()]
         self.step, self.seen, self.seconds = 0, 0, 0.0
         self.muon = Muon([self.net.qkv, self.net.out, self.net.gate_up, self.net.down])
@@ -340,8 +342,9 @@ class Trainer:
     def train_step(self, batch: Batch) -> float:
         batch = Batch(*(None if part is None else part.to(self.device) for part in batch))
         wanted = batch.weight.flatten().nonzero()[:, 0]
-        logits = self.forward(batch.noisy, batch.places, batch.seen, wanted)
-        losses = F.cross_entropy(logits, batch.clean.flatten()[wanted], reduction="none")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halves):
+            logits = self.forward(batch.noisy, batch.places, batch.seen, wanted)
+        losses = F.cross_entropy(logits.float(), batch.clean.flatten()[wanted], reduction="none")
         weight = batch.weight.flatten()[wanted]
         loss = (losses * weight).sum() / weight.sum()
         for parameter in self.net.parameters():
@@ -413,6 +416,13 @@ class Trainer:
         self.adam.load_state_dict(state["adam"])
         self.average, self.muon.momenta = state["average"], state["momenta"]
         self.step, self.seen, self.seconds = state["progress"]
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16, which is 1.5 times as fast as float32."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        return any("avx512_bf16" in line for line in lines)
+    return False
 
 
 def export(weights: dict[str, torch.Tensor], out: Path) -> None:
