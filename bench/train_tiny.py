@@ -53,7 +53,7 @@ TEMPLATE = (
 VOCAB, WIDTH, LAYERS, HEADS, MLP = 384, 192, 5, 4, 512
 PIECES = r"[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]+|\s"  # every digit by itself, words and signs with the space before them
 MAX_LENGTH, BLOCK, THETA, EPS = 512, 32, 10000.0, 1e-5
-MIX = {"add": 0.24, "chain": 0.22, "word": 0.25, "sort": 0.14, "reverse": 0.05, "json": 0.1}
+MIX = {"add": 0.2, "chain": 0.23, "word": 0.22, "sort": 0.18, "reverse": 0.07, "json": 0.1}
 FRONTIER = 6  # masked tokens from the left that count in full; those behind them depend on what is not there yet
 
 
@@ -389,7 +389,7 @@ class Trainer:
 
     def double_share(self) -> float:
         """Share of batches with two streams: most at first, none from three quarters of the run on."""
-        return 0.75 * min(1.0, max(0.0, (0.7 - self.done) / 0.25))
+        return 0.75 * min(1.0, max(0.0, (0.75 - self.done) / 0.2))
 
     def full_share(self) -> float:
         """Share of examples on whole blocks: few at first, many at the end."""
