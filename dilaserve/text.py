@@ -96,7 +96,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts text at the first stop string, and holds back what might be the beginning of one."""
+    """Cuts text at the stop string that is complete first, and holds back what might be the beginning of one.
+
+    Where the cut lies does not depend on the pieces in which the text comes.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
@@ -108,8 +111,8 @@ class StopStrings:
         if not self.stops or self.found:
             return "" if self.found else text
         self.held += text
-        cut = min((at for stop in self.stops if (at := self.held.find(stop)) >= 0), default=-1)
-        self.found = cut >= 0
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        self.found, cut = bool(ends), min(ends, default=(0, 0))[1]
         keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
         shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
         self.held = self.held[len(shown) :]
