@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
@@ -17,7 +17,7 @@ from dilaserve.errors import ConfigError
 if TYPE_CHECKING:
     from dilaserve.furniture import Furnish
 
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dilaserve: {error.message}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        return 0
+        return 0 if COMMANDS[name].endless else INTERRUPTED
 
 
 def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
@@ -63,7 +63,7 @@ def flags(command: str = "serve") -> Parser:
         prog="dilaserve",
         usage=f"dilaserve {'[serve]' if command == 'serve' else command} [flags]",
         description=COMMANDS[command].about + (OTHERS if command == "serve" else ""),
-        epilog="Every flag can also be set as DILASERVE_NAME in the environment, or in the file of --config.",
+        epilog="Every setting can also be given as DILASERVE_NAME in the environment, or in the file of --config.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -82,14 +82,8 @@ def flags(command: str = "serve") -> Parser:
 
 def shape(setting: Setting) -> str:
     """What stands behind the flag in the help: the choices, or the kind of value."""
-    choices = literals(setting.type)
+    choices = config.literals(setting.type)
     return "{" + ",".join(choices) + "}" if choices else setting.name.split("_")[-1].upper()
-
-
-def literals(hint: Any) -> list[str]:
-    if get_origin(hint) is Literal:
-        return [str(choice) for choice in get_args(hint)]
-    return [choice for part in get_args(hint) for choice in literals(part)]
 
 
 def described(setting: Setting) -> str:
@@ -243,13 +237,16 @@ class Command(NamedTuple):
     run: Callable[[Config, argparse.Namespace], int]
     flags: Callable[[argparse.ArgumentParser], None]
     about: str
+    endless: bool = False  # being interrupted is how it ends
 
 
 PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
 OTHERS = " Other commands: simulate, emulate, calibrate."
 COMMANDS: dict[str, Command] = {
-    "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP."),
+    "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP.", True),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
-    "emulate": Command(emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text."),
+    "emulate": Command(
+        emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text.", True
+    ),
     "calibrate": Command(calibrate, calibration_flags, "Measure step costs and the price of lower thresholds."),
 }

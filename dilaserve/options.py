@@ -162,6 +162,8 @@ def parse_classes(text: str) -> dict[str, SloClass]:
             )
         multiple = float(found["x"]) if found["x"] else None
         seconds = float(found["ms"]) / 1000 if found["ms"] else None
+        if not all(0.0 < value < 1e9 for value in (multiple, seconds) if value is not None):
+            raise ConfigError(f"--slo-class {part!r}: a deadline is above 0 and finite", param="slo_class")
         classes[found["name"]] = SloClass(multiple, seconds, float(found["weight"] or 1.0))
     return classes
 

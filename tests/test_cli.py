@@ -95,6 +95,13 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--port", "eighty"], "--port 'eighty': Expected `int`"),
         (["--port", "70000"], "--port '70000'"),
         (["--cache", "triple"], "--cache 'triple'"),
+        (["--cache", "triple"], "one of none, prefix, dual"),
+        (["--host", ""], "--host ''"),
+        (["--api-key", ""], "--api-key ''"),
+        (["--max-num-seqs", "0"], "--max-num-seqs '0'"),
+        (["--max-queue", "9" * 30], "--max-queue"),
+        (["--cpu-threads", "100000"], "--cpu-threads"),
+        (["--grace-period", "nan"], "--grace-period 'nan'"),
         (["dance"], "unknown command 'dance'"),
         (["--config", "/nowhere.toml"], "cannot read the configuration file /nowhere.toml"),
     ],
@@ -116,8 +123,15 @@ def test_flags_go_before_the_environment_before_the_file(tmp_path):
     file.write_text("port = 1\nhost = 'file'\ncache = 'none'\n")
     found = config.load({"port": "3"}, {"DILASERVE_PORT": "2", "DILASERVE_HOST": "environment"}, file)
     assert (found.server.port, found.server.host, found.decode.cache) == (3, "environment", "none")
+    with pytest.raises(ConfigError, match=r"--port 'tcp://1' \(in the environment, as DILASERVE_PORT\)"):
+        config.load({}, {"DILASERVE_PORT": "tcp://1"})
+    with pytest.raises(ConfigError, match=r"--port 'eighty': "):
+        config.load({"port": "eighty"}, {"DILASERVE_PORT": "80"})
     with pytest.raises(ConfigError, match="unknown setting 'prot'"):
         config.load({"prot": 1}, {})
+    file.write_text("[server]\nport = 1")
+    with pytest.raises(ConfigError, match=rf"unknown setting 'server' \(in {file}\)"):
+        config.load({}, {}, file)
     file.write_text("port = = 1")
     with pytest.raises(ConfigError, match="not valid TOML"):
         config.load({}, {}, file)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.config import DecodeConfig
-from dilaserve.errors import BadRequest
-from dilaserve.options import Options, settle
+from dilaserve.errors import BadRequest, ConfigError
+from dilaserve.options import Options, parse_classes, settle
 
 DEFAULTS = DecodeConfig()
 
@@ -80,6 +80,12 @@ def test_a_prompt_must_leave_room(prompt_tokens):
     with pytest.raises(BadRequest) as caught:
         settled(prompt_tokens)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("text", ["a=0x", "a=0ms", "a=1e3x", "a", "a=2x,a=3x", "a=" + "9" * 400 + "x", "=2x"])
+def test_classes_without_a_deadline_in_time_are_named(text):
+    with pytest.raises(ConfigError, match="--slo-class"):
+        parse_classes(text)
 
 
 @given(

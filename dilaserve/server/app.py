@@ -86,6 +86,8 @@ async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
             await web.TCPSite(runner, host, port, backlog=1024).start()
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        except UnicodeError as error:
+            raise ConfigError(f"--host {host!r} is not a name: {error}") from error
         bound = runner.addresses[0]
         yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
     finally:
