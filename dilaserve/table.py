@@ -17,7 +17,7 @@ from dilaserve.errors import ConfigError
 from dilaserve.terms import Decoding
 
 RULES = {"threshold": 0, "steps": 1, "factor": 2}
-SHARED = "/dev/shm"  # noqa: S108
+SHARED = "/dev/shm"
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
 
 

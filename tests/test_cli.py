@@ -14,6 +14,7 @@ import urllib.request
 import pytest
 
 from dilaserve import config, profiles
+from dilaserve.calibrate import questions_from
 from dilaserve.cli import main
 from dilaserve.errors import ConfigError
 
@@ -194,6 +195,12 @@ def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path
     assert set(profile.quality.tasks) == {"any", "prompts", "sums"}
     assert profile.costs["cpu x1"].samples > 20
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"step-cost.png", "quality.png"}
+    problems.write_text('{"prompt": "%s"}\n' % ("long " * 500))
+    assert "cannot be asked" in failed(run("calibrate", *flags, "--problems", str(problems)))
+    for broken in (b'{"prompt": 5}', b"{", b'{"prompt": "\xff"}'):
+        problems.write_bytes(broken)
+        with pytest.raises(ConfigError, match="is not JSON lines"):
+            questions_from(problems, 1)
     assert "holds no problems" in failed(run("calibrate", *flags, "--problems", "/dev/null"))
     (model / profiles.FILE).write_text("[]")
     assert "damaged" in failed(run(*flags, "--port", "0"))

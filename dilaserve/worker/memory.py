@@ -37,7 +37,8 @@ def check_pool(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share:
     need, there = tokens * spec.kv_elements * dtype.itemsize, available(device, share)
     if need > there:
         raise CheckpointError(
-            f"--kv-cache-tokens {tokens} takes {need / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB left; lower it"
+            f"--kv-cache-tokens {tokens} takes {need / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB left; "
+            "lower it"
         )
 
 
