@@ -34,7 +34,14 @@ class Text:
         from transformers.utils import logging as chatter
 
         chatter.set_verbosity_error()
-        self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+        try:
+            self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # whatever a damaged tokenizer_config.json leads to
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the chat template in {self.directory} cannot be read: {reason}") from error
+
+    def highest_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values(), default=0)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end a turn."""
