@@ -116,6 +116,8 @@ def check(options: Options) -> None:
         raise BadRequest("top_p must be above 0", param="top_p")
     if len(options.tenant) > MAX_TENANT_LENGTH:
         raise BadRequest(f"user has at most {MAX_TENANT_LENGTH} characters, not {len(options.tenant)}", param="user")
+    if isinstance(options.stop, str):
+        raise BadRequest("stop is a tuple of strings; write (text,) for a single one", param="stop")
     if len(options.stop) > MAX_STOPS:
         raise BadRequest(f"at most {MAX_STOPS} stop strings are allowed, not {len(options.stop)}", param="stop")
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in options.stop):

@@ -66,6 +66,9 @@ def test_the_rule_follows_from_the_knob(wishes, rule):
         (dict(decode="factor", confidence_threshold=0.5), "confidence_threshold"),
         (dict(stop=("a", "b", "c", "d", "e")), "stop"),
         (dict(stop=("",)), "stop"),
+        (dict(stop="end"), "stop"),
+        (dict(max_tokens=10**400), "max_tokens"),
+        (dict(tenant="t" * 513), "user"),
         (dict(refresh_interval=-1), "refresh_interval"),
     ],
 )

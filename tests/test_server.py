@@ -437,7 +437,9 @@ async def test_a_key_is_asked_for_where_one_is_set(engine):
     async with running(engine, config) as address, aiohttp.ClientSession(address) as client:
         status, body, headers = await post(client, CHAT, HELLO)
         assert (status, body["error"]["code"], headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
-        assert (await post(client, CHAT, HELLO, authorization="Bearer wrong"))[0] == 401
+        for wrong in ("Bearer wrong", "Basic secret", "secret", "Bearer", "Bearer \xff"):
+            assert (await post(client, CHAT, HELLO, authorization=wrong))[0] == 401
+        assert (await post(client, CHAT, HELLO, authorization="bearer secret"))[0] == 200
         assert (await post(client, CHAT, HELLO, authorization="Bearer secret"))[0] == 200
         async with client.get("/health") as response:
             assert response.status == 200

@@ -145,8 +145,9 @@ def authorize(request: web.Request) -> None:
     key = request.app[CONFIG].server.api_key
     if key is None or request.path in OPEN:
         return
-    sent = request.headers.get("authorization", "")
-    if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(sent.strip().encode(errors="replace"), key.encode())
+    if scheme.lower() != "bearer" or not right:
         raise Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
 
 
