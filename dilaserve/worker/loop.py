@@ -64,13 +64,22 @@ def prepare(job: Job, table: RequestTable, line: socket.socket) -> Runner:
     family = models.FAMILIES[spec.architecture]
     memory.check_weights(spec, device, dtype, job.memory_share)
     weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line))
-    tokens = job.kv_tokens or memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
-    if tokens < PAGE:
-        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+    tokens = kv_tokens(job, spec, device, dtype)
     pool = KVPool(spec, Shard(), tokens, device, dtype)
     runner = Runner(spec, family.Model(spec, weights), pool, table, job.stop_ids)
     wire.send(line, wire.Ready(tokens))
     return runner
+
+
+def kv_tokens(job: Job, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> int:
+    """The K/V pool that was asked for, or else what is wanted and fits."""
+    if job.kv_tokens is not None:
+        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens)
+        return job.kv_tokens
+    tokens = memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
+    if tokens < PAGE:
+        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+    return tokens
 
 
 def progress(spec: ModelSpec, checkpoint: Checkpoint, line: socket.socket) -> Callable[[int], None]:
