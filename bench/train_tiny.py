@@ -13,6 +13,7 @@ diffusion.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -52,7 +53,7 @@ TEMPLATE = (
 VOCAB, WIDTH, LAYERS, HEADS, MLP = 384, 192, 5, 4, 512
 PIECES = r"[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]+|\s"  # every digit by itself, words and signs with the space before them
 MAX_LENGTH, BLOCK, THETA, EPS = 512, 32, 10000.0, 1e-5
-MIX = {"add": 0.24, "chain": 0.22, "word": 0.25, "sort": 0.14, "reverse": 0.05, "json": 0.1}
+MIX = {"add": 0.2, "chain": 0.23, "word": 0.22, "sort": 0.18, "reverse": 0.07, "json": 0.1}
 FRONTIER = 6  # masked tokens from the left that count in full; those behind them depend on what is not there yet
 
 
@@ -315,6 +316,7 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         self.net = Net().to(self.device)
         self.forward = torch.compile(self.net, dynamic=True) if args.compile else self.net
+        self.halves = self.device.type == "cuda" or has_bfloat16()
         self.average = [parameter.detach().clone() for parameter in self.net.parameters()]
         self.step, self.seen, self.seconds = 0, 0, 0.0
         self.muon = Muon([self.net.qkv, self.net.out, self.net.gate_up, self.net.down])
@@ -340,8 +342,9 @@ class Trainer:
     def train_step(self, batch: Batch) -> float:
         batch = Batch(*(None if part is None else part.to(self.device) for part in batch))
         wanted = batch.weight.flatten().nonzero()[:, 0]
-        logits = self.forward(batch.noisy, batch.places, batch.seen, wanted)
-        losses = F.cross_entropy(logits, batch.clean.flatten()[wanted], reduction="none")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halves):
+            logits = self.forward(batch.noisy, batch.places, batch.seen, wanted)
+        losses = F.cross_entropy(logits.float(), batch.clean.flatten()[wanted], reduction="none")
         weight = batch.weight.flatten()[wanted]
         loss = (losses * weight).sum() / weight.sum()
         for parameter in self.net.parameters():
@@ -386,7 +389,7 @@ class Trainer:
 
     def double_share(self) -> float:
         """Share of batches with two streams: most at first, none from three quarters of the run on."""
-        return 0.75 * min(1.0, max(0.0, (0.7 - self.done) / 0.25))
+        return 0.75 * min(1.0, max(0.0, (0.75 - self.done) / 0.2))
 
     def full_share(self) -> float:
         """Share of examples on whole blocks: few at first, many at the end."""
@@ -413,6 +416,13 @@ class Trainer:
         self.adam.load_state_dict(state["adam"])
         self.average, self.muon.momenta = state["average"], state["momenta"]
         self.step, self.seen, self.seconds = state["progress"]
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16, which is 1.5 times as fast as float32."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        return any("avx512_bf16" in line for line in lines)
+    return False
 
 
 def export(weights: dict[str, torch.Tensor], out: Path) -> None:

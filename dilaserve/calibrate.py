@@ -22,7 +22,7 @@ from dilaserve.config import Config
 from dilaserve.cost import Sample, StepCost, fit
 from dilaserve.devices import listed
 from dilaserve.engine import Engine
-from dilaserve.errors import ConfigError, Unavailable
+from dilaserve.errors import BadRequest, ConfigError, Unavailable
 from dilaserve.executor import Executor
 from dilaserve.furniture import Furnish, Furniture, real
 from dilaserve.models.checkpoint import locate
@@ -221,7 +221,10 @@ async def asked(
 
     async def ask(prompt: str) -> tuple[str, int]:
         async with gate:
-            answer = await engine.generate(chat(engine, prompt), options)
+            try:
+                answer = await engine.generate(chat(engine, prompt), options)
+            except BadRequest as error:
+                raise ConfigError(f"the problem {prompt[:60]!r} cannot be asked: {error.message}") from error
         one_more()
         return answer.text, answer.usage.steps
 
@@ -302,7 +305,7 @@ def questions_from(file: Path | None, per_task: int) -> dict[str, list[tuple[Que
                 found.setdefault(question.task, []).append((question, None))
     except OSError as error:
         raise ConfigError(f"cannot read the problems {file}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON lines of prompt, answer and task: {error}") from error
     if not found:
         raise ConfigError(f"{file} holds no problems")

@@ -4,20 +4,22 @@ import argparse
 import asyncio
 import difflib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
-from dilaserve.errors import ConfigError
+from dilaserve.errors import ConfigError, DilaserveError
 
 if TYPE_CHECKING:
     from dilaserve.furniture import Furnish
 
-USAGE_ERROR = 2
+USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+MOST = 1_000_000  # of whatever a flag counts
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"dilaserve: {error.message}", file=sys.stderr)
         return USAGE_ERROR
+    except DilaserveError as error:
+        print(f"dilaserve: {error.message}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
-        return 0
+        return 0 if COMMANDS[name].endless else INTERRUPTED
 
 
 def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
@@ -63,7 +68,7 @@ def flags(command: str = "serve") -> Parser:
         prog="dilaserve",
         usage=f"dilaserve {'[serve]' if command == 'serve' else command} [flags]",
         description=COMMANDS[command].about + (OTHERS if command == "serve" else ""),
-        epilog="Every flag can also be set as DILASERVE_NAME in the environment, or in the file of --config.",
+        epilog="Every setting can also be given as DILASERVE_NAME in the environment, or in the file of --config.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -82,14 +87,8 @@ def flags(command: str = "serve") -> Parser:
 
 def shape(setting: Setting) -> str:
     """What stands behind the flag in the help: the choices, or the kind of value."""
-    choices = literals(setting.type)
+    choices = config.literals(setting.type)
     return "{" + ",".join(choices) + "}" if choices else setting.name.split("_")[-1].upper()
-
-
-def literals(hint: Any) -> list[str]:
-    if get_origin(hint) is Literal:
-        return [str(choice) for choice in get_args(hint)]
-    return [choice for part in get_args(hint) for choice in literals(part)]
 
 
 def described(setting: Setting) -> str:
@@ -153,7 +152,7 @@ def calibration_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--per-task", type=positive, default=300, metavar="N", help="problems of each task (default: 300)"
     )
-    group.add_argument("--plots", type=Path, default=None, metavar="DIR", help="where to draw the curves (PNG)")
+    group.add_argument("--plots", type=folder, default=None, metavar="DIR", help="where to draw the curves (PNG)")
 
 
 def calibrate(settings: Config, extras: argparse.Namespace) -> int:
@@ -204,18 +203,18 @@ def simulation_flags(parser: argparse.ArgumentParser) -> None:
     add("--arrivals", default="poisson", metavar="KIND", help="without a trace: poisson, gamma2, gamma4, bursts")
     add(
         "--rate",
-        type=float,
+        type=amount,
         default=10.0,
         metavar="R",
         help="requests a second; a trace is stretched to it (default: 10)",
     )
-    add("--seconds", type=float, default=120.0, metavar="S", help="how long requests arrive (default: 120)")
+    add("--seconds", type=amount, default=120.0, metavar="S", help="how long requests arrive (default: 120)")
     add("--prompt", type=positive, default=256, metavar="N", help="prompt tokens without a trace (default: 256)")
     add("--answer", type=positive, default=256, metavar="N", help="answer tokens without a trace (default: 256)")
     add("--deadline", default="2.0", metavar="X", help="times the unloaded latency, as 2.0, none, or a mix 1.5:1,8:1")
     add("--on-miss", default="best_effort", choices=("best_effort", "reject", "cancel_when_late"), help="then")
     add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
-    add("--out", type=Path, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
+    add("--out", type=folder, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
 
 
 def simulate(settings: Config, extras: argparse.Namespace) -> int:
@@ -230,9 +229,26 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
 
 
 def positive(text: str) -> int:
-    if (number := int(text)) < 1:
+    if not 1 <= (number := int(text)) <= MOST:
         raise ValueError
     return number
+
+
+def amount(text: str) -> float:
+    if not 0.0 < (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
+def folder(text: str) -> Path:
+    """A directory to write to, made if it is missing: before hours of work, not after."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
+    if not os.access(text, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {text}")
+    return Path(text)
 
 
 def no_flags(parser: argparse.ArgumentParser) -> None:
@@ -243,13 +259,16 @@ class Command(NamedTuple):
     run: Callable[[Config, argparse.Namespace], int]
     flags: Callable[[argparse.ArgumentParser], None]
     about: str
+    endless: bool = False  # being interrupted is how it ends
 
 
 PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
 OTHERS = " Other commands: simulate, emulate, calibrate."
 COMMANDS: dict[str, Command] = {
-    "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP."),
+    "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP.", True),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
-    "emulate": Command(emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text."),
+    "emulate": Command(
+        emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text.", True
+    ),
     "calibrate": Command(calibrate, calibration_flags, "Measure step costs and the price of lower thresholds."),
 }

@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +19,8 @@ CacheKind = Literal["none", "prefix", "dual"]
 Switch = Literal["on", "off"]
 ENVIRONMENT = "DILASERVE_"
 
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Words = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 Budget = Annotated[str, Meta(pattern=r"^(off|[0-9]+(\.[0-9]+)?)$")]
 
@@ -27,8 +28,10 @@ Budget = Annotated[str, Meta(pattern=r"^(off|[0-9]+(\.[0-9]+)?)$")]
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Model"""
 
-    model: Annotated[str, Meta(description="checkpoint directory, or the bundled model's name")] = BUNDLED
-    served_model_name: Annotated[str | None, Meta(description="name in the API (default: the directory's name)")] = None
+    model: Annotated[Words, Meta(description="checkpoint directory, or the bundled model's name")] = BUNDLED
+    served_model_name: Annotated[Words | None, Meta(description="name in the API (default: the directory's name)")] = (
+        None
+    )
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
     ] = None
@@ -59,7 +62,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     gpu_memory_utilization: Annotated[Share, Meta(description="share of a GPU's memory to use")] = 0.9
     cpu_threads: Annotated[
-        Positive | None, Meta(description="threads of one CPU worker (default: cores / CPU workers)")
+        Annotated[int, Meta(ge=1, le=1024)] | None,
+        Meta(description="threads of one CPU worker (default: cores / CPU workers)"),
     ] = None
 
 
@@ -111,12 +115,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Server"""
 
-    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    host: Annotated[Words, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[Annotated[int, Meta(ge=0, le=65535)], Meta(description="port to listen on; 0 takes a free one")] = (
         8000
     )
-    api_key: Annotated[str | None, Meta(description="clients must send it as a bearer token")] = None
-    admin_key: Annotated[str | None, Meta(description="bearer token that may change the plan (POST /v1/plan)")] = None
+    api_key: Annotated[Words | None, Meta(description="clients must send it as a bearer token")] = None
+    admin_key: Annotated[Words | None, Meta(description="bearer token that may change the plan (POST /v1/plan)")] = None
     max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 4 * 2**20
     max_choices: Annotated[Positive, Meta(description="largest n, and most prompts in one request")] = 16
     grace_period: Annotated[
@@ -177,11 +181,14 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file
     Raises `ConfigError` for an unknown name or a value outside its limits.
     """
     merged: dict[str, Any] = read(file) if file else {}
+    sources = dict.fromkeys(merged, f"in {file}")
     for name, setting in settings().items():
-        if setting.environment in environ:
+        if setting.environment in environ and name not in flags:
             merged[name] = environ[setting.environment]
-    merged.update(flags)
-    return build(merged)
+            sources[name] = f"in the environment, as {setting.environment}"
+    for name in flags:
+        sources.pop(name, None)
+    return build({**merged, **flags}, sources)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -193,18 +200,28 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"the configuration file {file} is not valid TOML: {error}") from error
 
 
-def build(values: Mapping[str, Any]) -> Config:
+def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Config:
+    """The tree; `sources` tells where values come from that are no flags."""
     tree: dict[str, dict[str, Any]] = {}
     known = settings()
     for name, value in values.items():
+        source = f" ({sources[name]})" if sources and name in sources else ""
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; `dilaserve --help` lists them all", param=name)
-        tree.setdefault(known[name].group, {})[name] = convert(known[name], value)
+            raise ConfigError(f"unknown setting {name!r}{source}; `dilaserve --help` lists them all", param=name)
+        tree.setdefault(known[name].group, {})[name] = convert(known[name], value, source)
     return msgspec.convert(tree, Config)
 
 
-def convert(setting: Setting, value: Any) -> Any:
+def convert(setting: Setting, value: Any, source: str = "") -> Any:
     try:
         return msgspec.convert(value, setting.type, strict=not isinstance(value, str))
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{setting.flag} {value!r}: {error}", param=setting.name) from error
+        reason = f"one of {', '.join(choices)}" if (choices := literals(setting.type)) else error
+        raise ConfigError(f"{setting.flag} {value!r}{source}: {reason}", param=setting.name) from error
+
+
+def literals(hint: Any) -> list[str]:
+    """The values among which a setting of this type chooses, if it does."""
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    return [choice for part in get_args(hint) for choice in literals(part)]

@@ -1,7 +1,6 @@
 """The engine: one inbox, one consumer; requests in, streams of text out. It has the clock and knows no device."""
 
 import asyncio
-import contextlib
 import logging
 import math
 import secrets
@@ -193,11 +192,18 @@ class Engine:
             await asyncio.wait([self.main])
 
     async def drain(self, grace: float) -> None:
-        """Refuse new requests, and wait until the running ones have ended, `grace` seconds at most."""
+        """Refuse new requests, and wait until the running ones have ended, `grace` seconds at most.
+
+        What still runs then ends with `Unavailable`.
+        """
         self.draining = True
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(grace):
                 await self.idle.wait()
+        except TimeoutError:
+            for stream in self.streams.values():
+                stream.fail(Unavailable("the server has shut down before the answer was finished"))
+                self.post(Cancel(stream.id, "cancelled"))
 
     # the plan
 
@@ -248,6 +254,8 @@ class Engine:
         Raises `BadRequest` for what cannot be honoured, `Overloaded` when every row is taken, `DeadlineMissed` when
         the deadline cannot be kept and the client wants to know at once, `Unavailable` while draining.
         """
+        if self.main is None:
+            raise Unavailable("the engine is not running; enter it with `async with` first")
         ids = await self.tokenize(prompt)
         options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
@@ -272,7 +280,11 @@ class Engine:
         self.idle.clear()
         self.post(Arrival(request))
         if slo.on_miss == "reject":
-            await stream.admitted()
+            try:
+                await stream.admitted()
+            except asyncio.CancelledError:
+                await stream.aclose()
+                raise
         return stream
 
     async def generate(self, prompt: Prompt, options: Options | None = None) -> Completion:
@@ -305,12 +317,13 @@ class Engine:
         return encode(prompt) if size < LONG_TEXT else await asyncio.to_thread(encode, prompt)
 
     def check_room(self, canvas_tokens: int) -> None:
-        if self.main is None or self.draining:
+        if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
         if self.pools and canvas_tokens > (pool := self.smallest_pool()):
             raise BadRequest(
                 f"a canvas of {canvas_tokens} tokens exceeds the K/V pool of {pool}; "
-                "lower max_tokens or raise --kv-cache-tokens"
+                "lower max_tokens or raise --kv-cache-tokens",
+                param="max_tokens",
             )
         if not self.free:
             limit = self.config.scheduler.max_queue

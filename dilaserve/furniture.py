@@ -60,12 +60,19 @@ def real(config: Config, progress: Progress) -> Furniture:
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
     text = Text(directory)
+    if (highest := text.highest_id()) >= spec.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.json in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
+            "is it another model's?"
+        )
     limit = config.model.max_model_len or spec.max_length
     if limit > spec.max_length:
         raise ConfigError(
             f"--max-model-len {limit} exceeds the model's {spec.max_length}; lower it", param="max_model_len"
         )
-    card = ModelCard(config.model.served_model_name or directory.name, limit, int(time.time()), spec.parameters)
+    card = ModelCard(
+        config.model.served_model_name or directory.resolve().name, limit, int(time.time()), spec.parameters
+    )
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
     shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}

@@ -1,6 +1,5 @@
 """What a caller may ask for, checked against what the model and the house allow."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from dilaserve.errors import BadRequest, ConfigError
 from dilaserve.terms import DecodeRule, Decoding, OnMiss, Slo
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 1024
+MAX_TENANT_LENGTH = 512  # characters; tenants are remembered
 KNOBS: dict[str, DecodeRule] = {
     "confidence_threshold": "threshold",
     "num_denoising_steps": "steps",
@@ -79,6 +79,7 @@ def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults
     block_length = options.block_length or defaults.block_length
     max_tokens = answer_length(options, prompt_tokens, limit, defaults)
     canvas_tokens = min(prompt_tokens + -(-max_tokens // block_length) * block_length, limit)
+    block_length = min(block_length, canvas_tokens - prompt_tokens)
     steps = steps_of(options, rule, canvas_tokens - prompt_tokens, block_length)
     threshold = defaults.confidence_threshold if options.confidence_threshold is None else options.confidence_threshold
     decoding = Decoding(
@@ -113,6 +114,10 @@ def check(options: Options) -> None:
         raise BadRequest("slo.deadline_ms must lie between 0 and 86400000 (a day)", param="slo.deadline_ms")
     if options.top_p == 0.0:
         raise BadRequest("top_p must be above 0", param="top_p")
+    if len(options.tenant) > MAX_TENANT_LENGTH:
+        raise BadRequest(f"user has at most {MAX_TENANT_LENGTH} characters, not {len(options.tenant)}", param="user")
+    if isinstance(options.stop, str):
+        raise BadRequest("stop is a tuple of strings; write (text,) for a single one", param="stop")
     if len(options.stop) > MAX_STOPS:
         raise BadRequest(f"at most {MAX_STOPS} stop strings are allowed, not {len(options.stop)}", param="stop")
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in options.stop):
@@ -159,12 +164,14 @@ def parse_classes(text: str) -> dict[str, SloClass]:
             )
         multiple = float(found["x"]) if found["x"] else None
         seconds = float(found["ms"]) / 1000 if found["ms"] else None
+        if not all(0.0 < value < 1e9 for value in (multiple, seconds) if value is not None):
+            raise ConfigError(f"--slo-class {part!r}: a deadline is above 0 and finite", param="slo_class")
         classes[found["name"]] = SloClass(multiple, seconds, float(found["weight"] or 1.0))
     return classes
 
 
 def within(name: str, value: float | None, least: float, most: float) -> None:
-    if value is not None and not (math.isfinite(value) and least <= value <= most):
+    if value is not None and not least <= value <= most:  # NaN is not
         raise BadRequest(f"{name} must lie between {least:g} and {most:g}, not {value}", param=name)
 
 

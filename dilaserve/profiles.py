@@ -57,13 +57,32 @@ def read(file: Path) -> ModelProfile:
         profile = msgspec.json.decode(file.read_bytes(), type=ModelProfile)
     except OSError as error:
         raise ConfigError(f"cannot read the profile {file}: {error.strerror}", param="profile") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(
             f"the profile {file} is damaged: {error}; run `dilaserve calibrate`", param="profile"
         ) from error
     if ANY not in profile.quality.tasks:
         raise ConfigError(f"the profile {file} has no task {ANY!r}; run `dilaserve calibrate`", param="profile")
+    if not all(map(whole_cost, profile.costs.values())) or not profile.costs or not whole_quality(profile.quality):
+        reason = "a table has the wrong length, or costs are nothing"
+        raise ConfigError(f"the profile {file} is damaged: {reason}; run `dilaserve calibrate`", param="profile")
     return profile
+
+
+def whole_cost(law: StepCost) -> bool:
+    """Every step costs something, and no coefficient is missing."""
+    parts = (law.fixed, law.token, law.attention, law.projection, law.row, *law.bends)
+    return len(law.bends) == len(law.knots) > 0 and min(parts) >= 0.0 and law.fixed + law.token > 0.0
+
+
+def whole_quality(quality: QualityProfile) -> bool:
+    """Tables by level, part and bin have all their entries."""
+    levels = len(quality.levels)
+    return levels > 0 and all(
+        len(task.laws) == len(task.drop) == len(task.mean_drop) == levels
+        and all(len(parts) == PARTS and all(len(law.unmasked) == len(BINS) for law in parts) for parts in task.laws)
+        for task in quality.tasks.values()
+    )
 
 
 def write(profile: ModelProfile, directory: Path) -> Path:

@@ -16,6 +16,7 @@ PARTS = 3  # first block, second block, later ones
 ANY = "any"  # the task of requests that name none
 FIRST_LOOK, RELEARN = 100, 2000  # steps until what was learned while serving is taken in: doubling, up to the second
 PRIOR = 400.0  # weight of what was known of a bin against what is seen, in steps
+MOST_CHAINS = 1024  # that are kept; requests may bring any block length
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
 
 
@@ -178,6 +179,8 @@ class Forecast:
     def chain(self, task: str, level: int, part: int, block_length: int) -> Chain:
         key = (task, level, part, block_length)
         if key not in self.chains:
+            if len(self.chains) >= MOST_CHAINS:
+                self.chains.clear()
             prior = self.profile.tasks[ANY].laws[level][part]
             self.chains[key] = chain(self.profile.tasks[task].laws[level][part], prior, block_length)
         return self.chains[key]
@@ -186,6 +189,8 @@ class Forecast:
         """What is ahead at the start of block k of a canvas of `count` blocks, for k = 0 … count."""
         key = (task, level, count, block_length)
         if key not in self.futures:
+            if len(self.futures) >= MOST_CHAINS:
+                self.futures.clear()
             ahead = [Outlook(0.0, 0.0, 0.0)]
             for block in reversed(range(count)):
                 law = self.chain(task, level, part_of(block), block_length)

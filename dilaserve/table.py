@@ -5,14 +5,19 @@ engine fills a row before its first step and owns the knobs, afterwards canvas a
 instance.
 """
 
+import math
+import os
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dilaserve.errors import ConfigError
 from dilaserve.terms import Decoding
 
 RULES = {"threshold": 0, "steps": 1, "factor": 2}
+SHARED = "/dev/shm"
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
 
 
@@ -79,9 +84,24 @@ class RequestTable:
 
 
 def shared_bytes(size: int) -> torch.Tensor:
+    """Zeros that children can map; raises `ConfigError` where they do not fit, as writing to them would be fatal."""
+    there = shared_memory()
+    if size > there:
+        raise ConfigError(
+            f"the request table takes {size / 2**20:.0f} MiB of shared memory and {there / 2**20:.0f} are free; "
+            "lower --max-queue or --max-model-len"
+        )
     buffer = torch.zeros(size, dtype=torch.uint8)
     buffer.share_memory_()  # type: ignore[no-untyped-call]
     return buffer
+
+
+def shared_memory() -> int:
+    """Bytes that are free where shared memory lies."""
+    if not os.path.isdir(SHARED):
+        return sys.maxsize
+    found = os.statvfs(SHARED)
+    return found.f_bavail * found.f_frsize
 
 
 def nbytes(rows: int, length: int) -> int:
@@ -90,7 +110,7 @@ def nbytes(rows: int, length: int) -> int:
 
 def extent(column: Column, rows: int, length: int) -> tuple[tuple[int, ...], int]:
     shape = (rows, length) if column.wide else (rows,)
-    return shape, int(np.prod(shape)) * np.dtype(column.dtype).itemsize
+    return shape, math.prod(shape) * np.dtype(column.dtype).itemsize
 
 
 def padded(size: int) -> int:

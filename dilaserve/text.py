@@ -34,7 +34,14 @@ class Text:
         from transformers.utils import logging as chatter
 
         chatter.set_verbosity_error()
-        self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+        try:
+            self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # whatever a damaged tokenizer_config.json leads to
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the chat template in {self.directory} cannot be read: {reason}") from error
+
+    def highest_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values(), default=0)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end a turn."""
@@ -96,7 +103,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts text at the first stop string, and holds back what might be the beginning of one."""
+    """Cuts text at the stop string that is complete first, and holds back what might be the beginning of one.
+
+    Where the cut lies does not depend on the pieces in which the text comes.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
@@ -108,8 +118,8 @@ class StopStrings:
         if not self.stops or self.found:
             return "" if self.found else text
         self.held += text
-        cut = min((at for stop in self.stops if (at := self.held.find(stop)) >= 0), default=-1)
-        self.found = cut >= 0
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        self.found, cut = bool(ends), min(ends, default=(0, 0))[1]
         keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
         shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
         self.held = self.held[len(shown) :]

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dilaserve import models
+from dilaserve import Config, models
 from dilaserve.devices import listed
 from dilaserve.errors import CheckpointError, ConfigError
+from dilaserve.furniture import real
 from dilaserve.models.checkpoint import Checkpoint, locate
 from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.table import RequestTable
+from dilaserve.text import Text
 from dilaserve.worker import memory
 
 
@@ -107,6 +110,32 @@ def test_a_file_that_was_cut_short_is_named(model):
     refuse(model, "not a safetensors file|cut short")
 
 
+@pytest.mark.parametrize(
+    "table", [[], 5, {"x": 1}, {"x": {"dtype": "F32"}}, {"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}]
+)
+def test_a_file_with_an_odd_table_is_named(model, table):
+    data = json.dumps(table).encode()
+    (model / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(8))
+    refuse(model, "is not a safetensors file")
+
+
+def test_a_directory_is_told_from_a_bundled_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("dilaserve-tiny").is_dir()
+    assert [locate(name).resolve() for name in (".", "..")] == [tmp_path, tmp_path.parent]
+    with pytest.raises(CheckpointError, match="there is no model directory ~nobody-here"):
+        locate("~nobody-here/model")
+
+
+def test_another_models_tokenizer_and_a_broken_template_are_named(model):
+    checkpoints.write_tokenizer(model, first_special=300)
+    with pytest.raises(CheckpointError, match=r"has ids up to 305, but the model knows 272 tokens"):
+        real(Config.of(model=str(model), devices="cpu"), lambda device, done, total: None)
+    (model / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"chat template in .* cannot be read"):
+        Text(model).load_template()
+
+
 def test_missing_and_misshapen_tensors_are_named(model):
     tensors = load_file(model / "model.safetensors")
     name = "model.transformer.blocks.1.up_proj.weight"
@@ -127,6 +156,12 @@ def test_missing_and_misshapen_tensors_are_named(model):
         ({"mask_token_id": None}, "mask_token_id must be int"),
         ({"include_bias": True}, "include_bias True is not supported"),
         ({"activation_type": "gelu"}, "activation_type 'gelu' is not supported"),
+        ({"mask_token_id": 272}, "mask_token_id 272 does not lie between 0 and 271"),
+        ({"eos_token_id": -1}, "eos_token_id -1 does not lie"),
+        ({"n_layers": 0}, "n_layers 0 does not lie"),
+        ({"n_layers": 10**9}, "n_layers 1000000000 does not lie"),
+        ({"max_sequence_length": 0}, "max_sequence_length 0 does not lie"),
+        ({"max_sequence_length": 10**15}, "max_sequence_length 1000000000000000 does not lie"),
     ],
 )
 def test_fields_that_cannot_be_served_are_named(model, fields, pattern):
@@ -144,6 +179,15 @@ def test_too_little_memory_is_said_with_both_figures():
     spec = ModelSpec(**fields | {"parameters": 10**15})
     with pytest.raises(CheckpointError, match=r"needs 3725290\.3 GiB .* in float32 and cpu has .* GiB"):
         memory.check_weights(spec, torch.device("cpu"), torch.float32, 1.0)
+
+
+def test_a_pool_or_a_table_that_does_not_fit_is_said_with_its_flag():
+    fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
+    for tokens, pattern in ((10**15, r"takes 7450580\.6 GiB and cpu has .* lower it"), (1, "less than a page")):
+        with pytest.raises(CheckpointError, match=f"--kv-cache-tokens {tokens} {pattern}|{pattern}"):
+            memory.check_pool(ModelSpec(**fields), torch.device("cpu"), torch.float32, 1.0, tokens)
+    with pytest.raises(ConfigError, match="lower --max-queue or --max-model-len"):
+        RequestTable(2**31 - 1, 2**20)
 
 
 @pytest.mark.parametrize("devices", ["gpu", "cuda", "cpu,", "cuda:99", ""])

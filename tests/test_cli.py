@@ -14,6 +14,7 @@ import urllib.request
 import pytest
 
 from dilaserve import config, profiles
+from dilaserve.calibrate import questions_from
 from dilaserve.cli import main
 from dilaserve.errors import ConfigError
 
@@ -95,6 +96,13 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--port", "eighty"], "--port 'eighty': Expected `int`"),
         (["--port", "70000"], "--port '70000'"),
         (["--cache", "triple"], "--cache 'triple'"),
+        (["--cache", "triple"], "one of none, prefix, dual"),
+        (["--host", ""], "--host ''"),
+        (["--api-key", ""], "--api-key ''"),
+        (["--max-num-seqs", "0"], "--max-num-seqs '0'"),
+        (["--max-queue", "9" * 30], "--max-queue"),
+        (["--cpu-threads", "100000"], "--cpu-threads"),
+        (["--grace-period", "nan"], "--grace-period 'nan'"),
         (["dance"], "unknown command 'dance'"),
         (["--config", "/nowhere.toml"], "cannot read the configuration file /nowhere.toml"),
     ],
@@ -116,8 +124,15 @@ def test_flags_go_before_the_environment_before_the_file(tmp_path):
     file.write_text("port = 1\nhost = 'file'\ncache = 'none'\n")
     found = config.load({"port": "3"}, {"DILASERVE_PORT": "2", "DILASERVE_HOST": "environment"}, file)
     assert (found.server.port, found.server.host, found.decode.cache) == (3, "environment", "none")
+    with pytest.raises(ConfigError, match=r"--port 'tcp://1' \(in the environment, as DILASERVE_PORT\)"):
+        config.load({}, {"DILASERVE_PORT": "tcp://1"})
+    with pytest.raises(ConfigError, match=r"--port 'eighty': "):
+        config.load({"port": "eighty"}, {"DILASERVE_PORT": "80"})
     with pytest.raises(ConfigError, match="unknown setting 'prot'"):
         config.load({"prot": 1}, {})
+    file.write_text("[server]\nport = 1")
+    with pytest.raises(ConfigError, match=rf"unknown setting 'server' \(in {file}\)"):
+        config.load({}, {}, file)
     file.write_text("port = = 1")
     with pytest.raises(ConfigError, match="not valid TOML"):
         config.load({}, {}, file)
@@ -180,6 +195,12 @@ def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path
     assert set(profile.quality.tasks) == {"any", "prompts", "sums"}
     assert profile.costs["cpu x1"].samples > 20
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"step-cost.png", "quality.png"}
+    problems.write_text('{"prompt": "%s"}\n' % ("long " * 500))
+    assert "cannot be asked" in failed(run("calibrate", *flags, "--problems", str(problems)))
+    for broken in (b'{"prompt": 5}', b"{", b'{"prompt": "\xff"}'):
+        problems.write_bytes(broken)
+        with pytest.raises(ConfigError, match="is not JSON lines"):
+            questions_from(problems, 1)
     assert "holds no problems" in failed(run("calibrate", *flags, "--problems", "/dev/null"))
     (model / profiles.FILE).write_text("[]")
     assert "damaged" in failed(run(*flags, "--port", "0"))

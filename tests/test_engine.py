@@ -112,6 +112,38 @@ async def test_leaving_the_engine_ends_what_runs(random_model):
         await engine.submit(PROMPTS[0])
 
 
+async def test_an_engine_that_was_never_entered_says_so(random_model):
+    with pytest.raises(Unavailable, match="async with"):
+        await Engine(on(random_model)).generate("hello")
+
+
+async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(random_model):
+    async with Engine(on(random_model)) as engine:
+        wish = Options(max_tokens=200, block_length=4, deadline=3600.0, on_miss="reject")
+        task = asyncio.create_task(engine.submit(PROMPTS[0], wish))
+        while not engine.streams:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await engine.drain(30)
+        assert not engine.scheduler.requests
+        assert len(engine.free) == engine.table.rows
+
+
+async def test_what_outlives_the_grace_period_ends_with_an_error(random_model):
+    async with Engine(on(random_model)) as engine:
+        async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4)) as stream:
+            await anext(stream)
+            await engine.drain(0.0)
+            with pytest.raises(Unavailable, match="shut down before"):
+                async for _ in stream:
+                    pass
+        await asyncio.wait_for(engine.idle.wait(), 30)
+        assert not engine.scheduler.requests
+        assert len(engine.free) == engine.table.rows
+
+
 async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
     async with Engine(on(random_model, devices="cpu,cpu")) as engine:
         known = [(await engine.generate(p, WISH)).token_ids for p in PROMPTS]

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.config import DecodeConfig
-from dilaserve.errors import BadRequest
-from dilaserve.options import Options, settle
+from dilaserve.errors import BadRequest, ConfigError
+from dilaserve.options import Options, parse_classes, settle
 
 DEFAULTS = DecodeConfig()
 
@@ -66,6 +66,9 @@ def test_the_rule_follows_from_the_knob(wishes, rule):
         (dict(decode="factor", confidence_threshold=0.5), "confidence_threshold"),
         (dict(stop=("a", "b", "c", "d", "e")), "stop"),
         (dict(stop=("",)), "stop"),
+        (dict(stop="end"), "stop"),
+        (dict(max_tokens=10**400), "max_tokens"),
+        (dict(tenant="t" * 513), "user"),
         (dict(refresh_interval=-1), "refresh_interval"),
     ],
 )
@@ -80,6 +83,12 @@ def test_a_prompt_must_leave_room(prompt_tokens):
     with pytest.raises(BadRequest) as caught:
         settled(prompt_tokens)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("text", ["a=0x", "a=0ms", "a=1e3x", "a", "a=2x,a=3x", "a=" + "9" * 400 + "x", "=2x"])
+def test_classes_without_a_deadline_in_time_are_named(text):
+    with pytest.raises(ConfigError, match="--slo-class"):
+        parse_classes(text)
 
 
 @given(

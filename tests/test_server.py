@@ -135,9 +135,21 @@ async def test_a_deadline_that_cannot_be_met_ends_as_the_client_wishes(client, e
     assert len(engine.free) == engine.table.rows
 
 
-async def test_headers_of_gateways_must_be_numbers(client):
-    status, body, _ = await post(client, CHAT, HELLO, **{"x-slo-deadline-ms": "soon"})
-    assert (status, "soon" in body["error"]["message"]) == (400, True)
+@pytest.mark.parametrize(
+    ("headers", "param"),
+    [
+        ({"x-slo-deadline-ms": "soon"}, "x-slo-deadline-ms"),
+        ({"x-priority": "1.5"}, "x-priority"),
+        ({"x-slo-deadline-ms": "nan"}, "slo.deadline_ms"),
+        ({"x-slo-deadline-ms": "5000", "x-slo-class": "slow"}, "slo"),
+        ({"x-slo-class": "gold"}, "slo.class"),
+        ({"x-priority": "99"}, "priority"),
+    ],
+)
+async def test_headers_of_gateways_are_refused_by_name(client, headers, param):
+    status, body, _ = await post(client, CHAT, HELLO, **headers)
+    assert (status, body["error"]["param"]) == (400, param)
+    assert next(iter(headers.values())) in body["error"]["message"] or param.startswith("slo")
 
 
 async def test_completions_take_every_form_of_prompt(client, engine):
@@ -177,6 +189,31 @@ async def test_log_probabilities_of_the_chosen_tokens(client):
     assert len(body["choices"][0]["logprobs"]["token_logprobs"]) == 8
 
 
+async def test_offsets_and_bytes_of_log_probabilities_fit_each_choice(client):
+    _, chat, _ = await post(client, CHAT, HELLO | {"logprobs": True})
+    for token in chat["choices"][0]["logprobs"]["content"]:
+        whole = "\ufffd" not in token["token"]
+        assert token["bytes"] == (list(token["token"].encode()) if whole else None)
+    wish = {"prompt": ["hello", "you"], "max_tokens": 8, "block_length": 4, "logprobs": 0, "echo": True}
+    _, body, _ = await post(client, COMPLETE, wish)
+    chunks = await stream(client, COMPLETE, wish)
+    for index, prompt in enumerate(wish["prompt"]):
+        found = body["choices"][index]["logprobs"]
+        assert found["text_offset"][0] == len(prompt)
+        lengths = [len(token) for token in found["tokens"]]
+        assert found["text_offset"] == [len(prompt) + sum(lengths[:i]) for i in range(8)]
+        mine = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        offsets = [offset for choice in mine for offset in (choice.get("logprobs") or {}).get("text_offset", [])]
+        assert offsets == found["text_offset"]
+
+
+async def test_a_block_longer_than_the_answer_is_one_block(client):
+    wish = HELLO | {"max_tokens": 200}
+    _, long, _ = await asyncio.wait_for(post(client, CHAT, wish | {"block_length": 2**31}), 30)
+    _, exact, _ = await post(client, CHAT, wish | {"block_length": 256 - long["usage"]["prompt_tokens"]})
+    assert long["choices"] == exact["choices"]
+
+
 async def test_a_stop_string_cuts_a_stream_without_leaking(client):
     _, whole, _ = await post(client, CHAT, HELLO)
     text = whole["choices"][0]["message"]["content"]
@@ -200,6 +237,7 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (CHAT, {"messages": [{"role": "user", "content": "a" * 300}]}, 400, "prompt"),
         (CHAT, {"max_tokens": 0}, 400, "max_tokens"),
         (CHAT, {"max_tokens": "many"}, 400, "max_tokens"),
+        (CHAT, {"max_tokens": 10**400}, 400, "max_tokens"),
         (CHAT, {"max_completion_tokens": 10**9}, 400, "max_tokens"),
         (CHAT, {"temperature": 3}, 400, "temperature"),
         (CHAT, {"top_p": 0}, 400, "top_p"),
@@ -223,6 +261,8 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (CHAT, {"slo": {"deadline": 5}}, 400, "slo"),
         (CHAT, {"slo": {"on_miss": "panic"}}, 400, "slo.on_miss"),
         (CHAT, {"priority": 99}, 400, "priority"),
+        (CHAT, {"priority": -(10**400)}, 400, "priority"),
+        (CHAT, {"user": "u" * 1000}, 400, "user"),
         (CHAT, {"min_confidence_threshold": 2}, 400, "min_confidence_threshold"),
         (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         (CHAT, {"model": "gpt-4"}, 404, "model"),
@@ -231,6 +271,10 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (COMPLETE, {"prompt": []}, 400, "prompt"),
         (COMPLETE, {"prompt": ["a", 3]}, 400, "prompt"),
         (COMPLETE, {"prompt": [5000]}, 400, "prompt"),
+        (COMPLETE, {"prompt": [-1]}, 400, "prompt"),
+        (COMPLETE, {"prompt": [2**70], "echo": True}, 400, "prompt"),
+        (COMPLETE, {"prompt": ["a"] * 5}, 400, "prompt"),
+        (COMPLETE, {"prompt": ["a"] * 2, "n": 3}, 400, "n"),
         (COMPLETE, {"prompt": "a", "logprobs": 2}, 400, "logprobs"),
         (COMPLETE, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
     ],
@@ -271,6 +315,8 @@ async def test_broken_requests_get_openais_error_shape(client):
     assert (await error("POST", CHAT, data=b"[" * 90_000, headers=json_type))[0] == 400
     assert (await error("POST", CHAT, data=b"{}"))[0] == 415
     assert (await error("POST", CHAT, data=b'"' + b"x" * 200_000 + b'"', headers=json_type))[0] == 413
+    status, found = await error("POST", CHAT, data=b"{}", headers=json_type | {"content-encoding": "gzip"})
+    assert (status, "content-encoding" in found["message"]) == (400, True)
     assert (await error("GET", "/v1/nothing"))[0] == 404
     assert (await error("GET", CHAT))[0] == 405
     assert (await error("GET", "/v1/models/other"))[1]["param"] == "model"
@@ -369,6 +415,10 @@ async def test_the_pages_around_it(client):
     assert body["count"] == 2
     assert (await post(client, "/detokenize", {"tokens": body["tokens"]}))[1] == {"prompt": "é"}
     assert (await post(client, "/tokenize", {}))[0] == 400
+    status, body, _ = await post(client, "/detokenize", {"tokens": [-1]})
+    assert (status, body["error"]["param"]) == (400, "tokens")
+    async with client.get("/v1/models/somebody/model") as response:
+        assert (response.status, (await response.json())["error"]["param"]) == (404, "model")
 
 
 async def test_prometheus_reads_what_happened(client):
@@ -387,7 +437,9 @@ async def test_a_key_is_asked_for_where_one_is_set(engine):
     async with running(engine, config) as address, aiohttp.ClientSession(address) as client:
         status, body, headers = await post(client, CHAT, HELLO)
         assert (status, body["error"]["code"], headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
-        assert (await post(client, CHAT, HELLO, authorization="Bearer wrong"))[0] == 401
+        for wrong in ("Bearer wrong", "Basic secret", "secret", "Bearer", "Bearer \xff"):
+            assert (await post(client, CHAT, HELLO, authorization=wrong))[0] == 401
+        assert (await post(client, CHAT, HELLO, authorization="bearer secret"))[0] == 200
         assert (await post(client, CHAT, HELLO, authorization="Bearer secret"))[0] == 200
         async with client.get("/health") as response:
             assert response.status == 200

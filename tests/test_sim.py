@@ -1,11 +1,14 @@
 """The real engine on virtual time."""
 
 import asyncio
+import gzip
 import itertools
 import random
 
+import msgspec
 import pytest
 
+from dilaserve import profiles
 from dilaserve.cli import main
 from dilaserve.config import Config
 from dilaserve.cost import Features
@@ -165,6 +168,66 @@ def test_the_command_prints_and_saves(tmp_path, capsys):
     assert main(["simulate", *flags]) == 0
     assert "of deadlines met" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"outcomes.json", "report.json", "timeline.png"}
-    for wrong in (["--rate", "0"], ["--deadline", "x"], ["--costs", "nope"], ["--arrivals", "x"], ["--task", "x"]):
-        assert main(["simulate", *wrong]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--rate", "0"], "--rate"),
+        (["--rate", "nan"], "--rate"),
+        (["--rate", "inf"], "--rate"),
+        (["--seconds", "inf"], "--seconds"),
+        (["--rate", "1e9", "--seconds", "1e9"], "--rate times --seconds"),
+        (["--deadline", "x"], "--deadline 'x'"),
+        (["--deadline", "nan"], "--deadline 'nan'"),
+        (["--deadline", "1e-9"], "--deadline '1e-9'"),
+        (["--deadline", "2:1,3:-0.5"], "--deadline '2:1,3:-0.5'"),
+        (["--costs", "nope"], "cannot read the profile nope"),
+        (["--arrivals", "x"], "unknown arrivals 'x'"),
+        (["--task", "x"], "--task 'x'"),
+        (["--sim-devices", "0"], "--sim-devices"),
+        (["--out", __file__], "cannot write to"),
+        (["--trace", "/"], "cannot read the trace /"),
+    ],
+)
+def test_impossible_flags_are_one_sentence(words, pattern, capsys):
+    try:
+        code = main(["simulate", *words])
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert pattern in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_damaged_traces_are_named(tmp_path):
+    whole = gzip.compress(b"0,10,20\n" * 1000)
+    for name, data in (("cut.csv.gz", whole[:20]), ("odd.csv.gz", whole[:15] + b"x" * 9 + whole[15:]), ("no.gz", b"x")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConfigError, match="the trace"):
+            workload.trace(tmp_path / name)
+    for text in ("nan,1,1\n", "0,inf,1\n", "0,1\n", "0,1,1\x00,\n" + "0," + "9" * 200_000, "", "\xff,1,1"):
+        (tmp_path / "trace.csv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match="the trace"):
+            workload.trace(tmp_path / "trace.csv")
+
+
+def test_a_trace_of_one_moment_and_a_tiny_canvas_still_give_jobs_that_can_be_asked():
+    jobs = workload.jobs(workload.scaled([(5.0, 10, 20)] * 4, 2.0), 10.0, 2, (None,), ((None, 1.0),), 0)
+    assert len(jobs) == 20
+    assert {(job.prompt_tokens, job.max_tokens) for job in jobs} == {(1, 1)}
+
+
+def test_a_profile_with_missing_entries_is_damaged(tmp_path):
+    known = llada_8b_h200()
+    task = known.quality.tasks["any"]
+    (key, law), *_ = known.costs.items()
+    nothing = msgspec.structs.replace(law, fixed=0.0, token=0.0)
+    short = msgspec.structs.replace(known.quality, tasks={"any": msgspec.structs.replace(task, drop=(0.0,))})
+    for changed in ({"costs": {}}, {"costs": {key: nothing}}, {"quality": short}):
+        (tmp_path / "profile.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(known, **changed)))
+        with pytest.raises(ConfigError, match="damaged"):
+            profiles.read(tmp_path / "profile.json")
+    (tmp_path / "profile.json").write_bytes(msgspec.json.encode(known))
+    assert profiles.read(tmp_path / "profile.json") == known

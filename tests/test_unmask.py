@@ -53,6 +53,18 @@ def test_confidences_that_round_to_one_are_still_ordered():
     assert found.odds.argsort().tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-45])
+def test_the_colder_the_nearer_to_the_best_token(temperature, top_p):
+    logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)) * 6
+    logits[10:] -= 100.0  # all below 0
+    numbers = torch.arange(20)
+    knobs = Sampling(
+        torch.full((20,), temperature), torch.full((20,), top_p), numbers, torch.zeros_like(numbers), numbers
+    )
+    assert torch.equal(guess(logits.clone(), MASK, knobs).token, guess(logits.clone(), MASK).token)
+
+
 def test_logits_that_overflow_or_are_broken_still_unmask_one_real_position():
     logits = torch.zeros(4, 10)
     logits[:2, MASK] = 500.0

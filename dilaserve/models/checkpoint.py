@@ -7,8 +7,9 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from safetensors import safe_open
 
@@ -21,8 +22,11 @@ SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 
 def locate(model: str) -> Path:
     """The directory of a model: a bundled one by its name, else the path itself."""
-    bundled = BUNDLED_MODELS / model
-    return bundled if "/" not in model and bundled.is_dir() else Path(model).expanduser()
+    bundled = {directory.name: directory for directory in BUNDLED_MODELS.iterdir()}
+    try:
+        return bundled[model] if model in bundled else Path(model).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise CheckpointError(f"there is no model directory {model}: {error}") from error
 
 
 class Tensors:
@@ -56,10 +60,10 @@ class Checkpoint:
             if name not in headers[file]:
                 raise CheckpointError(f"{file} does not hold the tensor {name} that {INDEX} places there")
             entry = headers[file][name]
-            if entry["dtype"] not in SIZES:
-                raise CheckpointError(f"{name} in {file} has the type {entry['dtype']}; expected one of {list(SIZES)}")
-            self.shapes[name] = tuple(entry["shape"])
-            self.itemsize = max(self.itemsize, SIZES[entry["dtype"]])
+            if entry.dtype not in SIZES:
+                raise CheckpointError(f"{name} in {file} has the type {entry.dtype}; expected one of {list(SIZES)}")
+            self.shapes[name] = entry.shape
+            self.itemsize = max(self.itemsize, SIZES[entry.dtype])
 
     @property
     def architecture(self) -> str:
@@ -97,7 +101,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
@@ -116,21 +120,30 @@ def shards(directory: Path) -> dict[str, Path]:
     raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
 
 
-def header(file: Path) -> dict[str, Any]:
+class Entry(msgspec.Struct):
+    """One tensor in the table of a safetensors file."""
+
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    data_offsets: tuple[int, int]
+
+
+def header(file: Path) -> dict[str, Entry]:
     """The table at the start of a safetensors file, also checked against the file's length."""
     try:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             limit = file.stat().st_size - 8
-            entries: dict[str, Any] = json.loads(stream.read(size)) if size <= limit else {}
+            raw = json.loads(stream.read(size)) if size <= limit else {}
+        known = {name: entry for name, entry in raw.items() if name != "__metadata__"}
+        entries = msgspec.convert(known, dict[str, Entry])
     except FileNotFoundError as error:
         raise CheckpointError(f"the shard {file} is missing") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, RecursionError, AttributeError, msgspec.ValidationError) as error:
         raise CheckpointError(f"{file} is not a safetensors file") from error
-    entries.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if not entries or end + size > limit:
         raise CheckpointError(f"{file} is cut short; download it again")
     return entries

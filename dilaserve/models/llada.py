@@ -48,10 +48,15 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     if min(hidden, heads, kv_heads) < 1 or hidden % heads or heads % kv_heads or hidden // heads % 2:
         sizes = f"d_model {hidden}, n_heads {heads}, n_kv_heads {kv_heads}"
         raise CheckpointError(f"{checkpoint.directory}: {sizes} do not go together")
+    vocab = field("embedding_size", int, field("vocab_size", int))
+    within(checkpoint, "mask_token_id", 0, vocab - 1)
+    within(checkpoint, "eos_token_id", 0, vocab - 1)
+    within(checkpoint, "n_layers", 1, 1024)
+    within(checkpoint, "max_sequence_length", 2, 2**24)
     mlp = field("mlp_hidden_size", int, field("mlp_ratio", int, 4) * hidden)
     return ModelSpec(
         architecture=checkpoint.architecture,
-        vocab_size=field("embedding_size", int, field("vocab_size", int)),
+        vocab_size=vocab,
         layers=field("n_layers", int),
         hidden=hidden,
         heads=heads,
@@ -67,6 +72,12 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
         stop_ids=(field("eos_token_id", int),),
         parameters=sum(math.prod(shape) for shape in checkpoint.shapes.values()),
     )
+
+
+def within(checkpoint: Checkpoint, name: str, least: int, most: int) -> None:
+    value = checkpoint.field(name, int)
+    if not least <= value <= most:
+        raise CheckpointError(f"{checkpoint.directory}: {name} {value} does not lie between {least} and {most}")
 
 
 def tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

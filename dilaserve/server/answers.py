@@ -3,6 +3,7 @@
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from dilaserve import __version__
 from dilaserve.engine import Chunk, Completion, Engine
 from dilaserve.errors import DilaserveError
 from dilaserve.terms import Usage
+from dilaserve.text import UNFINISHED
 
 Json = dict[str, Any]
 FINGERPRINT = f"dilaserve-{__version__}"
@@ -22,7 +24,7 @@ class Form:
         self.engine, self.chat, self.logprobs = engine, chat, logprobs
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
-        self.written = 0  # characters, for text_offset
+        self.written: Counter[int] = Counter()  # characters by choice, for text_offset
 
     def head(self, streamed: bool) -> Json:
         kind = "text_completion" if not self.chat else "chat.completion.chunk" if streamed else "chat.completion"
@@ -41,7 +43,11 @@ class Form:
 
     def delta(self, index: int, chunk: Chunk) -> Json:
         said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
-        return self.piece({"index": index, **said, "logprobs": self.probabilities(chunk), "finish_reason": None})
+        return self.piece({"index": index, **said, "logprobs": self.probabilities(index, chunk), "finish_reason": None})
+
+    def echo(self, index: int, text: str) -> Json:
+        self.written[index] += len(text)
+        return self.piece({"index": index, "text": text, "logprobs": None, "finish_reason": None})
 
     def closing(self, index: int, chunk: Chunk) -> Json:
         silent: Json = {"delta": {}} if self.chat else {"text": ""}
@@ -68,27 +74,33 @@ class Form:
 
     def choice(self, index: int, completion: Completion, echo: str) -> Json:
         choice: Json = {"index": index, "finish_reason": completion.finish_reason}
-        choice["logprobs"] = self.probabilities(completion)
+        self.written[index] += len(echo)
+        choice["logprobs"] = self.probabilities(index, completion)
         if self.chat:
             return choice | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
         return choice | {"text": echo + completion.text}
 
-    def probabilities(self, answer: Chunk | Completion) -> Json | None:
-        """Log probabilities of the chosen tokens, when they were unmasked."""
+    def probabilities(self, index: int, answer: Chunk | Completion) -> Json | None:
+        """Log probabilities of the chosen tokens, when they were unmasked.
+
+        Part of a character has no text of its own, and of its bytes the tokenizer does not tell.
+        """
         if not self.logprobs:
             return None
         tokens = [self.engine.detokenize([id]) for id in answer.token_ids]
         logs = [math.log(max(confidence, 1e-45)) for confidence in answer.confidences]
         if self.chat:
             pairs = zip(tokens, logs, strict=True)
-            return {
-                "content": [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in pairs]
-            }
+            return {"content": [{"token": t, "logprob": p, "bytes": spelled(t), "top_logprobs": []} for t, p in pairs]}
         offsets = []
         for token in tokens:
-            offsets.append(self.written)
-            self.written += len(token)
+            offsets.append(self.written[index])
+            self.written[index] += len(token)
         return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
+
+
+def spelled(token: str) -> list[int] | None:
+    return None if UNFINISHED in token else list(token.encode())
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

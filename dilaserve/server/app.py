@@ -95,6 +95,8 @@ async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
             await web.TCPSite(runner, host, port, backlog=1024).start()
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        except UnicodeError as error:
+            raise ConfigError(f"--host {host!r} is not a name: {error}") from error
         bound = runner.addresses[0]
         yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
     finally:
@@ -111,7 +113,7 @@ def application(engine: Engine, config: Config) -> web.Application:
             web.get("/version", version),
             web.get("/metrics", measured),
             web.get("/v1/models", models),
-            web.get("/v1/models/{model}", model),
+            web.get("/v1/models/{model:.+}", model),
             web.post("/v1/chat/completions", chat),
             web.post("/v1/completions", complete),
             web.get(PLAN, plan),
@@ -167,8 +169,9 @@ def authorize(request: web.Request) -> None:
 
 
 def sends(request: web.Request, key: str) -> bool:
-    sent = request.headers.get("authorization", "")
-    return hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode())
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(sent.strip().encode(errors="replace"), key.encode())
+    return scheme.lower() == "bearer" and right
 
 
 def refused(error: DilaserveError) -> web.Response:
@@ -189,7 +192,10 @@ def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
     }
     ours = BadRequest(reasons.get(error.status, error.text or error.reason), code=STATUSES.get(error.status))
     headers = {"allow": error.headers["allow"]} if "allow" in error.headers else {}
-    return answer(failure(ours), error.status, headers)
+    response = answer(failure(ours), error.status, headers)
+    if error.status == 400:  # the body is broken, and with it what would come behind it
+        response.force_close()
+    return response
 
 
 def answer(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -202,6 +208,9 @@ async def body(request: web.Request) -> bytes:
     try:
         async with asyncio.timeout(BODY_WITHIN):
             return await request.read()
+    except web.RequestPayloadError as error:
+        request.content.feed_eof()  # aiohttp would read on, and fail again
+        raise web.HTTPBadRequest(text=f"the body cannot be read: {' '.join(str(error).split())}") from error
     except TimeoutError as error:
         raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
 
@@ -265,9 +274,13 @@ async def complete(request: web.Request) -> web.StreamResponse:
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
+    echoes = [await echo(engine, prompt) if asked.echo else "" for prompt in prompts]
     form = Form(engine, chat=False, logprobs=asked.logprobs is not None)
-    echoes = [prompt if isinstance(prompt, str) else engine.detokenize(prompt) for prompt in prompts]
-    return await respond(request, asked, form, prompts, echoes if asked.echo else [""] * len(prompts))
+    return await respond(request, asked, form, prompts, echoes)
+
+
+async def echo(engine: Engine, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else engine.detokenize(await engine.tokenize(prompt))
 
 
 async def respond(
@@ -315,4 +328,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
     asked, engine = openai.decoded(await body(request), openai.DetokenizeRequest), request.app[ENGINE]
-    return answer({"prompt": engine.detokenize(await engine.tokenize(asked.tokens))})
+    try:
+        ids = await engine.tokenize(asked.tokens)
+    except BadRequest as error:
+        raise BadRequest(error.message, param="tokens") from error
+    return answer({"prompt": engine.detokenize(ids)})

@@ -1,7 +1,7 @@
 """OpenAI's wire as structs: what may come in, what is refused and why, and how it becomes the engine's options."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -12,6 +12,7 @@ from dilaserve.options import Options
 from dilaserve.terms import DecodeRule, OnMiss
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -161,27 +162,33 @@ def refuse(request: Common) -> None:
 def with_headers(request: Common, headers: Mapping[str, str]) -> None:
     """Take over what gateways put into headers that cannot touch the body; the body goes before."""
     slo, priority = request.slo or Slo(), request.priority
-    try:
-        if (text := headers.get("x-slo-deadline-ms")) is not None and slo.class_ is None and slo.deadline_ms is None:
-            slo = msgspec.structs.replace(slo, deadline_ms=float(text))
-        elif (text := headers.get("x-slo-class")) is not None and slo.class_ is None and slo.deadline_ms is None:
-            slo = msgspec.structs.replace(slo, class_=text)
-        if (text := headers.get("x-priority")) is not None and priority is None:
-            priority = int(text)
-    except ValueError as error:
-        raise BadRequest(f"the header x-slo-deadline-ms or x-priority is not a number: {text!r}") from error
+    if slo.class_ is None and slo.deadline_ms is None:
+        milliseconds = number(headers, "x-slo-deadline-ms", float)
+        slo = msgspec.structs.replace(slo, deadline_ms=milliseconds, class_=headers.get("x-slo-class"))
+    if priority is None:
+        priority = number(headers, "x-priority", int)
     request.slo, request.priority = slo, priority
+
+
+def number(headers: Mapping[str, str], name: str, kind: Callable[[str], N]) -> N | None:
+    if (text := headers.get(name)) is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise BadRequest(f"the header {name} is not a number: {text[:40]!r}", param=name) from error
 
 
 def deadlines(request: Common) -> dict[str, Any]:
     """The engine's options that speak of deadlines; `user` is the tenant."""
     slo = request.slo or Slo()
+    floor = request.min_confidence_threshold if slo.min_confidence_threshold is None else slo.min_confidence_threshold
     return {
         "deadline": None if slo.deadline_ms is None else slo.deadline_ms / 1000,
         "slo_class": slo.class_,
         "on_miss": slo.on_miss,
         "priority": request.priority if slo.priority is None else slo.priority,
-        "min_confidence_threshold": slo.min_confidence_threshold or request.min_confidence_threshold,
+        "min_confidence_threshold": floor,
         "task": slo.task,
         "tenant": request.user,
     }
@@ -212,7 +219,11 @@ def max_tokens(request: Common) -> int | None:
 def choices_wanted(request: Common, prompts: int, limit: int) -> int:
     n = 1 if request.n is None else request.n
     if not 1 <= n * prompts <= limit:
-        raise BadRequest(f"n times the number of prompts must lie between 1 and {limit}, not {n * prompts}", param="n")
+        param = "prompt" if prompts > limit else "n"
+        raise BadRequest(
+            f"n times the number of prompts must lie between 1 and {limit} (--max-choices), not {n * prompts}",
+            param=param,
+        )
     return n
 
 

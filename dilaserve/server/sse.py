@@ -43,7 +43,7 @@ async def relay(
 def opening(form: Form, choices: int, echoes: Sequence[str]) -> bytes:
     if form.chat:
         return b"".join(event(form.opening(index)) for index in range(choices))
-    return b"".join(event(form.delta(index, Chunk(echo))) for index, echo in enumerate(echoes) if echo)
+    return b"".join(event(form.echo(index, echo)) for index, echo in enumerate(echoes) if echo)
 
 
 def events(form: Form, index: int, chunk: Chunk) -> bytes:

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from dilaserve.sim.workload import Job
 from dilaserve.text import Text
 
 Scales = tuple[tuple[float | None, float], ...]
+MOST_REQUESTS = 10_000_000
 ROWS = 4096  # requests in the house at once, so that a backlog is seen and not refused
 
 
@@ -55,7 +57,6 @@ def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
 def saved(run: Run, result: object, out: Path) -> Iterator[str]:
     from dilaserve import plots
 
-    out.mkdir(parents=True, exist_ok=True)
     written(run, out / "outcomes.json")
     (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
     rows = by_second(run)
@@ -85,14 +86,16 @@ def mix(text: str) -> Scales:
             found.append((None if scale == "none" else float(scale), float(weight or 1)))
         except ValueError as error:
             raise ConfigError(f"--deadline {text!r}: write 2.0, none, or a mix such as 1.5:1,8:1") from error
-    if any(scale is not None and scale <= 0 for scale, _ in found) or sum(weight for _, weight in found) <= 0:
-        raise ConfigError(f"--deadline {text!r}: multiples and weights are positive")
+    if not all(scale is None or 0.01 <= scale <= 1000 for scale, _ in found):
+        raise ConfigError(f"--deadline {text!r}: multiples lie between 0.01 and 1000")
+    if not all(0 < weight < math.inf for _, weight in found):
+        raise ConfigError(f"--deadline {text!r}: weights are positive numbers")
     return tuple(found)
 
 
 def traffic(extras: argparse.Namespace, profile: ModelProfile, scales: Scales, limit: int) -> list[Job]:
-    if extras.rate <= 0 or extras.seconds <= 0:
-        raise ConfigError("--rate and --seconds are positive")
+    if extras.rate * extras.seconds > MOST_REQUESTS:
+        raise ConfigError(f"--rate times --seconds is above {MOST_REQUESTS} requests; lower one of them")
     names = tuple(extras.task.split(",")) if extras.task else tuple(profile.quality.tasks)
     for name in names:
         if name not in profile.quality.tasks:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -75,9 +76,11 @@ def trace(file: Path) -> list[tuple[float, int, int]]:
         with opener(file, "rt", newline="") as lines:
             rows = [row for row in csv.reader(lines) if row and not row[0].startswith("arrival")]
         found = [(float(row[0]), int(float(row[1])), int(float(row[2]))) for row in rows]
-    except OSError as error:
-        raise ConfigError(f"cannot read the trace {file}: {error.strerror or error}") from error
-    except (ValueError, IndexError) as error:
+        if not all(math.isfinite(at) for at, _, _ in found):
+            raise ValueError("an arrival is not a finite number")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"cannot read the trace {file}: {getattr(error, 'strerror', None) or error}") from error
+    except (ValueError, IndexError, OverflowError, csv.Error) as error:
         raise ConfigError(
             f"the trace {file} is not a CSV of arrival seconds, prompt and output tokens: {error}"
         ) from error
@@ -95,7 +98,7 @@ def scaled(rows: list[tuple[float, int, int]], rate: float, start: float = 0.0) 
     while True:
         for at, prompt, output in rows[first:]:
             yield offset + (at - began) * factor, prompt, output
-        offset += (rows[-1][0] - began) * factor
+        offset += (rows[-1][0] - began) * factor or len(rows) / rate  # all at one moment: once every so many seconds
         first, began = 0, rows[0][0]
 
 
@@ -115,7 +118,7 @@ def jobs(
         if at >= seconds:
             return found
         answer = max(1, min(output, limit - 1))
-        prompt = max(2, min(prompt, limit - 32 * math.ceil(answer / 32)))
+        prompt = max(min(2, limit - 1), min(prompt, limit - 32 * math.ceil(answer / 32)))
         scale = rng.choices([scale for scale, _ in scales], [weight for _, weight in scales])[0]
         found.append(Job(at, prompt, min(answer, limit - prompt), rng.choice(tasks), scale, on_miss))
     return found

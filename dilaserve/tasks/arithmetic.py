@@ -18,8 +18,8 @@ def upto(rng: random.Random, least: int, most: int, difficulty: float) -> int:
 
 
 def addition(rng: random.Random, difficulty: float) -> Problem:
-    """Two numbers of up to three digits, added or subtracted; results are not negative."""
-    a, b = (rng.randint(0, 10 ** upto(rng, 1, 3, difficulty) - 1) for _ in range(2))
+    """A number of up to three digits, and one of up to two added or subtracted; results are not negative."""
+    a, b = (rng.randint(0, 10 ** upto(rng, 1, most, difficulty) - 1) for most in (3, 2))
     if rng.random() < 0.5:
         return Problem("add", f"What is {a}+{b}?", str(a + b))
     a, b = max(a, b), min(a, b)
@@ -53,7 +53,7 @@ def word_problem(rng: random.Random, difficulty: float) -> Problem:
     told = [f"{name} has {value} {thing}"]
     working: list[str] = []
     for _ in range(upto(rng, 2, 4, difficulty)):
-        amount = rng.randint(2, 20)
+        amount = rng.randint(2, 9)
         gains = value + amount <= 99 and (amount > value or rng.random() < 0.5)
         if not gains and amount > value:
             amount = rng.randint(1, value) if value else 0

@@ -111,12 +111,21 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     memory.check_weights(spec, device, dtype, job.memory_share, job.shards)
     held = Shard(rank % job.shards, job.shards)
     weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
-    tokens = job.kv_tokens or memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
-    if tokens < PAGE:
-        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+    tokens = kv_tokens(job, spec, device, dtype)
     flat = torch.zeros(tokens * spec.kv_elements, dtype=dtype, device=device)
     wire.send(line, wire.Ready(tokens))
     return Worker(job, rank, shared, spec, weights, flat)
+
+
+def kv_tokens(job: Job, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> int:
+    """The K/V pool that was asked for, or else what is wanted and fits."""
+    if job.kv_tokens is not None:
+        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens)
+        return job.kv_tokens
+    tokens = memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
+    if tokens < PAGE:
+        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+    return tokens
 
 
 def progress(spec: ModelSpec, checkpoint: Checkpoint, line: socket.socket) -> Callable[[int], None]:

@@ -30,6 +30,18 @@ def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, sha
         )
 
 
+def check_pool(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, tokens: int) -> None:
+    """Raise `CheckpointError` when a K/V pool of this size holds nothing, or does not fit beside the weights."""
+    if tokens < PAGE:
+        raise CheckpointError(f"--kv-cache-tokens {tokens} is less than a page of {PAGE}; raise it")
+    need, there = tokens * spec.kv_elements * dtype.itemsize, available(device, share)
+    if need > there:
+        raise CheckpointError(
+            f"--kv-cache-tokens {tokens} takes {need / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB left; "
+            "lower it"
+        )
+
+
 def kv_tokens(
     spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, batched_tokens: int
 ) -> int:

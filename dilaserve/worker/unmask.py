@@ -117,7 +117,7 @@ def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     token = logits.argmax(1, keepdim=True)
     hot = (sampling.temperature > 0).nonzero().squeeze(1)
     if len(hot):
-        scaled = logits[hot] / sampling.temperature[hot, None]
+        scaled = (logits[hot] - logits[hot].amax(1, keepdim=True)) / sampling.temperature[hot, None]  # best at 0
         noise = gumbel(sampling.seed[hot], sampling.step[hot], sampling.position[hot], logits.shape[1])
         token[hot] = (nucleus(scaled, sampling.top_p[hot]) + noise).argmax(1, keepdim=True)
     return token

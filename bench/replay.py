@@ -1,0 +1,154 @@
+"""Real servers under real HTTP load: start them, find what they carry, replay arrivals, and see what became of each."""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+
+from dilaserve.sim.workload import arrivals, scaled, trace
+from dilaserve.tasks import TASKS, Problem, check, held_out
+
+MAX_TOKENS = 96
+UNHURRIED = 1000.0  # a deadline that nobody misses
+PATIENCE = 60.0  # seconds after the last arrival until what is still open counts as unanswered
+POOL = 800  # held-out problems a task that runs draw from
+
+
+class Traffic(NamedTuple):
+    """How requests arrive."""
+
+    arrivals: str = "poisson"
+    trace: Path | None = None
+
+
+class Ask(NamedTuple):
+    at: float
+    problem: Problem
+    scale: float  # the deadline, in unloaded latencies of the task
+
+
+class Fate(NamedTuple):
+    ask: Ask
+    latency: float | None  # None: declined or never answered
+    met: bool
+    right: bool
+    drop: float
+    threshold: float
+
+
+@contextlib.asynccontextmanager
+async def server(flags: Sequence[str], devices: str, model: str) -> AsyncIterator[str]:
+    """A server process of its own; gives its address."""
+    command = [sys.executable, "-m", "dilaserve", "--model", model, "--port", "0", "--devices", devices]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--log-level", "warning", "--max-queue", "4096", *flags, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout
+        line = (await process.stdout.readline()).decode()
+        yield line.split(" on ")[1].split()[0]
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def replay(
+    address: str, asks: Sequence[Ask], unloaded: dict[str, float], patience: float = PATIENCE, tenant: str = ""
+) -> list[Fate]:
+    """Ask every problem at its time; `tenant` owns the accuracy budget."""
+    timeout = aiohttp.ClientTimeout(total=patience)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(address, connector=connector, timeout=timeout) as session:
+        began = time.perf_counter()
+        return list(await asyncio.gather(*(one(session, ask, unloaded, began, tenant) for ask in asks)))
+
+
+async def one(session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, float], began: float, tenant: str) -> Fate:
+    await asyncio.sleep(max(0.0, began + ask.at - time.perf_counter()))
+    deadline = ask.scale * unloaded[ask.problem.task]
+    slo = {"deadline_ms": 1000 * deadline, "task": ask.problem.task, "on_miss": "cancel_when_late"}
+    message = {"role": "user", "content": ask.problem.prompt}
+    body = {"messages": [message], "max_tokens": MAX_TOKENS, "slo": slo, "user": tenant}
+    sent = time.perf_counter()
+    try:
+        async with session.post("/v1/chat/completions", json=body) as response:
+            answer = await response.json()
+            status = response.status
+    except (TimeoutError, aiohttp.ClientError):
+        return Fate(ask, None, False, False, 0.0, 0.0)
+    latency = time.perf_counter() - sent
+    if status != 200:
+        return Fate(ask, None, False, False, 0.0, 0.0)
+    fate, text = answer["dilaserve"], answer["choices"][0]["message"]["content"]
+    right = check(ask.problem, text)
+    return Fate(ask, latency, latency <= deadline, right, fate["expected_accuracy_drop"], fate["mean_threshold"])
+
+
+def asks(traffic: Traffic, rate: float, scales: Sequence[float], seed: int, seconds: float) -> list[Ask]:
+    """Problems of all tasks at random, at the arrival times of the trace or the process."""
+    rng = random.Random(f"{seed} {rate:.4f}")
+    if traffic.trace:
+        times = (at for at, _, _ in scaled(trace(traffic.trace), rate, start=0.1 * seed))
+    else:
+        times = arrivals(traffic.arrivals, rate, rng)
+    pools = {task: itertools.cycle(held_out(task, POOL, seed=seed + 1)) for task in TASKS}
+    names = list(TASKS)
+    found = itertools.takewhile(lambda at: at < seconds, times)
+    return [Ask(at, next(pools[rng.choice(names)]), rng.choice(scales)) for at in found]
+
+
+async def unloaded_latency(address: str, count: int) -> dict[str, float]:
+    """Median seconds of one request alone, by task."""
+    warm_up = [problem for task in TASKS for problem in held_out(task, 5, seed=98)]
+    for problem in warm_up:
+        await replay(address, [Ask(0.0, problem, UNHURRIED)], {problem.task: 1.0})
+    found = {}
+    for task in TASKS:
+        fates = []
+        for problem in held_out(task, count, seed=99):
+            fates += await replay(address, [Ask(0.0, problem, UNHURRIED)], {task: 1.0})
+        found[task] = statistics.median(fate.latency for fate in fates if fate.latency is not None)
+    return found
+
+
+async def knee(address: str, traffic: Traffic, unloaded: dict[str, float], seconds: float) -> float:
+    """The rate at which a server saturates: doubling, then bisection to 5 %."""
+    low = 0.5 / statistics.fmean(unloaded.values())
+    high = 2 * low
+    while await keeps_up(address, traffic, high, unloaded, seconds):
+        low, high = high, 2 * high
+    while high / low > 1.05:
+        middle = (low * high) ** 0.5
+        keeps = await keeps_up(address, traffic, middle, unloaded, seconds)
+        low, high = (middle, high) if keeps else (low, middle)
+    return low
+
+
+async def keeps_up(address: str, traffic: Traffic, rate: float, unloaded: dict[str, float], seconds: float) -> bool:
+    """Whether requests of the last third wait no longer than twice those of the first."""
+    fates = await replay(address, asks(traffic, rate, [UNHURRIED], 7, seconds), unloaded, 10 * PATIENCE)
+    early = [fate.latency or 0.0 for fate in fates if fate.ask.at < seconds / 3]
+    late = [fate.latency or 0.0 for fate in fates if fate.ask.at > 2 * seconds / 3]
+    return statistics.fmean(late) < max(2 * statistics.fmean(early), 4 * statistics.fmean(unloaded.values()))
+
+
+class Spent(NamedTuple):
+    """Seconds of device time by the server's own count: on requests that ended, and on those that missed."""
+
+    device: float
+    wasted: float
+
+
+async def spent(address: str) -> Spent:
+    async with aiohttp.ClientSession(address) as session, session.get("/metrics") as response:
+        lines = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines() if not line.startswith("#"))
+    return Spent(float(lines["dilaserve_device_seconds_total"]), float(lines["dilaserve_wasted_seconds_total"]))
