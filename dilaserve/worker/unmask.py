@@ -88,17 +88,17 @@ def judged(logits: torch.Tensor, first: int, mask: int, sampling: Sampling | Non
         mask_logit = logits[:, mask].clone()
         logits[:, mask] = -torch.inf
     token = logits.argmax(1, keepdim=True)
-    score = logits.gather(1, token)
+    score = logits.gather(1, token).double()
     hot = (sampling.temperature > 0).nonzero().squeeze(1) if sampling is not None else token[:0, 0]
     if sampling is not None and len(hot):
         noise = gumbel(sampling.seed[hot], sampling.step[hot], sampling.position[hot], logits.shape[1], first)
-        scores = logits[hot] / sampling.temperature[hot, None] + noise
+        scores = logits[hot].double() / sampling.temperature[hot, None] + noise  # no float32 for tiny temperatures
         token[hot] = scores.argmax(1, keepdim=True)
         score[hot] = scores.gather(1, token[hot])
     chosen = logits.gather(1, token)
     others = logits.sub_(chosen).exp_().scatter_(1, token, 0.0).sum(1, keepdim=True)
     others.masked_fill_(chosen == -torch.inf, 0.0)
-    return torch.cat([score, token + first, chosen, others, mask_logit[:, None]], dim=1).double().T.contiguous()
+    return torch.cat([score, token + first, chosen, others, mask_logit[:, None]], dim=1).T.contiguous()
 
 
 def joined(parts: torch.Tensor) -> Guess:
