@@ -1,59 +1,95 @@
 """From the traffic and the running plan to the plan that is wanted, with its reason. It decides; it changes nothing."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
+import numpy as np
+
+from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
 from dilaserve.policy import moves, planning
 from dilaserve.policy.planning import Ground, Offered, Proposal
 from dilaserve.quality import Forecast, QualityProfile
-from dilaserve.traffic import Stream
 
+CLASSES = 6  # of requests that are told apart
 UNHURRIED_ROWS = 16  # rows on an instance that are looked at where nobody has a deadline
 TRUSTED = 4.0  # requests seen at which half of a gain is believed
 MOST_TABLES = 512  # that are kept
+STEP = 1.05  # deadlines are rounded to powers of this, so that alike traffic finds the same table
 
 
-class Demand(NamedTuple):
-    """What the planner is asked: the traffic, the ranks that are alive, the running groups, and whether a change of
-    plan is under way.
+class Plan(msgspec.Struct, frozen=True, gc=False):
+    """Which devices form instances: groups of ranks, sorted within and among each other."""
+
+    groups: tuple[moves.Group, ...]
+
+
+class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Requests of one kind: tokens of canvas and answer, mean deadline over the time alone on one device (None: no
+    deadline), and how many came in a second.
     """
 
-    streams: tuple[Stream, ...]
-    alive: tuple[int, ...]
-    running: tuple[moves.Group, ...]
-    pending: bool = False
+    canvas_tokens: int
+    answer_tokens: int
+    tightness: float | None
+    rate: float
+
+
+class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What the house was asked for in the last `seconds`, and what it stands on. `backlog` counts who waits."""
+
+    seconds: float
+    flows: tuple[Flow, ...]
+    backlog: int
+    plan: Plan
+    ranks: tuple[int, ...]
+    degrees: tuple[int, ...]
 
 
 class Advice(NamedTuple):
-    """The groups to run from now on (those that run, if nothing should change) and why.
+    """The plan to change to, None to leave it as it is, and why.
 
-    `expected` is what this plan should achieve, `gain` what it is better than the running one, in shares on time.
+    `expected` is what the better of the two should achieve, `gain` what it is better than the running one, in shares
+    on time.
     """
 
-    plan: tuple[moves.Group, ...]
-    adopted: bool
+    plan: Plan | None
     reason: str
     expected: Proposal
-    gain: float
+    gain: float = 0.0
 
 
 class Setup(NamedTuple):
     """What does not change while serving.
 
-    `degrees` may be formed; `rows` with promises may be on an instance; `levels` of the threshold may be used, within
-    `budget` points (None: off); `pause` are the seconds that a new instance costs, `overhead` those of a step outside
-    the worker; `sheds`: hopeless work is given up.
+    `rows` with promises may be on an instance, the first `levels` of the threshold may be used, within `budget` points
+    (None: off); `sheds`: hopeless work is given up. `pause` are the seconds that a new instance costs, `overhead` those
+    of a step outside the worker.
     """
 
-    degrees: tuple[int, ...] = (1, 2, 4, 8)
     rows: int = 6
-    levels: int = 4
+    levels: int | None = None
     budget: float | None = 0.9
-    pause: float = 0.1
     sheds: bool = True
+    pause: float = 0.1
     overhead: float = 0.0
+
+    @staticmethod
+    def of(config: Config, quality: QualityProfile, pause: float = 0.1, overhead: float = 0.0) -> "Setup":
+        policy = config.scheduler
+        lowest = max(policy.min_confidence_threshold - 1e-6, 0.0)
+        controlled = policy.threshold_control != "fixed"
+        return Setup(
+            rows=min(policy.guaranteed_rows, config.device.max_num_seqs),
+            levels=max(1, sum(level >= lowest for level in quality.levels)) if controlled else 1,
+            budget=None if policy.accuracy_budget == "off" else float(policy.accuracy_budget),
+            sheds=policy.shed == "on",
+            pause=pause,
+            overhead=overhead,
+        )
 
 
 class Planner:
@@ -70,51 +106,81 @@ class Planner:
 
     def advise(self, demand: Demand) -> Advice:
         """Pure but for the tables; takes some tens of milliseconds, so not on the loop."""
-        possible = [degree for degree in self.setup.degrees if degree in self.laws]
-        ground = Ground(moves.groups(demand.alive, possible), shapes(demand.running))
-        offered = [self.offered(stream, ground) for stream in demand.streams]
-        running = demand.running
+        possible = [degree for degree in demand.degrees if degree in self.laws]
+        running = demand.plan.groups
+        ground = Ground(moves.groups(demand.ranks, possible), Counter(map(len, running)))
         if not ground.groups:
-            nothing = Proposal({}, 0.0, 0.0, 0.0, 0.0)
-            return Advice((), bool(running), "no device is left that could hold an instance", nothing, 0.0)
+            return Advice(None, "no device is left that could hold an instance", planning.NOTHING)
+        offered = [self.offered(flow, demand, ground) for flow in few(demand.flows)]
         pause, budget, held = self.setup.pause, self.setup.budget, planning.kept(ground.running, ground)
         now = planning.propose(offered, ground, pause, budget, held)
         wanted = planning.propose(offered, ground, pause, budget)
-        plan = moves.layout(wanted.counts, demand.alive, running)
+        plan = moves.layout(wanted.counts, demand.ranks, running)
         share = moves.changed(running, plan)
-        seen = sum(stream.seen for stream in demand.streams)
-        gain = planning.gain(wanted, now, share, pause) * seen / (seen + TRUSTED)
-        if planning.worth_switching(gain, share, demand.pending):
-            return Advice(plan, True, planning.explained(offered, wanted, now, True), wanted, gain)
+        gain = planning.gain(wanted, now, share, pause) * trust(demand)
+        if planning.worth_switching(gain, share):
+            return Advice(Plan(plan), planning.explained(offered, wanted, now, True), wanted, gain)
         reason = planning.explained(offered, wanted, now, False)
-        if held == dict(ground.running) or demand.pending:
-            return Advice(running, False, reason, now, gain)
-        return Advice(moves.layout(held, demand.alive, running), True, f"devices came or went; {reason}", now, gain)
+        if held == dict(ground.running):
+            return Advice(None, reason, now, gain)
+        return Advice(Plan(moves.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
 
-    def offered(self, stream: Stream, ground: Ground) -> Offered:
-        rate = planning.expected(stream.rate, stream.backlog, self.setup.sheds)
-        kind = stream.kind
+    def offered(self, flow: Flow, demand: Demand, ground: Ground) -> Offered:
+        """The class with its tables; the backlog is shared out evenly."""
+        base, overhead = self.laws[min(self.laws)], self.setup.overhead
+        kind = Kind(flow.canvas_tokens, flow.answer_tokens)
+        reference = unloaded(base, self.forecast, kind, overhead)
+        if flow.tightness is not None:
+            kind = kind._replace(deadline=rounded(flow.tightness * reference))
+        share = flow.rate / max(1e-9, sum(other.rate for other in demand.flows))
+        rate = planning.expected(flow.rate, share * demand.backlog, self.setup.sheds)
         devices = planning.devices(ground)
         tables = {degree: self.table(kind, degree, max(1, devices // degree)) for degree in ground.groups}
-        reference = unloaded(self.laws[min(self.laws)], self.forecast, kind, self.setup.overhead)
-        return Offered(stream.name, rate, reference, tables, kind.weight)
+        return Offered(named(flow), rate, reference, tables)
 
     def table(self, kind: Kind, degree: int, instances: int) -> list[Point]:
-        key = kind._replace(weight=1.0), degree, instances
+        key = kind, degree, instances
         if key not in self.tables:
             if len(self.tables) >= MOST_TABLES:
                 self.tables.clear()
             rows = UNHURRIED_ROWS if kind.deadline == NEVER else self.setup.rows
-            setup = self.setup
-            self.tables[key] = points(
-                self.laws[degree], self.forecast, kind, instances, rows, setup.levels, setup.overhead
-            )
+            law, (levels, overhead) = self.laws[degree], (self.setup.levels, self.setup.overhead)
+            self.tables[key] = points(law, self.forecast, kind, instances, rows, levels, overhead)
         return self.tables[key]
 
 
-def shapes(groups: tuple[moves.Group, ...]) -> dict[int, int]:
-    """Instances by degree."""
-    found: dict[int, int] = {}
-    for group in groups:
-        found[len(group)] = found.get(len(group), 0) + 1
-    return found
+def few(flows: Sequence[Flow]) -> list[Flow]:
+    """The most frequent flows; the others count as the one among them that is most like them."""
+    flows = sorted((flow for flow in flows if flow.rate > 0.0), key=lambda flow: -flow.rate)
+    rates = [flow.rate for flow in flows[:CLASSES]]
+    for flow in flows[CLASSES:]:
+        nearest = min(range(CLASSES), key=lambda i: distance(flows[i], flow))
+        rates[nearest] += flow.rate
+    return [msgspec.structs.replace(flow, rate=rate) for flow, rate in zip(flows, rates, strict=False)]
+
+
+def distance(one: Flow, other: Flow) -> float:
+    """In orders of magnitude; having a deadline or not is worse than any."""
+    if (one.tightness is None) != (other.tightness is None):
+        return NEVER
+    tightness = abs(ratio(one.tightness or 1.0, other.tightness or 1.0))
+    return tightness + abs(ratio(one.canvas_tokens, other.canvas_tokens))
+
+
+def ratio(one: float, other: float) -> float:
+    return max(one, other) / max(1e-9, min(one, other)) - 1.0
+
+
+def rounded(deadline: float) -> float:
+    return float(STEP ** round(np.log(max(1e-3, deadline)) / np.log(STEP)))
+
+
+def trust(demand: Demand) -> float:
+    """How much of a gain is believed: few requests may be like this by chance."""
+    seen = demand.seconds * sum(flow.rate for flow in demand.flows)
+    return seen / (seen + TRUSTED)
+
+
+def named(flow: Flow) -> str:
+    hurry = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
+    return f"{hurry} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"

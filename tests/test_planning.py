@@ -1,17 +1,18 @@
 """Which instances there should be: operating points, the linear program, layouts, and when to change."""
 
 import itertools
-import random
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dilaserve.config import Config
 from dilaserve.fleet import NEVER, Kind, points, unloaded
-from dilaserve.planner import Demand, Planner, Setup
+from dilaserve.planner import CLASSES, Demand, Flow, Plan, Planner, Setup, few
 from dilaserve.policy.moves import block, changed, groups, layout, moves
 from dilaserve.policy.planning import (
     MARGIN,
+    NOTHING,
     Ground,
     Offered,
     expected,
@@ -26,7 +27,6 @@ from dilaserve.policy.planning import (
 from dilaserve.quality import Forecast
 from dilaserve.sim.degrees import by_degree
 from dilaserve.sim.roofline import llada_8b_h200
-from dilaserve.traffic import CLASSES, Traffic
 
 PROFILE = llada_8b_h200()
 LAWS = by_degree(next(iter(PROFILE.costs.values())))
@@ -228,9 +228,9 @@ def test_a_deadline_that_nothing_can_meet_and_no_traffic_change_nothing():
     assert kept({16: 1}, ground) == {1: 8}
 
 
-@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 200))
+@given(st.floats(-1, 1), st.floats(0, 1), st.sampled_from([0.1, 150.0]))
 def test_a_switch_must_pay_for_itself(better, share, pause):
-    now = propose([], Ground({1: 1}, {1: 1}), 0.0)
+    now = NOTHING
     wanted = now._replace(value=better)
     worth = gain(wanted, now, share, pause)
     assert worth == pytest.approx(better - share * pause / 30)
@@ -258,13 +258,12 @@ def test_the_reason_tells_load_plan_and_prospects():
 # all together
 
 
-def streams(mix, seconds=8.0, seed=0):
+def demand(mix, plan, ranks=range(8), seconds=4.0, degrees=DEGREES, backlog=0):
     """`mix`: requests a second by tightness."""
-    traffic, rng = Traffic(), random.Random(seed)
-    times = sorted((rng.uniform(0, seconds), scale) for scale, rate in mix.items() for _ in range(int(rate * seconds)))
-    for at, scale in times:
-        traffic.arrived(Kind(rng.randint(400, 510), 256, scale * ALONE), ALONE, at)
-    return traffic.streams(seconds)
+    flows = [Flow(canvas_tokens=456, answer_tokens=256, tightness=scale, rate=rate) for scale, rate in mix.items()]
+    return Demand(
+        seconds=seconds, flows=tuple(flows), backlog=backlog, plan=Plan(plan), ranks=tuple(ranks), degrees=degrees
+    )
 
 
 SINGLE = tuple((rank,) for rank in range(8))
@@ -272,51 +271,55 @@ SINGLE = tuple((rank,) for rank in range(8))
 
 def test_the_planner_follows_a_regime_shift_and_then_rests():
     planner = Planner(LAWS, PROFILE.quality)
-    tight = planner.advise(Demand(streams({0.8: 6.0}), tuple(range(8)), SINGLE))
-    assert tight.adopted
-    assert {len(group) for group in tight.plan} <= {2, 4, 8}
+    tight = planner.advise(demand({0.8: 6.0}, SINGLE))
+    assert {len(group) for group in tight.plan.groups} <= {2, 4, 8}
     assert tight.gain > MARGIN
-    again = planner.advise(Demand(streams({0.8: 6.0}, seed=1), tuple(range(8)), tight.plan))
-    assert not again.adopted
-    assert again.plan == tight.plan
-    busy = planner.advise(Demand(streams({3.0: 40.0}), tuple(range(8)), tight.plan))
-    assert busy.plan == SINGLE
+    again = planner.advise(demand({0.8: 6.3}, tight.plan.groups))
+    assert again.plan is None
+    busy = planner.advise(demand({3.0: 40.0}, tight.plan.groups))
+    assert busy.plan == Plan(SINGLE)
     assert "instead of" in busy.reason
-    assert not planner.advise(Demand(streams({3.0: 40.0}), tuple(range(8)), tight.plan, pending=True)).adopted
-    slow = Planner(LAWS, PROFILE.quality, Setup(pause=150.0))
-    assert not slow.advise(Demand(streams({3.0: 40.0}), tuple(range(8)), tight.plan)).adopted
+    restarting = Planner(LAWS, PROFILE.quality, Setup(pause=150.0))
+    assert restarting.advise(demand({3.0: 40.0}, tight.plan.groups)).plan is None
 
 
 def test_lost_and_found_devices_change_the_plan_even_without_traffic():
     planner = Planner(LAWS, PROFILE.quality)
-    alive = (0, 1, 2, 3, 5, 6, 7)
-    shrunk = planner.advise(Demand((), alive, ((0, 1, 2, 3),)))
-    assert shrunk.plan == ((0, 1, 2, 3), (5,), (6,), (7,))
-    grown = planner.advise(Demand((), tuple(range(8)), shrunk.plan))
-    assert grown.plan == ((0, 1, 2, 3), (4,), (5,), (6,), (7,))
-    assert planner.advise(Demand((), (), ())).plan == ()
+    shrunk = planner.advise(demand({}, ((0, 1, 2, 3),), (0, 1, 2, 3, 5, 6, 7)))
+    assert shrunk.plan == Plan(((0, 1, 2, 3), (5,), (6,), (7,)))
+    grown = planner.advise(demand({}, shrunk.plan.groups))
+    assert grown.plan == Plan(((0, 1, 2, 3), (4,), (5,), (6,), (7,)))
+    assert planner.advise(demand({}, (), ())).plan is None
+
+
+def test_only_degrees_that_the_model_allows_and_the_profile_knows_are_formed():
+    laws = {degree: LAWS[degree] for degree in (2, 4, 8)}
+    plan = Planner(laws, PROFILE.quality).advise(demand({3.0: 60.0}, (), degrees=(1, 2, 4))).plan
+    assert plan == Plan(((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
 def test_a_few_requests_are_no_reason_to_change():
-    planner = Planner(LAWS, PROFILE.quality)
-    assert not planner.advise(Demand(streams({3.0: 0.5}, seconds=2.0), tuple(range(8)), SINGLE)).adopted
+    assert Planner(LAWS, PROFILE.quality).advise(demand({3.0: 0.5}, SINGLE, seconds=2.0)).plan is None
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(32, 4000),
-            st.sampled_from([0.5, 1.0, 3.0, NEVER]),
-            st.floats(0, 20),
-            st.sampled_from([None, "sums", "names", "chat"]),
-        )
-    )
+def test_the_configuration_sets_the_planner_up():
+    quality = PROFILE.quality
+    assert Setup.of(Config(), quality) == Setup(levels=4)
+    assert Setup.of(Config.of(threshold_control="fixed", accuracy_budget="off"), quality) == Setup(1 + 5, 1, None)
+    assert Setup.of(Config.of(min_confidence_threshold=0.75, shed="off"), quality) == Setup(levels=2, sheds=False)
+
+
+FLOWS = st.builds(
+    Flow,
+    canvas_tokens=st.integers(64, 4000),
+    answer_tokens=st.integers(1, 64),
+    tightness=st.sampled_from([None, 0.5, 1.0, 3.0]),
+    rate=st.floats(0.0, 20.0),
 )
-def test_classes_are_few_and_hold_every_recent_request(requests):
-    traffic = Traffic()
-    for tokens, scale, at, task in sorted(requests, key=lambda one: one[2]):
-        traffic.arrived(Kind(tokens, tokens // 2, scale * 0.4, task=task), 0.4, at)
-    found = traffic.streams(20.0)
+
+
+@given(st.lists(FLOWS, max_size=12))
+def test_classes_are_few_and_carry_all_the_traffic(flows):
+    found = few(flows)
     assert len(found) <= CLASSES
-    assert sum(stream.seen for stream in found) == sum(at > 16.0 for _, _, at, _ in requests)
-    assert all(stream.name and stream.rate > 0 for stream in found)
+    assert sum(flow.rate for flow in found) == pytest.approx(sum(flow.rate for flow in flows))

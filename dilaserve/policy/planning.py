@@ -60,6 +60,9 @@ class Proposal(NamedTuple):
     drop: float
 
 
+NOTHING = Proposal({}, 0.0, 0.0, 0.0, 0.0)
+
+
 class Terms(NamedTuple):
     """The linear program: one column a point, then instances and newly made instances by degree."""
 
@@ -77,7 +80,7 @@ class Row(NamedTuple):
     exact: bool = False
 
 
-def expected(rate: float, backlog: int, sheds: bool) -> float:
+def expected(rate: float, backlog: float, sheds: bool) -> float:
     """The rate to plan for; a backlog that is never shed says nothing about what is to come."""
     return HEADROOM * rate + (backlog / HORIZON if sheds else 0.0)
 
@@ -99,7 +102,7 @@ def propose(
     terms = written(offered, ground)
     if not terms.columns:
         counts = kept(held or ground.running, ground)
-        return Proposal(counts, 0.0, 0.0, 0.0, 0.0)
+        return NOTHING._replace(counts=counts)
     goal = objective(terms, pause, devices(ground))
     bounds = limits(terms, ground, held)
     integral = np.zeros(len(goal))
@@ -107,7 +110,7 @@ def propose(
     options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
     found = milp(goal, constraints=rows(terms, ground, budget), bounds=bounds, integrality=integral, options=options)
     if found.x is None:
-        return Proposal(kept(held or ground.running, ground), 0.0, 0.0, 0.0, 0.0)
+        return NOTHING._replace(counts=kept(held or ground.running, ground))
     return read(terms, found.x, pause, devices(ground))
 
 
@@ -217,7 +220,7 @@ def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float
     return wanted.value - now.value - switching(changed, pause)
 
 
-def worth_switching(gain: float, changed: float, pending: bool) -> bool:
+def worth_switching(gain: float, changed: float, pending: bool = False) -> bool:
     """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD).
 
     Nothing changes while another change is pending.
