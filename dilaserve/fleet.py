@@ -14,7 +14,7 @@ from dilaserve.quality import Forecast, Outlook
 RATES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of the fleet's highest throughput
 MOST_INSTANCES = 32  # pooling helps no further beyond
 SPREAD = 0.2  # relative, of how fast requests of one kind fill their canvases
-USELESS = 0.02  # share on time below which a point is left out
+BETTER = 0.002  # relative, below which another point is not worth looking at
 NEVER = float("inf")
 COMPANY, KEPT, HOPELESS = 0.9, 0.8, 1.05  # of policy/admission.py
 
@@ -75,9 +75,17 @@ def points(
         rates = np.array(RATES) * np.max(np.arange(1, rows + 1) / pace.life)
         on_time, latency = carried(pace, spread, kind.deadline, instances, rates)
         for rate, share, seconds in zip(rates, on_time, latency, strict=True):
-            if share >= USELESS:
+            if rate * share > (1.0 + BETTER) * reached(found, rate):
                 found.append(Point(level, float(rate), float(share), drop, float(seconds)))
     return found
+
+
+def reached(known: list[Point], rate: float) -> float:
+    """Requests a second on time, at most, that mixtures of known points and of idleness get out of this rate.
+
+    A lower level of the threshold is worth looking at where it gets more, and a higher rate as well.
+    """
+    return max((min(rate, point.rate) * point.on_time for point in known), default=0.0)
 
 
 def unloaded(law: StepCost, forecast: Forecast, kind: Kind, overhead: float = 0.0) -> float:
