@@ -9,6 +9,7 @@ it is late without any solving (the 99 % quantile): both are printed.
 
 import argparse
 import asyncio
+import hashlib
 import random
 import statistics
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dilaserve.advisor import Advisor
 from dilaserve.planner import Demand, Flow, Plan, Planner
 from dilaserve.policy.moves import groups
 from dilaserve.policy.planning import Ground, propose
@@ -26,6 +28,7 @@ from dilaserve.sim.degrees import by_degree
 from dilaserve.sim.roofline import llada_8b_h200
 
 DEGREES = (1, 2, 4, 8)
+FODDER = bytes(10**7)
 PULSE = 0.001  # seconds between two beats of the loop that is watched
 
 
@@ -101,11 +104,15 @@ def stalls(seconds: float, devices: int, classes: int) -> dict[str, list[float]]
 
     ways: dict[str, Callable[[], object] | None] = {
         "nothing": None,
+        "hashing, without the lock": lambda: hashlib.sha256(FODDER).digest(),
         "the program": lambda: propose(offered, ground, 0.1, 0.9),
         "tables": tables,
         "whole advice": lambda: planner.advise(next(source)),
     }
-    return {name: asyncio.run(lateness(seconds, way)) for name, way in ways.items()}
+    with Advisor(laws, profile.quality, planner.setup) as advisor:
+        advisor.advise(demand)
+        ways["advice, in a process"] = lambda: advisor.advise(next(source))
+        return {name: asyncio.run(lateness(seconds, way)) for name, way in ways.items()}
 
 
 def spread(times: list[float]) -> tuple[float, float, float]:

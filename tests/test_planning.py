@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dilaserve.advisor import Advisor
 from dilaserve.config import Config
 from dilaserve.fleet import NEVER, Kind, points, unloaded
 from dilaserve.planner import CLASSES, Demand, Flow, Plan, Planner, Setup, few
@@ -300,6 +301,22 @@ def test_only_degrees_that_the_model_allows_and_the_profile_knows_are_formed():
 
 def test_a_few_requests_are_no_reason_to_change():
     assert Planner(LAWS, PROFILE.quality).advise(demand({3.0: 0.5}, SINGLE, seconds=2.0)).plan is None
+
+
+def test_the_planner_in_its_own_process_answers_alike_and_outlives_its_process():
+    setup = Setup()
+    with Advisor(LAWS, PROFILE.quality, setup) as advisor:
+        wanted = demand({0.8: 6.0}, SINGLE)
+        inline = Planner(LAWS, PROFILE.quality, setup).advise(wanted)
+        assert advisor.advise(wanted) == inline
+        advisor.learned({1: LAWS[1]}, PROFILE.quality)
+        assert advisor.advise(wanted).plan is None
+        dead = advisor.process
+        dead.kill()
+        dead.join()
+        assert advisor.advise(wanted) is None
+        assert "8x1" in advisor.advise(wanted).reason
+    assert advisor.process is None
 
 
 def test_the_configuration_sets_the_planner_up():
