@@ -15,6 +15,7 @@ RATES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of the fleet's highest th
 MOST_INSTANCES = 32  # pooling helps no further beyond
 SPREAD = 0.2  # relative, of how fast requests of one kind fill their canvases
 BETTER = 0.002  # relative, below which another point is not worth looking at
+PATIENT = 50.0  # times the unloaded latency; nobody waits longer, so that long deadlines do not make endless chains
 NEVER = float("inf")
 COMPANY, KEPT, HOPELESS = 0.9, 0.8, 1.05  # of policy/admission.py
 
@@ -155,6 +156,7 @@ def crowd(pace: Pace, deadline: float, instances: int) -> tuple[np.ndarray, np.n
         state = np.arange(1, 3 * most + 1)
         company = np.clip(state / instances, 1.0, rows)
         return state, company, np.maximum(0, state - most) / (most / pace.life[-1])
+    deadline = min(deadline, PATIENT * alone)
     work = max(1e-9, float(pace.life[-1] - alone) / max(1, rows - 1))  # what one more row adds
     waits = np.linspace(0.0, deadline, 64)
     fits = np.clip(allowed(deadline - waits, alone, work), 1.0, rows)

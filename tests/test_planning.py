@@ -124,7 +124,7 @@ def test_counts_can_be_packed_exactly_when_the_nested_sums_say_so(alive, degrees
 
 
 KINDS = st.builds(
-    Kind, st.sampled_from([128, 456, 1500]), st.sampled_from([32, 256]), st.sampled_from([0.3, 0.8, 2.0, NEVER])
+    Kind, st.sampled_from([128, 456, 1500]), st.sampled_from([32, 256]), st.sampled_from([0.3, 0.8, 2.0, 3600.0, NEVER])
 )
 
 
