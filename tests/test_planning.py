@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.fleet import NEVER, Kind, points, unloaded
+from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
 from dilaserve.planner import CLASSES, Demand, Flow, Plan, Planner, Setup, few
 from dilaserve.policy.moves import block, changed, groups, layout, moves
 from dilaserve.policy.planning import (
@@ -124,13 +124,13 @@ def test_counts_can_be_packed_exactly_when_the_nested_sums_say_so(alive, degrees
 
 
 KINDS = st.builds(
-    Kind, st.sampled_from([128, 456, 1500]), st.sampled_from([32, 256]), st.sampled_from([0.3, 0.8, 2.0, 3600.0, NEVER])
+    Kind, st.sampled_from([128, 456, 1500]), st.sampled_from([32, 256]), st.sampled_from([0.3, 0.8, 2.0, NEVER])
 )
 
 
-@settings(deadline=None, max_examples=10)
-@given(KINDS, st.sampled_from(DEGREES), st.integers(1, 40))
-def test_more_load_never_helps_and_more_time_never_hurts(kind, degree, instances):
+@settings(deadline=None, max_examples=8)
+@given(KINDS, st.sampled_from(DEGREES), st.integers(1, 12))
+def test_more_load_never_helps_nor_does_more_time_hurt_below_the_knee(kind, degree, instances):
     table = points(LAWS[degree], FORECAST, kind, instances, 6)
     for level in {point.level for point in table}:
         own = [point for point in table if point.level == level]
@@ -139,15 +139,24 @@ def test_more_load_never_helps_and_more_time_never_hurts(kind, degree, instances
             assert less.rate < more.rate
             assert more.on_time <= less.on_time + 0.01
     relaxed = points(LAWS[degree], FORECAST, kind._replace(deadline=2 * kind.deadline), instances, 6)
-    best = {(point.level, point.rate): point.on_time for point in relaxed}
-    assert all(best[point.level, point.rate] >= point.on_time - 0.03 for point in table)
+    peak = max(point.rate for point in points(LAWS[degree], FORECAST, kind._replace(deadline=NEVER), 1, 6, levels=1))
+    calm = [point for point in table if point.level == 0 and point.rate < 0.8 * peak / RATES[-1]]
+    assert all(reached(relaxed, point.rate) >= 0.99 * point.rate * point.on_time for point in calm)
 
 
 def test_a_pool_meets_more_deadlines_than_a_lone_instance():
     kind = Kind(456, 256, 2 * ALONE)
-    pooled, lone = (points(LAWS[1], FORECAST, kind, instances, 6, levels=1) for instances in (8, 1))
-    assert pooled[-3].rate == lone[-3].rate
-    assert pooled[-3].on_time > lone[-3].on_time + 0.05
+    pooled, lone = (
+        {point.rate: point.on_time for point in points(LAWS[1], FORECAST, kind, instances, 6, levels=1)}
+        for instances in (8, 1)
+    )
+    busy = max(pooled.keys() & lone.keys())
+    assert pooled[busy] > lone[busy] + 0.05
+
+
+def test_an_hour_is_as_good_as_no_deadline_until_the_fleet_is_full():
+    hour, never = (points(LAWS[2], FORECAST, Kind(456, 256, limit), 4, 6, levels=1) for limit in (3600.0, NEVER))
+    assert [point.on_time for point in hour[:6]] == pytest.approx([point.on_time for point in never[:6]], abs=0.02)
 
 
 def test_degrees_make_a_lone_request_faster_and_the_box_slower():
