@@ -53,7 +53,7 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
     profile, rng = llada_8b_h200(), random.Random(0)
     law = next(iter(profile.costs.values()))
     config = Config.of(max_num_seqs=max(64, rows), max_queue=4096)
-    machine = Scheduler(config, law, profile.quality)
+    machine = Scheduler(config, {1: law}, profile.quality)
     now, number = 0.0, 0
     flying: list[tuple[float, Batch]] = []
     took: list[float] = []

@@ -50,14 +50,15 @@ class Errors:
         self.stepped, self.watched = beliefs.stepped, beliefs.watched
         beliefs.stepped, beliefs.watched = self.on_step, self.on_row  # type: ignore[method-assign]
 
-    def on_step(self, features: Features, refreshes: bool, seconds: float, turnaround: float) -> None:
-        self.step_times.append(abs(self.beliefs.learner.seconds(features, refreshes) / seconds - 1))
-        self.stepped(features, refreshes, seconds, turnaround)
+    def on_step(self, features: Features, refreshes: bool, seconds: float, turnaround: float, degree: int) -> None:
+        self.step_times.append(abs(self.beliefs.pace(degree).learner.seconds(features, refreshes) / seconds - 1))
+        self.stepped(features, refreshes, seconds, turnaround, degree)
 
     def on_row(self, progress: Progress, masks: int, block: int, unmasked: int, ended: bool) -> None:
         self.watched(progress, masks, block, unmasked, ended)
         progress.loads = None
-        self.forecasts.setdefault(id(progress), []).append(self.beliefs.loads(progress)[progress.level].steps)
+        steps = self.beliefs.loads(progress, self.beliefs.base)[progress.level].steps
+        self.forecasts.setdefault(id(progress), []).append(steps)
         if ended:
             seen = self.forecasts.pop(id(progress))
             actual = range(len(seen) - 1, -1, -1)

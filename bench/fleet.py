@@ -27,10 +27,9 @@ from dilaserve.policy.planning import Ground, Offered, propose
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import Forecast
 from dilaserve.sim import workload
-from dilaserve.sim.degrees import by_degree
 from dilaserve.sim.report import Report, report
 from dilaserve.sim.roofline import llada_8b_h200
-from dilaserve.sim.run import pretended, simulate
+from dilaserve.sim.run import by_degree, pretended, simulate
 
 PROMPT, ANSWER, LIMIT = 200, 256, 1024
 
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     args = parser.parse_args()
     known = llada_8b_h200()
-    laws = {n: law for n, law in by_degree(next(iter(known.costs.values()))).items() if n <= args.devices}
+    laws = {n: law for n, law in by_degree(known.costs).items() if n <= args.devices}
     forecast, setup = Forecast(known.quality), Setup()
     alone = unloaded(laws[1], forecast, Kind(PROMPT + ANSWER, ANSWER))
     ground = Ground(groups(range(args.devices), list(laws)), {1: args.devices})

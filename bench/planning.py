@@ -21,11 +21,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dilaserve.advisor import Advisor
-from dilaserve.planner import Demand, Flow, Plan, Planner
+from dilaserve.planner import Planner
 from dilaserve.policy.moves import groups
 from dilaserve.policy.planning import Ground, propose
-from dilaserve.sim.degrees import by_degree
 from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import by_degree
+from dilaserve.terms import Demand, Flow, Plan
 
 DEGREES = (1, 2, 4, 8)
 FODDER = bytes(10**7)
@@ -53,7 +54,7 @@ def demands(devices: int, classes: int, rng: random.Random) -> Iterator[Demand]:
 def solving(devices: int, classes: int, repeat: int, tick: Callable[[], None]) -> tuple[list[float], ...]:
     """Milliseconds of the program alone, tables given: by the clock, of the processor; and of making the tables."""
     profile = llada_8b_h200()
-    planner = Planner(by_degree(next(iter(profile.costs.values()))), profile.quality)
+    planner = Planner(by_degree(profile.costs), profile.quality)
     ground = Ground(groups(range(devices), DEGREES), {1: devices})
     source = demands(devices, classes, random.Random(devices + classes))
     solved, worked, tabled = [], [], []
@@ -90,7 +91,7 @@ async def lateness(seconds: float, busy: Callable[[], object] | None) -> list[fl
 
 def stalls(seconds: float, devices: int, classes: int) -> dict[str, list[float]]:
     profile = llada_8b_h200()
-    laws = by_degree(next(iter(profile.costs.values())))
+    laws = by_degree(profile.costs)
     ground = Ground(groups(range(devices), DEGREES), {1: devices})
     source = demands(devices, classes, random.Random(0))
     planner = Planner(laws, profile.quality)

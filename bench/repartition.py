@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
@@ -34,10 +33,9 @@ from dilaserve.fleet import Kind, paced
 from dilaserve.planner import Planner, Setup
 from dilaserve.policy.moves import groups
 from dilaserve.policy.planning import shape
-from dilaserve.profiles import ModelProfile, cost_key
+from dilaserve.profiles import cost_key
 from dilaserve.quality import Forecast
 from dilaserve.sim import workload
-from dilaserve.sim.degrees import by_degree
 from dilaserve.sim.report import report
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import Run, classes, pretended, simulate
@@ -68,15 +66,9 @@ class Cell(NamedTuple):
     changes: int
 
 
-def profile() -> ModelProfile:
-    plain = llada_8b_h200()
-    laws = by_degree(next(iter(plain.costs.values())))
-    return msgspec.structs.replace(plain, costs={cost_key("cuda", degree): law for degree, law in laws.items()})
-
-
 def knee(devices: int) -> float:
     """Requests a second that data-parallel instances carry at the reference threshold."""
-    known = profile()
+    known = llada_8b_h200()
     forecast = Forecast(known.quality)
     ahead = forecast.blocks("any", 0, ANSWER // 32, 32)[0]
     pace = paced(known.costs[cost_key("cuda", 1)], Kind(PROMPT + ANSWER, ANSWER), ahead, 6, 32, 0.0)
@@ -160,7 +152,7 @@ def plans(devices: int, kind: str) -> list[str]:
 
 
 def played(case: Case, system: str, devices: int, seed: int, trace: Path | None) -> Run:
-    known, work = profile(), jobs(case, seed, trace)
+    known, work = llada_8b_h200(), jobs(case, seed, trace)
     automatic = system in (AUTO, RESTARTING)
     delay = RESTART if system == RESTARTING else IN_PLACE
     config = Config.of(

@@ -11,8 +11,9 @@ from multiprocessing.process import BaseProcess
 from typing import Self
 
 from dilaserve.cost import StepCost
-from dilaserve.planner import Advice, Demand, Planner, Setup
+from dilaserve.planner import Advice, Planner, Setup
 from dilaserve.quality import QualityProfile
+from dilaserve.terms import Demand
 
 News = tuple[dict[int, StepCost], QualityProfile]
 PATIENCE = 60.0  # seconds until an answer is given up, the first of a new process included

@@ -1,8 +1,8 @@
 """What the scheduler believes of the future: seconds of a step, and steps and seconds that a request still needs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from dilaserve.cost import Features, Learner, StepCost
+from dilaserve.cost import Features, Learner, StepCost, derived
 from dilaserve.policy.demand import drifted
 from dilaserve.progress import Loads, Progress
 from dilaserve.quality import Chain, Forecast, Outlook, QualityProfile, Track, part_of
@@ -13,17 +13,12 @@ MOST_THRESHOLDS = 4096  # that are remembered; requests may bring any
 NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
 
 
-class Beliefs:
-    """A cost law that learns, a quality profile, and the time that the road to a worker and back takes."""
+class Pace:
+    """Seconds of steps at one tensor-parallel degree: a cost law that learns, and the way to a worker and back."""
 
-    def __init__(self, law: StepCost, quality: QualityProfile) -> None:
+    def __init__(self, law: StepCost) -> None:
         self.learner = Learner(law)
-        self.forecast = Forecast(quality)
-        self.levels = quality.levels
-        self.nearest: dict[float, int] = {}
         self.overhead = 0.0  # seconds of a round trip outside the worker
-
-    # steps
 
     @property
     def sure(self) -> bool:
@@ -50,16 +45,40 @@ class Beliefs:
         attention = tokens * request.canvas_tokens
         return self.learner.law.marginal(tokens, attention, progress.masks, 1) * self.learner.factors[False]
 
-    def step_seconds(self, progress: Progress, refresh: bool) -> float:
-        """What the row adds to its next step."""
-        if progress.loads is not None:
-            return progress.loads.refresh if refresh else progress.loads.reuse
-        return self.refresh_seconds(progress) if refresh else self.reuse_seconds(progress)
 
-    def stepped(self, features: Features, refreshes: bool, seconds: float, turnaround: float) -> None:
-        """A step has taken `seconds` on the worker and `turnaround` seen from here."""
-        self.learner.observe(features, refreshes, seconds)
-        self.overhead += SMOOTH * (max(0.0, turnaround - seconds) - self.overhead)
+class Beliefs:
+    """Cost laws by degree, and a quality profile. A degree without a law of its own gets one from the smallest."""
+
+    def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
+        self.paces = {degree: Pace(law) for degree, law in laws.items()}
+        self.base = min(laws)
+        self.forecast = Forecast(quality)
+        self.levels = quality.levels
+        self.nearest: dict[float, int] = {}
+
+    # steps
+
+    def pace(self, degree: int) -> Pace:
+        if degree not in self.paces:
+            self.paces[degree] = Pace(derived(self.paces[self.base].learner.law, degree // self.base))
+        return self.paces[degree]
+
+    def sure(self, degrees: Iterable[int]) -> bool:
+        """Whether the laws of all these degrees are known."""
+        return all(self.pace(degree).sure for degree in degrees)
+
+    def step_seconds(self, progress: Progress, refresh: bool, degree: int) -> float:
+        """What the row adds to its next step."""
+        if progress.loads is not None and progress.loads.degree == degree:
+            return progress.loads.refresh if refresh else progress.loads.reuse
+        pace = self.pace(degree)
+        return pace.refresh_seconds(progress) if refresh else pace.reuse_seconds(progress)
+
+    def stepped(self, features: Features, refreshes: bool, seconds: float, turnaround: float, degree: int) -> None:
+        """A step at this degree has taken `seconds` on the worker and `turnaround` seen from here."""
+        pace = self.pace(degree)
+        pace.learner.observe(features, refreshes, seconds)
+        pace.overhead += SMOOTH * (max(0.0, turnaround - seconds) - pace.overhead)
 
     # requests
 
@@ -96,23 +115,25 @@ class Beliefs:
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks
 
-    def loads(self, progress: Progress) -> Loads:
-        """What the request still needs, by its own levels; kept until it has moved on."""
-        if progress.loads is None:
-            refresh, reuse = self.refresh_seconds(progress), self.reuse_seconds(progress)
+    def loads(self, progress: Progress, degree: int) -> Loads:
+        """What the request still needs at this degree, by its own levels; kept until it has moved on."""
+        if progress.loads is None or progress.loads.degree != degree:
+            pace = self.pace(degree)
+            refresh, reuse = pace.refresh_seconds(progress), pace.reuse_seconds(progress)
             if progress.quotas:
-                progress.loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0)
+                progress.loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
             else:
                 drift = drifted(progress.observed, progress.expected)
                 due = 0.0 if progress.fresh else 1.0
                 interval = progress.request.decoding.refresh_interval
-                progress.loads = Loads(self.tracks(progress), progress.masks, due, drift, refresh, reuse, interval)
+                tracks, masks = self.tracks(progress), progress.masks
+                progress.loads = Loads(tracks, masks, due, drift, refresh, reuse, interval, degree)
         return progress.loads
 
     def unloaded(self, progress: Progress) -> float:
-        """Seconds that the request takes alone at its reference threshold."""
-        need = self.loads(progress)[0]
-        return need.steps * self.fixed + need.work
+        """Seconds that the request takes alone at its reference threshold, on as few devices as can be."""
+        need = self.loads(progress, self.base)[0]
+        return need.steps * self.pace(self.base).fixed + need.work
 
     def watched(self, progress: Progress, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
         """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""

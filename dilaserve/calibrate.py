@@ -11,7 +11,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,7 +33,7 @@ from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, Tas
 from dilaserve.table import RequestTable
 from dilaserve.tasks import TASKS, held_out
 from dilaserve.tasks.problem import Problem
-from dilaserve.terms import Batch, Decoding, Event, InstanceReady, Span, StepDone
+from dilaserve.terms import Batch, Decoding, Event, Instance, InstanceReady, Moves, Span, StepDone, WorkerLost, WorkerUp
 
 ANSWER = 32  # tokens of the block that measured rows work on
 REUSE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -41,6 +41,7 @@ REFRESH_ROWS = (1, 2, 3, 4, 8)
 REPEATS = 7
 SIDE = 1.645  # normal quantile of a one-sided 95 % bound: the pessimistic end of a 90 % interval
 CHATTER = 16  # requests at once while quality is measured
+E = TypeVar("E", bound=Event)
 Seen = Callable[[str, int, int], None]  # what is measured, done, total
 
 
@@ -70,8 +71,10 @@ class Rig(NamedTuple):
     inbox: "asyncio.Queue[Event]"
 
 
-async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = real) -> list[Sample]:
-    """Seconds of reuse, refresh and mixed steps on the first device; the median of several each."""
+async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = real) -> dict[int, list[Sample]]:
+    """Seconds of reuse, refresh and mixed steps by tensor-parallel degree, on the first devices; the median of several
+    each.
+    """
     furniture = await asyncio.to_thread(furnish, config, quiet)
     started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     inbox: asyncio.Queue[Event] = asyncio.Queue()
@@ -81,10 +84,15 @@ async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = 
         if running.done():
             running.result()
         await started
-        first = await inbox.get()
-        assert isinstance(first, InstanceReady)
-        rig = Rig(furniture.executor, furniture.table, first.instance.kv_tokens, inbox)
-        return [sample async for sample in measured(rig, furniture, first.instance.id, config, limit, seen)]
+        pool = min([event.kv_tokens for event in drained(inbox) if isinstance(event, WorkerUp)])
+        found: dict[int, list[Sample]] = {}
+        for degree in furniture.degrees:
+            instance = Instance(degree, tuple(range(degree)), pool // PAGE * PAGE * degree)
+            furniture.executor.reshard(Moves(tuple(found), (instance,)))
+            await until(inbox, InstanceReady)
+            rig = Rig(furniture.executor, furniture.table, instance.kv_tokens, inbox)
+            found[degree] = [sample async for sample in measured(rig, furniture, degree, config, limit, seen)]
+        return found
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -105,7 +113,7 @@ async def measured(  # type: ignore[no-untyped-def]
                 rig.table.canvas[span.row, span.block_start : span.block_end] = furniture.mask_id
             number += 1
             rig.executor.launch(Batch(number, instance, spans))
-            done = await next_step(rig.inbox)
+            done = await until(rig.inbox, StepDone)
             if repeat:
                 seconds.append(done.seconds)
         masks = sum(span.block_end - span.block_start for span in spans)
@@ -113,13 +121,19 @@ async def measured(  # type: ignore[no-untyped-def]
         seen("step costs", count + 1, len(plan))
 
 
-async def next_step(inbox: "asyncio.Queue[Event]") -> StepDone:
+def drained(inbox: "asyncio.Queue[Event]") -> Iterator[Event]:
+    while not inbox.empty():
+        yield inbox.get_nowait()
+
+
+async def until(inbox: "asyncio.Queue[Event]", kind: type[E]) -> E:
+    """The next event of this kind."""
     while True:
         event = await inbox.get()
-        if isinstance(event, StepDone):
+        if isinstance(event, kind):
             return event
-        if not isinstance(event, InstanceReady):
-            raise Unavailable("the worker was lost while its steps were measured")
+        if isinstance(event, WorkerLost):
+            raise Unavailable(f"a worker was lost while its steps were measured: {event.reason}")
 
 
 class Shape(NamedTuple):
@@ -306,9 +320,12 @@ async def calibrate(
         measured_quality = await quality(engine, questions, seen)
         limit, name = engine.model.max_model_len, engine.model.name
     samples = await step_costs(config, limit, seen)
-    law = fit(samples)
+    laws = {degree: fit(taken) for degree, taken in samples.items()}
     known = profiles.find(directory, None)
-    costs: dict[str, StepCost] = {**(known.costs if known else {}), profiles.cost_key(device): law}
+    costs: dict[str, StepCost] = {
+        **(known.costs if known else {}),
+        **{profiles.cost_key(device, degree): law for degree, law in laws.items()},
+    }
     profile = ModelProfile(
         model=name,
         made=datetime.date.today().isoformat(),
@@ -316,7 +333,8 @@ async def calibrate(
         costs=costs,
         quality=measured_quality,
     )
-    return profile, samples, law
+    least = min(laws)
+    return profile, samples[least], laws[least]
 
 
 def machine() -> str:

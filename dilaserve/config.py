@@ -41,10 +41,21 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Devices"""
 
     devices: Annotated[str, Meta(description="auto, or a list with one worker each: cuda:0,cuda:1 or cpu,cpu")] = "auto"
+    plan: Annotated[
+        str, Meta(description="which devices form instances: auto, or COUNTxDEGREE such as 8x1, 2x4, 4x1+2x2")
+    ] = "auto"
+    group_backend: Annotated[
+        Literal["auto", "shm", "gloo", "nccl"],
+        Meta(description="what carries tensor-parallel groups; auto: nccl where it can, else shared memory"),
+    ] = "auto"
     max_num_seqs: Annotated[Positive, Meta(description="rows that may run at once on one device")] = 64
     max_num_batched_tokens: Annotated[Positive, Meta(description="packed tokens in one step, at most")] = 8192
     kv_cache_tokens: Annotated[
         Positive | None, Meta(description="K/V pool of one device, in tokens (default: from free memory)")
+    ] = None
+    weights_memory: Annotated[
+        Annotated[float, Meta(gt=0.0)] | None,
+        Meta(description="GiB of one device that weights may take (default: what is there); more are split up"),
     ] = None
     gpu_memory_utilization: Annotated[Share, Meta(description="share of a GPU's memory to use")] = 0.9
     cpu_threads: Annotated[
@@ -87,6 +98,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     best_effort_age: Annotated[
         Annotated[float, Meta(gt=0.0)], Meta(description="seconds after which late requests go before all others")
     ] = 30.0
+    step_timeout: Annotated[
+        Annotated[float, Meta(gt=0.0)],
+        Meta(description="seconds after which a step counts as hung, if that is 20 times what was predicted"),
+    ] = 20.0
     profile: Annotated[
         str | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
     ] = None
@@ -101,6 +116,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         8000
     )
     api_key: Annotated[str | None, Meta(description="clients must send it as a bearer token")] = None
+    admin_key: Annotated[str | None, Meta(description="bearer token that may change the plan (POST /v1/plan)")] = None
     max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 4 * 2**20
     max_choices: Annotated[Positive, Meta(description="largest n, and most prompts in one request")] = 16
     grace_period: Annotated[

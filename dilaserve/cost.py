@@ -75,6 +75,14 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, bends=tuple(bend * factor for bend in self.bends), **changed)
 
 
+def derived(law: StepCost, degree: int) -> StepCost:
+    """A guess of the law on `degree` times as many devices: they share what grows with the batch evenly, and nothing of
+    what every step pays, because reading a part of the weights and meeting at every layer takes about as long.
+    """
+    shared = law.scaled(1.0 / degree)
+    return msgspec.structs.replace(shared, fixed=law.fixed, row=law.row, samples=0, guess=True)
+
+
 def design(features: Features, knots: Sequence[int]) -> list[float]:
     tokens, attention, projected, rows = features
     return [1.0, tokens, *(max(0, tokens - knot) for knot in knots), attention, projected, rows]

@@ -1,6 +1,7 @@
 """Which devices there are, and what a worker on each is told."""
 
 import os
+import platform
 import re
 
 import torch
@@ -29,6 +30,21 @@ def dtype_for(device: str, dtype: str) -> str:
     if dtype != "auto":
         return dtype
     return "float32" if device == "cpu" else "bfloat16"
+
+
+def backend_for(names: list[str], wanted: str) -> str:
+    """What carries tensor-parallel groups. Raises `ConfigError` where NCCL is asked for and cannot work."""
+    distinct = all(name.startswith("cuda") for name in names) and len(set(names)) == len(names)
+    nccl = distinct and torch.distributed.is_nccl_available()
+    if wanted == "nccl" and not nccl:
+        raise ConfigError(
+            "--group-backend nccl needs NCCL and a GPU of its own for every worker", param="group_backend"
+        )
+    if wanted != "auto":
+        return wanted
+    if nccl:
+        return "nccl"
+    return "shm" if platform.machine().lower() in ("x86_64", "amd64") else "gloo"  # see groups.SharedMemory
 
 
 def threads_for(device: str, names: list[str], config: DeviceConfig) -> int:

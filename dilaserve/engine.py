@@ -19,25 +19,38 @@ from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFail
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
 from dilaserve.options import Options, parse_classes, settle, wanted
+from dilaserve.pages import PAGE
+from dilaserve.policy.layouts import checked, parsed, spelled
 from dilaserve.scheduler import Scheduler
 from dilaserve.stream import Chunk, Completion, Stream, collect
 from dilaserve.terms import (
     Adjust,
     Arrival,
     Cancel,
+    Change,
     Command,
     Decline,
+    Demand,
     Emit,
     Event,
     Fail,
     Finish,
     InstanceLost,
     InstanceReady,
+    Kill,
     Launch,
+    Plan,
+    PlanReady,
     Release,
+    Replan,
     Request,
+    Reshaped,
+    Reshard,
+    Solve,
     StepDone,
     Usage,
+    WorkerLost,
+    WorkerUp,
 )
 
 __all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
@@ -46,6 +59,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+Planner: TypeAlias = Callable[[Demand], PlanReady]
+MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters from which encoding leaves the loop
 
 
@@ -60,6 +75,9 @@ class Profile(msgspec.Struct):
     forward: float = 0.0
     decisions: int = 0
     deciding: float = 0.0
+    changes: int = 0  # of the plan
+    paused: float = 0.0  # seconds that rows have waited for them, the longest wait of each
+    workers_lost: int = 0
 
 
 class Engine:
@@ -67,10 +85,16 @@ class Engine:
 
     Several engines may live in one process. Entering loads the model and raises `ConfigError` when that cannot work;
     leaving cancels what still runs and ends the workers. `furnish` provides what it works with; the simulator has
-    its own.
+    its own. `planner` is asked now and then, off the loop, whether another plan would be better, if --plan is auto.
     """
 
-    def __init__(self, config: Config | None = None, progress: Progress | None = None, furnish: Furnish = real) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        progress: Progress | None = None,
+        furnish: Furnish = real,
+        planner: Planner | None = None,
+    ) -> None:
         self.config = config or Config()
         self.furnish = furnish
         self.classes = parse_classes(self.config.scheduler.slo_class)
@@ -79,7 +103,11 @@ class Engine:
         self.draining = False
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
+        self.planner = planner
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
+        self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
+        self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
+        self.planned: list[asyncio.Future[Change]] = []  # those who wait for their plan
         self.inbox: deque[Event] = deque()
         self.main: asyncio.Task[None] | None = None
         self.alarm: asyncio.TimerHandle | None = None
@@ -97,14 +125,19 @@ class Engine:
         self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
         self.advice = furniture.note
         self.free = list(reversed(range(self.table.rows)))
-        self.scheduler = Scheduler(self.config, furniture.law, furniture.quality)
+        self.devices, self.degrees = furniture.devices, furniture.degrees
+        solves = self.planner is not None and self.config.device.plan == "auto"
+        self.scheduler = Scheduler(self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves)
         started: asyncio.Future[None] = self.loop.create_future()
+        formed: asyncio.Future[Change] = self.loop.create_future()
+        self.planned.append(formed)
         self.main = asyncio.create_task(self.live(self.executor, started), name="dilaserve engine")
         try:
-            await asyncio.wait([self.main, started], return_when=asyncio.FIRST_COMPLETED)
-            if not started.done():
-                self.main.result()
-            started.result()
+            for stage in (started, formed):
+                await asyncio.wait([self.main, stage], return_when=asyncio.FIRST_COMPLETED)
+                if not stage.done():
+                    self.main.result()
+                stage.result()
         except BaseException:
             await self.leave()
             raise
@@ -122,6 +155,7 @@ class Engine:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
         try:
             async with asyncio.TaskGroup() as group:
+                self.group = group
                 group.create_task(self.consume(executor))
                 running = asyncio.get_running_loop().create_future()
                 group.create_task(executor.run(self.post, running))
@@ -138,12 +172,16 @@ class Engine:
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
+            for waiter in self.planned:
+                if not waiter.done():
+                    waiter.set_exception(self.failure or Unavailable("the engine has stopped"))
+                    waiter.exception()  # nobody need be there to hear it
             self.idle.set()
 
     @property
     def ready(self) -> bool:
-        """Loaded, not draining, and at least one worker is up."""
-        return bool(self.capacity) and not self.draining
+        """Loaded, not draining, and an instance is up or will be in a moment."""
+        return bool(self.capacity or self.scheduler.layout.forming) and not self.draining
 
     @property
     def alive(self) -> bool:
@@ -160,6 +198,47 @@ class Engine:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self.idle.wait()
+
+    # the plan
+
+    @property
+    def plan(self) -> Plan:
+        """Which devices form instances right now; ranks are places in `devices`."""
+        return self.scheduler.plan
+
+    @property
+    def wanted_plan(self) -> Plan:
+        """What the plan becomes as soon as steps in flight are done and lost workers are back."""
+        return self.scheduler.layout.wanted or self.plan
+
+    async def replan(self, plan: Plan | str, reason: str = "asked for") -> Change:
+        """Change the plan, such as "2x1" or `Plan(((0, 1),))`, while requests run; returns when it stands.
+
+        Instances of both plans are not touched, rows of the others wait for one step at most. The plan stays, whatever
+        the planner thinks, until another is asked for; "auto" leaves it to the planner again. Raises `BadRequest` for a
+        plan that cannot be.
+        """
+        wanted = None if plan == "auto" else self.possible(plan)
+        if wanted is None and self.planner is None:
+            raise BadRequest("there is no planner here; name a plan such as 2x1", param="plan")
+        if self.main is None or self.main.done():
+            raise Unavailable("the engine has stopped")
+        done: asyncio.Future[Change] = self.loop.create_future()
+        self.planned.append(done)
+        self.post(Replan(wanted, reason))
+        return await done
+
+    def possible(self, plan: Plan | str) -> Plan:
+        if isinstance(plan, str):
+            return parsed(plan, len(self.devices), self.degrees)
+        return checked(plan, len(self.devices), self.degrees)
+
+    async def ask(self, planner: Planner, demand: Demand) -> None:
+        """Let the planner think in a thread; a planner that fails is not asked again."""
+        try:
+            self.post(await asyncio.to_thread(planner, demand))
+        except Exception:
+            log.exception("the planner has failed; the plan stays as it is")
 
     # requests
 
@@ -228,14 +307,18 @@ class Engine:
     def check_room(self, canvas_tokens: int) -> None:
         if self.main is None or self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if self.capacity and canvas_tokens > max(self.capacity.values()):
+        if self.pools and canvas_tokens > (pool := self.smallest_pool()):
             raise BadRequest(
-                f"a canvas of {canvas_tokens} tokens exceeds the K/V pool of {max(self.capacity.values())}; "
+                f"a canvas of {canvas_tokens} tokens exceeds the K/V pool of {pool}; "
                 "lower max_tokens or raise --kv-cache-tokens"
             )
         if not self.free:
             limit = self.config.scheduler.max_queue
             raise Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=1.0)
+
+    def smallest_pool(self) -> int:
+        """K/V tokens that every instance has under any plan, so that no change of plan leaves a row without a place."""
+        return min(self.pools.values()) // PAGE * PAGE * min(self.degrees)
 
     # the loop
 
@@ -284,11 +367,26 @@ class Engine:
                 self.capacity[instance.id] = instance.kv_tokens
             case InstanceLost(instance):
                 self.capacity.pop(instance, None)
+            case WorkerUp(rank, kv_tokens):
+                self.pools[rank] = kv_tokens
+            case WorkerLost(rank):
+                self.profile.workers_lost += 1
 
     def perform(self, command: Command, executor: Executor) -> None:
         match command:
             case Launch(batch):
                 executor.launch(batch)
+            case Reshard(moves):
+                for id in moves.ends:
+                    self.capacity.pop(id, None)
+                executor.reshard(moves)
+            case Reshaped(change):
+                self.reshaped(change)
+            case Kill(instance, reason):
+                executor.kill(instance, reason)
+            case Solve(demand):
+                if self.planner:
+                    self.group.create_task(self.ask(self.planner, demand))
             case Adjust(row, threshold):
                 self.table.threshold[row] = threshold
             case Emit(request, prefix):
@@ -306,6 +404,20 @@ class Engine:
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
                     self.idle.set()
+
+    def reshaped(self, change: Change) -> None:
+        """Another plan stands: remember, tell the log, and those who wait for it."""
+        if self.history:
+            pause = "" if change.pause is None else f", rows paused {1000 * change.pause:.1f} ms"
+            plans = f"{spelled(change.before)} to {spelled(change.after)}"
+            log.info("plan %s: %s (%.1f ms%s)", plans, change.reason, 1000 * change.seconds, pause)
+            self.profile.changes += 1
+            self.profile.paused += change.pause or 0.0
+        self.history.append(change)
+        for waiter in self.planned:
+            if not waiter.done():
+                waiter.set_result(change)
+        self.planned.clear()
 
     def emit(self, request: Request, prefix: int) -> None:
         stream, row = self.streams[request.id], request.row

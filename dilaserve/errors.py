@@ -49,6 +49,14 @@ class Unauthorized(DilaserveError):
     code = "invalid_api_key"
 
 
+class Forbidden(DilaserveError):
+    """The key, or the configuration, does not allow it."""
+
+    status = 403
+    kind = "permission_error"
+    code = "forbidden"
+
+
 class NotFound(DilaserveError):
     status = 404
     kind = "invalid_request_error"

@@ -4,22 +4,34 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
+import msgspec
 import torch.multiprocessing as mp
 
 from dilaserve import wire
 from dilaserve.errors import CheckpointError, DilaserveError
-from dilaserve.table import RequestTable
-from dilaserve.terms import Batch, Event, Instance, InstanceLost, InstanceReady, StepDone
+from dilaserve.terms import (
+    Batch,
+    Event,
+    Instance,
+    InstanceLost,
+    InstanceReady,
+    Moves,
+    StepDone,
+    WorkerLost,
+    WorkerUp,
+)
 from dilaserve.worker import loop as worker
-from dilaserve.worker.loop import Job
+from dilaserve.worker.loop import Job, Shared
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
@@ -36,49 +48,93 @@ class Executor(Protocol):
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
         """Serve until cancelled; every event goes to `post`.
 
-        `started` is resolved when batches may be launched, or gets the `CheckpointError` that prevents it.
+        `started` is resolved when instances may be formed, or gets the `CheckpointError` that prevents it.
         """
 
     def launch(self, batch: Batch) -> None:
         """Begin a step; its `StepDone` comes by `post`."""
 
+    def reshard(self, moves: Moves) -> None:
+        """End instances and form others; an `InstanceReady` comes for each of these."""
+
+    def kill(self, instance: int, reason: str) -> None:
+        """The instance hangs; its `InstanceLost` comes by `post`."""
+
+
+class Forming(msgspec.Struct):
+    """An instance, and its ranks that have not joined it yet."""
+
+    instance: Instance
+    missing: set[int]
+
 
 class ProcessExecutor:
-    """One worker process per job; the job's place in the list is its rank and, at degree 1, its instance."""
+    """One worker process per job; the job's place in the list is its rank.
 
-    def __init__(self, jobs: list[Job], table: RequestTable, progress: Progress) -> None:
-        self.jobs, self.table, self.progress = jobs, table, progress
+    A worker stays whatever instance it belongs to; when it dies its whole instance is lost, and the other members leave
+    whatever they do together and are there for the next one.
+    """
+
+    def __init__(self, jobs: list[Job], shared: Shared, progress: Progress) -> None:
+        self.jobs, self.shared, self.progress = jobs, shared, progress
         self.workers: dict[int, WorkerHandle] = {}
+        self.instances: dict[int, Forming] = {}
 
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
         self.post = post
         ready = [asyncio.get_running_loop().create_future() for _ in self.jobs]
-        async with asyncio.TaskGroup() as group:
-            for rank, job in enumerate(self.jobs):
-                group.create_task(self.mind(rank, job, ready[rank]))
-            try:
-                await asyncio.gather(*ready)
-                started.set_result(None)
-            except CheckpointError as error:
-                started.set_exception(error)
+        with meeting_place(self.jobs) as place:
+            async with asyncio.TaskGroup() as group:
+                for rank, job in enumerate(self.jobs):
+                    job = msgspec.structs.replace(job, store=f"{place}/store")
+                    group.create_task(self.mind(rank, job, ready[rank]))
+                try:
+                    await asyncio.gather(*ready)
+                    for rank, handle in sorted(self.workers.items()):
+                        post(WorkerUp(rank, handle.kv_tokens))
+                    started.set_result(None)
+                except CheckpointError as error:
+                    started.set_exception(error)
 
     def launch(self, batch: Batch) -> None:
-        self.workers[batch.instance].send(wire.Run(batch.id, list(batch.spans)))
+        order = wire.Run(batch.id, list(batch.spans))
+        for rank in self.instances[batch.instance].instance.ranks:
+            self.workers[rank].send(order)
+
+    def reshard(self, moves: Moves) -> None:
+        for id in moves.ends:
+            self.instances.pop(id, None)
+        for instance in moves.begins:
+            self.instances[instance.id] = Forming(instance, set(instance.ranks))
+            lives = [self.workers[rank].life for rank in instance.ranks]
+            for rank in instance.ranks:
+                self.workers[rank].send(wire.Form(instance.id, list(instance.ranks), lives))
+
+    def kill(self, instance: int, reason: str) -> None:
+        """End the ranks that the others wait for."""
+        if known := self.instances.get(instance):
+            for rank in self.shared.exchange.behind(known.instance.ranks):
+                self.workers[rank].kill(reason)
 
     async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
         """Keep one worker alive: start it, hear it out, and start it again when it is gone.
 
-        Raises `DilaserveError` when it fails to come back again and again and no other worker is up.
+        Raises `DilaserveError` when it fails to come back again and again and the others cannot do without it.
         """
-        failures = 0
+        failures = life = 0
         while True:
-            async with WorkerHandle.spawned(job, self.table) as handle:
-                reason = await self.hear(rank, handle, ready)
+            life += 1
+            async with WorkerHandle.spawned(job, rank, life, self.shared) as handle:
+                try:
+                    reason = await self.hear(rank, handle, ready)
+                except asyncio.CancelledError:
+                    self.abandon(rank)  # its peers must not wait for one that leaves
+                    raise
             if not ready.done():
                 ready.set_exception(CheckpointError(reason))
                 return
             failures = failures + 1 if handle.failed_to_load else 0
-            if failures >= MAX_FAILURES and not self.workers:
+            if failures >= MAX_FAILURES and len(self.workers) < job.shards:
                 raise DilaserveError(f"the worker on {job.device} does not come back: {reason}")
             log.warning("worker %d on %s is gone (%s); starting another", rank, job.device, reason)
             await asyncio.sleep(RESPAWN_PAUSE * failures)
@@ -91,34 +147,66 @@ class ProcessExecutor:
                 case wire.Loading(done, total):
                     self.progress(handle.job.device, done, total)
                 case wire.Ready(kv_tokens):
-                    handle.failed_to_load = False
+                    handle.failed_to_load, handle.kv_tokens = False, kv_tokens
                     self.attach(rank, handle)
-                    self.post(InstanceReady(Instance(rank, (rank,), kv_tokens)))
-                    if not ready.done():
+                    if ready.done():
+                        self.post(WorkerUp(rank, kv_tokens))
+                    else:
                         ready.set_result(None)
+                case wire.Formed(instance):
+                    self.formed(rank, instance)
                 case wire.Broken(message):
                     broken = message
-        reason = await handle.epitaph()
+        self.abandon(rank)
+        reason = broken or handle.verdict or await handle.epitaph()
         if self.workers.pop(rank, None):
-            self.post(InstanceLost(rank, reason))
+            self.post(WorkerLost(rank, reason))
+            for instance in self.abandon(rank):
+                del self.instances[instance]
+                self.post(InstanceLost(instance, reason))
+            return reason
         return broken or f"the worker on {handle.job.device} ended early: {reason}"
 
     def attach(self, rank: int, handle: "WorkerHandle") -> None:
         """From now on steps go to this worker, and its reports are read straight from the loop, without a task."""
         self.workers[rank] = handle
-        handle.on_done(lambda done: self.post(step_done(rank, done)))
+        handle.on_done(lambda done: self.step_done(rank, done))
+
+    def step_done(self, rank: int, done: wire.Done) -> None:
+        for id, known in self.instances.items():
+            if rank in known.instance.ranks:
+                self.post(StepDone(id, done.batch, tuple(done.results), done.seconds, done.forward))
+
+    def formed(self, rank: int, instance: int) -> None:
+        known = self.instances.get(instance)
+        if known and rank in known.missing:
+            known.missing.remove(rank)
+            if not known.missing:
+                self.post(InstanceReady(known.instance))
+
+    def abandon(self, rank: int) -> list[int]:
+        """Let the peers of a lost worker leave what they do together; returns the instances that are lost."""
+        lost = [id for id, known in self.instances.items() if rank in known.instance.ranks]
+        for id in lost:
+            for peer in self.instances[id].instance.ranks:
+                self.shared.exchange.abandon(peer, id)
+        return lost
 
 
-def step_done(rank: int, done: wire.Done) -> StepDone:
-    return StepDone(rank, done.batch, tuple(done.results), done.seconds, done.forward)
+def meeting_place(jobs: list[Job]) -> contextlib.AbstractContextManager[str]:
+    """A directory for files through which torch.distributed introduces workers; none is made where it is not needed."""
+    if all(job.backend == "shm" for job in jobs):
+        return contextlib.nullcontext("")
+    return tempfile.TemporaryDirectory(prefix=f"dilaserve-{os.getpid()}-")
 
 
 class WorkerHandle:
     """One child process and this side of its line."""
 
-    def __init__(self, job: Job, process: Any, line: socket.socket) -> None:
-        self.job, self.process, self.line = job, process, line
-        self.failed_to_load = True
+    def __init__(self, job: Job, life: int, process: Any, line: socket.socket) -> None:
+        self.job, self.life, self.process, self.line = job, life, process, line
+        self.failed_to_load, self.kv_tokens = True, 0
+        self.verdict = ""  # why it was killed from here
         self.loop = asyncio.get_running_loop()
         self.others: asyncio.Queue[wire.Report | None] = asyncio.Queue()
         self.done: Callable[[wire.Done], None] = lambda done: None
@@ -127,12 +215,12 @@ class WorkerHandle:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def spawned(cls, job: Job, table: RequestTable) -> AsyncIterator["WorkerHandle"]:
+    async def spawned(cls, job: Job, rank: int, life: int, shared: Shared) -> AsyncIterator["WorkerHandle"]:
         """A running child, which is gone when the block is left."""
         ours, theirs = wire.pair()
-        process = await asyncio.to_thread(spawn, job, table, theirs)
+        process = await asyncio.to_thread(spawn, job, rank, shared, theirs)
         theirs.close()
-        handle = cls(job, process, ours)
+        handle = cls(job, life, process, ours)
         atexit.register(process.kill)  # an engine that is never left must not keep the interpreter waiting for it
         try:
             yield handle
@@ -146,6 +234,10 @@ class WorkerHandle:
     def send(self, order: wire.Order) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the end of the line tells the same, in order
             wire.send(self.line, order)
+
+    def kill(self, verdict: str) -> None:
+        self.verdict = verdict
+        self.process.kill()
 
     def readable(self) -> None:
         try:
@@ -184,10 +276,10 @@ class WorkerHandle:
         self.process.close()
 
 
-def spawn(job: Job, table: RequestTable, line: socket.socket) -> Any:
+def spawn(job: Job, rank: int, shared: Shared, line: socket.socket) -> Any:
     """Start a child; it inherits blocked SIGINT and SIGTERM, so that only its engine ends it."""
     process = mp.get_context("spawn").Process(
-        target=worker.main, args=(job, table, line), name=f"dilaserve {job.device}", daemon=True
+        target=worker.main, args=(job, rank, shared, line), name=f"dilaserve {job.device}", daemon=True
     )
     with _spawning, blocked(signal.SIGINT, signal.SIGTERM), anonymous_main():
         process.start()

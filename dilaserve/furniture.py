@@ -5,19 +5,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
+import torch
 
 from dilaserve import models, profiles
-from dilaserve.config import Config
+from dilaserve.config import Config, DeviceConfig
 from dilaserve.cost import StepCost
-from dilaserve.devices import dtype_for, listed, threads_for
-from dilaserve.errors import ConfigError
+from dilaserve.devices import backend_for, dtype_for, listed, threads_for
+from dilaserve.errors import BadRequest, CheckpointError, ConfigError
+from dilaserve.exchange import Exchange
 from dilaserve.executor import Executor, ProcessExecutor, Progress
 from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models.spec import ModelSpec
+from dilaserve.policy.layouts import parsed, uniform
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import QualityProfile
 from dilaserve.table import RequestTable
+from dilaserve.terms import Plan
 from dilaserve.text import Text
-from dilaserve.worker.loop import Job
+from dilaserve.worker import memory
+from dilaserve.worker.loop import Job, Shared
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -36,8 +42,11 @@ class Furniture(NamedTuple):
     text: Text
     table: RequestTable
     executor: Executor
-    law: StepCost
+    laws: dict[int, StepCost]  # by tensor-parallel degree
     quality: QualityProfile
+    devices: list[str]
+    degrees: tuple[int, ...]
+    plan: Plan
     note: str | None = None  # what the user should hear once the engine is up
 
 
@@ -60,21 +69,71 @@ def real(config: Config, progress: Progress) -> Furniture:
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
     shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
-    executor = ProcessExecutor([job(config, name, names, shared) for name in names], table, progress)
-    law, quality, note = known(profiles.find(directory, config.scheduler.profile), card.name, names[0])
-    return Furniture(card, spec.mask_id, spec.vocab_size, text, table, executor, law, quality, note)
+    degrees = possible_degrees(spec, names, config)
+    shared["shards"] = min(degrees)
+    plan = first_plan(config.device.plan, len(names), degrees)
+    mapped = Shared(table, Exchange(len(names)))
+    executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
+    laws, quality, note = known(profiles.find(directory, config.scheduler.profile), card.name, names[0], degrees)
+    return Furniture(
+        card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note
+    )
 
 
-def known(profile: ModelProfile | None, name: str, device: str) -> tuple[StepCost, QualityProfile, str | None]:
-    """Cost law and quality profile, and what to tell the user where a guess stands in for them."""
-    key, guess = profiles.cost_key(device), profiles.guessed(name, device)
+def possible_degrees(spec: ModelSpec, names: list[str], config: Config) -> tuple[int, ...]:
+    """How many devices may run the model together: as its heads divide, and so many that its weights fit.
+
+    Raises `CheckpointError` where there are too few devices.
+    """
+    size = getattr(torch, dtype_for(names[0], config.model.dtype)).itemsize
+    room = min(weights_room(name, names, config.device) for name in names)
+    fits = [degree for degree in spec.degrees if spec.shard_parameters(degree) * size <= room]
+    if not fits:
+        fits = [spec.degrees[-1]]  # the worker says what is missing
+    if fits[0] > len(names):
+        raise CheckpointError(
+            f"the weights fit on {fits[0]} devices together and there are {len(names)}; see --devices"
+        )
+    return tuple(degree for degree in fits if degree <= len(names))
+
+
+def weights_room(name: str, names: list[str], config: DeviceConfig) -> float:
+    """Bytes that weights may take on this device, which workers of the same name share."""
+    if config.weights_memory is not None:
+        return config.weights_memory * 2**30
+    if name == "cpu":
+        return memory.available(torch.device(name), 1.0 / names.count(name))
+    total: int = torch.cuda.get_device_properties(name).total_memory
+    return total * config.gpu_memory_utilization / names.count(name)
+
+
+def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:
+    """The plan of --plan; `auto` starts with instances as small as can be. Raises `ConfigError`."""
+    if text == "auto":
+        return uniform(devices, min(degrees))
+    try:
+        return parsed(text, devices, degrees)
+    except BadRequest as error:
+        raise ConfigError(f"--plan {text}: {error.message}", param="plan") from error
+
+
+def known(
+    profile: ModelProfile | None, name: str, device: str, degrees: tuple[int, ...]
+) -> tuple[dict[int, StepCost], QualityProfile, str | None]:
+    """Cost laws by degree and quality profile, and what to tell the user where a guess stands in for them."""
+    guess, least = profiles.guessed(name, device), min(degrees)
     if profile is None:
         note = f"{name} has no profile yet and starts from a cautious guess; `dilaserve calibrate` measures one"
-        return guess.costs[key], guess.quality, note
-    if key not in profile.costs:
+        return {least: guess.costs[profiles.cost_key(device)]}, guess.quality, note
+    laws = {
+        degree: profile.costs[profiles.cost_key(device, degree)]
+        for degree in degrees
+        if profiles.cost_key(device, degree) in profile.costs
+    }
+    if least not in laws:
         note = f"the profile of {name} knows no step costs on {device}; they are learned while serving"
-        return guess.costs[key], profile.quality, note
-    return profile.costs[key], profile.quality, None
+        return {least: guess.costs[profiles.cost_key(device)]}, profile.quality, note
+    return laws, profile.quality, None
 
 
 def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -> Job:
@@ -85,6 +144,7 @@ def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -
         "threads": threads_for(device, names, config.device),
         "kv_tokens": config.device.kv_cache_tokens,
         "kv_wanted": config.device.max_num_seqs * shared["max_length"],
+        "backend": backend_for(names, config.device.group_backend),
         "batched_tokens": config.device.max_num_batched_tokens,
         "memory_share": (1.0 if device == "cpu" else config.device.gpu_memory_utilization) / names.count(device),
     }

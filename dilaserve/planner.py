@@ -13,40 +13,13 @@ from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
 from dilaserve.policy import moves, planning
 from dilaserve.policy.planning import Ground, Offered, Proposal
 from dilaserve.quality import Forecast, QualityProfile
+from dilaserve.terms import Demand, Flow, Plan, PlanReady
 
 CLASSES = 6  # of requests that are told apart
 UNHURRIED_ROWS = 16  # rows on an instance that are looked at where nobody has a deadline
 TRUSTED = 4.0  # requests seen at which half of a gain is believed
 MOST_TABLES = 512  # that are kept
 STEP = 1.05  # deadlines are rounded to powers of this, so that alike traffic finds the same table
-
-
-class Plan(msgspec.Struct, frozen=True, gc=False):
-    """Which devices form instances: groups of ranks, sorted within and among each other."""
-
-    groups: tuple[moves.Group, ...]
-
-
-class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """Requests of one kind: tokens of canvas and answer, mean deadline over the time alone on one device (None: no
-    deadline), and how many came in a second.
-    """
-
-    canvas_tokens: int
-    answer_tokens: int
-    tightness: float | None
-    rate: float
-
-
-class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What the house was asked for in the last `seconds`, and what it stands on. `backlog` counts who waits."""
-
-    seconds: float
-    flows: tuple[Flow, ...]
-    backlog: int
-    plan: Plan
-    ranks: tuple[int, ...]
-    degrees: tuple[int, ...]
 
 
 class Advice(NamedTuple):
@@ -103,6 +76,10 @@ class Planner:
         """`laws` by degree; degrees without one are never formed."""
         self.laws, self.forecast = dict(laws), Forecast(quality)
         self.tables: dict[tuple[Kind, int, int], list[Point]] = {}
+
+    def __call__(self, demand: Demand) -> PlanReady:
+        advice = self.advise(demand)
+        return PlanReady(advice.plan, advice.reason)
 
     def advise(self, demand: Demand) -> Advice:
         """Pure but for the tables; takes some tens of milliseconds, so not on the loop."""

@@ -1,5 +1,6 @@
 """How far one request has come: its life cycle, its place on the canvas, its seat, and what it has cost."""
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum, auto
 
@@ -53,20 +54,35 @@ class Seat:
         self.flying: list[Progress] | None = None
         self.batch = -1
         self.launched_at = 0.0
+        self.overdue_at = math.inf  # when the step in flight counts as hung
         self.features = Features(0, 0, 0, 0)
         self.refreshing = False
         self.shares: list[float] = []  # of the step's time, by row in flight
+
+    @property
+    def degree(self) -> int:
+        return len(self.instance.ranks)
 
 
 class Loads(Sequence[Load]):
     """What a request still needs, by its own levels, worked out when it is asked for.
 
-    `refresh` and `reuse` are the seconds that such steps of the row take, `due` the refreshes that it needs right now.
+    `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
+    right now.
     """
 
     def __init__(
-        self, tracks: list[Track], masks: int, due: float, drift: float, refresh: float, reuse: float, interval: int
+        self,
+        tracks: list[Track],
+        masks: int,
+        due: float,
+        drift: float,
+        refresh: float,
+        reuse: float,
+        interval: int,
+        degree: int,
     ) -> None:
+        self.degree = degree
         self.tracks, self.masks, self.due, self.drift = tracks, masks, due, drift
         self.refresh, self.reuse, self.interval = refresh, reuse, interval
         self.known: list[Load | None] = [None] * len(tracks)
@@ -102,6 +118,7 @@ class Progress:
         self.seat: Seat | None = None
         self.deadline: float | None = None
         self.promised = self.late = self.tested = False
+        self.suspect = False  # in flight when a worker died, and not stepped since
         self.level = 0
         self.told = request.decoding.confidence_threshold  # the threshold in the row's column
         self.loads: Loads | None = None  # None: not looked at since the last step
@@ -114,10 +131,11 @@ class Progress:
         self.prefix = request.prompt_tokens
         self.fresh = False
         self.since_refresh = 0
-        self.steps = self.refreshes = self.unmasked = self.crashes = 0
+        self.steps = self.refreshes = self.unmasked = 0
         self.confidence = self.threshold_sum = self.dropped = self.mean_dropped = self.device = 0.0
         self.lowest: float | None = None
         self.started_at: float | None = None
+        self.stepped_at = request.arrived_at  # end of the last step
         self.blocks = block_lengths(request)
         self.masks = self.blocks[0]
         self.block_start = request.prompt_tokens
@@ -157,6 +175,7 @@ class Progress:
 
     def advance(self, result: RowResult) -> None:
         """Take in what a step did."""
+        self.suspect = False
         self.steps += 1
         self.block_step += 1
         self.unmasked += result.unmasked

@@ -1,11 +1,13 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
+import math
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
+from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import Room, Tenant, fits, hopeless, least_loaded, retry_after
 from dilaserve.policy.budget import Bank, room, settled
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
@@ -21,21 +23,35 @@ from dilaserve.terms import (
     Cancel,
     Command,
     Decline,
+    Demand,
     Emit,
     Event,
     Fail,
     Finish,
     FinishReason,
+    Instance,
     InstanceLost,
     InstanceReady,
+    Kill,
     Launch,
+    Moves,
+    Plan,
+    PlanReady,
     Release,
+    Replan,
+    Reshaped,
+    Reshard,
     RowResult,
+    Solve,
     StepDone,
+    WorkerLost,
+    WorkerUp,
 )
+from dilaserve.traffic import Seen, Traffic
 
-MAX_CRASHES = 2  # a row in flight at so many lost instances fails alone
 TICK = 0.25  # seconds between two looks at the whole house
+SOLVE_EVERY = 2.0  # seconds between two questions to the planner
+OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
 LOOKS = 8  # waiting requests that a decision may test in vain
 MAX_TENANTS = 4096  # accuracy banks that are remembered
 NEVER = float("inf")
@@ -53,12 +69,25 @@ class Totals:
 class Scheduler:
     """Turns events into commands: `observe` takes one event, `decide` fills idle instances.
 
-    The same events at the same times give the same commands.
+    The same events at the same times give the same commands. `laws` are step costs by tensor-parallel degree. `plan` is
+    the wanted one; None takes instances as they come. `solves`: ask the planner now and then.
     """
 
-    def __init__(self, config: Config, law: StepCost, quality: QualityProfile) -> None:
+    def __init__(
+        self,
+        config: Config,
+        laws: Mapping[int, StepCost],
+        quality: QualityProfile,
+        plan: Plan | None = None,
+        degrees: Sequence[int] = (1,),
+        solves: bool = False,
+    ) -> None:
         policy = config.scheduler
-        self.beliefs = Beliefs(law, quality)
+        self.beliefs = Beliefs(laws, quality)
+        self.layout = Layout(plan, degrees)
+        self.traffic = Traffic()
+        self.solves, self.solving, self.solve_at = solves, False, 0.0
+        self.patience = policy.step_timeout
         self.compose = COMPOSITIONS[policy.scheduling]
         self.order = ORDERS[policy.scheduling]
         self.control = CONTROLS[policy.threshold_control]
@@ -75,8 +104,11 @@ class Scheduler:
         self.max_tokens = config.device.max_num_batched_tokens
         self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
         self.queue: list[Progress] = []  # promised rows without a seat, in order of service
+        self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
         self.requests: dict[str, Progress] = {}
         self.seats: dict[int, Seat] = {}
+        self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
+        self.degrees: tuple[int, ...] = (self.beliefs.base,)  # of the seats
         self.banks: dict[str, Bank] = {}
         self.reserved: dict[str, float] = {}
         self.floor = 0
@@ -94,12 +126,40 @@ class Scheduler:
             case StepDone():
                 yield from self.step_done(event, now)
             case InstanceReady(instance):
+                self.layout.forming.pop(instance.id, None)
+                self.layout.moot = True
                 self.seats[instance.id] = Seat(instance)
+                self.reseated()
             case InstanceLost(instance, reason):
-                if seat := self.seats.pop(instance, None):
+                self.layout.forming.pop(instance, None)
+                self.layout.moot = True
+                if seat := self.seats.pop(instance, None) or self.closing.pop(instance, None):
+                    self.reseated()
                     yield from self.evict(seat, reason)
+            case WorkerUp(rank, kv_tokens):
+                reason = f"worker {rank} is up" if self.layout.next_id else "the start"
+                self.layout.asked(now, self.instances(), reason)
+                self.layout.workers[rank] = kv_tokens
+            case WorkerLost(rank, reason):
+                self.layout.asked(now, self.instances(), f"worker {rank} is gone ({reason})")
+                self.layout.workers.pop(rank, None)
+            case Replan(plan, reason):
+                self.solves = plan is None
+                self.replan(plan or self.layout.wanted, reason, now)
+            case PlanReady(plan, reason):
+                self.solving = False
+                if self.solves and plan is not None and plan != self.layout.wanted:
+                    self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
+        if self.layout.moot:
+            yield from self.reshape(now)
+        if self.moving and not self.closing and not self.layout.forming:
+            moved_rows, self.moving = self.moving, []
+            self.wait_again(moved_rows)
+        yield from self.watch(now)
+        if self.solves and not self.solving and now >= self.solve_at:
+            yield self.solve(now)
         ticks = now >= self.ticked_at + TICK and (self.queue or self.admits)
         if ticks:
             yield from self.tick(now)
@@ -107,24 +167,115 @@ class Scheduler:
         for seat in self.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
+        if self.layout.change and not self.closing and (change := self.layout.settled(self.instances(), now)):
+            yield Reshaped(change)
 
     @property
     def running(self) -> int:
         """Requests that have a seat."""
-        return sum(len(seat.residents) for seat in self.seats.values())
+        return sum(len(seat.residents) for seats in (self.seats, self.closing) for seat in seats.values())
+
+    @property
+    def plan(self) -> Plan:
+        """The instances that there are."""
+        return plan_of(self.instances())
+
+    def instances(self) -> list[Instance]:
+        return [seat.instance for seats in (self.seats, self.closing) for seat in seats.values()]
 
     @property
     def admits(self) -> bool:
         """Whether arrivals are tested; a guess of what steps cost is no ground to turn anybody away."""
-        return self.composes and self.beliefs.sure
+        return self.composes and self.beliefs.sure(self.degrees)
 
     @property
     def shed(self) -> bool:
-        return self.sheds and self.beliefs.sure
+        return self.sheds and self.beliefs.sure(self.degrees)
 
     def wake_at(self) -> float:
-        """When the house must be looked at even if nothing happens; infinity while nobody waits for a promise."""
-        return self.ticked_at + TICK if self.queue or self.floor else NEVER
+        """When the house must be looked at even if nothing happens: for those who wait, for a step that hangs, for
+        the planner.
+        """
+        when = self.ticked_at + TICK if self.queue or self.floor else NEVER
+        when = min(when, self.layout.form_by)
+        for seats in (self.seats, self.closing):
+            for seat in seats.values():
+                when = min(when, seat.overdue_at)
+        return min(when, self.solve_at) if self.solves and not self.solving else when
+
+    # the plan
+
+    def replan(self, plan: Plan | None, reason: str, now: float) -> None:
+        self.layout.asked(now, self.instances(), reason)
+        self.layout.wanted = plan
+
+    def reshape(self, now: float) -> Iterator[Command]:
+        """Close the instances that are not of the plan, as soon as their step is done, and open those that are missing.
+
+        Instances of both plans are not touched.
+        """
+        self.layout.moot = False
+        if self.layout.wanted is None:
+            self.layout.change = None
+            return
+        groups, ends = set(self.layout.target().groups), []
+        for id, seat in list(self.closing.items()):
+            if seat.instance.ranks in groups:
+                self.seats[id] = self.closing.pop(id)
+        for id, seat in list(self.seats.items()):
+            if seat.instance.ranks not in groups:
+                self.closing[id] = self.seats.pop(id)
+        for id, seat in list(self.closing.items()):
+            if seat.flying is None:
+                self.vacate(self.closing.pop(id))
+                ends.append(id)
+        self.reseated()
+        there = [*self.instances(), *self.layout.forming.values()]
+        begins = self.layout.begun({rank for instance in there for rank in instance.ranks})
+        self.layout.form_by = math.ceil(now + self.patience) if self.layout.forming else NEVER
+        if ends or begins:
+            yield Reshard(Moves(tuple(ends), tuple(begins)))
+
+    def vacate(self, seat: Seat) -> None:
+        """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
+
+        They wait for the new instances rather than crowd the old ones that stay.
+        """
+        rows = list(seat.residents.values())
+        if ends := [row.stepped_at for row in rows if row.steps]:
+            self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
+        for progress in rows:
+            self.unseat(progress, seat)
+            progress.did(Did.EVICTED)
+            progress.tested = False
+        self.moving += rows
+
+    def reseated(self) -> None:
+        self.degrees = tuple(sorted({seat.degree for seat in self.seats.values()})) or (self.beliefs.base,)
+
+    def watch(self, now: float) -> Iterator[Command]:
+        """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
+        for seats in (self.seats, self.closing):
+            for id, seat in seats.items():
+                if now >= seat.overdue_at:
+                    seat.overdue_at = NEVER
+                    yield Kill(id, f"no answer to a step for {now - seat.launched_at:.3g} s")
+        if now >= self.layout.form_by:
+            self.layout.form_by = NEVER
+            for id in self.layout.forming:
+                yield Kill(id, f"an instance was not formed within {self.patience:g} s")
+
+    def solve(self, now: float) -> Solve:
+        self.solving, self.solve_at = True, now + SOLVE_EVERY
+        demand = Demand(
+            seconds=self.traffic.seconds(now),
+            flows=self.traffic.flows(now),
+            backlog=len(self.queue) + len(self.waiting),
+            plan=self.layout.wanted or self.plan,
+            ranks=tuple(sorted(self.layout.workers)),
+            degrees=self.layout.degrees,
+        )
+        return Solve(demand)
 
     # events
 
@@ -138,6 +289,8 @@ class Scheduler:
             progress.deadline = request.arrived_at + slo.seconds
         elif slo.multiple is not None:
             progress.deadline = request.arrived_at + slo.multiple * self.beliefs.unloaded(progress)
+        if self.solves:
+            self.traffic.arrived(self.seen(progress, now))
         self.requests[request.id] = progress
         if progress.deadline is None:
             self.waiting.append(progress)
@@ -146,6 +299,7 @@ class Scheduler:
         if (
             slo.on_miss == "reject"
             and self.admits
+            and (self.seats or not (self.closing or self.layout.forming))
             and not self.seat_with_slack(progress, list(self.seats.values()), {}, now)
         ):
             del self.requests[request.id]
@@ -157,6 +311,13 @@ class Scheduler:
             return
         insort(self.queue, progress, key=self.rank)
 
+    def seen(self, progress: Progress, now: float) -> Seen:
+        """The arrival as planning sees it."""
+        request, tightness = progress.request, None
+        if progress.deadline is not None:
+            tightness = (progress.deadline - request.arrived_at) / max(1e-9, self.beliefs.unloaded(progress))
+        return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
+
     def thresholds_of(self, event: Arrival) -> tuple[float, ...]:
         """The thresholds that control may choose among: the request's own, and lower ones that all sides allow."""
         request = event.request
@@ -167,13 +328,15 @@ class Scheduler:
         return (own, *(level for level in self.beliefs.levels if least - 1e-6 <= level < own - 1e-6))
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
-        seat = self.seats.get(event.instance)
+        seat = self.seats.get(event.instance) or self.closing.get(event.instance)
         if seat is None or seat.batch != event.batch or seat.flying is None:
             return  # the instance was lost after it had sent this
-        flying, seat.flying = seat.flying, None
-        self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at)
+        flying, seat.flying, seat.overdue_at = seat.flying, None, NEVER
+        self.layout.moot |= event.instance in self.closing
+        self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
             leaving = progress.state is State.LEAVING
+            progress.stepped_at = now
             progress.device += share * event.seconds
             progress.did(Did.RETURNED)
             if leaving:
@@ -204,7 +367,8 @@ class Scheduler:
         """The request leaves the house, now or after its step in flight."""
         del self.requests[progress.request.id]
         if progress.state is State.WAITING:
-            (self.queue if progress.promised else self.waiting).remove(progress)
+            home = self.queue if progress.promised else self.waiting
+            (self.moving if progress in self.moving else home).remove(progress)
         progress.did(Did.ENDED)
         self.account(progress, now, reason)
         yield farewell
@@ -241,18 +405,21 @@ class Scheduler:
         progress.seat, progress.fresh, progress.loads = None, False, None
 
     def evict(self, seat: Seat, reason: str) -> Iterator[Command]:
-        """The instance is lost: its rows wait again, ahead of the others; they keep all committed tokens."""
+        """The instance is lost: its rows wait again, ahead of the others; they keep all committed tokens.
+
+        Those in flight are suspected of it: the next step of each is taken alone, and if that is lost too, so are they.
+        """
         back: list[Progress] = []
         for progress in list(seat.residents.values()):
             state = progress.state
-            progress.crashes += state is State.STEPPING
             self.unseat(progress, seat)
-            if state is State.STEPPING and progress.crashes >= MAX_CRASHES:
+            if state is State.STEPPING and progress.suspect:
                 del self.requests[progress.request.id]
                 self.reserve(progress, 0.0)
-                yield Fail(progress.request, f"in flight at {progress.crashes} lost workers, the last: {reason}")
+                yield Fail(progress.request, f"in flight at two lost workers in a row, the last: {reason}")
                 yield Release(progress.request.row)
                 continue
+            progress.suspect |= state is State.STEPPING
             progress.did(Did.EVICTED)
             if state is State.LEAVING:
                 yield Release(progress.request.row)
@@ -294,19 +461,20 @@ class Scheduler:
 
     def verdicts_of_all(self, now: float) -> Iterator[tuple[Progress, Verdict]]:
         for seat in self.seats.values():
-            yield from zip(seat.promised, self.verdicts(seat.promised, now), strict=True)
+            yield from zip(seat.promised, self.verdicts(seat, now), strict=True)
 
-    def verdicts(self, rows: Sequence[Progress], now: float) -> list[Verdict]:
-        """Level and slack of rows with deadlines, which stand in the order of service."""
-        return self.verdicts_on([self.wish(progress, now) for progress in rows])
+    def verdicts(self, seat: Seat, now: float) -> list[Verdict]:
+        """Level and slack of an instance's rows with deadlines, which stand in the order of service."""
+        return self.verdicts_on([self.wish(progress, now, seat.degree) for progress in seat.promised], seat.degree)
 
-    def verdicts_on(self, wishes: Sequence[Wish]) -> list[Verdict]:
-        control = self.control if self.beliefs.sure else fixed_levels
-        return control(wishes, self.floor, self.beliefs.fixed)
+    def verdicts_on(self, wishes: Sequence[Wish], degree: int) -> list[Verdict]:
+        pace = self.beliefs.pace(degree)
+        control = self.control if pace.sure else fixed_levels
+        return control(wishes, self.floor, pace.fixed)
 
-    def wish(self, progress: Progress, now: float) -> Wish:
+    def wish(self, progress: Progress, now: float, degree: int) -> Wish:
         left = NEVER if progress.deadline is None else progress.deadline - now
-        return Wish(left, self.beliefs.loads(progress), self.deepest(progress))
+        return Wish(left, self.beliefs.loads(progress, degree), self.deepest(progress))
 
     def deepest(self, progress: Progress) -> int:
         """The lowest of the row's thresholds that its tenant can pay for."""
@@ -329,8 +497,12 @@ class Scheduler:
         progress.reserved = drop
 
     def is_hopeless(self, progress: Progress, now: float) -> bool:
-        left, loads, deepest = self.wish(progress, now)
-        return hopeless(left, alone(loads[deepest], self.beliefs.fixed))
+        """Whether it can end in time on no kind of instance that there is."""
+        for degree in self.degrees:
+            left, loads, deepest = self.wish(progress, now, degree)
+            if not hopeless(left, alone(loads[deepest], self.beliefs.pace(degree).fixed)):
+                return False
+        return True
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
@@ -398,7 +570,9 @@ class Scheduler:
 
     def seat_for(self, progress: Progress) -> Seat | None:
         """The emptiest instance with room for the canvas, whose pages are taken."""
-        rooms = [Room(seat.instance.id, len(seat.residents), self.max_rows) for seat in self.seats.values()]
+        rooms = [
+            Room(seat.instance.id, len(seat.residents), self.max_rows * seat.degree) for seat in self.seats.values()
+        ]
         for id in least_loaded(rooms):
             kv_start = self.seats[id].pages.take(progress.request.canvas_tokens)
             if kv_start is not None:
@@ -413,18 +587,21 @@ class Scheduler:
 
         `tenants` keeps the rows of the instances that were looked at.
         """
-        loads, fixed = self.beliefs.loads(progress), self.beliefs.fixed
+        paces = {degree: self.beliefs.pace(degree).fixed for degree in self.degrees}
+        loads = {degree: self.beliefs.loads(progress, degree) for degree in self.degrees}
         left = (progress.deadline or NEVER) - now
         deepest = self.deepest(progress)
         for level in range(min(self.floor, deepest), deepest + 1):
-            newcomer = Tenant(left, loads[level].steps, loads[level].work, progress.request.slo.weight)
+            newcomers = {
+                degree: Tenant(left, *loads[degree][level], progress.request.slo.weight) for degree in self.degrees
+            }
             found: list[tuple[float, int]] = []
             for seat in seats:
                 if len(seat.promised) >= self.max_promised:
                     continue
                 if (id := seat.instance.id) not in tenants:
                     tenants[id] = self.tenants(seat, now)
-                slack = fits(newcomer, tenants[id], fixed)
+                slack = fits(newcomers[seat.degree], tenants[id], paces[seat.degree])
                 if slack is not None:
                     found.append((slack, -id))
             if found:
@@ -434,7 +611,7 @@ class Scheduler:
     def tenants(self, seat: Seat, now: float) -> list[Tenant]:
         rows = []
         for progress in seat.promised:
-            need = self.beliefs.loads(progress)[progress.level]
+            need = self.beliefs.loads(progress, seat.degree)[progress.level]
             left = (progress.deadline or NEVER) - now
             rows.append(Tenant(left, need.steps, need.work, progress.request.slo.weight))
         return rows
@@ -442,7 +619,7 @@ class Scheduler:
     def make_room(self, seat: Seat, progress: Progress) -> bool:
         """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes."""
         while True:
-            if len(seat.residents) < self.max_rows:
+            if len(seat.residents) < self.max_rows * seat.degree:
                 kv_start = seat.pages.take(progress.request.canvas_tokens)
                 if kv_start is not None:
                     progress.kv_start = kv_start
@@ -465,8 +642,8 @@ class Scheduler:
     # steps
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
-        fixed = self.beliefs.fixed
-        wishes = [self.wish(progress, now) for progress in seat.promised]
+        fixed = self.beliefs.pace(seat.degree).fixed
+        wishes = [self.wish(progress, now, seat.degree) for progress in seat.promised]
         if self.shed:
             lost = [hopeless(left, alone(loads[deepest], fixed)) for left, loads, deepest in wishes]
             if any(lost):
@@ -477,10 +654,11 @@ class Scheduler:
                     return
         verdicts = {
             progress.request.row: verdict
-            for progress, verdict in zip(seat.promised, self.verdicts_on(wishes), strict=True)
+            for progress, verdict in zip(seat.promised, self.verdicts_on(wishes, seat.degree), strict=True)
         }
         candidates = [
-            self.candidate(progress, verdicts.get(progress.request.row)) for progress in self.served(seat, now)
+            self.candidate(progress, verdicts.get(progress.request.row), seat.degree)
+            for progress in quarantined(self.served(seat, now))
         ]
         candidates = self.compose(candidates, self.max_tokens, self.cap)
         candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
@@ -501,11 +679,14 @@ class Scheduler:
             progress.launched(work, now)
         self.batches += 1
         seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
+        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * total))
+        if self.layout.stopped:
+            self.layout.resumed(seat.instance.ranks, now)
         yield Launch(Batch(self.batches, seat.instance.id, spans))
 
-    def candidate(self, progress: Progress, verdict: Verdict | None) -> Candidate:
+    def candidate(self, progress: Progress, verdict: Verdict | None, degree: int) -> Candidate:
         work = progress.next_work()
-        seconds = self.beliefs.step_seconds(progress, work.refresh)
+        seconds = self.beliefs.step_seconds(progress, work.refresh, degree)
         return Candidate(progress.request.row, work.length, seconds, verdict.slack if verdict else None)
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
@@ -528,3 +709,9 @@ class Scheduler:
         if threshold != progress.told:
             progress.told = threshold
             yield Adjust(progress.request.row, threshold)
+
+
+def quarantined(rows: list[Progress]) -> list[Progress]:
+    """Without suspects all, else the first of these alone."""
+    suspect = next((row for row in rows if row.suspect), None)
+    return rows if suspect is None else [suspect]

@@ -150,11 +150,64 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
 
 
 class Instance(msgspec.Struct, frozen=True, gc=False):
-    """One copy of the model on a TP group; `kv_tokens` is the size of its K/V pool."""
+    """One copy of the model on a TP group; `kv_tokens` is the size of its K/V pool. No two ever have the same id."""
 
     id: int
     ranks: tuple[int, ...]
     kv_tokens: int
+
+
+# Plans
+
+
+class Plan(msgspec.Struct, frozen=True, gc=False):
+    """Which devices form instances: groups of ranks, sorted within and among each other."""
+
+    groups: tuple[tuple[int, ...], ...]
+
+
+class Moves(msgspec.Struct, frozen=True, gc=False):
+    """From one plan to another: instances that are no more, none of which has a step in flight, and new ones."""
+
+    ends: tuple[int, ...]
+    begins: tuple[Instance, ...]
+
+
+class Change(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """A change of plan that is done.
+
+    `seconds` from `at`, when it was asked for, until all instances were up; `pause` is the longest time that rows have
+    waited between their last step on an old instance and the first on a new one, None if no row was moved.
+    """
+
+    at: float
+    before: Plan
+    after: Plan
+    reason: str
+    seconds: float
+    pause: float | None
+
+
+class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Requests of one kind: at most so many tokens of canvas and answer, mean deadline over the time alone on one
+    device (None: no deadline), and how many came in a second.
+    """
+
+    canvas_tokens: int
+    answer_tokens: int
+    tightness: float | None
+    rate: float
+
+
+class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What the house was asked for lately, and what it stands on. `backlog` counts requests that wait for a seat."""
+
+    seconds: float
+    flows: tuple[Flow, ...]
+    backlog: int
+    plan: Plan
+    ranks: tuple[int, ...]
+    degrees: tuple[int, ...]
 
 
 # Events
@@ -186,13 +239,43 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
-    """The instance's worker is gone; its rows have lost their K/V and nothing else."""
+    """A worker of the instance is gone; its rows have lost their K/V and nothing else."""
 
     instance: int
     reason: str
 
 
-Event: TypeAlias = Arrival | Cancel | StepDone | InstanceReady | InstanceLost
+class WorkerUp(msgspec.Struct, frozen=True, gc=False):
+    """The worker may join instances; `kv_tokens` is what its pool holds at degree 1."""
+
+    rank: int
+    kv_tokens: int
+
+
+class WorkerLost(msgspec.Struct, frozen=True, gc=False):
+    """The worker is gone; `InstanceLost` follows if it belonged to one."""
+
+    rank: int
+    reason: str
+
+
+class Replan(msgspec.Struct, frozen=True, gc=False):
+    """Somebody wants this plan, which has been checked, and no other; None: from now on what the planner wants."""
+
+    plan: Plan | None
+    reason: str
+
+
+class PlanReady(msgspec.Struct, frozen=True, gc=False):
+    """The planner's answer to `Solve`; None: leave it as it is."""
+
+    plan: Plan | None
+    reason: str
+
+
+Event: TypeAlias = (
+    Arrival | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Replan | PlanReady
+)
 
 
 # Commands
@@ -248,4 +331,27 @@ class Release(msgspec.Struct, frozen=True, gc=False):
     row: int
 
 
-Command: TypeAlias = Launch | Adjust | Emit | Finish | Fail | Decline | Release
+class Reshard(msgspec.Struct, frozen=True, gc=False):
+    moves: Moves
+
+
+class Reshaped(msgspec.Struct, frozen=True, gc=False):
+    """The wanted plan stands."""
+
+    change: Change
+
+
+class Kill(msgspec.Struct, frozen=True, gc=False):
+    """The instance's step takes so long that it must be taken for dead."""
+
+    instance: int
+    reason: str
+
+
+class Solve(msgspec.Struct, frozen=True, gc=False):
+    """Ask the planner; `PlanReady` is the answer."""
+
+    demand: Demand
+
+
+Command: TypeAlias = Launch | Adjust | Emit | Finish | Fail | Decline | Release | Reshard | Reshaped | Kill | Solve

@@ -13,6 +13,14 @@ from dilaserve.terms import RowResult, Span
 MAX_FRAME = 2**20
 
 
+class Form(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Engine to worker: from now on be a member of this instance; `lives` number the processes of its ranks."""
+
+    instance: int
+    ranks: list[int]
+    lives: list[int]
+
+
 class Run(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     """Engine to worker: do one step with these rows."""
 
@@ -32,19 +40,25 @@ class Loading(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Worker to engine: loaded; the K/V pool holds this many tokens."""
+    """Worker to engine: loaded; the K/V pool holds this many tokens at degree 1."""
 
     kv_tokens: int
 
 
+class Formed(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Worker to engine: this rank has joined the instance."""
+
+    instance: int
+
+
 class Broken(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Worker to engine: this model cannot be served here, and why."""
+    """Worker to engine: I leave, and why."""
 
     message: str
 
 
 class Done(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Worker to engine: the step is finished; `forward` of its `seconds` were spent in the model."""
+    """Rank 0 to engine: the step is finished; `forward` of its `seconds` were spent in the model."""
 
     batch: int
     results: list[RowResult]
@@ -52,8 +66,8 @@ class Done(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     forward: float
 
 
-Order: TypeAlias = Run | Stop
-Report: TypeAlias = Loading | Ready | Broken | Done
+Order: TypeAlias = Form | Run | Stop
+Report: TypeAlias = Loading | Ready | Formed | Broken | Done
 
 _encoder = msgspec.msgpack.Encoder()
 _orders = msgspec.msgpack.Decoder(Order)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dilaserve.advisor import Advisor
 from dilaserve.config import Config
 from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
-from dilaserve.planner import CLASSES, Demand, Flow, Plan, Planner, Setup, few
+from dilaserve.planner import CLASSES, Planner, Setup, few
 from dilaserve.policy.moves import block, changed, groups, layout, moves
 from dilaserve.policy.planning import (
     MARGIN,
@@ -26,11 +26,12 @@ from dilaserve.policy.planning import (
     worth_switching,
 )
 from dilaserve.quality import Forecast
-from dilaserve.sim.degrees import by_degree
 from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import by_degree
+from dilaserve.terms import Demand, Flow, Plan
 
 PROFILE = llada_8b_h200()
-LAWS = by_degree(next(iter(PROFILE.costs.values())))
+LAWS = by_degree(PROFILE.costs)
 FORECAST = Forecast(PROFILE.quality)
 ALONE = unloaded(LAWS[1], FORECAST, Kind(456, 256))
 DEGREES = (1, 2, 4, 8)

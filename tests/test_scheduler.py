@@ -24,12 +24,21 @@ from dilaserve.terms import (
     Instance,
     InstanceLost,
     InstanceReady,
+    Kill,
     Launch,
+    Plan,
+    PlanReady,
     Release,
+    Replan,
     Request,
+    Reshaped,
+    Reshard,
     RowResult,
     Slo,
+    Solve,
     StepDone,
+    WorkerLost,
+    WorkerUp,
 )
 
 
@@ -47,10 +56,10 @@ def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: 
     )
 
 
-def scheduler(guess=False, **device):
+def scheduler(guess=False, plan=None, solves=False, **device):
     profile = guessed("a model", "cpu")
     law = msgspec.structs.replace(profile.costs["cpu x1"], guess=guess)
-    return Scheduler(Config.of(**device), law, profile.quality)
+    return Scheduler(Config.of(**device), {1: law}, profile.quality, plan, (1, 2, 4), solves)
 
 
 def feed(machine, event, now=0.0):
@@ -129,14 +138,14 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     hurried = Slo(seconds=0.001, on_miss="reject")
     commands, row, now = feed(machine, Arrival(request(0, slo=hurried))), 0, 0.0
-    while machine.beliefs.learner.law.guess:
+    while machine.beliefs.pace(1).learner.law.guess:
         now += 0.01
         launches = [command for command in commands if isinstance(command, Launch)]
         commands = feed(machine, done(launches[-1].batch, [result(span) for span in launches[-1].batch.spans]), now)
         if any(isinstance(command, Release) for command in commands):
             row += 1
             commands += feed(machine, Arrival(request(row, at=now, slo=hurried)), now)
-        if machine.beliefs.learner.law.guess:
+        if machine.beliefs.pace(1).learner.law.guess:
             assert not any(isinstance(command, Decline) for command in commands)
     assert row > 50
     late = feed(machine, Arrival(request(999, at=now, slo=hurried)), now)
@@ -192,6 +201,153 @@ def test_a_row_in_flight_at_two_crashes_fails_alone():
     assert [span.row for span in launch.batch.spans] == [1]
 
 
+def test_the_mates_of_a_row_that_kills_workers_survive_it():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    for i in (1, 2):
+        feed(machine, Arrival(request(i, at=float(i))))
+    *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], 20, 12)]))
+    assert {span.row for span in launch.batch.spans} == {0, 1, 2}
+    feed(machine, InstanceLost(0, "killed"))
+    (launch,) = feed(machine, InstanceReady(Instance(1, (1,), 4096)))
+    assert [span.row for span in launch.batch.spans] == [0]  # each suspect alone
+    fail, _ = feed(machine, InstanceLost(1, "killed"))
+    assert fail.request.row == 0
+    (launch,) = feed(machine, InstanceReady(Instance(2, (0,), 4096)))
+    seen = [{span.row for span in launch.batch.spans}]
+    for _ in range(2):
+        *_, launch = feed(machine, done(launch.batch, [result(span, 20, 12) for span in launch.batch.spans]))
+        seen.append({span.row for span in launch.batch.spans})
+    assert seen == [{1}, {2}, {1, 2}]
+
+
+def up(machine, ranks, pool=4096, now=0.0):
+    """Commands after workers of these ranks have come up and their instances have been formed."""
+    for rank in ranks:
+        list(machine.observe(WorkerUp(rank, pool), now))
+    return formed(machine, list(machine.decide(now)), now)
+
+
+def formed(machine, commands, now):
+    """What follows when all instances of a `Reshard` are ready."""
+    (moves,) = [command.moves for command in commands if isinstance(command, Reshard)]
+    for instance in moves.begins:
+        list(machine.observe(InstanceReady(instance), now))
+    return list(machine.decide(now))
+
+
+PAIRS, SINGLES = Plan(((0, 1), (2, 3))), Plan(((0,), (1,), (2,), (3,)))
+
+
+def test_a_change_of_plan_touches_only_what_changes_and_keeps_what_was_committed():
+    machine = scheduler(plan=SINGLES)
+    up(machine, range(4))
+    flying = {}
+    for i in range(4):
+        (launch,) = feed(machine, Arrival(request(i, at=float(i))), float(i))
+        flying[machine.seats[launch.batch.instance].instance.ranks] = launch.batch
+    assert feed(machine, Replan(Plan(((0, 1), (2,), (3,))), "asked"), 4.0) == []
+    first, second = flying[(0,)], flying[(1,)]
+    commands = feed(machine, done(first, [result(first.spans[0], 20, first.spans[0].block_start + 2)]), 5.0)
+    assert [one.moves.ends for one in commands if isinstance(one, Reshard)] == [(first.instance,)]
+    assert not any(isinstance(command, Launch) for command in commands)
+    *_, reshard = feed(machine, done(second, [result(second.spans[0])]), 5.5)
+    assert reshard.moves.ends == (second.instance,)
+    (pair,) = reshard.moves.begins
+    assert (pair.ranks, pair.kv_tokens) == ((0, 1), 2 * 4096)
+    launch, reshaped = feed(machine, InstanceReady(pair), 6.0)
+    assert {span.row for span in launch.batch.spans} == {span.row for span in (*first.spans, *second.spans)}
+    assert all(span.length == span.keys for span in launch.batch.spans)  # a refresh each
+    change = reshaped.change
+    assert (change.at, change.before, change.after) == (4.0, SINGLES, Plan(((0, 1), (2,), (3,))))
+    assert (change.reason, change.seconds, change.pause) == ("asked", 2.0, 1.0)
+    third = flying[(2,)]
+    assert isinstance(feed(machine, done(third, [result(third.spans[0])]), 7.0)[-1], Launch)
+
+
+def test_a_plan_taken_back_in_time_costs_nothing():
+    machine = scheduler(plan=SINGLES)
+    up(machine, range(4))
+    (launch,) = feed(machine, Arrival(request(0)))
+    idle = [id for id in machine.seats if id != launch.batch.instance]
+    (reshard,) = feed(machine, Replan(PAIRS, "asked"))
+    assert set(reshard.moves.ends) == set(idle)
+    (pair,) = reshard.moves.begins
+    (reshard,) = feed(machine, Replan(SINGLES, "no"))
+    assert {instance.ranks for instance in reshard.moves.begins} == {(1,)}
+    list(machine.observe(InstanceReady(pair), 0.0))
+    commands = formed(machine, [reshard], 0.0)
+    (last,) = [command for command in commands if isinstance(command, Reshard)]
+    *_, reshaped = formed(machine, [last], 0.0)
+    assert (reshaped.change.after, reshaped.change.reason) == (SINGLES, "asked; no")
+    assert launch.batch.instance in machine.seats
+
+
+def test_the_plan_shrinks_to_what_is_alive_and_grows_back():
+    machine = scheduler(plan=PAIRS)
+    up(machine, range(4))
+    (launch,) = feed(machine, Arrival(request(0)))
+    ranks = machine.seats[launch.batch.instance].instance.ranks
+    dead, survivor = ranks
+    list(machine.observe(WorkerLost(dead, "killed by SIGKILL"), 1.0))
+    (launch, *rest) = feed(machine, InstanceLost(launch.batch.instance, "killed by SIGKILL"), 1.0)
+    assert isinstance(rest[-1], Reshard) or isinstance(launch, Reshard)
+    (alone,) = next(one for one in (launch, *rest) if isinstance(one, Reshard)).moves.begins
+    assert alone.ranks == (survivor,)
+    commands = feed(machine, InstanceReady(alone), 1.1)
+    (shrunk,) = [command.change for command in commands if isinstance(command, Reshaped)]
+    assert "is gone (killed by SIGKILL)" in shrunk.reason
+    commands = feed(machine, WorkerUp(dead, 4096), 2.0)
+    (reshaped,) = [command for command in formed(machine, commands, 2.1) if isinstance(command, Reshaped)]
+    assert (reshaped.change.after, reshaped.change.reason) == (PAIRS, f"worker {dead} is up")
+
+
+def test_a_step_that_hangs_is_killed_once_and_only_after_its_time():
+    machine = scheduler(step_timeout=3.0)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    feed(machine, Arrival(request(0)))
+    assert machine.wake_at() == 3.0
+    assert list(machine.decide(2.9)) == []
+    (kill,) = machine.decide(3.0)
+    assert isinstance(kill, Kill)
+    assert kill.instance == 0
+    assert list(machine.decide(4.0)) == []
+
+
+def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
+    machine = scheduler(plan=SINGLES, solves=True)
+    up(machine, range(4))
+    for i in range(3):
+        feed(machine, Arrival(request(i, at=2.0, slo=Slo(seconds=0.001))), 2.0)
+    assert machine.solving
+    list(machine.observe(PlanReady(None, "well as it is"), 2.5))
+    (solve,) = [command for command in machine.decide(4.0) if isinstance(command, Solve)]
+    (flow,) = solve.demand.flows
+    assert (flow.canvas_tokens, flow.answer_tokens, flow.rate) == (128, 64, 1.5)
+    assert 0 < flow.tightness < 0.7
+    assert (solve.demand.plan, solve.demand.ranks) == (SINGLES, (0, 1, 2, 3))
+    feed(machine, PlanReady(PAIRS, "tight deadlines"), 4.0)
+    assert machine.layout.wanted == PAIRS
+    feed(machine, Replan(SINGLES, "asked"), 4.5)
+    feed(machine, PlanReady(PAIRS, "tight deadlines"), 5.0)
+    assert (machine.layout.wanted, machine.solves) == (SINGLES, False)  # who asks by hand has the last word
+    feed(machine, Replan(None, "auto"), 6.0)
+    assert (machine.layout.wanted, machine.solves) == (SINGLES, True)
+
+
+def test_an_instance_that_does_not_come_up_is_killed():
+    machine = scheduler(plan=PAIRS, step_timeout=3.0)
+    for rank in range(4):
+        list(machine.observe(WorkerUp(rank, 4096), 1.0))
+    (reshard,) = machine.decide(1.0)
+    first, second = reshard.moves.begins
+    assert feed(machine, InstanceReady(first), 2.0) == []
+    assert machine.wake_at() == 5.0
+    (kill,) = machine.decide(5.0)
+    assert kill.instance == second.id
+
+
 def test_the_steps_rule_hands_out_its_quotas():
     machine, taken = scheduler(), []
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
@@ -224,6 +380,9 @@ def test_what_the_tables_do_not_list_is_a_bug():
         machine.requests["r0"].did(Did.PLACED)
 
 
+PLANS = (SINGLES, PAIRS, Plan(((0, 1), (2,), (3,))), Plan(((0, 1, 2, 3),)))
+
+
 class World:
     """Plays engine and workers at random, and watches that nothing is lost, doubled or overlapped."""
 
@@ -238,8 +397,9 @@ class World:
             "accuracy_budget": self.rng.choice(("off", "0.9")),
             "guaranteed_rows": self.rng.randint(1, 4),
         }
-        self.machine = scheduler(**self.settings)
-        self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0
+        self.machine = scheduler(plan=SINGLES, **self.settings)
+        self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
+        self.instances, self.forming = {}, {}
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
 
     def feed(self, event):
@@ -257,9 +417,18 @@ class World:
                     self.ended.add(wanted.id)
                 case Release(row):
                     self.alive.remove(row)
+                case Reshard(moves):
+                    for id in moves.ends:
+                        assert id not in self.flying
+                        del self.instances[id]
+                    for instance in moves.begins:
+                        others = [*self.instances.values(), *self.forming.values()]
+                        assert not {rank for other in others for rank in other.ranks} & set(instance.ranks)
+                        assert set(instance.ranks) <= self.up
+                        self.forming[instance.id] = instance
 
     def launched(self, batch):
-        assert batch.instance in self.up
+        assert batch.instance in self.instances
         assert batch.instance not in self.flying
         rows = [span.row for span in batch.spans]
         busy = [span.row for other in self.flying.values() for span in other.spans]
@@ -282,8 +451,12 @@ class World:
             self.feed(Arrival(wanted))
         elif choice < 0.35 and self.rows:
             self.feed(Cancel(f"r{self.rng.randrange(self.rows)}", "cancelled"))
-        elif choice < 0.42:
-            self.toggle()
+        elif choice < 0.40:
+            self.toggle(self.rng.randrange(4))
+        elif choice < 0.43:
+            self.feed(Replan(self.rng.choice(PLANS), "asked"))
+        elif choice < 0.55 and self.forming:
+            self.form(self.rng.choice(sorted(self.forming)))
         elif self.flying:
             self.finish(self.rng.choice(sorted(self.flying)))
 
@@ -292,15 +465,24 @@ class World:
         on_miss = self.rng.choice(("best_effort", "best_effort", "reject", "cancel_when_late"))
         return Slo(seconds=seconds, on_miss=on_miss, weight=self.rng.choice((1.0, 4.0)), tenant=self.rng.choice("ab"))
 
-    def toggle(self):
-        instance = self.rng.randrange(3)
-        if instance in self.up:
-            self.up.remove(instance)
-            self.flying.pop(instance, None)
-            self.feed(InstanceLost(instance, "killed"))
-        else:
-            self.up.add(instance)
-            self.feed(InstanceReady(Instance(instance, (instance,), 400)))
+    def toggle(self, rank):
+        if rank not in self.up:
+            self.up.add(rank)
+            self.feed(WorkerUp(rank, 400))
+            return
+        self.up.remove(rank)
+        list(self.machine.observe(WorkerLost(rank, "killed"), self.now))
+        self.log.append((WorkerLost(rank, "killed"), self.now))
+        for there in (self.instances, self.forming):
+            for id in [id for id, instance in there.items() if rank in instance.ranks]:
+                del there[id]
+                self.flying.pop(id, None)
+                self.feed(InstanceLost(id, "killed"))
+        self.perform(list(self.machine.decide(self.now)))
+
+    def form(self, id):
+        self.instances[id] = self.forming.pop(id)
+        self.feed(InstanceReady(self.instances[id]))
 
     def finish(self, instance):
         batch, results = self.flying.pop(instance), []
@@ -314,11 +496,12 @@ class World:
 
     def settle(self):
         """Bring up every instance and let everything end."""
-        for instance in {0, 1, 2} - self.up:
-            self.up.add(instance)
-            self.feed(InstanceReady(Instance(instance, (instance,), 400)))
-        while self.flying or self.machine.requests:
-            if self.flying:
+        for rank in {0, 1, 2, 3} - self.up:
+            self.toggle(rank)
+        while self.flying or self.machine.requests or self.forming:
+            if self.forming:
+                self.form(min(self.forming))
+            elif self.flying:
                 self.finish(min(self.flying))
             else:
                 self.now = max(self.now, self.machine.wake_at())
@@ -339,14 +522,16 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert not world.machine.queue
     assert all(abs(held) < 1e-6 for held in world.machine.reserved.values())
     for seat in world.machine.seats.values():
-        assert seat.pages.free == [(0, 384)]
+        assert seat.pages.free == [(0, 384 * seat.degree)]
+    assert world.machine.plan == world.machine.layout.wanted
+    assert not world.machine.closing
 
 
 def test_the_same_events_give_the_same_commands():
     world = World(1)
     for _ in range(300):
         world.act()
-    first, second = (scheduler(**world.settings) for _ in range(2))
+    first, second = (scheduler(plan=SINGLES, **world.settings) for _ in range(2))
     once = [feed(first, *event) for event in world.log]
     assert once == [feed(second, *event) for event in world.log]
     assert once

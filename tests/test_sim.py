@@ -8,13 +8,17 @@ import pytest
 
 from dilaserve.cli import main
 from dilaserve.config import Config
+from dilaserve.cost import Features
+from dilaserve.engine import Engine, Options
 from dilaserve.errors import ConfigError
+from dilaserve.policy.layouts import parsed
 from dilaserve.quality import chain
 from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
 from dilaserve.sim.report import by_second, report
-from dilaserve.sim.roofline import STEPS, llada_8b_h200
+from dilaserve.sim.roofline import STEPS, law_at, llada_8b_h200
 from dilaserve.sim.run import classes, pretended, simulate
+from dilaserve.terms import PlanReady
 
 SECONDS = 20.0
 
@@ -76,6 +80,57 @@ def test_the_accuracy_budget_is_kept():
     tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget="0.1", min_confidence_threshold=0.7)
     bank = tight.engine.scheduler.banks[""]
     assert bank.spent <= 0.1 * (bank.served + 50)
+
+
+def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
+    async def changing():
+        profile = llada_8b_h200()
+        async with Engine(Config.of(), furnish=pretended(profile, 4, 1024, delay=0.5)) as engine:
+            prompts = [[0] * 100 for _ in range(12)]
+            load = [asyncio.create_task(engine.generate(prompt, Options(max_tokens=256))) for prompt in prompts]
+            changes = []
+            for plan in ("1x4", "2x2", "2x1+1x2"):
+                await asyncio.sleep(0.1)
+                changes.append(await engine.replan(plan))
+            answers = await asyncio.gather(*load)
+        return changes, answers
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        changes, answers = runner.run(changing())
+    assert [answer.finish_reason for answer in answers] == ["length"] * 12
+    for change in changes:
+        assert 0.5 <= change.pause < 0.6
+        assert change.pause <= change.seconds
+    assert changes[-1].after.groups[-1] == (3,)
+
+
+def test_a_planner_is_asked_at_its_times_and_obeyed():
+    asked = []
+
+    def planner(demand):
+        asked.append(demand)
+        return PlanReady(parsed("1x4", 4, demand.degrees), "a low load") if demand.flows else PlanReady(None, "idle")
+
+    async def planned():
+        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 4, 1024), planner=planner) as engine:
+            await asyncio.sleep(5.0)
+            assert len(engine.plan.groups) == 4
+            await engine.generate([0] * 100, Options(max_tokens=256))
+            await asyncio.sleep(5.0)
+            return engine.history[-1]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        change = runner.run(planned())
+    assert (change.after.groups, change.reason) == (((0, 1, 2, 3),), "a low load")
+    assert len(asked) in (5, 6)
+
+
+def test_larger_degrees_cost_less_and_never_in_proportion():
+    laws = [law_at(degree) for degree in (1, 2, 4, 8)]
+    for point in (Features(32, 32 * 256, 32, 1), Features(1024, 4 * 256 * 256, 128, 4)):
+        seconds = [law.seconds(point) for law in laws]
+        assert seconds == sorted(seconds, reverse=True)
+        assert all(a < 2 * b for a, b in itertools.pairwise(seconds))
 
 
 def test_the_built_in_profile_has_the_published_steps():

@@ -6,16 +6,16 @@ from dilaserve.models.spec import ModelSpec, Shard
 
 
 class KVPool:
-    """K and V of `tokens` tokens; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim].
+    """K and V in `flat`; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim].
 
-    The pool is dead memory between refreshes: nothing in it is ever needed to rebuild it.
+    A shard has fewer heads and so more tokens in the same memory. The pool is dead memory between refreshes: nothing in
+    it is ever needed to rebuild it.
     """
 
-    def __init__(self, spec: ModelSpec, shard: Shard, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, shard: Shard, flat: torch.Tensor) -> None:
         heads = spec.kv_heads // shard.size
-        flat = torch.zeros(spec.layers * 2 * tokens * heads * spec.head_dim, dtype=dtype, device=device)
-        pool = flat.view(spec.layers, 2, tokens, heads, spec.head_dim)
-        self.tokens = tokens
+        self.tokens = flat.numel() // (spec.layers * 2 * heads * spec.head_dim)
+        pool = flat.view(spec.layers, 2, self.tokens, heads, spec.head_dim)
         self.keys = list(pool[:, 0].unbind())
         self.values = list(pool[:, 1].unbind())
 

@@ -103,36 +103,45 @@ class Block(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The full weights on one device, as every worker keeps them."""
+    """The weights that one device keeps: all of them, or where they do not fit the blocks and the head of one shard."""
 
     embedding: torch.Tensor  # [vocab, hidden]
     blocks: list[Block]
     norm: torch.Tensor  # [hidden]
-    head: torch.Tensor  # [vocab, hidden]
+    head: torch.Tensor  # [vocab / size, hidden]
+    held: Shard
 
 
 def load(
-    spec: ModelSpec, source: Tensors, device: torch.device, dtype: torch.dtype, placed: Callable[[int], None]
+    spec: ModelSpec,
+    source: Tensors,
+    device: torch.device,
+    dtype: torch.dtype,
+    placed: Callable[[int], None],
+    held: Shard = Shard(),  # noqa: B008 - a frozen value
 ) -> Weights:
-    """Read the checkpoint straight into its fused place on the device; `placed(nbytes)` reports progress."""
+    """Read the checkpoint straight into its fused place on the device; `placed(nbytes)` reports progress.
 
-    def take(name: str) -> torch.Tensor:
+    Of a shard only its part is read: the files are mapped, and the rows and columns of a shard lie together.
+    """
+
+    def take(name: str, dim: int = 0, part: Shard = held) -> torch.Tensor:
         tensor = source[f"{ROOT}{name}.weight"]
         placed(tensor.nbytes)
-        return tensor
+        return tensor.chunk(part.size, dim)[part.rank]
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def plain(name: str) -> torch.Tensor:
-        tensor = take(name)
+    def plain(name: str, dim: int = 0, part: Shard = Shard()) -> torch.Tensor:  # noqa: B008
+        tensor = take(name, dim, part)
         return empty(*tensor.shape).copy_(tensor)
 
     def block(i: int) -> Block:
         name = f"blocks.{i}."
-        g, hd, d = spec.groups, spec.head_dim, spec.hidden
-        q, kv = spec.heads // g * hd, spec.kv_heads // g * hd
-        qkv, gate_up = empty(g, q + 2 * kv, d), empty(g, 2, spec.mlp // g, d)
+        g, hd, d = spec.groups // held.size, spec.head_dim, spec.hidden
+        q, kv = spec.heads // spec.groups * hd, spec.kv_heads // spec.groups * hd
+        qkv, gate_up = empty(g, q + 2 * kv, d), empty(g, 2, spec.mlp // spec.groups, d)
         qkv[:, :q] = interleaved(take(name + "q_proj"), hd).view(g, q, d)
         qkv[:, q : q + kv] = interleaved(take(name + "k_proj"), hd).view(g, kv, d)
         qkv[:, q + kv :] = take(name + "v_proj").view(g, kv, d)
@@ -141,15 +150,22 @@ def load(
         return Block(
             attn_norm=plain(name + "attn_norm"),
             qkv=qkv.view(-1, d),
-            attn_out=plain(name + "attn_out"),
+            attn_out=plain(name + "attn_out", 1, held),
             ff_norm=plain(name + "ff_norm"),
             gate_up=gate_up.view(-1, d),
-            down=plain(name + "ff_out"),
+            down=plain(name + "ff_out", 1, held),
         )
+
+    def head() -> torch.Tensor:
+        mine = held.slice(spec.vocab_size)
+        if spec.tied:
+            return embedding[mine]
+        tensor = take("ff_out", 0, Shard())[mine]
+        return empty(*tensor.shape).copy_(tensor)
 
     embedding = plain("wte")
     blocks = [block(i) for i in range(spec.layers)]
-    return Weights(embedding, blocks, plain("ln_f"), embedding if spec.tied else plain("ff_out"))
+    return Weights(embedding, blocks, plain("ln_f"), head(), held)
 
 
 def shard_of(block: Block, shard: Shard) -> Block:
@@ -172,7 +188,10 @@ def alone(x: torch.Tensor) -> torch.Tensor:
 
 
 class Model:
-    """The forward pass of one rank. `reduce` sums a tensor over the TP group."""
+    """The forward pass of one rank on views of the weights. `reduce` sums a tensor over the TP group.
+
+    `vocabulary` are the token ids whose logits the rank computes. `turns` is another model's rotary table.
+    """
 
     def __init__(
         self,
@@ -180,12 +199,17 @@ class Model:
         weights: Weights,
         shard: Shard = Shard(),  # noqa: B008 - a frozen value
         reduce: Callable[[torch.Tensor], torch.Tensor] = alone,
+        turns: torch.Tensor | None = None,
     ) -> None:
         self.spec, self.weights, self.reduce = spec, weights, reduce
-        self.blocks = [shard_of(block, shard) for block in weights.blocks]
+        self.blocks = [shard_of(block, shard.part(weights.held)) for block in weights.blocks]
         self.groups = spec.groups // shard.size
         self.q, self.kv = spec.heads // spec.groups, spec.kv_heads // spec.groups
-        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, weights.norm.device)
+        self.vocabulary = shard.slice(spec.vocab_size)
+        first = weights.held.slice(spec.vocab_size).start
+        self.head = weights.head[self.vocabulary.start - first : self.vocabulary.stop - first]
+        device = weights.norm.device
+        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
         """Final hidden states of the kept tokens, [kept, hidden], normalised; writes K/V of all tokens to the pool.
@@ -206,8 +230,8 @@ class Model:
         return self.norm(x, self.weights.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] → [n, vocab] in the model's type, unscaled."""
-        return F.linear(hidden, self.weights.head)
+        """[n, hidden] → [n, the rank's part of the vocabulary] in the model's type, unscaled."""
+        return F.linear(hidden, self.head)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm, cast to the model's type before the weight is applied, as LLaDA does."""

@@ -9,6 +9,14 @@ class Shard(msgspec.Struct, frozen=True):
     rank: int = 0
     size: int = 1
 
+    def part(self, held: "Shard") -> "Shard":
+        """Where this shard lies in the one that is held, of which it must be a part."""
+        return Shard(self.rank % (self.size // held.size), self.size // held.size)
+
+    def slice(self, total: int) -> slice:
+        """This rank's part of `total` things; the parts differ by one at most."""
+        return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes and special ids of one checkpoint. `groups` is the largest tensor-parallel degree its heads allow."""
@@ -29,6 +37,17 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     mask_id: int
     stop_ids: tuple[int, ...]
     parameters: int
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Tensor-parallel degrees that the heads allow."""
+        return tuple(degree for degree in (1, 2, 4, 8) if self.groups % degree == 0)
+
+    def shard_parameters(self, size: int) -> int:
+        """Parameters that one of `size` shards holds: the embedding and the norms whole, of the rest its part."""
+        table = self.vocab_size * self.hidden
+        whole = table + self.hidden * (2 * self.layers + 1)
+        return whole + -(-(self.parameters - whole) // size)
 
     @property
     def kv_elements(self) -> int:

@@ -16,10 +16,18 @@ from aiohttp import web
 from dilaserve import __version__
 from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
-from dilaserve.errors import BadRequest, ConfigError, DilaserveError, NotFound, Unauthorized, Unavailable
+from dilaserve.errors import (
+    BadRequest,
+    ConfigError,
+    DilaserveError,
+    Forbidden,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+)
 from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, real
-from dilaserve.server import metrics, openai, sse
+from dilaserve.server import metrics, openai, plans, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.stream import collect
 
@@ -30,6 +38,7 @@ ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 BODY_WITHIN = 30.0  # seconds to receive a request body
 LINGER = 2.0  # seconds that answers get to leave after the engine is done
+PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
 _json = msgspec.json.Encoder()
@@ -105,6 +114,8 @@ def application(engine: Engine, config: Config) -> web.Application:
             web.get("/v1/models/{model}", model),
             web.post("/v1/chat/completions", chat),
             web.post("/v1/completions", complete),
+            web.get(PLAN, plan),
+            web.post(PLAN, replan),
             web.post("/tokenize", tokenize),
             web.post("/detokenize", detokenize),
         ]
@@ -140,12 +151,24 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def authorize(request: web.Request) -> None:
-    key = request.app[CONFIG].server.api_key
-    if key is None or request.path in OPEN:
+    server = request.app[CONFIG].server
+    if request.path == PLAN and request.method == "POST":
+        if server.admin_key is None:
+            raise Forbidden("the plan cannot be changed here; start the server with --admin-key")
+        if sends(request, server.admin_key):
+            return
+        if server.api_key is not None and sends(request, server.api_key):
+            raise Forbidden("the API key may not change the plan; send the admin key")
+        raise Unauthorized("the admin key is missing or wrong; send it as `Authorization: Bearer KEY`")
+    if server.api_key is None or request.path in OPEN:
         return
-    sent = request.headers.get("authorization", "")
-    if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
+    if not sends(request, server.api_key) and not (server.admin_key and sends(request, server.admin_key)):
         raise Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+
+
+def sends(request: web.Request, key: str) -> bool:
+    sent = request.headers.get("authorization", "")
+    return hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode())
 
 
 def refused(error: DilaserveError) -> web.Response:
@@ -269,6 +292,16 @@ async def respond(
             return await sse.relay(request, form, streams, each, prompt_tokens, count)
         completions = await asyncio.gather(*(collect(stream) for stream in streams))
         return answer(form.answer(completions, each, prompt_tokens))
+
+
+async def plan(request: web.Request) -> web.StreamResponse:
+    return answer(plans.shown(request.app[ENGINE]))
+
+
+async def replan(request: web.Request) -> web.StreamResponse:
+    asked, engine = openai.decoded(await body(request), plans.PlanRequest), request.app[ENGINE]
+    change = await engine.replan(plans.wanted(asked), asked.reason or "asked for over HTTP")
+    return answer(plans.told(engine, change))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:

@@ -21,6 +21,18 @@ class House(Collector):
         yield gauge("requests_running", "requests with a seat", scheduler.running)
         yield gauge("requests_waiting", "requests without a seat", len(scheduler.requests) - scheduler.running)
         yield gauge("instances", "instances that are up", len(engine.capacity))
+        degrees = GaugeMetricFamily(
+            "dilaserve_plan_instances", "instances that are up, by tensor-parallel degree", labels=["degree"]
+        )
+        sizes = [len(group) for group in engine.plan.groups]
+        for degree in engine.degrees:
+            degrees.add_metric([str(degree)], sizes.count(degree))
+        yield degrees
+        last = engine.history[-1].pause if engine.history else None
+        yield counter("plan_changes", "changes of the plan", profile.changes)
+        yield counter("plan_pause_seconds", "seconds that rows waited for them, the longest of each", profile.paused)
+        yield gauge("plan_last_pause_seconds", "that of the last change", last or 0.0)
+        yield counter("workers_lost", "workers that died or hung", profile.workers_lost)
         yield gauge("threshold_floor_level", "levels by which load has lowered all thresholds", scheduler.floor)
         yield counter("steps", "denoising steps", profile.steps)
         yield counter("step_rows", "rows in all steps", profile.rows)

@@ -137,7 +137,7 @@ _decoders: dict[type, msgspec.json.Decoder[Any]] = {
 def decoded(body: bytes, kind: type[T]) -> T:
     """The body as a request of this kind; `BadRequest` names the field that is wrong."""
     try:
-        request: T = _decoders[kind].decode(body)
+        request: T = (_decoders.get(kind) or msgspec.json.Decoder(kind)).decode(body)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `")
         missing = re.search(r"missing required field `(\w+)`", text)

@@ -3,21 +3,24 @@
 import asyncio
 import random
 from bisect import bisect_right
+from collections.abc import Mapping
 from itertools import accumulate
 
 from dilaserve.beliefs import batch_features
-from dilaserve.cost import StepCost
+from dilaserve.cost import StepCost, derived
 from dilaserve.executor import Post
 from dilaserve.quality import Forecast, QualityProfile, chances, part_of
 from dilaserve.table import RequestTable
-from dilaserve.terms import Batch, Instance, InstanceReady, RowResult, Span, StepDone
+from dilaserve.terms import Batch, Instance, InstanceLost, InstanceReady, Moves, RowResult, Span, StepDone, WorkerUp
 
+DELAY = 0.02  # seconds in which an instance is formed
 FILLER = ord("a")  # the token that a pretended model writes
 
 
 class SimMachine:
-    """`devices` instances of degree 1 on the running loop's time, virtual or real.
+    """`devices` pretended devices on the running loop's time, virtual or real; forming an instance takes `delay`.
 
+    `laws` are step costs by tensor-parallel degree; a degree without one takes the guess that the scheduler makes too.
     A row's task is its prompt's first token, an index into `tasks`. `jitter` is the relative spread of step times,
     `spread` that of how fast requests of one task fill their canvases.
     """
@@ -26,15 +29,18 @@ class SimMachine:
         self,
         table: RequestTable,
         devices: int,
-        law: StepCost,
+        laws: Mapping[int, StepCost],
         quality: QualityProfile,
         kv_tokens: int,
         mask_id: int,
         seed: int = 0,
         jitter: float = 0.02,
         spread: float = 0.2,
+        delay: float = DELAY,
     ) -> None:
-        self.table, self.devices, self.law, self.kv_tokens = table, devices, law, kv_tokens
+        self.table, self.devices, self.kv_tokens, self.delay = table, devices, kv_tokens, delay
+        self.laws = dict(laws)
+        self.instances: dict[int, Instance] = {}
         self.forecast, self.tasks = Forecast(quality), list(quality.tasks)
         self.levels, self.mask_id = quality.levels, mask_id
         self.random = random.Random(seed)
@@ -45,18 +51,39 @@ class SimMachine:
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
         self.post, self.loop = post, asyncio.get_running_loop()
         for device in range(self.devices):
-            post(InstanceReady(Instance(device, (device,), self.kv_tokens)))
+            post(WorkerUp(device, self.kv_tokens))
         started.set_result(None)
         await self.loop.create_future()
 
     def launch(self, batch: Batch) -> None:
         rows = [self.row(span) for span in batch.spans]
         masks = sum(row.masks for row in rows)
-        seconds = self.law.seconds(batch_features(batch.spans, masks))
+        law = self.law(len(self.instances[batch.instance].ranks))
+        seconds = law.seconds(batch_features(batch.spans, masks))
         seconds *= self.random.lognormvariate(0.0, self.jitter)
         self.loop.call_later(seconds, self.finish, batch, seconds)
 
+    def law(self, degree: int) -> StepCost:
+        if degree not in self.laws:
+            least = min(self.laws)
+            self.laws[degree] = derived(self.laws[least], degree // least)
+        return self.laws[degree]
+
+    def reshard(self, moves: Moves) -> None:
+        for id in moves.ends:
+            self.instances.pop(id, None)
+        for instance in moves.begins:
+            self.instances[instance.id] = instance
+            self.loop.call_later(self.delay, self.post, InstanceReady(instance))
+
+    def kill(self, instance: int, reason: str) -> None:
+        """Pretended steps do not hang; where one is said to, its instance is gone."""
+        del self.instances[instance]
+        self.post(InstanceLost(instance, reason))
+
     def finish(self, batch: Batch, seconds: float) -> None:
+        if batch.instance not in self.instances:
+            return
         results = tuple(self.unmask(span) for span in batch.spans)
         self.post(StepDone(batch.instance, batch.id, results, seconds, seconds))
 

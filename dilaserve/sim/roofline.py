@@ -13,20 +13,12 @@ LAUNCHES = 0.7e-3  # seconds of a step outside the kernels
 KNEE = 256  # packed tokens below which reading the weights hides the arithmetic
 ATTENTION_FLOPS, SOFTMAX_RATE = 4 * 4096 * 32, 0.35 * 790e12
 LOGITS = 126_464 * 4096 * 2 / FLOPS + 126_464 * 10 / BANDWIDTH
+LAYERS, WIDTH = 32, 4096
+SUM_LATENCY = {1: 0.0, 2: 9e-6, 4: 11e-6, 8: 14e-6}  # seconds of one small all-reduce over NVLink, by degree
+SUM_RATE = 350e9  # bytes a second that a large one reaches
 
 
 def llada_8b_h200() -> ModelProfile:
-    token = 2 * PARAMETERS / FLOPS
-    below = 0.1 * token
-    law = StepCost(
-        fixed=WEIGHTS_BYTES / BANDWIDTH + LAUNCHES,
-        token=below,
-        bends=(token - below,),
-        attention=ATTENTION_FLOPS / SOFTMAX_RATE,
-        projection=LOGITS,
-        row=1e-5,
-        knots=(KNEE,),
-    )
     drops = tuple(max(0.0, ACCURACY[0] - accuracy) for accuracy in ACCURACY)
     laws = tuple((law_for(steps / BLOCKS),) * PARTS for steps in STEPS)
     task = TaskProfile(laws=laws, drop=drops, mean_drop=drops, accuracy=ACCURACY[0], steps=STEPS)
@@ -35,9 +27,29 @@ def llada_8b_h200() -> ModelProfile:
         model="LLaDA-8B",
         made="from data sheets and published figures",
         machine="NVIDIA H200",
-        costs={cost_key("cuda"): law},
+        costs={cost_key("cuda", degree): law_at(degree) for degree in SUM_LATENCY},
         quality=quality,
         measured=False,
+    )
+
+
+def law_at(degree: int) -> StepCost:
+    """t_g = launches + (weights / bandwidth + arithmetic) / g + 2 · layers · (latency_g + bytes / rate).
+
+    Each rank reads 1/g of the weights and does 1/g of the arithmetic; every layer sums the activations twice, at a
+    latency, and for the bytes of T tokens 2(g-1)/g · T · width · 2 over the links.
+    """
+    token = 2 * PARAMETERS / FLOPS / degree
+    below = 0.1 * token
+    sums, sent = 2 * LAYERS, 2 * (degree - 1) / degree * WIDTH * 2
+    return StepCost(
+        fixed=LAUNCHES + WEIGHTS_BYTES / BANDWIDTH / degree + sums * SUM_LATENCY[degree],
+        token=below + sums * sent / SUM_RATE,
+        bends=(token - below,),
+        attention=ATTENTION_FLOPS / SOFTMAX_RATE / degree,
+        projection=LOGITS / degree,
+        row=1e-5,
+        knots=(KNEE,),
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ import msgspec
 
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
-from dilaserve.engine import Engine
+from dilaserve.engine import Engine, Planner
 from dilaserve.errors import DilaserveError
 from dilaserve.executor import Progress
-from dilaserve.furniture import Furnish, Furniture, ModelCard
+from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan
 from dilaserve.options import Options
-from dilaserve.profiles import ModelProfile
+from dilaserve.profiles import ModelProfile, cost_key
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.machine import SimMachine
+from dilaserve.sim.machine import DELAY, SimMachine
 from dilaserve.sim.workload import Job
 from dilaserve.stream import collect
 from dilaserve.table import RequestTable
@@ -25,6 +25,7 @@ from dilaserve.terms import Usage
 from dilaserve.text import Text
 
 MASK = 2**30  # no token of a pretended model
+DEGREES = (1, 2, 4, 8)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,21 +57,36 @@ def pretended(
     profile: ModelProfile,
     devices: int,
     limit: int,
-    truth: StepCost | None = None,
+    truth: Mapping[int, StepCost] | None = None,
     seed: int = 0,
     text: Text | None = None,
+    delay: float = DELAY,
 ) -> Furnish:
-    """Furniture without a model: `devices` machines that behave as the profile says, or as `truth` costs."""
+    """Furniture without a model: `devices` machines that behave as the profile says, or as `truth` costs by degree.
+
+    `delay` are the seconds that forming an instance takes.
+    """
 
     def furnish(config: Config, progress: Progress) -> Furniture:
-        law = next(iter(profile.costs.values()))
+        laws = by_degree(profile.costs)
+        degrees = tuple(degree for degree in DEGREES if degree <= devices)
+        plan = first_plan(config.device.plan, devices, degrees)
         table = RequestTable(config.scheduler.max_queue, limit)
         pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
-        machine = SimMachine(table, devices, truth or law, profile.quality, pool, MASK, seed)
+        machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
         card = ModelCard(profile.model, limit, 0, 0)
-        return Furniture(card, MASK, MASK, text or PlainText(), table, machine, law, profile.quality)
+        names = [f"sim:{i}" for i in range(devices)]
+        return Furniture(
+            card, MASK, MASK, text or PlainText(), table, machine, laws, profile.quality, names, degrees, plan
+        )
 
     return furnish
+
+
+def by_degree(costs: Mapping[str, StepCost]) -> dict[int, StepCost]:
+    """The laws of the profile's first kind of device."""
+    kind = next(iter(costs)).rpartition(" x")[0]
+    return {degree: costs[cost_key(kind, degree)] for degree in DEGREES if cost_key(kind, degree) in costs}
 
 
 class Run(NamedTuple):
@@ -85,19 +101,25 @@ def simulate(
     tasks: Sequence[str],
     jobs: Sequence[Job],
     seen: Callable[[int], None] = lambda done: None,
+    planner: Planner | None = None,
 ) -> Run:
     """Run all jobs to their end; `seen` hears how many have arrived."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(play(config, furnish, tasks, jobs, seen))
+        return runner.run(play(config, furnish, tasks, jobs, seen, planner))
 
 
 async def play(
-    config: Config, furnish: Furnish, tasks: Sequence[str], jobs: Sequence[Job], seen: Callable[[int], None]
+    config: Config,
+    furnish: Furnish,
+    tasks: Sequence[str],
+    jobs: Sequence[Job],
+    seen: Callable[[int], None],
+    planner: Planner | None,
 ) -> Run:
     loop = asyncio.get_running_loop()
     outcomes: list[Outcome] = []
     timeline: list[tuple[float, int, int, float]] = []
-    async with Engine(config, furnish=furnish) as engine:
+    async with Engine(config, furnish=furnish, planner=planner) as engine:
         began = loop.time()
 
         async def one(job: Job) -> None:

@@ -1,28 +1,38 @@
 """The life of a worker: load, say so, then step whenever a frame arrives, until the engine says stop or is gone."""
 
+import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from dilaserve import models, wire
 from dilaserve.errors import CheckpointError
+from dilaserve.exchange import Exchange
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kvcache import KVPool
+from dilaserve.models.llada import Model, Weights
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.table import RequestTable
 from dilaserve.worker import memory
+from dilaserve.worker.groups import Abandoned, Groups
 from dilaserve.worker.runner import Runner
 
 PROGRESS_BYTES = 16 * 2**20  # between two progress frames
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is started with."""
+    """What a worker is started with. `backend` carries TP groups, which may meet through the file `store`.
+
+    Where the model is too large for one device, the weights are in `shards` parts, and workers of neighbouring ranks
+    hold them one after the other.
+    """
 
     device: str
     directory: str
@@ -34,43 +44,79 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     kv_wanted: int
     batched_tokens: int
     memory_share: float
+    backend: str = "shm"
+    shards: int = 1
+    store: str = ""
 
 
-def main(job: Job, table: RequestTable, line: socket.socket) -> None:
+class Shared(NamedTuple):
+    """The memory that the engine's process and all workers map."""
+
+    table: RequestTable
+    exchange: Exchange
+
+
+def main(job: Job, rank: int, shared: Shared, line: socket.socket) -> None:
     """Entry point of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     try:
-        runner = prepare(job, table, line)
-    except (CheckpointError, torch.OutOfMemoryError, MemoryError) as error:
-        wire.send(line, wire.Broken(str(error).splitlines()[0] if str(error) else "out of memory"))
-        return
-    except BrokenPipeError:
-        return
-    try:
-        serve(runner, line)
+        serve(prepare(job, rank, shared, line), line)
     except (BrokenPipeError, ConnectionResetError):
         return  # the engine is gone, and so is the reason to be here
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            wire.send(line, wire.Broken(sentence(error)))
+        sys.exit(1)
 
 
-def prepare(job: Job, table: RequestTable, line: socket.socket) -> Runner:
+def sentence(error: Exception) -> str:
+    """Why the worker leaves, on one line."""
+    lines = str(error).splitlines() or ["out of memory" if isinstance(error, MemoryError) else ""]
+    return lines[0] if isinstance(error, CheckpointError) else f"{type(error).__name__}: {lines[0]}"
+
+
+class Worker:
+    """The weights and the memory of one device, of which any instance that the device joins is a view."""
+
+    def __init__(
+        self, job: Job, rank: int, shared: Shared, spec: ModelSpec, weights: Weights, flat: torch.Tensor
+    ) -> None:
+        self.job, self.shared, self.spec, self.weights, self.flat = job, shared, spec, weights, flat
+        self.groups = Groups(job.backend, shared.exchange, rank, job.store)
+        self.turns: torch.Tensor | None = None
+
+    def form(self, order: wire.Form) -> Runner:
+        """Join an instance; no weight is copied. Raises `Abandoned`."""
+        ranks = sorted(order.ranks, key=lambda rank: (rank % self.job.shards, rank))  # in the order of what they hold
+        lives = dict(zip(order.ranks, order.lives, strict=True))
+        group = self.groups.join(order.instance, ranks, [lives[rank] for rank in ranks])
+        shard = Shard(group.rank, group.size)
+        family = models.FAMILIES[self.spec.architecture]
+        model: Model = family.Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
+        self.turns = model.turns
+        pool = KVPool(self.spec, shard, self.flat)
+        return Runner(self.spec, model, pool, self.shared.table, self.job.stop_ids, group)
+
+
+def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     """Load the model and lay out its memory; sends `Loading` frames on the way and `Ready` at the end."""
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        memory.pin(table.buffer)
+        memory.pin(shared.table.buffer)
     checkpoint = Checkpoint(Path(job.directory))
     spec = msgspec.structs.replace(models.describe(checkpoint), max_length=job.max_length)
     family = models.FAMILIES[spec.architecture]
-    memory.check_weights(spec, device, dtype, job.memory_share)
-    weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line))
+    memory.check_weights(spec, device, dtype, job.memory_share, job.shards)
+    held = Shard(rank % job.shards, job.shards)
+    weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
     tokens = job.kv_tokens or memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
     if tokens < PAGE:
         raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
-    pool = KVPool(spec, Shard(), tokens, device, dtype)
-    runner = Runner(spec, family.Model(spec, weights), pool, table, job.stop_ids)
+    flat = torch.zeros(tokens * spec.kv_elements, dtype=dtype, device=device)
     wire.send(line, wire.Ready(tokens))
-    return runner
+    return Worker(job, rank, shared, spec, weights, flat)
 
 
 def progress(spec: ModelSpec, checkpoint: Checkpoint, line: socket.socket) -> Callable[[int], None]:
@@ -88,7 +134,13 @@ def progress(spec: ModelSpec, checkpoint: Checkpoint, line: socket.socket) -> Ca
     return placed
 
 
-def serve(runner: Runner, line: socket.socket) -> None:
-    while isinstance(order := wire.receive_order(line), wire.Run):
-        outcome = runner.step(order.spans)
-        wire.send(line, wire.Done(order.batch, outcome.results, outcome.seconds, outcome.forward))
+def serve(worker: Worker, line: socket.socket) -> None:
+    """Obey until the engine is gone. A step or a group that a lost peer has spoilt is dropped: the engine knows."""
+    runner: Runner | None = None
+    while not isinstance(order := wire.receive_order(line), wire.Stop | None):
+        with contextlib.suppress(Abandoned):
+            if isinstance(order, wire.Form):
+                runner = worker.form(order)
+                wire.send(line, wire.Formed(order.instance))
+            elif runner and (outcome := runner.step(order.spans)):
+                wire.send(line, wire.Done(order.batch, outcome.results, outcome.seconds, outcome.forward))

@@ -20,9 +20,9 @@ def pin(buffer: torch.Tensor) -> None:
         log.warning("the request table could not be pinned (CUDA error %s); copies will be slower", int(code))
 
 
-def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float) -> None:
-    """Raise `CheckpointError` when the weights alone do not fit."""
-    need, there = spec.parameters * dtype.itemsize, available(device, share)
+def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, shards: int = 1) -> None:
+    """Raise `CheckpointError` when the weights of one of so many shards do not fit."""
+    need, there = spec.shard_parameters(shards) * dtype.itemsize, available(device, share)
     if need > there:
         raise CheckpointError(
             f"the model needs {need / GIB:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')} "

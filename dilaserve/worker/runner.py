@@ -12,7 +12,8 @@ from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
 from dilaserve.table import RULES, RequestTable
 from dilaserve.terms import RowResult, Span
-from dilaserve.worker.unmask import Guess, Rules, Sampling, accepted, guess
+from dilaserve.worker.groups import Alone, Group
+from dilaserve.worker.unmask import Guess, Rules, Sampling, accepted, guess, guess_part
 
 MAX_LOGITS = 2**26  # elements of [masks, vocab] at a time
 Array = np.ndarray[Any, np.dtype[np.int64]]
@@ -47,18 +48,31 @@ class Outcome(NamedTuple):
 
 
 class Runner:
-    """Runs batches on one device with one model and one K/V pool."""
+    """Runs an instance's batches as one rank of its TP group, with one model and one K/V pool.
+
+    All ranks read the same rows and have read them before the last collective of a step; behind it rank 0 alone judges
+    and writes.
+    """
 
     def __init__(
-        self, spec: ModelSpec, model: Model, pool: KVPool, table: RequestTable, stop_ids: tuple[int, ...]
+        self,
+        spec: ModelSpec,
+        model: Model,
+        pool: KVPool,
+        table: RequestTable,
+        stop_ids: tuple[int, ...],
+        group: Group = Alone(),  # noqa: B008 - has no state
     ) -> None:
-        self.spec, self.model, self.pool, self.table = spec, model, pool, table
+        self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
         self.device = pool.keys[0].device
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
 
     @torch.inference_mode()
-    def step(self, spans: list[Span]) -> Outcome:
-        """Denoise once. Results come in the order of `spans`."""
+    def step(self, spans: list[Span]) -> Outcome | None:
+        """Denoise once. Results come in the order of `spans`; ranks other than 0 have none.
+
+        Raises `Abandoned` when a peer is gone.
+        """
         began = time.perf_counter()
         columns = Columns(*np.array(spans, dtype=np.int64).T)
         blocks = active_blocks(columns)
@@ -69,6 +83,8 @@ class Runner:
         hidden = self.model.hidden(packed, self.pool)
         hidden = hidden[self.on_device(np.flatnonzero(masked[blocks.valid]))]
         guessed = self.guess(hidden, self.sampling(columns, blocks, masked))
+        if self.group.rank:
+            return None
         taken = accepted(guessed, self.on_device(masked), self.rules(columns)).cpu().numpy()
         left = time.perf_counter()
         confidence = self.write(columns, blocks, masked, taken, guessed)
@@ -79,12 +95,18 @@ class Runner:
         """The candidate of each masked position, [masks], from its hidden state; a slice of the logits at a time."""
         size = max(1, MAX_LOGITS // self.spec.vocab_size)
         if len(hidden) <= size:
-            return guess(self.model.logits(hidden), self.spec.mask_id, sampling)
+            return self.guess_slice(hidden, sampling)
         pieces = []
         for first in range(0, len(hidden), size):
             part = sampling and Sampling(*(knob[first : first + size] for knob in sampling))
-            pieces.append(guess(self.model.logits(hidden[first : first + size]), self.spec.mask_id, part))
+            pieces.append(self.guess_slice(hidden[first : first + size], part))
         return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def guess_slice(self, hidden: torch.Tensor, sampling: Sampling | None) -> Guess:
+        logits, mask_id = self.model.logits(hidden), self.spec.mask_id
+        if self.group.size == 1:
+            return guess(logits, mask_id, sampling)
+        return guess_part(logits, self.group, self.model.vocabulary, self.spec.vocab_size, mask_id, sampling)
 
     def pack(self, columns: Columns) -> Packed:
         """Lay the spans' tokens one after the other, and say which of them the last layer must finish."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from dilaserve.worker.groups import Group
+
 HOPELESS = torch.finfo(torch.float32).max  # odds of what overflows: behind all others, yet before a row's padding
 
 
@@ -50,6 +52,66 @@ def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) 
     return Guess(token.squeeze(1), odds.nan_to_num_(nan=HOPELESS, posinf=HOPELESS))
 
 
+def guess_part(
+    logits: torch.Tensor, group: Group, vocabulary: slice, vocab: int, mask_id: int, sampling: Sampling | None
+) -> Guess:
+    """`guess` where each rank has the logits of its part of the vocabulary, [masks, part]; `logits` is overwritten.
+
+    Five numbers a mask and rank are exchanged; the logits themselves only of rows that sample from a nucleus.
+    """
+    logits = logits.float()
+    narrow = None if sampling is None else ((sampling.temperature > 0) & (sampling.top_p < 1)).nonzero().squeeze(1)
+    whole = None
+    if sampling is not None and narrow is not None and len(narrow):
+        whole = guess(gathered(logits[narrow], group, vocab), mask_id, Sampling(*(knob[narrow] for knob in sampling)))
+    found = joined(group.all_gather(judged(logits, vocabulary.start, mask_id - vocabulary.start, sampling)))
+    if whole is not None:
+        found.token[narrow], found.odds[narrow] = whole
+    return found
+
+
+def gathered(part: torch.Tensor, group: Group, vocab: int) -> torch.Tensor:
+    """The logits of the whole vocabulary, [rows, vocab]."""
+    widths = [(rank + 1) * vocab // group.size - rank * vocab // group.size for rank in range(group.size)]
+    padded = torch.nn.functional.pad(part, (0, max(widths) - part.shape[1]))
+    parts = group.all_gather(padded)
+    return torch.cat([one[:, :width] for one, width in zip(parts, widths, strict=True)], dim=1)
+
+
+def judged(logits: torch.Tensor, first: int, mask: int, sampling: Sampling | None) -> torch.Tensor:
+    """A rank's candidates, [5, masks] in float64: score, token id, logit, Σ_{other} exp(l - logit), the mask's logit.
+
+    `first` is the id of the first column, `mask` the mask token's column, if it is one of these.
+    """
+    mask_logit = torch.full_like(logits[:, 0], -torch.inf)
+    if 0 <= mask < logits.shape[1]:
+        mask_logit = logits[:, mask].clone()
+        logits[:, mask] = -torch.inf
+    token = logits.argmax(1, keepdim=True)
+    score = logits.gather(1, token)
+    hot = (sampling.temperature > 0).nonzero().squeeze(1) if sampling is not None else token[:0, 0]
+    if sampling is not None and len(hot):
+        noise = gumbel(sampling.seed[hot], sampling.step[hot], sampling.position[hot], logits.shape[1], first)
+        scores = logits[hot] / sampling.temperature[hot, None] + noise
+        token[hot] = scores.argmax(1, keepdim=True)
+        score[hot] = scores.gather(1, token[hot])
+    chosen = logits.gather(1, token)
+    others = logits.sub_(chosen).exp_().scatter_(1, token, 0.0).sum(1, keepdim=True)
+    others.masked_fill_(chosen == -torch.inf, 0.0)
+    return torch.cat([score, token + first, chosen, others, mask_logit[:, None]], dim=1).double().T.contiguous()
+
+
+def joined(parts: torch.Tensor) -> Guess:
+    """The best of the ranks' candidates, [ranks, 5, masks]; the lower rank, so the lower id, wins among equals."""
+    scores, tokens, logits, others, masks = parts.unbind(1)
+    winner = scores.argmax(0, keepdim=True)
+    chosen = logits.gather(0, winner)
+    mine = torch.zeros_like(scores).scatter_(0, winner, 1.0)
+    weights = (others + 1.0 - mine) * torch.exp(logits - chosen) + torch.exp(masks - chosen)
+    odds = weights.sum(0).float()
+    return Guess(tokens.gather(0, winner).squeeze(0).long(), odds.nan_to_num_(nan=HOPELESS, posinf=HOPELESS))
+
+
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Gumbel-max over the nucleus for rows with a temperature, argmax for the others; [masks, 1]."""
     token = logits.argmax(1, keepdim=True)
@@ -71,10 +133,12 @@ def nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(outside, -torch.inf)
 
 
-def gumbel(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Gumbel noise [rows, vocab] from a counter, not from a state: the same on any device, in any batch."""
+def gumbel(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, vocab: int, first: int = 0) -> torch.Tensor:
+    """Gumbel noise of ids [first, first + vocab), [rows, vocab], from a counter, not from a state: the same on any
+    device, in any batch, in any part of the vocabulary.
+    """
     stream = mixed(mixed(mixed(seed) ^ step) ^ position)
-    bits = mixed(stream[:, None] ^ torch.arange(vocab, device=seed.device))
+    bits = mixed(stream[:, None] ^ torch.arange(first, first + vocab, device=seed.device))
     uniform = ((bits & (2**24 - 1)).float() + 0.5) / 2**24
     return -(-uniform.log()).log()
 

@@ -1,0 +1,197 @@
+"""How the ranks of one TP group meet: sums, and gathers of small tensors. Knows peers and nothing of models.
+
+No backend needs a new process or a world that all workers belong to, so any ranks can form a group at any time.
+"""
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+
+from dilaserve.exchange import Exchange, first
+
+c10d: Any = torch.distributed  # what it is made of has no types
+SPINS = 300  # looks at a peer's counter before the core is offered to others
+YIELDS = 2000  # offers before sleeping between looks
+NAP = 50e-6  # seconds
+WAIT = datetime.timedelta(minutes=30)  # of torch.distributed; the engine's watchdog is much sooner
+
+
+class Abandoned(Exception):
+    """A peer is gone and the instance with it; the worker itself is sound."""
+
+
+class Group(Protocol):
+    """The ranks of one instance as one of them sees it. All of them make the same calls in the same order."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's x, the same bits on all ranks; may overwrite x. Raises `Abandoned`."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Everybody's x in the order of ranks, [size, *x.shape]. Raises `Abandoned`."""
+
+
+class Alone:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x[None]
+
+
+class SharedMemory:
+    """Through the exchange: write the own slot, raise the own counter, wait for the peers' counters, read all slots.
+
+    One barrier a collective is enough: a rank that has reached the n-th has read all slots of the one before it, so
+    its peers may fill those again. The order of writes is that of x86; other processors may show the counter first.
+    Tensors of a GPU pass through host memory.
+    """
+
+    def __init__(self, exchange: Exchange, instance: int, ranks: Sequence[int], position: int) -> None:
+        self.exchange, self.instance, self.ranks = exchange, instance, tuple(ranks)
+        self.rank, self.size, self.me = position, len(ranks), ranks[position]
+        self.peers = [rank for rank in ranks if rank != self.me]
+        self.sequence = exchange.counters[self.me] = first(instance)
+        self.end = first(instance + 1)
+        self.parent = os.getppid()
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        host = x.cpu().contiguous()
+        for part in torch.split(host.view(-1), self.exchange.slot // x.itemsize):
+            add(self.swapped(part), part)
+        return host if x.device.type == "cpu" else x.copy_(host)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.cpu().contiguous().view(-1)
+        step = self.exchange.slot // x.itemsize
+        out = torch.empty(self.size, len(flat), dtype=x.dtype)
+        for target, part in zip(torch.split(out, step, 1), torch.split(flat, step), strict=True):
+            for row, slot in zip(target, self.swapped(part), strict=True):
+                row.copy_(slot)
+        return out.view(self.size, *x.shape).to(x.device)
+
+    def swapped(self, part: torch.Tensor) -> list[torch.Tensor]:
+        """Everybody's part, in slots that stay as they are until the next but one call."""
+        self.sequence += 1
+        length, counters = part.nbytes, self.exchange.counters
+        slots = [self.exchange.slots[rank, self.sequence & 1, :length].view(part.dtype) for rank in self.ranks]
+        slots[self.rank].copy_(part)
+        counters[self.me] = self.sequence
+        for peer in self.peers:
+            if counters[peer] < self.sequence:
+                self.wait(peer)
+            if counters[peer] >= self.end:
+                raise Abandoned
+        return slots
+
+    def wait(self, peer: int) -> None:
+        counters, target = self.exchange.counters, self.sequence
+        for _ in range(SPINS):
+            if counters[peer] >= target:
+                return
+        looks = 0
+        while counters[peer] < target:
+            if self.exchange.abandoned(self.me, self.instance) or (looks % 1000 == 999 and os.getppid() != self.parent):
+                raise Abandoned
+            looks += 1
+            if looks < YIELDS:
+                os.sched_yield()
+            else:
+                time.sleep(NAP)
+
+
+def add(slots: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Sum in the order of ranks, rounding once for types shorter than float32."""
+    if len(slots) == 2 or out.dtype in (torch.float32, torch.float64):
+        torch.add(slots[0], slots[1], out=out)
+        for slot in slots[2:]:
+            out.add_(slot)
+        return
+    total = slots[0].float()
+    for slot in slots[1:]:
+        total += slot.float()
+    out.copy_(total)
+
+
+class Distributed:
+    """Through a process group of torch.distributed, gloo or NCCL."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = group, rank, size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self.run(lambda: self.group.allreduce([x]))
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        self.run(lambda: self.group.allgather([list(out.unbind())], [x.contiguous()]))
+        return out
+
+    def run(self, start: Callable[[], Any]) -> None:
+        try:
+            start().wait()
+        except RuntimeError as error:
+            raise Abandoned from error
+
+
+class Groups:
+    """Makes the groups that this worker joins.
+
+    `store` is a file through which torch.distributed introduces peers; process groups are kept as long as all members
+    live, because NCCL takes long to make one. `lives` number the processes that a rank has had.
+    """
+
+    def __init__(self, backend: str, exchange: Exchange, rank: int, store: str) -> None:
+        self.backend, self.exchange, self.me, self.store = backend, exchange, rank, store
+        self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
+
+    def join(self, instance: int, ranks: Sequence[int], lives: Sequence[int]) -> Group:
+        position = list(ranks).index(self.me)
+        if len(ranks) == 1:
+            return Alone()
+        if self.backend == "shm":
+            return SharedMemory(self.exchange, instance, ranks, position)
+        key = tuple(ranks), tuple(lives)
+        if key not in self.known:
+            try:
+                self.known[key] = made(self.backend, self.store, key, position)
+            except RuntimeError as error:
+                raise Abandoned from error
+        group = self.known[key]
+        if self.backend == "nccl":
+            self.guard(group, instance, key)
+        return Distributed(group, position, len(ranks))
+
+    def guard(self, group: Any, instance: int, key: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+        """A kernel of NCCL waits for dead peers for ever; abort it when the engine says that they are."""
+
+        def watch() -> None:
+            while not self.exchange.abandoned(self.me, instance):
+                time.sleep(0.02)
+            if self.known.pop(key, None) is not None:
+                group.abort()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def made(backend: str, file: str, key: tuple[tuple[int, ...], tuple[int, ...]], position: int) -> Any:
+    """A process group of these members alone, without a default group (torch.distributed's own constructors)."""
+    store = c10d.PrefixStore(repr(key), c10d.FileStore(file, -1))
+    size = len(key[0])
+    if backend == "nccl":
+        return c10d.ProcessGroupNCCL(store, position, size)
+    return c10d.ProcessGroupGloo(store, position, size, WAIT)

@@ -1,0 +1,229 @@
+"""Plans of real workers: tensor-parallel answers, changes while requests run, and what dies on the way."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from reference import Llada
+from test_engine import children, until
+from test_parity import answers, asked, expect, some_requests
+
+from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestFailed
+from dilaserve.furniture import first_plan
+from dilaserve.policy.layouts import checked, parsed, shrunk, spelled, uniform
+from dilaserve.server.app import running
+from dilaserve.terms import Plan
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(random_model):
+    house = dict(devices="cpu,cpu,cpu,cpu", plan="2x1+1x2", port=0, admin_key="a", api_key="b")
+    config = Config.of(model=str(random_model), **house)
+    async with Engine(config) as engine:
+        yield engine
+
+
+async def test_tokens_do_not_depend_on_the_degree(engine, random_model):
+    requests = some_requests(15, seed=3)  # every cache kind under every rule
+    for plan in ("4x1", "2x2", "1x4"):
+        change = await engine.replan(plan)
+        assert (spelled(engine.plan), change.after) == (plan, engine.plan)
+        expect(Llada(random_model), requests, await answers(engine, requests, stagger=True))
+
+
+async def test_sampled_tokens_and_confidences_do_not_depend_on_the_degree(engine):
+    wishes = [
+        (asked(**request)[0], Options(max_tokens=32, temperature=0.8, top_p=top_p, seed=i, ignore_eos=True))
+        for i, request in enumerate(some_requests(10, seed=5))
+        for top_p in (1.0, 0.9)
+    ]
+    found = []
+    for plan in ("4x1", "2x2", "1x4"):
+        await engine.replan(plan)
+        found.append(await asyncio.gather(*(engine.generate(*wish) for wish in wishes)))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert one.token_ids == two.token_ids
+            assert one.confidences == pytest.approx(two.confidences, rel=1e-3)
+
+
+async def test_plans_change_under_load_and_no_process_and_no_token_with_them(engine):
+    workers = {handle.process.pid for handle in engine.executor.workers.values()}
+    requests = [request | {"cache": "none"} for request in some_requests(24, seed=12)]
+    expected = [(await engine.generate(*asked(**request))).token_ids for request in requests[:8]]
+    before = engine.profile.changes
+    load = [asyncio.create_task(engine.generate(*asked(**request))) for request in requests[:8] * 6]
+    for plan in ("1x4", "4x1", "2x2", "1x2+2x1", "2x2") * 2:
+        steps = engine.profile.steps + 2
+        await until(lambda steps=steps: engine.profile.steps >= steps or all(task.done() for task in load))
+        await engine.replan(plan, "a test")
+    completions = await asyncio.gather(*load)
+    assert [completion.token_ids for completion in completions] == expected * 6
+    assert engine.profile.changes == before + 10
+    assert any(change.pause is not None for change in list(engine.history)[-10:])
+    assert all(change.reason == "a test" for change in list(engine.history)[-10:])
+    assert {handle.process.pid for handle in engine.executor.workers.values()} == workers
+
+
+async def test_a_change_leaves_the_instances_of_both_plans_alone(engine):
+    await engine.replan("1x2+2x1")
+    kept = {seat.instance.ranks: id for id, seat in engine.scheduler.seats.items()}
+    await engine.replan("2x2")
+    now = {seat.instance.ranks: id for id, seat in engine.scheduler.seats.items()}
+    assert now[(0, 1)] == kept[(0, 1)]
+    assert len(now) == 2
+
+
+async def test_the_plan_over_http(engine):
+    async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
+
+        async def post(body, key):
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            async with client.post("/v1/plan", json=body, headers=headers) as response:
+                return response.status, await response.json()
+
+        assert (await post({"plan": "4x1"}, None))[0] == 401
+        assert (await post({"plan": "4x1"}, "b"))[0] == 403
+        for wrong in ("4x", "3x1", "1x3+1x1", "8x1", [[0, 1], [1, 2]], [[0, 1]]):
+            status, answer = await post({"plan": wrong}, "a")
+            assert (status, answer["error"]["param"]) == (400, "plan")
+        status, answer = await post({"plan": [[2, 3], [0], [1]], "reason": "because"}, "a")
+        assert (status, answer["plan"], answer["reason"]) == (200, "1x2+2x1", "because")
+        async with client.get("/v1/plan", headers={"authorization": "Bearer b"}) as response:
+            shown = await response.json()
+        assert (shown["plan"], shown["wanted"], shown["degrees"]) == ("1x2+2x1", "1x2+2x1", [1, 2, 4])
+        assert shown["groups"] == [[0], [1], [2, 3]]
+        assert shown["history"][0]["reason"] == "because"
+        async with client.get("/metrics") as response:
+            assert 'dilaserve_plan_instances{degree="2"} 1.0' in await response.text()
+
+
+async def test_without_an_admin_key_nobody_changes_the_plan(engine):
+    config = Config.of(port=0)
+    async with running(engine, config) as address, aiohttp.ClientSession(address) as client:
+        async with client.post("/v1/plan", json={"plan": "4x1"}) as response:
+            assert response.status == 403
+        async with client.get("/v1/plan") as response:
+            assert response.status == 200
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mortal(random_model):
+    """Two workers that are killed again and again."""
+    before = children(), shared_files()
+    async with Engine(Config.of(model=str(random_model), devices="cpu,cpu", plan="1x2", step_timeout=1.0)) as engine:
+        yield engine
+    assert (children(), shared_files()) == before
+
+
+def shared_files():
+    """Shared memory of this process that has a name."""
+    return sorted(Path("/dev/shm").glob(f"*{os.getpid()}*"))
+
+
+async def crowd(engine, strike):
+    """Answers alone, and those in a crowd in whose midst `strike` is called."""
+    requests = [request | {"cache": "none"} for request in some_requests(6, seed=21)]
+    alone = [(await engine.generate(*asked(**request))).token_ids for request in requests]
+    load = [asyncio.create_task(engine.generate(*asked(**request))) for request in requests * 2]
+    steps = engine.profile.steps + 3
+    await until(lambda: engine.profile.steps >= steps)
+    strike()
+    completions = await asyncio.gather(*load)
+    assert [completion.token_ids for completion in completions] == alone * 2
+
+
+async def whole(engine):
+    """Wait until the wanted plan stands again."""
+    await until(lambda: engine.plan == engine.wanted_plan and engine.scheduler.layout.change is None)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_killed_rank_takes_its_instance_and_no_answer(mortal, rank):
+    survivor = mortal.executor.workers[1 - rank].process.pid
+    await crowd(mortal, lambda: os.kill(mortal.executor.workers[rank].process.pid, signal.SIGKILL))
+    await whole(mortal)
+    assert spelled(mortal.plan) == "1x2"
+    assert mortal.executor.workers[1 - rank].process.pid == survivor
+    reasons = " ".join(change.reason for change in list(mortal.history)[-2:])
+    assert f"worker {rank} is gone (killed by SIGKILL)" in reasons
+    assert f"worker {rank} is up" in reasons
+
+
+async def test_a_rank_that_hangs_is_taken_for_dead(mortal):
+    stopped = mortal.executor.workers[1].process.pid
+    await crowd(mortal, lambda: os.kill(stopped, signal.SIGSTOP))
+    await whole(mortal)
+    assert mortal.executor.workers[1].process.pid != stopped
+    assert any("no answer to a step for" in change.reason for change in mortal.history)
+
+
+async def test_an_error_in_a_step_fails_the_request_that_brings_it_alone(mortal):
+    prompt, options = asked(**some_requests(1, seed=30)[0])
+    alone = await mortal.generate(prompt, options)
+    poison = await mortal.submit(prompt, Options(max_tokens=100, block_length=4, cache="none"))
+    mortal.table.canvas[poison.request.row, 0] = 10**6  # no row of the embedding
+    others = [asyncio.create_task(mortal.generate(prompt, options)) for _ in range(4)]
+    with pytest.raises(RequestFailed):
+        async for _ in poison:
+            pass
+    assert [other.token_ids for other in await asyncio.gather(*others)] == [alone.token_ids] * 4
+    await whole(mortal)
+    assert any("IndexError" in change.reason for change in mortal.history)
+
+
+async def test_a_model_too_large_for_one_device_is_read_in_shards(random_model):
+    small = dict(devices="cpu,cpu,cpu,cpu", weights_memory=1e-4, kv_cache_tokens=640)
+    requests = some_requests(15, seed=8)
+    async with Engine(Config.of(model=str(random_model), **small)) as engine:
+        assert (engine.degrees, spelled(engine.plan)) == ((2, 4), "2x2")
+        expect(Llada(random_model), requests, await answers(engine, requests))
+        with pytest.raises(BadRequest, match="on 2, 4 devices together"):
+            await engine.replan("4x1")
+        await engine.replan("1x4")
+        expect(Llada(random_model), requests, await answers(engine, requests))
+    with pytest.raises(ConfigError, match="fit on 2 devices together and there are 1"):
+        async with Engine(Config.of(model=str(random_model), devices="cpu", weights_memory=1e-4)):
+            pass
+
+
+@pytest.mark.parametrize("what", ["plans", "kills"])
+async def test_a_short_soak(random_model, what):
+    words = [what, "--seconds", "4", "--clients", "8", "--model", str(random_model)]
+    bench = Path(__file__).parent.parent / "bench" / "soak.py"
+    done = subprocess.run([sys.executable, str(bench), *words], capture_output=True, text=True)  # noqa: ASYNC221
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all answers right, nothing left behind" in done.stdout
+
+
+async def test_plans_in_words():
+    assert parsed("2x1+1x2", 4, (1, 2, 4)) == Plan(((0, 1), (2,), (3,)))
+    assert spelled(parsed("4x1 + 2x2", 8, (1, 2))) == "2x2+4x1"
+    assert uniform(5, 2) == Plan(((0, 1), (2, 3)))
+    assert checked(Plan(((3, 2), (1, 0))), 4, (1, 2)) == Plan(((0, 1), (2, 3)))
+    assert checked(uniform(5, 2), 5, (2, 4))  # a device that no group can take may be left
+    with pytest.raises(BadRequest, match="2 parts"):
+        checked(Plan(((0, 2), (1, 3))), 4, (2, 4))
+    for wrong in ("", "x", "0x1", "2x3", "1x1", "9x9", "1x8"):
+        with pytest.raises(BadRequest):
+            parsed(wrong, 4, (1, 2, 4))
+    with pytest.raises(ConfigError, match="--plan 3x2"):
+        first_plan("3x2", 4, (1, 2, 4))
+    assert first_plan("auto", 4, (2, 4)) == Plan(((0, 1), (2, 3)))
+
+
+async def test_what_is_left_of_a_plan():
+    eight = Plan((tuple(range(8)),))
+    assert shrunk(eight, range(8), (1, 2, 4, 8)) == eight
+    assert shrunk(eight, set(range(8)) - {3}, (1, 2, 4, 8)) == Plan(((0, 1, 2, 4), (5, 6), (7,)))
+    assert shrunk(eight, set(range(8)) - {3}, (2, 4, 8)) == Plan(((0, 1, 2, 5), (4, 7)))  # both halves of the weights
+    assert shrunk(eight, {0, 2, 4, 6}, (2, 4, 8)) == Plan(())
+    assert shrunk(eight, (), (1, 2)) == Plan(())
