@@ -10,7 +10,7 @@ import msgspec
 
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
-from dilaserve.engine import Engine
+from dilaserve.engine import Engine, Planner
 from dilaserve.errors import DilaserveError
 from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan
@@ -101,19 +101,25 @@ def simulate(
     tasks: Sequence[str],
     jobs: Sequence[Job],
     seen: Callable[[int], None] = lambda done: None,
+    planner: Planner | None = None,
 ) -> Run:
     """Run all jobs to their end; `seen` hears how many have arrived."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(play(config, furnish, tasks, jobs, seen))
+        return runner.run(play(config, furnish, tasks, jobs, seen, planner))
 
 
 async def play(
-    config: Config, furnish: Furnish, tasks: Sequence[str], jobs: Sequence[Job], seen: Callable[[int], None]
+    config: Config,
+    furnish: Furnish,
+    tasks: Sequence[str],
+    jobs: Sequence[Job],
+    seen: Callable[[int], None],
+    planner: Planner | None,
 ) -> Run:
     loop = asyncio.get_running_loop()
     outcomes: list[Outcome] = []
     timeline: list[tuple[float, int, int, float]] = []
-    async with Engine(config, furnish=furnish) as engine:
+    async with Engine(config, furnish=furnish, planner=planner) as engine:
         began = loop.time()
 
         async def one(job: Job) -> None:

@@ -1,0 +1,246 @@
+"""What changing the plan while serving is worth, on virtual time: LLaDA-8B's costs, 8 or 16 H200s.
+
+    python bench/repartition.py [--devices 8,16] [--only steady,regimes,swing,bursts,light] [--seeds 3] [--trace FILE]
+
+The same requests against every static plan (all counts by degree, or `--mixes pure` for those of one degree), against
+the planner with instances formed in place, and against the planner where forming one takes 150 s, as by a restart.
+Everything else is equal. 1.0x is what data-parallel instances carry at threshold .9 by the law of steps; deadlines are
+multiples of the unloaded latency on one device. A request that is declined or late has missed. Prints tables and
+writes them to a Markdown file.
+
+    steady   deadlines of 1.0x, 1.5x and 2x at constant load
+    regimes  by turns a minute of few requests with deadlines of .8x and a minute of many with 3x
+    swing    the rate goes up and down by 20 times in four minutes, half the deadlines are 1.0x, half 2x
+    bursts   five times in a hundred seconds four seconds of three times the rate, deadlines of 1.0x and 2x
+    light    mean latency at .05x to .2x load, deadlines of 3x
+"""
+
+import argparse
+import functools
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+
+from dilaserve.config import Config
+from dilaserve.fleet import Kind, paced
+from dilaserve.planner import Planner, Setup
+from dilaserve.policy.moves import groups
+from dilaserve.policy.planning import shape
+from dilaserve.profiles import cost_key
+from dilaserve.quality import Forecast
+from dilaserve.sim import workload
+from dilaserve.sim.report import report
+from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import Run, classes, pretended, simulate
+from dilaserve.sim.workload import Job
+
+PROMPT, ANSWER, LIMIT = 200, 256, 1024
+DEGREES = (1, 2, 4, 8)
+IN_PLACE, RESTART = 0.02, 150.0  # seconds in which an instance is formed
+AUTO, RESTARTING = "auto", "auto, by restart"
+Rate = Callable[[float], float]
+
+
+class Case(NamedTuple):
+    """One column: requests a second at a time, the deadlines at that time, and how long it goes on."""
+
+    part: str
+    name: str
+    rate: Rate
+    scales: Callable[[float], Sequence[float]]
+    seconds: float
+    peak: float  # of the rate
+
+
+class Cell(NamedTuple):
+    attainment: float
+    latency: float
+    drop: float
+    changes: int
+
+
+def knee(devices: int) -> float:
+    """Requests a second that data-parallel instances carry at the reference threshold."""
+    known = llada_8b_h200()
+    forecast = Forecast(known.quality)
+    ahead = forecast.blocks("any", 0, ANSWER // 32, 32)[0]
+    pace = paced(known.costs[cost_key("cuda", 1)], Kind(PROMPT + ANSWER, ANSWER), ahead, 6, 32, 0.0)
+    return devices * max(rows / life for rows, life in enumerate(pace.life.tolist(), 1))
+
+
+def cases(one: float, args: argparse.Namespace) -> Iterator[Case]:
+    """`one` is 1.0x load."""
+    for scale in (1.0, 1.5, 2.0):
+        for load in args.loads:
+            yield Case("steady", f"{scale:g}x at {load:g}", flat(load * one), always(scale), args.seconds, load * one)
+    for load in args.loads:
+        low, high = 0.4 * load * one, 1.6 * load * one
+        yield Case("regimes", f"{load:g}", turns(low, high), by_turns, 4 * 60.0, high)
+        yield Case("swing", f"{load:g}", swing(load * one), always(1.0, 2.0), 480.0, 1.9 * load * one)
+        yield Case("bursts", f"{load:g}", burst(load * one), always(1.0, 2.0), 2 * args.seconds, 3 * load * one)
+    for load in (0.05, 0.1, 0.2):
+        yield Case("light", f"{load:g}", flat(load * one), always(3.0), 2 * args.seconds, load * one)
+
+
+def flat(rate: float) -> Rate:
+    return lambda at: rate
+
+
+def turns(low: float, high: float) -> Rate:
+    return lambda at: low if at % 120 < 60 else high
+
+
+def by_turns(at: float) -> Sequence[float]:
+    return (0.8,) if at % 120 < 60 else (3.0,)
+
+
+def swing(mean: float) -> Rate:
+    """By 1.9 / .1 = 19 times."""
+    return lambda at: mean * (1 - 0.9 * math.cos(2 * math.pi * at / 240))
+
+
+def burst(mean: float) -> Rate:
+    """A fifth of each 20 s at three times the rate, the rest at half."""
+    return lambda at: mean * (3.0 if at % 20 < 4 else 0.5)
+
+
+def always(*scales: float) -> Callable[[float], Sequence[float]]:
+    return lambda at: scales
+
+
+def jobs(case: Case, seed: int, trace: Path | None) -> list[Job]:
+    """A Poisson process thinned to the rate; from a trace, its times at the mean rate and its lengths."""
+    rng = random.Random(f"{case.part} {case.name} {seed}")
+    if trace and case.part in ("swing", "bursts"):
+        mean = statistics.fmean(case.rate(case.seconds * i / 1000) for i in range(1000))
+        rows = workload.scaled(workload.trace(trace), mean, start=0.1 * seed)
+        scales = tuple((scale, 1.0) for scale in case.scales(0.0))
+        return workload.jobs(rows, case.seconds, LIMIT, (None,), scales, seed, "cancel_when_late")
+    found: list[Job] = []
+    for at in workload.poisson(case.peak, rng):
+        if at >= case.seconds:
+            return found
+        if rng.random() < case.rate(at) / case.peak:
+            found.append(Job(at, PROMPT, ANSWER, None, rng.choice(case.scales(at)), "cancel_when_late"))
+    raise AssertionError("arrivals do not end")
+
+
+def plans(devices: int, kind: str) -> list[str]:
+    """The counts by degree that use all devices."""
+    if kind == "pure":
+        return [f"{devices // degree}x{degree}" for degree in DEGREES if degree <= devices]
+    most = groups(range(devices), [degree for degree in DEGREES if degree <= devices])
+
+    def rest(left: int, degrees: Sequence[int]) -> Iterator[dict[int, int]]:
+        if not degrees:
+            if left == 0:
+                yield {}
+            return
+        *smaller, degree = degrees
+        for count in range(left // degree + 1):
+            for others in rest(left - count * degree, smaller):
+                yield {**others, degree: count}
+
+    return [shape(counts) for counts in rest(devices, list(most))]
+
+
+def played(case: Case, system: str, devices: int, seed: int, trace: Path | None) -> Run:
+    known, work = llada_8b_h200(), jobs(case, seed, trace)
+    automatic = system in (AUTO, RESTARTING)
+    delay = RESTART if system == RESTARTING else IN_PLACE
+    config = Config.of(
+        slo_class=classes([job.scale for job in work]), max_queue=8192, plan="auto" if automatic else system
+    )
+    planner = None
+    if automatic:
+        laws = {degree: known.costs[cost_key("cuda", degree)] for degree in DEGREES}
+        planner = Planner(laws, known.quality, Setup.of(config, known.quality, pause=max(0.1, delay)))
+    furnish = pretended(known, devices, LIMIT, seed=seed, delay=delay)
+    return simulate(config, furnish, list(known.quality.tasks), work, planner=planner)
+
+
+def measured(case: Case, system: str, devices: int, args: argparse.Namespace, tick: Callable[[], None]) -> Cell:
+    found = []
+    for seed in range(args.seeds):
+        run = played(case, system, devices, seed, args.trace)
+        result = report(run, case.seconds)
+        changes = sum(change.before != change.after for change in run.engine.history)
+        found.append((100 * (result.attainment or 0.0), result.mean_latency, result.expected_drop, changes))
+        tick()
+    attainment, latency, drop, changes = (statistics.fmean(column) for column in zip(*found, strict=True))
+    return Cell(attainment, latency, drop, round(changes))
+
+
+def table(part: str, devices: int, cells: dict[tuple[str, str], Cell], systems: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name for name, _ in cells))
+    what = "mean latency, s (drop in points)" if part == "light" else "deadlines met, % (drop in points)"
+    lines = [f"**{part}**, {devices} devices: {what}", "", "| plan | " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    lines += [
+        f"| {system} | " + " | ".join(shown(part, cells[name, system]) for name in names) + " |" for system in systems
+    ]
+    fixed = [system for system in systems if system not in (AUTO, RESTARTING)]
+    if fixed and AUTO in systems:
+        lines.append(
+            "| auto against the best plan | " + " | ".join(versus(part, cells, n, fixed) for n in names) + " |"
+        )
+        lines.append("| changes of plan | " + " | ".join(str(cells[name, AUTO].changes) for name in names) + " |")
+    return [*lines, ""]
+
+
+def shown(part: str, cell: Cell) -> str:
+    return f"{cell.latency:.3f} ({cell.drop:.2f})" if part == "light" else f"{cell.attainment:.1f} ({cell.drop:.2f})"
+
+
+def versus(part: str, cells: dict[tuple[str, str], Cell], name: str, fixed: Sequence[str]) -> str:
+    auto = cells[name, AUTO]
+    if part == "light":
+        single = next(system for system in fixed if system.endswith("x1"))
+        return f"{100 * (auto.latency / cells[name, single].latency - 1):+.0f} % of {single}"
+    best = max(fixed, key=lambda system: cells[name, system].attainment)
+    return f"{auto.attainment - cells[name, best].attainment:+.1f} ({best})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
+    words = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--devices", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16])
+    parser.add_argument("--only", type=words, default=["steady", "regimes", "swing", "bursts", "light"])
+    parser.add_argument("--loads", type=numbers, default=[0.4, 0.7, 1.0])
+    parser.add_argument("--mixes", choices=("all", "pure"), default="all", help="static plans to compare with")
+    parser.add_argument("--systems", type=words, help="instead of all plans and both planners, e.g. 8x1,2x4,auto")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of steady load; twice that where it varies")
+    parser.add_argument("--trace", type=Path, help="arrivals and lengths of swing and bursts: a CSV, gzipped or not")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/repartition.md"))
+    args = parser.parse_args()
+    lines: list[str] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        for devices in args.devices:
+            systems = args.systems or [*plans(devices, args.mixes), AUTO, RESTARTING]
+            wanted = [case for case in cases(knee(devices), args) if case.part in args.only]
+            task = bar.add_task(f"{devices} devices", total=len(wanted) * len(systems) * args.seeds)
+            tick = functools.partial(bar.advance, task)
+            for part in args.only:
+                found = {
+                    (case.name, system): measured(case, system, devices, args, tick)
+                    for case in wanted
+                    if case.part == part
+                    for system in systems
+                }
+                lines += [f"1.0x = {knee(devices):.1f} requests/s", "", *table(part, devices, found, systems)]
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text("\n".join(lines))
+    Console().print(Markdown("\n".join(lines)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The planner in a process of its own, so that the loop never waits for the interpreter's lock. Blocks its caller."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Self
+
+from dilaserve.cost import StepCost
+from dilaserve.planner import Advice, Planner, Setup
+from dilaserve.quality import QualityProfile
+from dilaserve.terms import Demand
+
+News = tuple[dict[int, StepCost], QualityProfile]
+PATIENCE = 60.0  # seconds until an answer is given up, the first of a new process included
+MODEST = 10  # how much nicer than its parent the process is
+
+
+class Advisor:
+    """Ask it from a thread: `await asyncio.to_thread(advisor.advise, demand)`.
+
+    The process ends when the advisor is closed, or its parent dies. One that died is started anew by the next question.
+    """
+
+    def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, setup: Setup) -> None:
+        self.news, self.setup = (dict(laws), quality), setup
+        self.process: BaseProcess | None = None
+        self.turn = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
+        """Plan with these laws from the next question on."""
+        with self.turn:
+            self.news = dict(laws), quality
+            if self.process:
+                with contextlib.suppress(OSError):
+                    self.pipe.send(self.news)
+
+    def advise(self, demand: Demand) -> Advice | None:
+        """None: the process has died or does not answer; the plan stays as it is."""
+        with self.turn:
+            try:
+                if self.process is None:
+                    self.start()
+                self.pipe.send(demand)
+                if self.pipe.poll(PATIENCE):
+                    answer: Advice = self.pipe.recv()
+                    return answer
+            except (OSError, EOFError):
+                pass
+            self.end()
+            return None
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=live, args=(theirs, self.news, self.setup), name="dilaserve planner", daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        with self.turn:
+            self.end()
+
+    def end(self) -> None:
+        if process := self.process:
+            self.process = None
+            self.pipe.close()
+            process.terminate()
+            process.join()
+
+
+def live(pipe: "Connection[Advice, Demand | News]", news: News, setup: Setup) -> None:
+    """Answer until nobody can ask any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(MODEST)
+    planner = Planner(*news, setup)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            match pipe.recv():
+                case Demand() as demand:
+                    pipe.send(planner.advise(demand))
+                case laws, quality:
+                    planner.learned(laws, quality)

@@ -1,0 +1,163 @@
+"""From the traffic and the running plan to the plan that is wanted, with its reason. It decides; it changes nothing."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from dilaserve.config import Config
+from dilaserve.cost import StepCost
+from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
+from dilaserve.policy import moves, planning
+from dilaserve.policy.planning import Ground, Offered, Proposal
+from dilaserve.quality import Forecast, QualityProfile
+from dilaserve.terms import Demand, Flow, Plan, PlanReady
+
+CLASSES = 6  # of requests that are told apart
+UNHURRIED_ROWS = 16  # rows on an instance that are looked at where nobody has a deadline
+TRUSTED = 4.0  # requests seen at which half of a gain is believed
+MOST_TABLES = 512  # that are kept
+STEP = 1.05  # deadlines are rounded to powers of this, so that alike traffic finds the same table
+
+
+class Advice(NamedTuple):
+    """The plan to change to, None to leave it as it is, and why.
+
+    `expected` is what the better of the two should achieve, `gain` what it is better than the running one, in shares
+    on time.
+    """
+
+    plan: Plan | None
+    reason: str
+    expected: Proposal
+    gain: float = 0.0
+
+
+class Setup(NamedTuple):
+    """What does not change while serving.
+
+    `rows` with promises may be on an instance, the first `levels` of the threshold may be used, within `budget` points
+    (None: off); `sheds`: hopeless work is given up. `pause` are the seconds that a new instance costs, `overhead` those
+    of a step outside the worker.
+    """
+
+    rows: int = 6
+    levels: int | None = None
+    budget: float | None = 0.9
+    sheds: bool = True
+    pause: float = 0.1
+    overhead: float = 0.0
+
+    @staticmethod
+    def of(config: Config, quality: QualityProfile, pause: float = 0.1, overhead: float = 0.0) -> "Setup":
+        policy = config.scheduler
+        lowest = max(policy.min_confidence_threshold - 1e-6, 0.0)
+        controlled = policy.threshold_control != "fixed"
+        return Setup(
+            rows=min(policy.guaranteed_rows, config.device.max_num_seqs),
+            levels=max(1, sum(level >= lowest for level in quality.levels)) if controlled else 1,
+            budget=None if policy.accuracy_budget == "off" else float(policy.accuracy_budget),
+            sheds=policy.shed == "on",
+            pause=pause,
+            overhead=overhead,
+        )
+
+
+class Planner:
+    """Keeps the tables of operating points that were needed; `learned` renews the laws behind them."""
+
+    def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, setup: Setup | None = None) -> None:
+        self.setup = setup or Setup()
+        self.learned(laws, quality)
+
+    def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
+        """`laws` by degree; degrees without one are never formed."""
+        self.laws, self.forecast = dict(laws), Forecast(quality)
+        self.tables: dict[tuple[Kind, int, int], list[Point]] = {}
+
+    def __call__(self, demand: Demand) -> PlanReady:
+        advice = self.advise(demand)
+        return PlanReady(advice.plan, advice.reason)
+
+    def advise(self, demand: Demand) -> Advice:
+        """Pure but for the tables; takes some tens of milliseconds, so not on the loop."""
+        possible = [degree for degree in demand.degrees if degree in self.laws]
+        running = demand.plan.groups
+        ground = Ground(moves.groups(demand.ranks, possible), Counter(map(len, running)))
+        if not ground.groups:
+            return Advice(None, "no device is left that could hold an instance", planning.NOTHING)
+        offered = [self.offered(flow, demand, ground) for flow in few(demand.flows)]
+        pause, budget, held = self.setup.pause, self.setup.budget, planning.kept(ground.running, ground)
+        now = planning.propose(offered, ground, pause, budget, held)
+        wanted = planning.propose(offered, ground, pause, budget)
+        plan = moves.layout(wanted.counts, demand.ranks, running)
+        share = moves.changed(running, plan)
+        gain = planning.gain(wanted, now, share, pause) * trust(demand)
+        if planning.worth_switching(gain, share):
+            return Advice(Plan(plan), planning.explained(offered, wanted, now, True), wanted, gain)
+        reason = planning.explained(offered, wanted, now, False)
+        if held == dict(ground.running):
+            return Advice(None, reason, now, gain)
+        return Advice(Plan(moves.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
+
+    def offered(self, flow: Flow, demand: Demand, ground: Ground) -> Offered:
+        """The class with its tables; the backlog is shared out evenly."""
+        base, overhead = self.laws[min(self.laws)], self.setup.overhead
+        kind = Kind(flow.canvas_tokens, flow.answer_tokens)
+        reference = unloaded(base, self.forecast, kind, overhead)
+        if flow.tightness is not None:
+            kind = kind._replace(deadline=rounded(flow.tightness * reference))
+        share = flow.rate / max(1e-9, sum(other.rate for other in demand.flows))
+        rate = planning.expected(flow.rate, share * demand.backlog, self.setup.sheds)
+        devices = planning.devices(ground)
+        tables = {degree: self.table(kind, degree, max(1, devices // degree)) for degree in ground.groups}
+        return Offered(named(flow), rate, reference, tables)
+
+    def table(self, kind: Kind, degree: int, instances: int) -> list[Point]:
+        key = kind, degree, instances
+        if key not in self.tables:
+            if len(self.tables) >= MOST_TABLES:
+                self.tables.clear()
+            rows = UNHURRIED_ROWS if kind.deadline == NEVER else self.setup.rows
+            law, (levels, overhead) = self.laws[degree], (self.setup.levels, self.setup.overhead)
+            self.tables[key] = points(law, self.forecast, kind, instances, rows, levels, overhead)
+        return self.tables[key]
+
+
+def few(flows: Sequence[Flow]) -> list[Flow]:
+    """The most frequent flows; the others count as the one among them that is most like them."""
+    flows = sorted((flow for flow in flows if flow.rate > 0.0), key=lambda flow: -flow.rate)
+    rates = [flow.rate for flow in flows[:CLASSES]]
+    for flow in flows[CLASSES:]:
+        nearest = min(range(CLASSES), key=lambda i: distance(flows[i], flow))
+        rates[nearest] += flow.rate
+    return [msgspec.structs.replace(flow, rate=rate) for flow, rate in zip(flows, rates, strict=False)]
+
+
+def distance(one: Flow, other: Flow) -> float:
+    """In orders of magnitude; having a deadline or not is worse than any."""
+    if (one.tightness is None) != (other.tightness is None):
+        return NEVER
+    tightness = abs(ratio(one.tightness or 1.0, other.tightness or 1.0))
+    return tightness + abs(ratio(one.canvas_tokens, other.canvas_tokens))
+
+
+def ratio(one: float, other: float) -> float:
+    return max(one, other) / max(1e-9, min(one, other)) - 1.0
+
+
+def rounded(deadline: float) -> float:
+    return float(STEP ** round(np.log(max(1e-3, deadline)) / np.log(STEP)))
+
+
+def trust(demand: Demand) -> float:
+    """How much of a gain is believed: few requests may be like this by chance."""
+    seen = demand.seconds * sum(flow.rate for flow in demand.flows)
+    return seen / (seen + TRUSTED)
+
+
+def named(flow: Flow) -> str:
+    hurry = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
+    return f"{hurry} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"

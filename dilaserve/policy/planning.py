@@ -1,0 +1,249 @@
+"""How many instances of each tensor-parallel degree the traffic wants: a small linear MILP, and when to act on it.
+
+It knows operating points and rates; it does not know which devices there are, nor what time it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from dilaserve.fleet import Point
+
+LATENCY = 0.05  # what halving the latency is worth at most, in shares on time; more is punished by bursts
+SLOWEST = 2.0  # times the unloaded latency; what is slower counts as this
+LOWERED = 0.02  # what a level of the threshold costs, so that none is lowered for the latency alone
+HEADROOM = 1.1  # times the rate that was seen
+HORIZON = 10.0  # seconds in which a backlog is to be worked off
+AMORTISED = 30.0  # seconds that a plan is expected to last
+MARGIN = 0.01  # gain below which nothing changes, in shares on time
+GAP, PATIENCE = 1e-3, 2.0  # relative, and seconds after which the best plan found so far is taken
+
+Counts = Mapping[int, int]  # instances by degree
+
+
+class Offered(NamedTuple):
+    """One class of requests: requests a second, and how instances of each degree would fare with it.
+
+    `name` is for words, `reference` its unloaded latency on one device, `weight` what one request is worth.
+    """
+
+    name: str
+    rate: float
+    reference: float
+    points: Mapping[int, Sequence[Point]]
+    weight: float = 1.0
+
+
+class Ground(NamedTuple):
+    """What may be formed and what is: aligned groups of devices by possible degree, each as if no other were taken,
+    and the running instances by degree.
+    """
+
+    groups: Counts
+    running: Counts
+
+
+class Proposal(NamedTuple):
+    """Instances by degree and what is expected of them.
+
+    `value` is the weighted share on time less the tie-breakers, `on_time` the plain share of what is offered, `latency`
+    the mean of those on time, `drop` their mean drop in points.
+    """
+
+    counts: dict[int, int]
+    value: float
+    on_time: float
+    latency: float
+    drop: float
+
+
+NOTHING = Proposal({}, 0.0, 0.0, 0.0, 0.0)
+
+
+class Terms(NamedTuple):
+    """The linear program: one column a point, then instances and newly made instances by degree."""
+
+    degrees: list[int]
+    columns: list[tuple[int, Offered, Point]]
+    served: np.ndarray  # requests a second on time, of one instance at each point
+    offered: float
+
+
+class Row(NamedTuple):
+    """A constraint: entries by column, and what they add up to at most or, `exact`, precisely."""
+
+    entries: dict[int, float]
+    limit: float
+    exact: bool = False
+
+
+def expected(rate: float, backlog: float, sheds: bool) -> float:
+    """The rate to plan for; a backlog that is never shed says nothing about what is to come."""
+    return HEADROOM * rate + (backlog / HORIZON if sheds else 0.0)
+
+
+def switching(changed: float, pause: float) -> float:
+    """What it costs to remake the share `changed` of all devices for `pause` seconds, in shares on time."""
+    return changed * pause / AMORTISED
+
+
+def propose(
+    offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None, held: Counts | None = None
+) -> Proposal:
+    """The best counts for this demand, or what to expect of the counts that are `held`.
+
+    max Σ y r A w - latency - levels - switching(u) over y ≥ 0 (instances at a point), integer n, u ≥ n - n(now), with
+    Σ y = n by degree, Σ y r ≤ λ by class, Σ y r A (D - budget) ≤ 0, and n such that aligned groups can be packed.
+    Demand that cannot be met is served as far as it goes. `pause` are the seconds that a new instance costs.
+    """
+    terms = written(offered, ground)
+    if not terms.columns:
+        counts = kept(held or ground.running, ground)
+        return NOTHING._replace(counts=counts)
+    goal = objective(terms, pause, devices(ground))
+    bounds = limits(terms, ground, held)
+    integral = np.zeros(len(goal))
+    integral[len(terms.columns) : len(terms.columns) + len(terms.degrees)] = held is None
+    options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
+    found = milp(goal, constraints=rows(terms, ground, budget), bounds=bounds, integrality=integral, options=options)
+    if found.x is None:
+        return NOTHING._replace(counts=kept(held or ground.running, ground))
+    return read(terms, found.x, pause, devices(ground))
+
+
+def written(offered: Sequence[Offered], ground: Ground) -> Terms:
+    degrees = sorted(ground.groups)
+    columns = [
+        (degree, one, point)
+        for degree in degrees
+        for one in offered
+        for point in one.points.get(degree, ())
+        if one.rate > 0.0 and point.rate > 0.0
+    ]
+    served = np.array([point.rate * point.on_time for _, _, point in columns])
+    return Terms(degrees, columns, served, sum(one.rate for one in offered))
+
+
+def devices(ground: Ground) -> int:
+    """How many can be used: what is left over cannot hold the smallest instance."""
+    smallest = min(ground.groups)
+    return smallest * ground.groups[smallest]
+
+
+def objective(terms: Terms, pause: float, devices: int) -> np.ndarray:
+    """What milp minimises: [points | n by degree | u by degree]."""
+    worth = [worth_of(one, point) for _, one, point in terms.columns]
+    remade = [switching(degree / devices, pause) for degree in terms.degrees]
+    return np.concatenate([-terms.served * worth / terms.offered, np.zeros(len(terms.degrees)), remade])
+
+
+def worth_of(one: Offered, point: Point) -> float:
+    """Of a request that is on time."""
+    slowness = min(SLOWEST, point.latency / one.reference)
+    return one.weight - LATENCY * slowness - LOWERED * point.level
+
+
+def limits(terms: Terms, ground: Ground, held: Counts | None) -> Bounds:
+    columns, size = len(terms.columns), len(terms.degrees)
+    low, high = np.zeros(columns + 2 * size), np.full(columns + 2 * size, np.inf)
+    for i, degree in enumerate(terms.degrees):
+        high[columns + i] = ground.groups[degree]
+        if held is not None:
+            low[columns + i] = high[columns + i] = held.get(degree, 0)
+    return Bounds(low, high)
+
+
+def rows(terms: Terms, ground: Ground, budget: float | None) -> LinearConstraint:
+    """The devices that can be used are all used; every other row is at most its limit."""
+    columns, size = len(terms.columns), len(terms.degrees)
+    places = {degree: columns + i for i, degree in enumerate(terms.degrees)}
+    classes: dict[str, Row] = {}
+    busy: dict[int, dict[int, float]] = {degree: {} for degree in terms.degrees}
+    for i, (degree, one, point) in enumerate(terms.columns):
+        classes.setdefault(one.name, Row({}, one.rate)).entries[i] = point.rate
+        busy[degree][i] = 1.0
+    found = list(classes.values())
+    for degree, place in places.items():
+        packed = {places[other]: other / degree for other in terms.degrees if other >= degree}
+        found.append(Row({**busy[degree], place: -1.0}, 0.0))
+        found.append(Row({place: 1.0, place + size: -1.0}, ground.running.get(degree, 0)))
+        found.append(Row(packed, ground.groups[degree], exact=degree == min(places)))
+    if budget is not None:
+        dear = [point.drop - budget for _, _, point in terms.columns]
+        found.append(Row(dict(enumerate(terms.served * dear)), 0.0))
+    high = np.array([row.limit for row in found], dtype=float)
+    low = np.where([row.exact for row in found], high, -np.inf)
+    return LinearConstraint(matrix(found, columns + 2 * size), low, high)
+
+
+def matrix(rows: Sequence[Row], width: int) -> csr_array:
+    values = np.concatenate([np.fromiter(row.entries.values(), float) for row in rows])
+    keys = np.concatenate([np.fromiter(row.entries, int) for row in rows])
+    ends = np.cumsum([0, *(len(row.entries) for row in rows)])
+    return csr_array((values, keys, ends), shape=(len(rows), width))
+
+
+def read(terms: Terms, solution: np.ndarray, pause: float, devices: int) -> Proposal:
+    columns, size = len(terms.columns), len(terms.degrees)
+    served = terms.served * solution[:columns]
+    total = max(1e-12, float(served.sum()))
+    counts = {
+        degree: round(count)
+        for degree, count in zip(terms.degrees, solution[columns : columns + size], strict=True)
+        if round(count)
+    }
+    value = sum(amount * worth_of(one, point) for amount, (_, one, point) in zip(served, terms.columns, strict=True))
+    return Proposal(
+        counts=counts,
+        value=float(value) / terms.offered,
+        on_time=min(1.0, total / terms.offered),
+        latency=float(served @ [point.latency for _, _, point in terms.columns]) / total,
+        drop=float(served @ [point.drop for _, _, point in terms.columns]) / total,
+    )
+
+
+def kept(running: Counts, ground: Ground) -> dict[int, int]:
+    """The running instances as far as they may go on, and the smallest ones on all other devices."""
+    smallest = min(ground.groups)
+    counts = {degree: count for degree, count in running.items() if count and degree in ground.groups}
+    free = devices(ground) - sum(degree * count for degree, count in counts.items())
+    if free > 0:
+        counts[smallest] = counts.get(smallest, 0) + free // smallest
+    return counts
+
+
+def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float:
+    """What a switch is worth after its cost, when the share `changed` of all devices is remade."""
+    return wanted.value - now.value - switching(changed, pause)
+
+
+def worth_switching(gain: float, changed: float, pending: bool = False) -> bool:
+    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD).
+
+    Nothing changes while another change is pending.
+    """
+    return not pending and changed > 0.0 and gain > MARGIN
+
+
+def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:
+    """One sentence: the load that was seen, what is expected, and why."""
+    load = ", ".join(f"{one.rate:.3g}/s {one.name}" for one in offered if one.rate > 0.0) or "no load"
+    new, old = f"{shape(wanted.counts)} ({prospects(wanted)})", f"{shape(now.counts)} ({prospects(now)})"
+    if adopted:
+        return f"{load}: {new} instead of {old}"
+    if wanted.counts == now.counts:
+        return f"{load}: {old} is best"
+    return f"{load}: {old} stays, as {new} would gain too little"
+
+
+def prospects(proposal: Proposal) -> str:
+    drop = f", {proposal.drop:.2f} points less accurate" if proposal.drop >= 0.005 else ""
+    return f"{100 * proposal.on_time:.1f} % on time in {proposal.latency:.3g} s{drop}"
+
+
+def shape(counts: Counts) -> str:
+    """4 instances of degree 1 and 2 of degree 2 are `4x1+2x2`."""
+    return "+".join(f"{counts[degree]}x{degree}" for degree in sorted(counts) if counts[degree]) or "nothing"

@@ -1,0 +1,352 @@
+"""Which instances there should be: operating points, the linear program, layouts, and when to change."""
+
+import itertools
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dilaserve.advisor import Advisor
+from dilaserve.config import Config
+from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
+from dilaserve.planner import CLASSES, Planner, Setup, few
+from dilaserve.policy.moves import block, changed, groups, layout, moves
+from dilaserve.policy.planning import (
+    MARGIN,
+    NOTHING,
+    Ground,
+    Offered,
+    expected,
+    explained,
+    gain,
+    kept,
+    propose,
+    shape,
+    switching,
+    worth_switching,
+)
+from dilaserve.quality import Forecast
+from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import by_degree
+from dilaserve.terms import Demand, Flow, Plan
+
+PROFILE = llada_8b_h200()
+LAWS = by_degree(PROFILE.costs)
+FORECAST = Forecast(PROFILE.quality)
+ALONE = unloaded(LAWS[1], FORECAST, Kind(456, 256))
+DEGREES = (1, 2, 4, 8)
+
+
+def every_layout(alive, degrees, start=0, size=8):
+    """All aligned layouts of one block that leave no device over where degree 1 is possible; the slow way."""
+    found = set()
+    if size in degrees and all(rank in alive for rank in range(start, start + size)):
+        found.add((block(start, size),))
+    if size == 1:
+        return found | {()}
+    half = size // 2
+    for left in every_layout(alive, degrees, start, half):
+        for right in every_layout(alive, degrees, start + half, half):
+            found.add(left + right)
+    return found
+
+
+def counts_of(plan):
+    return {degree: sum(len(group) == degree for group in plan) for degree in {len(group) for group in plan}}
+
+
+def full(plans, alive):
+    return [plan for plan in plans if sum(map(len, plan)) == len(alive)]
+
+
+# layouts
+
+
+def test_a_box_of_eight_has_26_aligned_layouts():
+    assert len(full(every_layout(set(range(8)), DEGREES), range(8))) == 26
+
+
+@pytest.mark.parametrize(
+    ("counts", "alive", "running", "expected"),
+    [
+        ({8: 1}, range(8), [], ((0, 1, 2, 3, 4, 5, 6, 7),)),
+        ({2: 2, 4: 1}, range(8), [(0, 1), (2, 3)], ((0, 1), (2, 3), (4, 5, 6, 7))),
+        ({2: 2, 4: 1}, range(8), [], ((0, 1, 2, 3), (4, 5), (6, 7))),
+        ({1: 4, 2: 2}, range(8), [(2, 3), (4, 5)], ((0,), (1,), (2, 3), (4, 5), (6,), (7,))),
+        ({2: 3}, range(6), [], ((0, 1), (2, 3), (4, 5))),
+        ({1: 3, 2: 2}, [0, 1, 3, 4, 5, 6, 7], [(4, 5)], ((0, 1), (3,), (4, 5), (6,), (7,))),
+        ({}, range(8), [], ()),
+    ],
+)
+def test_a_layout_keeps_what_runs(counts, alive, running, expected):
+    assert layout(counts, alive, running) == expected
+
+
+def test_counts_that_do_not_fit_are_an_error():
+    for counts, alive in (({4: 1}, [0, 1, 2, 4, 5]), ({2: 1, 1: 8}, range(8)), ({3: 1}, [1, 2, 3])):
+        with pytest.raises(ValueError, match="do not fit"):
+            layout(counts, alive)
+
+
+ALIVE = st.sets(st.integers(0, 7), min_size=1)
+
+
+@settings(deadline=None)
+@given(ALIVE, ALIVE, st.randoms(use_true_random=False))
+def test_layouts_are_aligned_disjoint_and_keep_as_much_as_any_other(alive, before, chance):
+    old = chance.choice(full(every_layout(before, DEGREES), before))
+    new = chance.choice(full(every_layout(alive, DEGREES), alive))
+    found = layout(counts_of(new), alive, old)
+    assert sorted(itertools.chain(*found)) == sorted(alive)
+    assert all(group == block(group[0], len(group)) and group[0] % len(group) == 0 for group in found)
+    rivals = [plan for plan in every_layout(alive, DEGREES) if counts_of(plan) == counts_of(new)]
+    score = lambda plan: (len(set(plan) & set(old)), sum(map(len, set(plan) & set(old))))  # noqa: E731
+    assert score(found) == max(map(score, rivals))
+    step = moves(old, found)
+    assert set(step.stay) | set(step.dissolve) == set(old)
+    assert set(step.stay) | set(step.form) == set(found)
+    assert changed(old, found) == pytest.approx(sum(map(len, step.form)) / len(alive))
+
+
+@given(ALIVE, st.sets(st.sampled_from(DEGREES), min_size=1))
+def test_counts_can_be_packed_exactly_when_the_nested_sums_say_so(alive, degrees):
+    most = groups(alive, degrees)
+    packable = {tuple(sorted(counts_of(plan).items())) for plan in every_layout(alive, degrees)}
+    for picked in itertools.product(*(range(most[degree] + 1) for degree in most)):
+        counts = {degree: count for degree, count in zip(most, picked, strict=True) if count}
+        nested = all(
+            sum(count * other / degree for other, count in counts.items() if other >= degree) <= most[degree]
+            for degree in most
+        )
+        assert nested == (tuple(sorted(counts.items())) in packable)
+
+
+# operating points
+
+
+KINDS = st.builds(
+    Kind, st.sampled_from([128, 456, 1500]), st.sampled_from([32, 256]), st.sampled_from([0.3, 0.8, 2.0, NEVER])
+)
+
+
+@settings(deadline=None, max_examples=8)
+@given(KINDS, st.sampled_from(DEGREES), st.integers(1, 12))
+def test_more_load_never_helps_nor_does_more_time_hurt_below_the_knee(kind, degree, instances):
+    table = points(LAWS[degree], FORECAST, kind, instances, 6)
+    for level in {point.level for point in table}:
+        own = [point for point in table if point.level == level]
+        assert all(0.0 < point.on_time <= 1.0 + 1e-9 and point.latency > 0.0 for point in own)
+        for less, more in itertools.pairwise(own):
+            assert less.rate < more.rate
+            assert more.on_time <= less.on_time + 0.01
+    relaxed = points(LAWS[degree], FORECAST, kind._replace(deadline=2 * kind.deadline), instances, 6)
+    peak = max(point.rate for point in points(LAWS[degree], FORECAST, kind._replace(deadline=NEVER), 1, 6, levels=1))
+    calm = [point for point in table if point.level == 0 and point.rate < 0.8 * peak / RATES[-1]]
+    assert all(reached(relaxed, point.rate) >= 0.99 * point.rate * point.on_time for point in calm)
+
+
+def test_a_pool_meets_more_deadlines_than_a_lone_instance():
+    kind = Kind(456, 256, 2 * ALONE)
+    pooled, lone = (
+        {point.rate: point.on_time for point in points(LAWS[1], FORECAST, kind, instances, 6, levels=1)}
+        for instances in (8, 1)
+    )
+    busy = max(pooled.keys() & lone.keys())
+    assert pooled[busy] > lone[busy] + 0.05
+
+
+def test_an_hour_is_as_good_as_no_deadline_until_the_fleet_is_full():
+    hour, never = (points(LAWS[2], FORECAST, Kind(456, 256, limit), 4, 6, levels=1) for limit in (3600.0, NEVER))
+    assert [point.on_time for point in hour[:6]] == pytest.approx([point.on_time for point in never[:6]], abs=0.02)
+
+
+def test_degrees_make_a_lone_request_faster_and_the_box_slower():
+    alone = [unloaded(LAWS[degree], FORECAST, Kind(456, 256)) for degree in DEGREES]
+    assert alone == sorted(alone, reverse=True)
+    peaks = [max(p.rate for p in points(LAWS[degree], FORECAST, Kind(456, 256), 1, 6)) / degree for degree in DEGREES]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+# the linear program
+
+
+def offered(rate, tightness, name="x", devices=8):
+    kind = Kind(456, 256, tightness * ALONE)
+    tables = {degree: points(LAWS[degree], FORECAST, kind, max(1, devices // degree), 6) for degree in DEGREES}
+    return Offered(name, rate, ALONE, tables)
+
+
+TABLES = {(rate, tightness): offered(rate, tightness) for rate in (1.0, 8.0, 24.0, 80.0) for tightness in (0.8, 1.2, 3)}
+RUNNING = [{1: 8}, {2: 4}, {8: 1}, {1: 4, 4: 1}]
+LOADS = st.lists(st.sampled_from(sorted(TABLES)), max_size=3, unique=True)
+
+
+def traffic_of(loads):
+    return [TABLES[load]._replace(name=str(load)) for load in loads]
+
+
+@pytest.mark.parametrize(
+    ("loads", "expected"),
+    [
+        ([(8.0, 0.8)], {4: 2}),
+        ([(24.0, 1.2)], {2: 4}),
+        ([(80.0, 3)], {1: 8}),
+        ([(1.0, 3)], {8: 1}),
+    ],
+)
+def test_tight_deadlines_and_little_load_want_tensor_parallelism(loads, expected):
+    assert propose(traffic_of(loads), Ground(groups(range(8), DEGREES), {1: 8}), 0.0, 0.9).counts == expected
+
+
+@settings(deadline=None, max_examples=25)
+@given(LOADS, st.sampled_from(RUNNING), st.sampled_from([0.0, 0.2, 150.0]), st.sampled_from([None, 0.9]))
+def test_no_other_counts_would_be_better(loads, running, pause, budget):
+    ground, traffic = Ground(groups(range(8), DEGREES), running), traffic_of(loads)
+    found = propose(traffic, ground, pause, budget)
+    assert sum(degree * count for degree, count in found.counts.items()) == 8
+    assert 0.0 <= found.on_time <= 1.0
+    assert budget is None or found.drop <= budget + 1e-6
+
+    def net(proposal):
+        new = sum(degree * max(0, count - running.get(degree, 0)) for degree, count in proposal.counts.items())
+        return proposal.value - switching(new / 8, pause)
+
+    every = {tuple(sorted(counts_of(plan).items())) for plan in full(every_layout(set(range(8)), DEGREES), range(8))}
+    for counts in every:
+        assert net(propose(traffic, ground, pause, budget, held=dict(counts))) <= net(found) + 2e-3
+
+
+@settings(deadline=None, max_examples=15)
+@given(LOADS.filter(bool), ALIVE, st.sets(st.sampled_from(DEGREES), min_size=1))
+def test_whatever_is_alive_is_used_as_far_as_it_can_be(loads, alive, degrees):
+    ground = Ground(groups(alive, degrees), {})
+    assume(ground.groups)
+    counts = propose(traffic_of(loads), ground, 0.2, 0.9).counts
+    used = sum(map(len, layout(counts, alive)))
+    assert used == max(sum(map(len, plan)) for plan in every_layout(alive, degrees))
+
+
+def test_demand_beyond_all_capacity_is_served_as_far_as_it_goes():
+    found = propose([offered(1e5, 0.8)], Ground(groups(range(8), DEGREES), {1: 8}), 0.2, 0.9)
+    assert 0.0 < found.on_time < 0.01
+
+
+def test_a_deadline_that_nothing_can_meet_and_no_traffic_change_nothing():
+    ground = Ground(groups(range(8), DEGREES), {2: 4})
+    assert propose([offered(5.0, 0.01)], ground, 0.2, 0.9).counts == {2: 4}
+    assert propose([], ground, 0.2, 0.9).counts == {2: 4}
+    assert kept({2: 3}, ground) == {1: 2, 2: 3}
+    assert kept({16: 1}, ground) == {1: 8}
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.sampled_from([0.1, 150.0]))
+def test_a_switch_must_pay_for_itself(better, share, pause):
+    now = NOTHING
+    wanted = now._replace(value=better)
+    worth = gain(wanted, now, share, pause)
+    assert worth == pytest.approx(better - share * pause / 30)
+    assert worth_switching(worth, share, pending=False) == (share > 0 and worth > MARGIN)
+    assert not worth_switching(worth, share, pending=True)
+
+
+def test_a_backlog_counts_only_where_it_is_shed():
+    assert expected(10.0, 50, sheds=True) > expected(10.0, 0, sheds=True) == expected(10.0, 50, sheds=False)
+
+
+def test_the_reason_tells_load_plan_and_prospects():
+    ground = Ground(groups(range(8), DEGREES), {1: 8})
+    traffic = [offered(8.0, 0.8, "interactive")]
+    wanted, now = propose(traffic, ground, 0.2, 0.9), propose(traffic, ground, 0.2, 0.9, held={1: 8})
+    text = explained(traffic, wanted, now, True)
+    assert text.startswith("8/s interactive: 2x4 (9")
+    assert "instead of 8x1 (" in text
+    assert "stays" in explained(traffic, wanted, now, False)
+    assert "best" in explained(traffic, now, now, False)
+    assert explained([], now, now, False).startswith("no load")
+    assert shape({}) == "nothing"
+
+
+# all together
+
+
+def demand(mix, plan, ranks=range(8), seconds=4.0, degrees=DEGREES, backlog=0):
+    """`mix`: requests a second by tightness."""
+    flows = [Flow(canvas_tokens=456, answer_tokens=256, tightness=scale, rate=rate) for scale, rate in mix.items()]
+    return Demand(
+        seconds=seconds, flows=tuple(flows), backlog=backlog, plan=Plan(plan), ranks=tuple(ranks), degrees=degrees
+    )
+
+
+SINGLE = tuple((rank,) for rank in range(8))
+
+
+def test_the_planner_follows_a_regime_shift_and_then_rests():
+    planner = Planner(LAWS, PROFILE.quality)
+    tight = planner.advise(demand({0.8: 6.0}, SINGLE))
+    assert {len(group) for group in tight.plan.groups} <= {2, 4, 8}
+    assert tight.gain > MARGIN
+    again = planner.advise(demand({0.8: 6.3}, tight.plan.groups))
+    assert again.plan is None
+    busy = planner.advise(demand({3.0: 40.0}, tight.plan.groups))
+    assert busy.plan == Plan(SINGLE)
+    assert "instead of" in busy.reason
+    restarting = Planner(LAWS, PROFILE.quality, Setup(pause=150.0))
+    assert restarting.advise(demand({3.0: 40.0}, tight.plan.groups)).plan is None
+
+
+def test_lost_and_found_devices_change_the_plan_even_without_traffic():
+    planner = Planner(LAWS, PROFILE.quality)
+    shrunk = planner.advise(demand({}, ((0, 1, 2, 3),), (0, 1, 2, 3, 5, 6, 7)))
+    assert shrunk.plan == Plan(((0, 1, 2, 3), (5,), (6,), (7,)))
+    grown = planner.advise(demand({}, shrunk.plan.groups))
+    assert grown.plan == Plan(((0, 1, 2, 3), (4,), (5,), (6,), (7,)))
+    assert planner.advise(demand({}, (), ())).plan is None
+
+
+def test_only_degrees_that_the_model_allows_and_the_profile_knows_are_formed():
+    laws = {degree: LAWS[degree] for degree in (2, 4, 8)}
+    plan = Planner(laws, PROFILE.quality).advise(demand({3.0: 60.0}, (), degrees=(1, 2, 4))).plan
+    assert plan == Plan(((0, 1), (2, 3), (4, 5), (6, 7)))
+
+
+def test_a_few_requests_are_no_reason_to_change():
+    assert Planner(LAWS, PROFILE.quality).advise(demand({3.0: 0.5}, SINGLE, seconds=2.0)).plan is None
+
+
+def test_the_planner_in_its_own_process_answers_alike_and_outlives_its_process():
+    setup = Setup()
+    with Advisor(LAWS, PROFILE.quality, setup) as advisor:
+        wanted = demand({0.8: 6.0}, SINGLE)
+        inline = Planner(LAWS, PROFILE.quality, setup).advise(wanted)
+        assert advisor.advise(wanted) == inline
+        advisor.learned({1: LAWS[1]}, PROFILE.quality)
+        assert advisor.advise(wanted).plan is None
+        dead = advisor.process
+        dead.kill()
+        dead.join()
+        assert advisor.advise(wanted) is None
+        assert "8x1" in advisor.advise(wanted).reason
+    assert advisor.process is None
+
+
+def test_the_configuration_sets_the_planner_up():
+    quality = PROFILE.quality
+    assert Setup.of(Config(), quality) == Setup(levels=4)
+    assert Setup.of(Config.of(threshold_control="fixed", accuracy_budget="off"), quality) == Setup(1 + 5, 1, None)
+    assert Setup.of(Config.of(min_confidence_threshold=0.75, shed="off"), quality) == Setup(levels=2, sheds=False)
+
+
+FLOWS = st.builds(
+    Flow,
+    canvas_tokens=st.integers(64, 4000),
+    answer_tokens=st.integers(1, 64),
+    tightness=st.sampled_from([None, 0.5, 1.0, 3.0]),
+    rate=st.floats(0.0, 20.0),
+)
+
+
+@given(st.lists(FLOWS, max_size=12))
+def test_classes_are_few_and_carry_all_the_traffic(flows):
+    found = few(flows)
+    assert len(found) <= CLASSES
+    assert sum(flow.rate for flow in found) == pytest.approx(sum(flow.rate for flow in flows))
