@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from slo import SYSTEMS
+from slo import ABLATIONS, SYSTEMS
 
 from dilaserve.cli import parsed
 from dilaserve.config import Config
@@ -29,14 +29,16 @@ from dilaserve.sim.report import Report, report
 from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job
 
+EVERYBODY = {**SYSTEMS, **ABLATIONS}
 LIMIT = 4096
 WARM_UP = 0.1  # of the time, left out
 CONSOLE = Console(stderr=True)
 
 
-def system(name: str, scale: float) -> Config:
-    """The settings of one system, from the same flags that a server takes."""
-    settings, _ = parsed(list(SYSTEMS[name]), "serve")
+def system(name: str, scale: float, devices: int) -> Config:
+    """The settings of one system, from the flags that a server takes; only this server plans its devices by itself."""
+    flags = EVERYBODY[name]
+    settings, _ = parsed([*flags, *(("--plan", f"{devices}x1") if flags else ())], "serve")
     return prepared(settings, ((scale, 1.0),))
 
 
@@ -52,7 +54,7 @@ def jobs(args: argparse.Namespace, rate: float, scale: float | None, seed: int, 
 def saturation(args: argparse.Namespace, profile: ModelProfile) -> float:
     """Requests a second that FCFS .9 finishes while more are waiting."""
     flood = [job._replace(at=0.001 * i) for i, job in enumerate(jobs(args, 10.0, None, 0, args.flood / 10.0))]
-    run = simulate(system("fcfs .9", 1.0), pretended(profile, args.devices, LIMIT), [ANY], flood)
+    run = simulate(system("fcfs .9", 1.0, args.devices), pretended(profile, args.devices, LIMIT), [ANY], flood)
     ends = sorted(outcome.at + (outcome.latency or math.nan) for outcome in run.outcomes)
     low, high = int(0.2 * len(ends)), int(0.8 * len(ends))
     return (high - low) / (ends[high] - ends[low])
@@ -90,7 +92,7 @@ def measure(args: argparse.Namespace) -> str:
                 for seed in range(args.seeds):
                     todo = jobs(args, load * rate, args.scale, seed, args.seconds)
                     furnish = pretended(profile, args.devices, LIMIT, seed=seed)
-                    outcome = simulate(system(name, args.scale), furnish, [ANY], todo)
+                    outcome = simulate(system(name, args.scale, args.devices), furnish, [ANY], todo)
                     found.append(report(outcome, args.seconds, WARM_UP))
                     simulated += args.seconds
                     bar.advance(task)
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--flood", type=float, default=1500.0, help="requests to measure saturation with")
     parser.add_argument("--rate", type=float, help="requests a second at 1.0x, instead of measuring it")
-    parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=list(EVERYBODY))
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     text = measure(args)

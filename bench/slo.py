@@ -115,13 +115,14 @@ async def measure(args: argparse.Namespace) -> Found:
         async def up(flags: Sequence[str]) -> str:
             return await stack.enter_async_context(server(flags, args.devices, args.model))
 
-        addresses = {"fcfs .9": await up(SYSTEMS["fcfs .9"])}
+        addresses = {"fcfs .9": await up((*SYSTEMS["fcfs .9"], *singles(args.devices)))}
         unloaded = await unloaded_latency(addresses["fcfs .9"], args.unloaded)
         rate = args.rate or await knee(addresses["fcfs .9"], traffic, unloaded, args.knee_seconds)
         shown = json.dumps({task: round(seconds, 4) for task, seconds in unloaded.items()})
         CONSOLE.print(f"1.0x = {rate:.1f} requests/s; unloaded {shown}")
         cap = await tuned(args, traffic, rate, unloaded)
         flags = {**SYSTEMS, **ABLATIONS, "edf+shed .8": (*EDF, cap)}
+        flags = {name: (*each, *singles(args.devices)) if each else each for name, each in flags.items()}
         wanted = {system for step in plan for system in step.systems}
         for system in flags:
             if system in wanted and system not in addresses:
@@ -151,6 +152,11 @@ async def run(step: Load, args: argparse.Namespace, traffic: Traffic, addresses:
         found.wasted.setdefault(key, []).append(share(before, await spent(address)))
 
 
+def singles(devices: str) -> tuple[str, str]:
+    """The plan of everybody but this server, which plans for itself: every device on its own."""
+    return "--plan", f"{len(devices.split(','))}x1"
+
+
 def share(before: Spent, after: Spent) -> float:
     return (after.wasted - before.wasted) / max(1e-9, after.device - before.device)
 
@@ -159,7 +165,7 @@ async def tuned(args: argparse.Namespace, traffic: Traffic, rate: float, unloade
     """The batch cap at which EDF meets most deadlines at 1.0x, on arrivals that are not measured later."""
     met = {}
     for cap in CAPS:
-        async with server((*EDF, cap), args.devices, args.model) as address:
+        async with server((*EDF, cap, *singles(args.devices)), args.devices, args.model) as address:
             await replay(address, asks(traffic, rate / 2, [UNHURRIED], WARM_UP_SEED, 3.0), unloaded)
             fates = await replay(address, asks(traffic, rate, [2.0], TUNING_SEED, args.seconds), unloaded)
             met[cap] = sum(fate.met for fate in fates)

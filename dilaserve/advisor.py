@@ -10,10 +10,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Self
 
+from dilaserve import children
 from dilaserve.cost import StepCost
 from dilaserve.planner import Advice, Planner, Setup
 from dilaserve.quality import QualityProfile
-from dilaserve.terms import Demand
+from dilaserve.terms import Demand, PlanReady
 
 News = tuple[dict[int, StepCost], QualityProfile]
 PATIENCE = 60.0  # seconds until an answer is given up, the first of a new process included
@@ -21,7 +22,7 @@ MODEST = 10  # how much nicer than its parent the process is
 
 
 class Advisor:
-    """Ask it from a thread: `await asyncio.to_thread(advisor.advise, demand)`.
+    """Ask it from a thread: `await asyncio.to_thread(advisor, demand)`.
 
     The process ends when the advisor is closed, or its parent dies. One that died is started anew by the next question.
     """
@@ -45,6 +46,10 @@ class Advisor:
                 with contextlib.suppress(OSError):
                     self.pipe.send(self.news)
 
+    def __call__(self, demand: Demand) -> PlanReady:
+        advice = self.advise(demand)
+        return PlanReady(None, "the planner is gone") if advice is None else PlanReady(advice.plan, advice.reason)
+
     def advise(self, demand: Demand) -> Advice | None:
         """None: the process has died or does not answer; the plan stays as it is."""
         with self.turn:
@@ -66,7 +71,7 @@ class Advisor:
         self.process = context.Process(
             target=live, args=(theirs, self.news, self.setup), name="dilaserve planner", daemon=True
         )
-        self.process.start()
+        children.start(self.process)
         theirs.close()
 
     def close(self) -> None:

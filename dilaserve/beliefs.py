@@ -63,6 +63,11 @@ class Beliefs:
             self.paces[degree] = Pace(derived(self.paces[self.base].learner.law, degree // self.base))
         return self.paces[degree]
 
+    def known(self) -> tuple[dict[int, StepCost], QualityProfile]:
+        """The laws that are no guesses, by degree, and the quality profile, with all that was learned."""
+        laws = {degree: pace.learner.law for degree, pace in self.paces.items() if pace.sure}
+        return laws, self.forecast.profile
+
     def sure(self, degrees: Iterable[int]) -> bool:
         """Whether the laws of all these degrees are known."""
         return all(self.pace(degree).sure for degree in degrees)

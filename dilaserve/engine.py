@@ -19,6 +19,7 @@ from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
 from dilaserve.options import Options, parse_classes, settle, wanted
 from dilaserve.pages import PAGE
+from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
 from dilaserve.scheduler import Scheduler
 from dilaserve.stream import Chunk, Completion, Stream, collect
@@ -39,7 +40,6 @@ from dilaserve.terms import (
     Kill,
     Launch,
     Plan,
-    PlanReady,
     Release,
     Replan,
     Request,
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
-Planner: TypeAlias = Callable[[Demand], PlanReady]
+NEWS_EVERY = 30  # questions to the planner between two times that it hears what was learned
 MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters from which encoding leaves the loop
 
@@ -84,7 +84,8 @@ class Engine:
 
     Several engines may live in one process. Entering loads the model and raises `ConfigError` when that cannot work;
     leaving cancels what still runs and ends the workers. `furnish` provides what it works with; the simulator has
-    its own. `planner` is asked now and then, off the loop, whether another plan would be better, if --plan is auto.
+    its own. `planner` is asked now and then, off the loop, whether another plan would be better, if --plan is auto;
+    without one the furniture's is.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Engine:
         config: Config | None = None,
         progress: Progress | None = None,
         furnish: Furnish = real,
-        planner: Planner | None = None,
+        planner: Counsel | None = None,
     ) -> None:
         self.config = config or Config()
         self.furnish = furnish
@@ -103,6 +104,7 @@ class Engine:
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
         self.planner = planner
+        self.questions = 0  # to the planner
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
         self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
@@ -125,6 +127,7 @@ class Engine:
         self.advice = furniture.note
         self.free = list(reversed(range(self.table.rows)))
         self.devices, self.degrees = furniture.devices, furniture.degrees
+        self.planner = self.planner or furniture.planner
         solves = self.planner is not None and self.config.device.plan == "auto"
         self.scheduler = Scheduler(self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves)
         started: asyncio.Future[None] = self.loop.create_future()
@@ -149,6 +152,8 @@ class Engine:
         if self.main:
             self.main.cancel()
             await asyncio.wait([self.main])
+        if self.planner:
+            await asyncio.to_thread(self.planner.close)
 
     async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
@@ -239,9 +244,13 @@ class Engine:
             return parsed(plan, len(self.devices), self.degrees)
         return checked(plan, len(self.devices), self.degrees)
 
-    async def ask(self, planner: Planner, demand: Demand) -> None:
+    async def ask(self, planner: Counsel, demand: Demand) -> None:
         """Let the planner think in a thread; a planner that fails is not asked again."""
+        self.questions += 1
+        news = self.scheduler.beliefs.known() if self.questions % NEWS_EVERY == 0 else None
         try:
+            if news:
+                await asyncio.to_thread(planner.learned, *news)
             self.post(await asyncio.to_thread(planner, demand))
         except Exception:
             log.exception("the planner has failed; the plan stays as it is")

@@ -7,17 +7,14 @@ import logging
 import os
 import signal
 import socket
-import sys
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from types import ModuleType
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 import msgspec
 import torch.multiprocessing as mp
 
-from dilaserve import wire
+from dilaserve import children, wire
 from dilaserve.errors import CheckpointError, DilaserveError
 from dilaserve.terms import (
     Batch,
@@ -39,7 +36,6 @@ Post = Callable[[Event], None]
 PATIENCE = 5.0  # seconds a worker gets to leave before it is killed
 RESPAWN_PAUSE = 2.0  # seconds, times the attempts that failed, before a worker is started again
 MAX_FAILURES = 3  # attempts in a row, after which an engine without workers gives up
-_spawning = threading.Lock()
 
 
 class Executor(Protocol):
@@ -277,33 +273,9 @@ class WorkerHandle:
 
 
 def spawn(job: Job, rank: int, shared: Shared, line: socket.socket) -> Any:
-    """Start a child; it inherits blocked SIGINT and SIGTERM, so that only its engine ends it."""
+    """Start a worker process."""
     process = mp.get_context("spawn").Process(
         target=worker.main, args=(job, rank, shared, line), name=f"dilaserve {job.device}", daemon=True
     )
-    with _spawning, blocked(signal.SIGINT, signal.SIGTERM), anonymous_main():
-        process.start()
+    children.start(process)
     return process
-
-
-@contextlib.contextmanager
-def blocked(*signals: signal.Signals) -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def anonymous_main() -> Iterator[None]:
-    """Hide the main script from multiprocessing, which would otherwise run it again in every child.
-
-    So an embedding script needs no `if __name__ == "__main__"` guard, and a notebook works too.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

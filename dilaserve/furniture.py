@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from dilaserve import models, profiles
+from dilaserve.advisor import Advisor
 from dilaserve.config import Config, DeviceConfig
 from dilaserve.cost import StepCost
 from dilaserve.devices import backend_for, dtype_for, listed, threads_for
@@ -16,6 +17,7 @@ from dilaserve.exchange import Exchange
 from dilaserve.executor import Executor, ProcessExecutor, Progress
 from dilaserve.models.checkpoint import Checkpoint, locate
 from dilaserve.models.spec import ModelSpec
+from dilaserve.planner import Counsel, Setup
 from dilaserve.policy.layouts import parsed, uniform
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import QualityProfile
@@ -48,6 +50,7 @@ class Furniture(NamedTuple):
     degrees: tuple[int, ...]
     plan: Plan
     note: str | None = None  # what the user should hear once the engine is up
+    planner: Counsel | None = None  # None: there is nothing to choose
 
 
 Furnish = Callable[[Config, Progress], Furniture]
@@ -82,8 +85,9 @@ def real(config: Config, progress: Progress) -> Furniture:
     mapped = Shared(table, Exchange(len(names)))
     executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
     laws, quality, note = known(profiles.find(directory, config.scheduler.profile), card.name, names[0], degrees)
+    planner = Advisor(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
     return Furniture(
-        card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note
+        card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note, planner
     )
 
 

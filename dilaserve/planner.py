@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -65,6 +65,18 @@ class Setup(NamedTuple):
         )
 
 
+class Counsel(Protocol):
+    """Whoever can be asked for a plan: the planner itself, or one in a process of its own. All of it blocks."""
+
+    def __call__(self, demand: Demand) -> PlanReady: ...
+
+    def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
+        """Plan with these laws, by degree, from the next question on."""
+
+    def close(self) -> None:
+        """There will be no more questions."""
+
+
 class Planner:
     """Keeps the tables of operating points that were needed; `learned` renews the laws behind them."""
 
@@ -80,6 +92,9 @@ class Planner:
     def __call__(self, demand: Demand) -> PlanReady:
         advice = self.advise(demand)
         return PlanReady(advice.plan, advice.reason)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def advise(self, demand: Demand) -> Advice:
         """Pure but for the tables; takes some tens of milliseconds, so not on the loop."""

@@ -158,7 +158,7 @@ class Scheduler:
             moved_rows, self.moving = self.moving, []
             self.wait_again(moved_rows)
         yield from self.watch(now)
-        if self.solves and not self.solving and now >= self.solve_at:
+        if self.asks and now >= self.solve_at:
             yield self.solve(now)
         ticks = now >= self.ticked_at + TICK and (self.queue or self.admits)
         if ticks:
@@ -192,6 +192,11 @@ class Scheduler:
     def shed(self) -> bool:
         return self.sheds and self.beliefs.sure(self.degrees)
 
+    @property
+    def asks(self) -> bool:
+        """Whether the planner will be asked again: not while it thinks, nor while a change is under way."""
+        return self.solves and not self.solving and self.layout.change is None
+
     def wake_at(self) -> float:
         """When the house must be looked at even if nothing happens: for those who wait, for a step that hangs, for
         the planner.
@@ -201,7 +206,7 @@ class Scheduler:
         for seats in (self.seats, self.closing):
             for seat in seats.values():
                 when = min(when, seat.overdue_at)
-        return min(when, self.solve_at) if self.solves and not self.solving else when
+        return min(when, self.solve_at) if self.asks else when
 
     # the plan
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from dilaserve import profiles
+from dilaserve.advisor import Advisor
 from dilaserve.config import Config
 from dilaserve.errors import ConfigError
 from dilaserve.furniture import Furnish
@@ -51,7 +52,7 @@ def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
     """Pretended devices behind the model's own tokenizer."""
     text = Text(locate(settings.model.model))
     limit = settings.model.max_model_len or 4096
-    return pretended(costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text)
+    return pretended(costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, counsel=Advisor)
 
 
 def saved(run: Run, result: object, out: Path) -> Iterator[str]:

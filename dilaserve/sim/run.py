@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import msgspec
 
+from dilaserve.advisor import Advisor
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
-from dilaserve.engine import Engine, Planner
+from dilaserve.engine import Engine
 from dilaserve.errors import DilaserveError
 from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan
 from dilaserve.options import Options
+from dilaserve.planner import Counsel, Planner, Setup
 from dilaserve.profiles import ModelProfile, cost_key
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.machine import DELAY, SimMachine
@@ -61,10 +63,11 @@ def pretended(
     seed: int = 0,
     text: Text | None = None,
     delay: float = DELAY,
+    counsel: type[Planner] | type[Advisor] = Planner,
 ) -> Furnish:
     """Furniture without a model: `devices` machines that behave as the profile says, or as `truth` costs by degree.
 
-    `delay` are the seconds that forming an instance takes.
+    `delay` are the seconds that forming an instance takes; `counsel` plans where the loop's time is virtual or real.
     """
 
     def furnish(config: Config, progress: Progress) -> Furniture:
@@ -76,8 +79,20 @@ def pretended(
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
         card = ModelCard(profile.model, limit, 0, 0)
         names = [f"sim:{i}" for i in range(devices)]
+        planner = counsel(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
         return Furniture(
-            card, MASK, MASK, text or PlainText(), table, machine, laws, profile.quality, names, degrees, plan
+            card,
+            MASK,
+            MASK,
+            text or PlainText(),
+            table,
+            machine,
+            laws,
+            profile.quality,
+            names,
+            degrees,
+            plan,
+            planner=planner,
         )
 
     return furnish
@@ -101,7 +116,7 @@ def simulate(
     tasks: Sequence[str],
     jobs: Sequence[Job],
     seen: Callable[[int], None] = lambda done: None,
-    planner: Planner | None = None,
+    planner: Counsel | None = None,
 ) -> Run:
     """Run all jobs to their end; `seen` hears how many have arrived."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -114,7 +129,7 @@ async def play(
     tasks: Sequence[str],
     jobs: Sequence[Job],
     seen: Callable[[int], None],
-    planner: Planner | None,
+    planner: Counsel | None,
 ) -> Run:
     loop = asyncio.get_running_loop()
     outcomes: list[Outcome] = []
