@@ -14,6 +14,7 @@ from dilaserve.config import Config
 from dilaserve.cost import Features
 from dilaserve.engine import Engine, Options
 from dilaserve.errors import ConfigError
+from dilaserve.planner import Planner
 from dilaserve.policy.layouts import parsed
 from dilaserve.quality import chain
 from dilaserve.sim import workload
@@ -110,12 +111,18 @@ def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
 def test_a_planner_is_asked_at_its_times_and_obeyed():
     asked = []
 
-    def planner(demand):
-        asked.append(demand)
-        return PlanReady(parsed("1x4", 4, demand.degrees), "a low load") if demand.flows else PlanReady(None, "idle")
+    class Counsel(Planner):
+        def __call__(self, demand):
+            asked.append(demand)
+            return (
+                PlanReady(parsed("1x4", 4, demand.degrees), "a low load") if demand.flows else PlanReady(None, "idle")
+            )
+
+    profile = llada_8b_h200()
+    planner = Counsel({}, profile.quality)
 
     async def planned():
-        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 4, 1024), planner=planner) as engine:
+        async with Engine(Config.of(), furnish=pretended(profile, 4, 1024), planner=planner) as engine:
             await asyncio.sleep(5.0)
             assert len(engine.plan.groups) == 4
             await engine.generate([0] * 100, Options(max_tokens=256))
@@ -126,6 +133,22 @@ def test_a_planner_is_asked_at_its_times_and_obeyed():
         change = runner.run(planned())
     assert (change.after.groups, change.reason) == (((0, 1, 2, 3),), "a low load")
     assert len(asked) in (5, 6)
+
+
+def test_a_quiet_house_is_planned_for_latency_and_a_busy_one_for_throughput():
+    """The planner of the house: with few requests devices run together, with many each for itself."""
+
+    async def load(rate, seconds):
+        async with Engine(Config.of(slo_class="far=3x"), furnish=pretended(llada_8b_h200(), 4, 1024)) as engine:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(int(rate * seconds)):
+                    group.create_task(engine.generate([0] * 100, Options(max_tokens=256, slo_class="far")))
+                    await asyncio.sleep(1 / rate)
+            return [len(group) for group in engine.plan.groups]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        quiet, busy = runner.run(load(1.0, 12.0)), runner.run(load(7.0, 12.0))
+    assert (quiet, busy) == ([4], [1, 1, 1, 1])
 
 
 def test_larger_degrees_cost_less_and_never_in_proportion():
