@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import statistics
@@ -24,8 +25,9 @@ POOL = 800  # held-out problems a task that runs draw from
 
 
 class Traffic(NamedTuple):
-    """How requests arrive."""
+    """How requests arrive, and of which tasks they are."""
 
+    tasks: tuple[str, ...] = tuple(TASKS)
     arrivals: str = "poisson"
     trace: Path | None = None
 
@@ -94,16 +96,20 @@ async def one(session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, floa
 
 
 def asks(traffic: Traffic, rate: float, scales: Sequence[float], seed: int, seconds: float) -> list[Ask]:
-    """Problems of all tasks at random, at the arrival times of the trace or the process."""
+    """Problems of the tasks at random, at the arrival times of the trace or the process."""
     rng = random.Random(f"{seed} {rate:.4f}")
     if traffic.trace:
         times = (at for at, _, _ in scaled(trace(traffic.trace), rate, start=0.1 * seed))
     else:
         times = arrivals(traffic.arrivals, rate, rng)
-    pools = {task: itertools.cycle(held_out(task, POOL, seed=seed + 1)) for task in TASKS}
-    names = list(TASKS)
+    pools = {task: itertools.cycle(pool(task, seed)) for task in traffic.tasks}
     found = itertools.takewhile(lambda at: at < seconds, times)
-    return [Ask(at, next(pools[rng.choice(names)]), rng.choice(scales)) for at in found]
+    return [Ask(at, next(pools[rng.choice(traffic.tasks)]), rng.choice(scales)) for at in found]
+
+
+@functools.cache
+def pool(task: str, seed: int) -> list[Problem]:
+    return held_out(task, POOL, seed=seed + 1)
 
 
 async def unloaded_latency(address: str, count: int) -> dict[str, float]:

@@ -5,7 +5,9 @@
 Every system is a configuration of the same server on the same devices, and all are up all the time. 1.0x is the load
 at which first come, first served at threshold .9 saturates, found by doubling and bisection. A request's deadline is a
 multiple of the unloaded latency of its task at .9, measured first: twice it at every load, and `--scales` at
-`--some-loads` with one seed. Whatever was not answered in time counts as missed, declined requests too.
+`--some-loads` with one seed. Whatever was not answered in time counts as missed, declined requests too. The requests
+are of tasks that take several steps, as those of large models do (`--tasks`); at `--some-loads` there is also one table
+of all tasks, most of which are done in a step or two, where nobody can decide much.
 
 Accuracy is paired: every problem that was asked is also asked alone at .9, and the drop is the difference on the same
 problems. Each run is a tenant of its own, so that no run lives on the accuracy budget of another. The clients run in
@@ -31,7 +33,7 @@ from rich.progress import Progress, track
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate import machine
 from dilaserve.sim.workload import ARRIVALS
-from dilaserve.tasks import Problem, check
+from dilaserve.tasks import TASKS, Problem, check
 
 CONSOLE = Console(stderr=True)
 FIXED = ("--threshold-control", "fixed")
@@ -52,6 +54,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 CAPS = ("2", "3", "4", "8")  # the free knob of EDF, tuned on other arrivals
 TWICE = "2"
+EVERYTHING = "2 (all tasks)"
 TUNING_SEED, WARM_UP_SEED = 40, 50
 
 
@@ -103,12 +106,12 @@ class Load(NamedTuple):
 def rounds(args: argparse.Namespace) -> list[Load]:
     main = tuple(SYSTEMS)
     plan = [Load(TWICE, load, seed, main) for load in args.loads for seed in range(args.seeds)]
-    plan += [Load(mix, load, 0, main) for mix in args.scales for load in args.some_loads]
+    plan += [Load(mix, load, 0, main) for mix in (*args.scales, EVERYTHING) for load in args.some_loads]
     return plan + [Load(TWICE, load, 0, tuple(ABLATIONS)) for load in args.some_loads]
 
 
 async def measure(args: argparse.Namespace) -> Found:
-    traffic = Traffic(args.arrivals, args.trace)
+    traffic = Traffic(args.tasks, args.arrivals, args.trace)
     plan = rounds(args)
     async with contextlib.AsyncExitStack() as stack:
 
@@ -141,8 +144,11 @@ async def measure(args: argparse.Namespace) -> Found:
 
 async def run(step: Load, args: argparse.Namespace, traffic: Traffic, addresses: dict[str, str], found: Found) -> None:
     """One round; another system goes first each time."""
-    scales = tuple(map(float, step.mix.split("+")))
-    wanted = asks(traffic, step.load * found.rate, scales, step.seed, args.seconds)
+    rate = found.rate
+    if step.mix == EVERYTHING:
+        traffic, rate = traffic._replace(tasks=tuple(TASKS)), rate * heaviness(found.unloaded, traffic.tasks)
+    scales = tuple(map(float, step.mix.split()[0].split("+")))
+    wanted = asks(traffic, step.load * rate, scales, step.seed, args.seconds)
     first = (step.seed + round(10 * step.load)) % len(step.systems)
     for system in (*step.systems[first:], *step.systems[:first]):
         address, key = addresses[system], Key(step.mix, system, step.load)
@@ -150,6 +156,11 @@ async def run(step: Load, args: argparse.Namespace, traffic: Traffic, addresses:
         fates = await replay(address, wanted, found.unloaded, PATIENCE, f"{step.mix} {step.load} {step.seed}")
         found.fates.setdefault(key, []).append(fates)
         found.wasted.setdefault(key, []).append(share(before, await spent(address)))
+
+
+def heaviness(unloaded: dict[str, float], tasks: Sequence[str]) -> float:
+    """How many requests of all tasks take as long as one of these, alone."""
+    return statistics.fmean(unloaded[task] for task in tasks) / statistics.fmean(unloaded.values())
 
 
 def singles(devices: str) -> tuple[str, str]:
@@ -221,13 +232,15 @@ def printed(found: Found, args: argparse.Namespace) -> str:
     about = args.trace.name if args.trace else f"{args.arrivals} arrivals"
     unloaded = ", ".join(f"{task} {1000 * seconds:.0f}" for task, seconds in found.unloaded.items())
     lines = [
-        f"{machine()}; {args.devices}; {about}; 1.0x = {found.rate:.1f} requests/s; {args.seconds:g} s a run",
+        f"{machine()}; {args.devices}; {about} of {' and '.join(args.tasks)}; 1.0x = {found.rate:.1f} requests/s; "
+        f"{args.seconds:g} s a run",
         f"Unloaded latency at .9, ms: {unloaded}. EDF's batch cap, tuned: {found.cap}.",
         "",
     ]
     mixes = {key.mix: None for key in found.fates}
     for mix in mixes:
-        deadlines = f"Deadlines {mix.replace('+', 'x and ')}x"
+        number, _, about = mix.partition(" ")
+        deadlines = f"Deadlines {number.replace('+', 'x and ')}x {about}".rstrip()
         lines += [f"**{deadlines}: % met (share of device time wasted)**", ""]
         lines += grid(found, mix, lambda c: f"{c.attainment:.1f} ({c.wasted:.2f})")
         lines += [f"**{deadlines}: mean latency of answers, ms (% without an answer)**", ""]
@@ -340,6 +353,7 @@ def main() -> None:
     parser.add_argument("--loads", type=numbers, default=[0.4, 0.6, 0.8, 0.85, 1.0, 1.3, 2.0], help="with deadlines 2x")
     parser.add_argument("--scales", type=lambda text: text.split(","), default=["1.5", "3", "5", "1.5+8"])
     parser.add_argument("--some-loads", type=numbers, default=[0.8, 1.0], help="with the other deadlines")
+    parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=("chain", "word"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--unloaded", type=int, default=15, help="requests a task for the unloaded latency")
