@@ -39,11 +39,13 @@ CONSOLE = Console(stderr=True)
 FIXED = ("--threshold-control", "fixed")
 PLAIN = (*FIXED, "--shed", "off")
 EDF = ("--scheduling", "edf", *FIXED, "--confidence-threshold", "0.8", "--batch-cap")
+CAREFUL = ("--scheduling", "edf", *FIXED, "--batch-cap")
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "fcfs .9": ("--scheduling", "fcfs", *PLAIN),
     "fcfs .8": ("--scheduling", "fcfs", *PLAIN, "--confidence-threshold", "0.8"),
     "fcfs .7": ("--scheduling", "fcfs", *PLAIN, "--confidence-threshold", "0.7"),
     "edf+shed .8": (*EDF, "2"),
+    "edf+shed .9": (*CAREFUL, "2"),
     "dilaserve": (),
 }
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -80,6 +82,7 @@ class Cell(NamedTuple):
     threshold: float
     wasted: float
     answered: int
+    useful: float  # right and on time, of all that arrived
 
 
 class Found(NamedTuple):
@@ -124,7 +127,7 @@ async def measure(args: argparse.Namespace) -> Found:
         shown = json.dumps({task: round(seconds, 4) for task, seconds in unloaded.items()})
         CONSOLE.print(f"1.0x = {rate:.1f} requests/s; unloaded {shown}")
         cap = await tuned(args, traffic, rate, unloaded)
-        flags = {**SYSTEMS, **ABLATIONS, "edf+shed .8": (*EDF, cap)}
+        flags = {**SYSTEMS, **ABLATIONS, "edf+shed .8": (*EDF, cap), "edf+shed .9": (*CAREFUL, cap)}
         flags = {name: (*each, *singles(args.devices)) if each else each for name, each in flags.items()}
         wanted = {system for step in plan for system in step.systems}
         for system in flags:
@@ -214,6 +217,7 @@ def cell(runs: Sequence[Sequence[Fate]], wasted: Sequence[float], reference: dic
         threshold=statistics.fmean([fate.threshold for fate in served] or [0.0]),
         wasted=statistics.fmean(wasted),
         answered=len(served),
+        useful=100 * sum(fate.met and fate.right for fate in everything) / len(everything),
     )
 
 
@@ -243,6 +247,8 @@ def printed(found: Found, args: argparse.Namespace) -> str:
         deadlines = f"Deadlines {number.replace('+', 'x and ')}x {about}".rstrip()
         lines += [f"**{deadlines}: % met (share of device time wasted)**", ""]
         lines += grid(found, mix, lambda c: f"{c.attainment:.1f} ({c.wasted:.2f})")
+        lines += [f"**{deadlines}: % right and on time, of all that arrived**", ""]
+        lines += grid(found, mix, lambda c: f"{c.useful:.1f}")
         lines += [f"**{deadlines}: mean latency of answers, ms (% without an answer)**", ""]
         lines += grid(found, mix, lambda c: f"{1000 * c.latency:.0f} ({c.shed:.0f})")
     lines += [

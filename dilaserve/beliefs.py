@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
+
 from dilaserve.cost import Features, Learner, StepCost, derived
 from dilaserve.policy.demand import drifted
 from dilaserve.progress import Loads, Progress
@@ -64,8 +66,15 @@ class Beliefs:
         return self.paces[degree]
 
     def known(self) -> tuple[dict[int, StepCost], QualityProfile]:
-        """The laws that are no guesses, by degree, and the quality profile, with all that was learned."""
-        laws = {degree: pace.learner.law for degree, pace in self.paces.items() if pace.sure}
+        """The laws that are no guesses, by degree, and the quality profile, with all that was learned.
+
+        What a step costs outside the worker counts as part of it.
+        """
+        laws = {
+            degree: msgspec.structs.replace(pace.learner.law, fixed=pace.fixed)
+            for degree, pace in self.paces.items()
+            if pace.sure
+        }
         return laws, self.forecast.profile
 
     def sure(self, degrees: Iterable[int]) -> bool:

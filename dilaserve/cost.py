@@ -5,7 +5,7 @@ off by 10 %.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -19,6 +19,7 @@ FORGET = 0.999  # a step's weight after one more step
 RELEARN = 200  # steps between two fits while serving
 FIRST_FITS = (16, 32, 64, 128)  # steps after which a guess is fitted anew; the last makes it knowledge
 QUANTILE_RATE = 0.02
+ALIKE = 0.05  # relative difference of laws that makes no difference
 
 
 class Features(NamedTuple):
@@ -73,6 +74,18 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
         fields = ("fixed", "token", "attention", "projection", "row")
         changed = {name: getattr(self, name) * factor for name in fields}
         return msgspec.structs.replace(self, bends=tuple(bend * factor for bend in self.bends), **changed)
+
+
+def alike(one: Mapping[int, StepCost], other: Mapping[int, StepCost]) -> bool:
+    """Whether the laws, by degree, say the same of a small and of a large step, to within `ALIKE`."""
+    if one.keys() != other.keys():
+        return False
+    points = (Features(32, 32 * 256, 32, 1), Features(512, 512 * 256, 64, 2))
+    return all(
+        abs(math.log(one[degree].seconds(point) / other[degree].seconds(point))) < ALIKE
+        for degree in one
+        for point in points
+    )
 
 
 def derived(law: StepCost, degree: int) -> StepCost:

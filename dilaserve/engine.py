@@ -14,6 +14,7 @@ import numpy as np
 
 from dilaserve.bell import Bell
 from dilaserve.config import Config
+from dilaserve.cost import StepCost, alike
 from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
@@ -58,7 +59,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
-NEWS_EVERY = 30  # questions to the planner between two times that it hears what was learned
 MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters from which encoding leaves the loop
 
@@ -104,7 +104,7 @@ class Engine:
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
         self.planner = planner
-        self.questions = 0  # to the planner
+        self.told: dict[int, StepCost] = {}  # the laws that the planner knows
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
         self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
@@ -129,6 +129,7 @@ class Engine:
         self.devices, self.degrees = furniture.devices, furniture.degrees
         self.planner = self.planner or furniture.planner
         solves = self.planner is not None and self.config.device.plan == "auto"
+        self.told = furniture.laws
         self.scheduler = Scheduler(self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves)
         started: asyncio.Future[None] = self.loop.create_future()
         formed: asyncio.Future[Change] = self.loop.create_future()
@@ -246,11 +247,11 @@ class Engine:
 
     async def ask(self, planner: Counsel, demand: Demand) -> None:
         """Let the planner think in a thread; a planner that fails is not asked again."""
-        self.questions += 1
-        news = self.scheduler.beliefs.known() if self.questions % NEWS_EVERY == 0 else None
+        laws, quality = self.scheduler.beliefs.known()
         try:
-            if news:
-                await asyncio.to_thread(planner.learned, *news)
+            if not alike(laws, self.told):
+                self.told = laws
+                await asyncio.to_thread(planner.learned, laws, quality)
             self.post(await asyncio.to_thread(planner, demand))
         except Exception:
             log.exception("the planner has failed; the plan stays as it is")
