@@ -114,6 +114,7 @@ def main() -> None:
     text = markdown(asyncio.run(measure(args)), args)
     print(text)
     if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(text)
 
 

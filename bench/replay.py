@@ -126,25 +126,13 @@ async def unloaded_latency(address: str, count: int) -> dict[str, float]:
     return found
 
 
-async def knee(address: str, traffic: Traffic, unloaded: dict[str, float], seconds: float) -> float:
-    """The rate at which a server saturates: doubling, then bisection to 5 %."""
-    low = 0.5 / statistics.fmean(unloaded.values())
-    high = 2 * low
-    while await keeps_up(address, traffic, high, unloaded, seconds):
-        low, high = high, 2 * high
-    while high / low > 1.05:
-        middle = (low * high) ** 0.5
-        keeps = await keeps_up(address, traffic, middle, unloaded, seconds)
-        low, high = (middle, high) if keeps else (low, middle)
-    return low
-
-
-async def keeps_up(address: str, traffic: Traffic, rate: float, unloaded: dict[str, float], seconds: float) -> bool:
-    """Whether requests of the last third wait no longer than twice those of the first."""
-    fates = await replay(address, asks(traffic, rate, [UNHURRIED], 7, seconds), unloaded, 10 * PATIENCE)
-    early = [fate.latency or 0.0 for fate in fates if fate.ask.at < seconds / 3]
-    late = [fate.latency or 0.0 for fate in fates if fate.ask.at > 2 * seconds / 3]
-    return statistics.fmean(late) < max(2 * statistics.fmean(early), 4 * statistics.fmean(unloaded.values()))
+async def saturation(address: str, traffic: Traffic, unloaded: dict[str, float], count: int) -> float:
+    """Requests a second that a server finishes while more are waiting: of `count` at once, the middle three fifths."""
+    flood = [ask._replace(at=0.0) for ask in asks(traffic, float(count), [UNHURRIED], 7, 2.0)][:count]
+    fates = await replay(address, flood, unloaded, 10 * PATIENCE)
+    ends = sorted(fate.latency for fate in fates if fate.latency is not None)
+    low, high = int(0.2 * len(ends)), int(0.8 * len(ends))
+    return (high - low) / (ends[high] - ends[low])
 
 
 class Spent(NamedTuple):

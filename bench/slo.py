@@ -3,7 +3,8 @@
     python bench/slo.py [--loads .4,.6,.8,.85,1,1.3,2] [--scales 1.5,3,5,1.5+8] [--seeds 3] [--seconds 12] [--out DIR]
 
 Every system is a configuration of the same server on the same devices, and all are up all the time. 1.0x is the load
-at which first come, first served at threshold .9 saturates, found by doubling and bisection. A request's deadline is a
+at which first come, first served at threshold .9 saturates: what it finishes when everything waits at once, which takes
+seconds and is nearer the truth than looking for the rate at which waiting begins to grow. A request's deadline is a
 multiple of the unloaded latency of its task at .9, measured first: twice it at every load, and `--scales` at
 `--some-loads` with one seed. Whatever was not answered in time counts as missed, declined requests too. The requests
 are of tasks that take several steps, as those of large models do (`--tasks`); at `--some-loads` there is also one table
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from replay import PATIENCE, UNHURRIED, Fate, Spent, Traffic, asks, knee, replay, server, spent, unloaded_latency
+from replay import PATIENCE, UNHURRIED, Fate, Spent, Traffic, asks, replay, saturation, server, spent, unloaded_latency
 from rich.console import Console
 from rich.progress import Progress, track
 
@@ -123,7 +124,7 @@ async def measure(args: argparse.Namespace) -> Found:
 
         addresses = {"fcfs .9": await up((*SYSTEMS["fcfs .9"], *singles(args.devices)))}
         unloaded = await unloaded_latency(addresses["fcfs .9"], args.unloaded)
-        rate = args.rate or await knee(addresses["fcfs .9"], traffic, unloaded, args.knee_seconds)
+        rate = args.rate or await saturation(addresses["fcfs .9"], traffic, unloaded, args.flood)
         shown = json.dumps({task: round(seconds, 4) for task, seconds in unloaded.items()})
         CONSOLE.print(f"1.0x = {rate:.1f} requests/s; unloaded {shown}")
         cap = await tuned(args, traffic, rate, unloaded)
@@ -363,7 +364,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--unloaded", type=int, default=15, help="requests a task for the unloaded latency")
-    parser.add_argument("--knee-seconds", type=float, default=10.0)
+    parser.add_argument("--flood", type=int, default=500, help="requests at once that 1.0x is measured with")
     parser.add_argument("--rate", type=float, help="requests a second at 1.0x, instead of looking for it")
     parser.add_argument("--arrivals", choices=ARRIVALS, default="poisson")
     parser.add_argument("--trace", type=Path, help="CSV of arrival_s,prompt_tokens,output_tokens; only times are used")
