@@ -452,9 +452,12 @@ class Scheduler:
         """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds."""
         self.ticked_at = now
         if self.shed:
+            spare = sum(not seat.promised for seat in self.seats.values())
             for progress in list(self.queue):
                 if self.is_hopeless(progress, now):
-                    yield from self.give_up(progress, now)
+                    spare -= 1
+                    if spare < 0 or self.is_past(progress, now):
+                        yield from self.give_up(progress, now)
         if self.moves_floor:
             promised = [progress for seat in self.seats.values() for progress in seat.promised]
             missing = sum(progress.tested for progress in self.queue) + sum(
@@ -509,6 +512,9 @@ class Scheduler:
                 return False
         return True
 
+    def is_past(self, progress: Progress, now: float) -> bool:
+        return progress.deadline is not None and progress.deadline <= now
+
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
@@ -555,12 +561,19 @@ class Scheduler:
             seats = idle if progress.tested and not everywhere else list(self.seats.values())
             progress.tested = True
             seat = self.seat_with_slack(progress, seats, tested, now)
-            if seat is None and not self.shed and self.is_hopeless(progress, now):
-                seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
+            if seat is None and self.is_hopeless(progress, now):
+                seat = self.seat_for_hopeless(progress, now)
             if seat is not None and self.make_room(seat, progress):
                 self.queue.remove(progress)
                 self.seat(progress, seat)
                 tested.pop(seat.instance.id, None)
+
+    def seat_for_hopeless(self, progress: Progress, now: float) -> Seat | None:
+        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches."""
+        seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
+        if seat and self.shed and (seat.promised or self.is_past(progress, now)):
+            return None
+        return seat
 
     def place_rest(self, rows: list[Progress]) -> None:
         """In order, until one finds no room; removes from `rows` who got a seat."""
@@ -650,7 +663,11 @@ class Scheduler:
         fixed = self.beliefs.pace(seat.degree).fixed
         wishes = [self.wish(progress, now, seat.degree) for progress in seat.promised]
         if self.shed:
-            lost = [hopeless(left, alone(loads[deepest], fixed)) for left, loads, deepest in wishes]
+            needs = [alone(loads[deepest], fixed) for _, loads, deepest in wishes]
+            lost = [hopeless(wish.left, seconds) for wish, seconds in zip(wishes, needs, strict=True)]
+            if lost and all(lost):  # who is nearest to being in time is tried all the same, as nobody else loses by it
+                best = max(range(len(lost)), key=lambda i: wishes[i].left - needs[i])
+                lost[best] = wishes[best].left <= 0.0
             if any(lost):
                 for progress in [row for row, gone in zip(seat.promised, lost, strict=True) if gone]:
                     yield from self.give_up(progress, now)

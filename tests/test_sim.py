@@ -13,7 +13,7 @@ from dilaserve.cli import main
 from dilaserve.config import Config
 from dilaserve.cost import Features
 from dilaserve.engine import Engine, Options
-from dilaserve.errors import ConfigError
+from dilaserve.errors import ConfigError, DeadlineMissed
 from dilaserve.planner import Planner
 from dilaserve.policy.layouts import parsed
 from dilaserve.quality import chain
@@ -149,6 +149,31 @@ def test_a_quiet_house_is_planned_for_latency_and_a_busy_one_for_throughput():
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         quiet, busy = runner.run(load(1.0, 12.0)), runner.run(load(7.0, 12.0))
     assert (quiet, busy) == ([4], [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("scheduling", ["composed", "edf"])
+def test_who_believes_that_all_is_hopeless_tries_and_learns(scheduling):
+    """Costs are believed eight times too high, so that every deadline seems lost; shedding all would teach nothing."""
+    known = llada_8b_h200()
+    truth = {1: known.costs["cuda x1"]}
+    feared = msgspec.structs.replace(known, costs={"cuda x1": truth[1].scaled(8.0)})
+
+    async def asked():
+        settings = Config.of(scheduling=scheduling)
+        met = []
+        async with Engine(settings, furnish=pretended(feared, 1, 1024, truth=truth)) as engine:
+            for _ in range(40):
+                try:
+                    options = Options(max_tokens=256, deadline=1.0, on_miss="cancel_when_late")
+                    answer = await engine.generate([0] * 100, options)
+                    met.append(answer.usage.deadline_met)
+                except DeadlineMissed:
+                    met.append(False)
+        return met
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        met = runner.run(asked())
+    assert sum(met[20:]) >= 18
 
 
 def test_larger_degrees_cost_less_and_never_in_proportion():
