@@ -23,6 +23,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -239,6 +240,8 @@ def printed(found: Found, args: argparse.Namespace) -> str:
     lines = [
         f"{machine()}; {args.devices}; {about} of {' and '.join(args.tasks)}; 1.0x = {found.rate:.1f} requests/s; "
         f"{args.seconds:g} s a run",
+        f"`python {' '.join(sys.argv)}`",
+        "",
         f"Unloaded latency at .9, ms: {unloaded}. EDF's batch cap, tuned: {found.cap}.",
         "",
     ]
