@@ -130,9 +130,14 @@ async def saturation(address: str, traffic: Traffic, unloaded: dict[str, float],
     """Requests a second that a server finishes while more are waiting: of `count` at once, the middle three fifths."""
     flood = [ask._replace(at=0.0) for ask in asks(traffic, float(count), [UNHURRIED], 7, 2.0)][:count]
     fates = await replay(address, flood, unloaded, 10 * PATIENCE)
-    ends = sorted(fate.latency for fate in fates if fate.latency is not None)
-    low, high = int(0.2 * len(ends)), int(0.8 * len(ends))
-    return (high - low) / (ends[high] - ends[low])
+    return middle_rate([fate.latency for fate in fates if fate.latency is not None])
+
+
+def middle_rate(ends: Sequence[float]) -> float:
+    """How many things ended in a second, of the middle three fifths."""
+    ordered = sorted(ends)
+    low, high = int(0.2 * len(ordered)), int(0.8 * len(ordered))
+    return (high - low) / (ordered[high] - ordered[low])
 
 
 class Spent(NamedTuple):

@@ -9,12 +9,12 @@ finishes when everything waits from the start. Whatever was not answered in time
 
 import argparse
 import itertools
-import math
 import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from replay import middle_rate
 from rich.console import Console
 from rich.progress import Progress
 from slo import ABLATIONS, SYSTEMS
@@ -55,9 +55,7 @@ def saturation(args: argparse.Namespace, profile: ModelProfile) -> float:
     """Requests a second that FCFS .9 finishes while more are waiting."""
     flood = [job._replace(at=0.001 * i) for i, job in enumerate(jobs(args, 10.0, None, 0, args.flood / 10.0))]
     run = simulate(system("fcfs .9", 1.0, args.devices), pretended(profile, args.devices, LIMIT), [ANY], flood)
-    ends = sorted(outcome.at + (outcome.latency or math.nan) for outcome in run.outcomes)
-    low, high = int(0.2 * len(ends)), int(0.8 * len(ends))
-    return (high - low) / (ends[high] - ends[low])
+    return middle_rate([outcome.at + outcome.latency for outcome in run.outcomes if outcome.latency is not None])
 
 
 def shown(found: Sequence[Report]) -> str:

@@ -28,7 +28,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from replay import PATIENCE, UNHURRIED, Fate, Spent, Traffic, asks, replay, saturation, server, spent, unloaded_latency
+from replay import (
+    MAX_TOKENS,
+    PATIENCE,
+    UNHURRIED,
+    Fate,
+    Spent,
+    Traffic,
+    asks,
+    replay,
+    saturation,
+    server,
+    spent,
+    unloaded_latency,
+)
 from rich.console import Console
 from rich.progress import Progress, track
 
@@ -190,7 +203,7 @@ async def tuned(args: argparse.Namespace, traffic: Traffic, rate: float, unloade
 
 async def alone(args: argparse.Namespace, problems: Sequence[Problem]) -> dict[Problem, bool]:
     """Whether each problem is answered right at .9; no company changes an answer."""
-    options = Options(max_tokens=96, confidence_threshold=0.9)
+    options = Options(max_tokens=MAX_TOKENS, confidence_threshold=0.9)
     config = Config.of(model=args.model, devices=args.devices, max_queue=len(problems))
     async with Engine(config) as engine:
         asked = [asyncio.create_task(engine.generate(chat(problem), options)) for problem in problems]

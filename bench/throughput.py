@@ -11,8 +11,6 @@ lets the engine stop at the end of an answer, as it does by default and the publ
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -29,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dilaserve import Config, Engine, Options
+from dilaserve.calibrate import machine
 from dilaserve.models.checkpoint import locate
 from dilaserve.server.app import running
 from dilaserve.tasks import TASKS, held_out
@@ -135,7 +134,7 @@ def report(figures: Figures, args: argparse.Namespace) -> None:
     middle = {name: statistics.median(values) for name, values in figures.items()}
     best = {label: max(middle[f"{label} 1"], middle[f"{label} 2"]) for label in "abc"}
     console.print(
-        f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}; {args.requests} requests of {args.tokens} "
+        f"{machine()}, torch {torch.__version__}; {args.requests} requests of {args.tokens} "
         f"tokens, threshold {THRESHOLD}, block {BLOCK}, dual cache; medians of {args.rounds} rounds"
     )
     base = Table("baseline", "1 thread, tokens/s", "2 threads, tokens/s")
@@ -156,12 +155,6 @@ def report(figures: Figures, args: argparse.Namespace) -> None:
             f"16 concurrent by {name}, one worker thread: {100 * middle[f'overhead {name}']:.1f} % of wall time "
             f"outside forward pass and unmasking, {100 * middle[f'worker {name}']:.1f} % outside the worker's step"
         )
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

@@ -561,7 +561,7 @@ class Scheduler:
             seats = idle if progress.tested and not everywhere else list(self.seats.values())
             progress.tested = True
             seat = self.seat_with_slack(progress, seats, tested, now)
-            if seat is None and self.is_hopeless(progress, now):
+            if seat is None:
                 seat = self.seat_for_hopeless(progress, now)
             if seat is not None and self.make_room(seat, progress):
                 self.queue.remove(progress)
@@ -569,11 +569,14 @@ class Scheduler:
                 tested.pop(seat.instance.id, None)
 
     def seat_for_hopeless(self, progress: Progress, now: float) -> Seat | None:
-        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches."""
+        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches.
+
+        None for a request that is not hopeless: it waits for a seat that keeps its slack.
+        """
         seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
         if seat and self.shed and (seat.promised or self.is_past(progress, now)):
             return None
-        return seat
+        return seat if self.is_hopeless(progress, now) else None
 
     def place_rest(self, rows: list[Progress]) -> None:
         """In order, until one finds no room; removes from `rows` who got a seat."""
