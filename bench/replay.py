@@ -17,6 +17,7 @@ import aiohttp
 
 from dilaserve.sim.workload import arrivals, scaled, trace
 from dilaserve.tasks import TASKS, Problem, check, held_out
+from dilaserve.tasks.problem import operations
 
 MAX_TOKENS = 96
 UNHURRIED = 1000.0  # a deadline that nobody misses
@@ -35,7 +36,7 @@ class Traffic(NamedTuple):
 class Ask(NamedTuple):
     at: float
     problem: Problem
-    scale: float  # the deadline, in unloaded latencies of the task
+    scale: float  # the deadline, in unloaded latencies of its class
 
 
 class Fate(NamedTuple):
@@ -76,7 +77,7 @@ async def replay(
 
 async def one(session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, float], began: float, tenant: str) -> Fate:
     await asyncio.sleep(max(0.0, began + ask.at - time.perf_counter()))
-    deadline = ask.scale * unloaded[ask.problem.task]
+    deadline = ask.scale * unloaded[class_of(ask.problem)]
     slo = {"deadline_ms": 1000 * deadline, "task": ask.problem.task, "on_miss": "cancel_when_late"}
     message = {"role": "user", "content": ask.problem.prompt}
     body = {"messages": [message], "max_tokens": MAX_TOKENS, "slo": slo, "user": tenant}
@@ -112,18 +113,34 @@ def pool(task: str, seed: int) -> list[Problem]:
     return held_out(task, POOL, seed=seed + 1)
 
 
+def class_of(problem: Problem) -> str:
+    """The task, and how many operations there are to write where a task asks for several."""
+    return f"{problem.task} {len(operations(problem.answer))}".removesuffix(" 0")
+
+
 async def unloaded_latency(address: str, count: int) -> dict[str, float]:
-    """Median seconds of one request alone, by task."""
+    """Median seconds of one request alone, by class; a class has at least `count` requests."""
     warm_up = [problem for task in TASKS for problem in held_out(task, 5, seed=98)]
     for problem in warm_up:
-        await replay(address, [Ask(0.0, problem, UNHURRIED)], {problem.task: 1.0})
-    found = {}
+        await alone(address, problem)
+    found: dict[str, list[float]] = {}
     for task in TASKS:
-        fates = []
-        for problem in held_out(task, count, seed=99):
-            fates += await replay(address, [Ask(0.0, problem, UNHURRIED)], {task: 1.0})
-        found[task] = statistics.median(fate.latency for fate in fates if fate.latency is not None)
-    return found
+        pool = held_out(task, 40 * count, seed=99)
+        classes = {class_of(problem) for problem in pool}
+        for problem in pool:
+            mine = found.setdefault(class_of(problem), [])
+            if len(mine) < count:
+                mine.append(await alone(address, problem))
+            if all(len(found.get(name, ())) == count for name in classes):
+                break
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+async def alone(address: str, problem: Problem) -> float:
+    """Seconds of one request that nobody disturbs."""
+    fates = await replay(address, [Ask(0.0, problem, UNHURRIED)], {class_of(problem): 1.0})
+    assert fates[0].latency is not None
+    return fates[0].latency
 
 
 async def saturation(address: str, traffic: Traffic, unloaded: dict[str, float], count: int) -> float:

@@ -5,10 +5,11 @@
 Every system is a configuration of the same server on the same devices, and all are up all the time. 1.0x is the load
 at which first come, first served at threshold .9 saturates: what it finishes when everything waits at once, which takes
 seconds and is nearer the truth than looking for the rate at which waiting begins to grow. A request's deadline is a
-multiple of the unloaded latency of its task at .9, measured first: twice it at every load, and `--scales` at
-`--some-loads` with one seed. Whatever was not answered in time counts as missed, declined requests too. The requests
-are of tasks that take several steps, as those of large models do (`--tasks`); at `--some-loads` there is also one table
-of all tasks, most of which are done in a step or two, where nobody can decide much.
+multiple of the unloaded latency of its class at .9 (its task and the number of operations in it), measured first: twice
+it at every load, and `--scales` at `--some-loads` with one seed, and there also one deadline for a whole task. Whatever
+was not answered in time counts as missed, declined requests too. The requests are of tasks that take several steps, as
+those of large models do (`--tasks`); at `--some-loads` there is also one table of all tasks, most of which are done in
+a step or two, where nobody can decide much.
 
 Accuracy is paired: every problem that was asked is also asked alone at .9, and the drop is the difference on the same
 problems. Each run is a tenant of its own, so that no run lives on the accuracy budget of another. The clients run in
@@ -72,6 +73,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 CAPS = ("2", "3", "4", "8")  # the free knob of EDF, tuned on other arrivals
 TWICE = "2"
 EVERYTHING = "2 (all tasks)"
+PER_TASK = "2 (one deadline a task)"
 TUNING_SEED, WARM_UP_SEED = 40, 50
 
 
@@ -124,7 +126,7 @@ class Load(NamedTuple):
 def rounds(args: argparse.Namespace) -> list[Load]:
     main = tuple(SYSTEMS)
     plan = [Load(TWICE, load, seed, main) for load in args.loads for seed in range(args.seeds)]
-    plan += [Load(mix, load, 0, main) for mix in (*args.scales, EVERYTHING) for load in args.some_loads]
+    plan += [Load(mix, load, 0, main) for mix in (*args.scales, PER_TASK, EVERYTHING) for load in args.some_loads]
     return plan + [Load(TWICE, load, 0, tuple(ABLATIONS)) for load in args.some_loads]
 
 
@@ -165,20 +167,36 @@ async def run(step: Load, args: argparse.Namespace, traffic: Traffic, addresses:
     rate = found.rate
     if step.mix == EVERYTHING:
         traffic, rate = traffic._replace(tasks=tuple(TASKS)), rate * heaviness(found.unloaded, traffic.tasks)
+    unloaded = found.unloaded if step.mix != PER_TASK else alike(found.unloaded)
     scales = tuple(map(float, step.mix.split()[0].split("+")))
     wanted = asks(traffic, step.load * rate, scales, step.seed, args.seconds)
     first = (step.seed + round(10 * step.load)) % len(step.systems)
     for system in (*step.systems[first:], *step.systems[:first]):
         address, key = addresses[system], Key(step.mix, system, step.load)
         before = await spent(address)
-        fates = await replay(address, wanted, found.unloaded, PATIENCE, f"{step.mix} {step.load} {step.seed}")
+        fates = await replay(address, wanted, unloaded, PATIENCE, f"{step.mix} {step.load} {step.seed}")
         found.fates.setdefault(key, []).append(fates)
         found.wasted.setdefault(key, []).append(share(before, await spent(address)))
 
 
 def heaviness(unloaded: dict[str, float], tasks: Sequence[str]) -> float:
     """How many requests of all tasks take as long as one of these, alone."""
-    return statistics.fmean(unloaded[task] for task in tasks) / statistics.fmean(unloaded.values())
+    means = by_task(unloaded)
+    return statistics.fmean(means[task] for task in tasks) / statistics.fmean(means.values())
+
+
+def by_task(unloaded: dict[str, float]) -> dict[str, float]:
+    """The mean over the classes of each task, which are drawn equally often."""
+    found: dict[str, list[float]] = {}
+    for name, seconds in unloaded.items():
+        found.setdefault(name.split()[0], []).append(seconds)
+    return {task: statistics.fmean(times) for task, times in found.items()}
+
+
+def alike(unloaded: dict[str, float]) -> dict[str, float]:
+    """What a request of a class would take if it were like all of its task."""
+    means = by_task(unloaded)
+    return {name: means[name.split()[0]] for name in unloaded}
 
 
 def singles(devices: str) -> tuple[str, str]:
@@ -273,7 +291,7 @@ def printed(found: Found, args: argparse.Namespace) -> str:
         "",
     ]
     lines += grid(found, TWICE, lambda c: f"{c.drop:.2f} ± {c.drop_error:.2f}; {c.reported:.2f}; {c.answered}")
-    lines += [by_task(found), "", goodput(found, args), ""]
+    lines += [drops_by_task(found), "", goodput(found, args), ""]
     return "\n".join(lines)
 
 
@@ -288,7 +306,7 @@ def grid(found: Found, mix: str, shown) -> list[str]:  # type: ignore[no-untyped
     return [*lines, ""]
 
 
-def by_task(found: Found) -> str:
+def drops_by_task(found: Found) -> str:
     """Measured and reported drop of this server's answers, over all loads."""
     served: dict[str, list[Fate]] = {}
     for key, runs in found.fates.items():

@@ -1,6 +1,7 @@
 """Train the bundled model from nothing and write it as a checkpoint of the LLaDA family.
 
     python bench/train_tiny.py --out DIR [--state FILE] [--minutes M | --steps N] [--device cuda]
+    python bench/train_tiny.py --out DIR --init dilaserve-tiny --rate 0.3 --minutes 15
 
 Masked diffusion (LLaDA, arXiv 2502.09992): cross-entropy on masked answer tokens. The masks are those that block
 decoding shows: everything after the active block is masked, everything before it is visible, and inside it mostly a
@@ -9,7 +10,7 @@ prefix is visible, so that a result is computed and not copied from further righ
 That gives a handful of lessons per example. So the run begins with two streams (block diffusion, arXiv 2503.09573): the
 answer stands there once in clear and once masked, cut into chunks of random size; the masks of a chunk see each other
 and all clear tokens before the chunk, and every answer token is a lesson. The last part of the run is plain masked
-diffusion.
+diffusion; so is a run that goes on from a checkpoint (`--init`), at a rate that falls from its beginning.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from dilaserve.models.checkpoint import locate
 from dilaserve.tasks import TASKS, Problem, training
 
 SPECIALS = (
@@ -123,10 +125,14 @@ class Batch(NamedTuple):
     seen: torch.Tensor | None  # [rows, 1, length, length], who sees whom; None: everybody everybody
 
 
-def examples(rng: random.Random, hardness: Share) -> Iterator[Example]:
-    streams = {name: training(name, rng, hardness) for name in TASKS}
+def examples(rng: random.Random, hardness: Share, mix: dict[str, float]) -> Iterator[Example]:
+    streams = {name: training(name, rng, hardness) for name in mix}
     while True:
-        yield encoded(next(streams[rng.choices(list(streams), [MIX[name] for name in streams])[0]]))
+        yield encoded(next(streams[rng.choices(list(streams), list(mix.values()))[0]]))
+
+
+def shares(text: str) -> dict[str, float]:
+    return {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
 
 
 def canvases(source: Iterator[Example], rng: random.Random, full: float) -> tuple[Example, int]:
@@ -144,9 +150,10 @@ def batches(
     full: Callable[[], float],
     hardness: Callable[[], float],
     streams: Callable[[], float],
+    mix: dict[str, float],
 ) -> Iterator[Batch]:
     """Batches of about `tokens` tokens of like length; the longest sets the canvas, the others get more ends."""
-    source = examples(rng, hardness)
+    source = examples(rng, hardness, mix)
     while True:
         double = rng.random() < streams()
         if double:
@@ -317,6 +324,8 @@ class Trainer:
         self.net = Net().to(self.device)
         self.forward = torch.compile(self.net, dynamic=True) if args.compile else self.net
         self.halves = self.device.type == "cuda" or has_bfloat16()
+        if args.init:
+            self.net.load_state_dict(stacked(args.init), strict=False)
         self.average = [parameter.detach().clone() for parameter in self.net.parameters()]
         self.step, self.seen, self.seconds = 0, 0, 0.0
         self.muon = Muon([self.net.qkv, self.net.out, self.net.gate_up, self.net.down])
@@ -336,8 +345,9 @@ class Trainer:
         return (time.monotonic() - self.began) / (60 * self.args.minutes)
 
     def rate(self) -> float:
-        tail = self.args.decay
-        return min(1.0, self.step / 200) * min(1.0, max(0.0, (1 - self.done) / tail))
+        tail = 1.0 if self.args.init else self.args.decay
+        warm_up = min(1.0, self.step / (50 if self.args.init else 200))
+        return float(self.args.rate * warm_up * min(1.0, max(0.0, (1 - self.done) / tail)))
 
     def train_step(self, batch: Batch) -> float:
         batch = Batch(*(None if part is None else part.to(self.device) for part in batch))
@@ -365,7 +375,8 @@ class Trainer:
 
     def run(self) -> None:
         rng = random.Random(self.args.seed + self.step)
-        source = batches(rng, self.args.tokens, self.full_share, lambda: self.difficulty(rng), self.double_share)
+        hardness = lambda: self.difficulty(rng)  # noqa: E731
+        source = batches(rng, self.args.tokens, self.full_share, hardness, self.double_share, self.args.mix)
         signal.signal(signal.SIGUSR1, lambda *_: self.save())
         columns = (TextColumn("loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tok/s"), BarColumn())
         with Progress(*columns, MofNCompleteColumn(), TimeElapsedColumn()) as bar:
@@ -385,15 +396,15 @@ class Trainer:
 
     def difficulty(self, rng: random.Random) -> float:
         """Short problems only at first; the full range from the middle of the run on."""
-        return min(1.0, max(0.0, 2.2 * self.done - 0.2) + 0.3 * rng.random())
+        return 1.0 if self.args.init else min(1.0, max(0.0, 2.2 * self.done - 0.2) + 0.3 * rng.random())
 
     def double_share(self) -> float:
         """Share of batches with two streams: most at first, none from three quarters of the run on."""
-        return 0.75 * min(1.0, max(0.0, (0.75 - self.done) / 0.2))
+        return 0.0 if self.args.init else 0.75 * min(1.0, max(0.0, (0.75 - self.done) / 0.2))
 
     def full_share(self) -> float:
         """Share of examples on whole blocks: few at first, many at the end."""
-        return 0.08 if self.done < 1 - self.args.decay else 0.4
+        return 0.08 if self.done < 1 - self.args.decay and not self.args.init else 0.4
 
     def save(self) -> None:
         export(dict(zip((name for name, _ in self.net.named_parameters()), self.average, strict=True)), self.args.out)
@@ -423,6 +434,26 @@ def has_bfloat16() -> bool:
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         return any("avx512_bf16" in line for line in lines)
     return False
+
+
+def stacked(model: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, stacked as `Net` has them."""
+    tensors, root = load_file(locate(model) / "model.safetensors"), "model.transformer."
+
+    def each(*names: str) -> torch.Tensor:
+        found = [tensors[f"{root}blocks.{i}.{name}.weight"] for i in range(LAYERS) for name in names]
+        return torch.stack(found).float()
+
+    norms = torch.cat([each("attn_norm", "ff_norm"), tensors[root + "ln_f.weight"].float()[None]])
+    return {
+        "embedding": tensors[root + "wte.weight"].float(),
+        "head": tensors[root + "ff_out.weight"].float(),
+        "norms": norms,
+        "qkv": each("q_proj", "k_proj", "v_proj"),
+        "out": each("attn_out"),
+        "gate_up": each("ff_proj", "up_proj"),
+        "down": each("ff_out"),
+    }
 
 
 def export(weights: dict[str, torch.Tensor], out: Path) -> None:
@@ -492,6 +523,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
     parser.add_argument("--state", type=Path, help="file to resume from and to keep the run's state in")
+    parser.add_argument("--init", help="checkpoint to go on from, a directory or dilaserve-tiny")
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rate, times the usual one")
+    parser.add_argument("--mix", type=shares, default=MIX, help="share of the tasks, such as add=.2,chain=.3")
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the run (default 60)")
     parser.add_argument("--steps", type=int, help="length of the run in steps, instead of minutes")
     parser.add_argument("--decay", type=float, default=0.3, help="share of the run over which the rate falls to 0")

@@ -54,6 +54,11 @@ class Beliefs:
     def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
         self.paces = {degree: Pace(law) for degree, law in laws.items()}
         self.base = min(laws)
+        self.surely: set[int] = set()  # degrees whose law is known; it stays so
+        self.believe(quality)
+
+    def believe(self, quality: QualityProfile) -> None:
+        """Start again from this profile."""
         self.forecast = Forecast(quality)
         self.levels = quality.levels
         self.nearest: dict[float, int] = {}
@@ -77,9 +82,12 @@ class Beliefs:
         }
         return laws, self.forecast.profile
 
-    def sure(self, degrees: Iterable[int]) -> bool:
+    def sure(self, degrees: Sequence[int]) -> bool:
         """Whether the laws of all these degrees are known."""
-        return all(self.pace(degree).sure for degree in degrees)
+        if self.surely.issuperset(degrees):
+            return True
+        self.surely.update([degree for degree in degrees if self.pace(degree).sure])
+        return self.surely.issuperset(degrees)
 
     def step_seconds(self, progress: Progress, refresh: bool, degree: int) -> float:
         """What the row adds to its next step."""
@@ -118,14 +126,17 @@ class Beliefs:
             return (0.0,)
         return tuple(self.forecast.mean_drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
 
+    def kind(self, request: Request) -> str:
+        return self.forecast.kind(request.slo.task, request.prompt_tokens)
+
     def tracks(self, progress: Progress) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if progress.tracked != (progress.block, self.forecast.version):
-            decoding, task = progress.request.decoding, progress.request.slo.task
+            decoding, kind = progress.request.decoding, self.kind(progress.request)
             ruled = decoding.rule == "threshold"
             levels = [self.level_of(threshold) if ruled else 0 for threshold in progress.thresholds]
             place = progress.block, len(progress.blocks), decoding.block_length
-            progress.tracks = [self.forecast.track(task, level, *place) for level in levels]
+            progress.tracks = [self.forecast.track(kind, level, *place) for level in levels]
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks
 
@@ -154,11 +165,11 @@ class Beliefs:
         if progress.quotas or progress.request.decoding.rule != "threshold":
             return
         level = self.level_of(progress.told)
-        name = self.forecast.name(progress.request.slo.task)
+        kind = self.kind(progress.request)
         part = part_of(block_before)
-        steps = self.forecast.chain(name, level, part, progress.request.decoding.block_length).steps
+        steps = self.forecast.chain(kind, level, part, progress.request.decoding.block_length).steps
         left = steps[progress.masks] if progress.block == block_before else 0.0
-        self.forecast.observe(progress.request.slo.task, level, part, masks_before, 0 if ended else unmasked)
+        self.forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
         progress.observed += 1.0
         progress.expected += steps[masks_before] - left
 

@@ -9,6 +9,7 @@ import math
 import platform
 import random
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -29,7 +30,7 @@ from dilaserve.models.checkpoint import locate
 from dilaserve.options import Options
 from dilaserve.pages import PAGE
 from dilaserve.profiles import ModelProfile
-from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, TaskProfile, isotonic
+from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, Laws, QualityProfile, TaskProfile, isotonic, kind_of
 from dilaserve.table import RequestTable
 from dilaserve.tasks import TASKS, held_out
 from dilaserve.tasks.problem import Problem
@@ -41,8 +42,11 @@ REFRESH_ROWS = (1, 2, 3, 4, 8)
 REPEATS = 7
 SIDE = 1.645  # normal quantile of a one-sided 95 % bound: the pessimistic end of a 90 % interval
 CHATTER = 16  # requests at once while quality is measured
+KINDS = 3  # of prompts by length that a task is split into
+TELLING = 0.1  # share of the variance of the steps that these kinds must explain, else the task is not split
 E = TypeVar("E", bound=Event)
 Seen = Callable[[str, int, int], None]  # what is measured, done, total
+Counts = dict[tuple[str, int, int], list[list[float]]]  # of steps, by kind of request, level and part of the canvas
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -56,7 +60,6 @@ class Question(msgspec.Struct, frozen=True):
 class Answer(NamedTuple):
     right: bool
     steps: int
-    drop: float
 
 
 # step costs
@@ -184,9 +187,10 @@ async def quality(
     engine: Engine, questions: dict[str, list[tuple[Question, Problem | None]]], seen: Seen
 ) -> QualityProfile:
     """Ask every question at every level; steps are counted from what the workers report, accuracy is paired."""
-    forecast = engine.scheduler.beliefs.forecast
+    beliefs = engine.scheduler.beliefs
+    beliefs.believe(profiles.guessed(engine.model.name, engine.devices[0]).quality)  # an older profile has other levels
+    forecast = beliefs.forecast
     forecast.learns = False
-    forecast.seen.clear()
     total = sum(map(len, questions.values())) * len(LEVELS)
     done = 0
 
@@ -196,20 +200,43 @@ async def quality(
         seen("quality", done, total)
 
     found: dict[str, list[list[Answer]]] = {}
+    lengths: dict[str, list[int]] = {}
     for task, items in questions.items():
+        prompts = [item[0].prompt for item in items]
+        lengths[task] = [len(await engine.tokenize(chat(engine, prompt))) for prompt in prompts]
+        if edges := quantiles(lengths[task]):
+            forecast.lengths[task] = edges
         reference: list[str] = []
         found[task] = []
         for level in LEVELS:
-            texts = await asked(engine, task, [item[0].prompt for item in items], level, one_more)
+            texts = await asked(engine, task, prompts, level, one_more)
             reference = reference or [text for text, _ in texts]
             rows = zip(items, texts, reference, strict=True)
-            found[task].append([Answer(judged(item, text, own), steps, 0.0) for item, (text, steps), own in rows])
-    laws = {task: observed_laws(forecast.seen, name_in(forecast.seen, task)) for task in questions}
-    return profile_of(found, laws, observed_laws(forecast.seen, ANY))
+            found[task].append([Answer(judged(item, text, own), steps) for item, (text, steps), own in rows])
+    profile = profile_of(found, forecast.seen)
+    split = {}
+    for task, edges in forecast.lengths.items():
+        if told(lengths[task], edges, [answer.steps for answer in found[task][0]]) >= TELLING:
+            kinds = [observed_laws(forecast.seen, kind_of(task, kind)) for kind in range(len(edges) + 1)]
+            split[task] = msgspec.structs.replace(profile.tasks[task], lengths=edges, by_length=tuple(kinds))
+    return msgspec.structs.replace(profile, tasks={**profile.tasks, **split})
 
 
-def name_in(seen: dict[tuple[str, int, int], list[list[float]]], task: str) -> str:
-    return task if any(name == task for name, _, _ in seen) else ANY
+def quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Prompt lengths that part the prompts into `KINDS` kinds of like size, as far as there are so many lengths."""
+    ordered = sorted(lengths)
+    ends = {ordered[len(ordered) * kind // KINDS] for kind in range(1, KINDS)}
+    return tuple(sorted(ends - {ordered[-1]}))
+
+
+def told(lengths: Sequence[int], edges: Sequence[int], steps: Sequence[int]) -> float:
+    """The share of the variance of the steps that the kinds of prompts explain."""
+    kinds: dict[int, list[int]] = {}
+    for length, count in zip(lengths, steps, strict=True):
+        kinds.setdefault(bisect_left(edges, length), []).append(count)
+    total = statistics.pvariance(steps)
+    within = sum(len(kind) * statistics.pvariance(kind) for kind in kinds.values()) / len(steps)
+    return 1.0 - within / total if total else 0.0
 
 
 async def asked(
@@ -249,24 +276,20 @@ def judged(item: tuple[Question, Problem | None], text: str, reference: str) -> 
     return " ".join(text.split()) == " ".join(expected.split())
 
 
-def observed_laws(seen: dict[tuple[str, int, int], list[list[float]]], task: str) -> tuple[tuple[Law, ...], ...]:
+def observed_laws(seen: Counts, kind: str) -> Laws:
     empty: list[list[float]] = [[] for _ in BINS]
     return tuple(
-        tuple(Law(tuple(tuple(counts) for counts in seen.get((task, level, part), empty))) for part in range(PARTS))
+        tuple(Law(tuple(tuple(counts) for counts in seen.get((kind, level, part), empty))) for part in range(PARTS))
         for level in range(len(LEVELS))
     )
 
 
-def profile_of(
-    found: dict[str, list[list[Answer]]],
-    laws: dict[str, tuple[tuple[Law, ...], ...]],
-    all_laws: tuple[tuple[Law, ...], ...],
-) -> QualityProfile:
+def profile_of(found: dict[str, list[list[Answer]]], seen: Counts) -> QualityProfile:
     known = {}
     for task, levels in found.items():
         pairs = [drop(levels[0], answers) for answers in levels]
         known[task] = TaskProfile(
-            laws=laws[task],
+            laws=observed_laws(seen, task),
             drop=isotonic([bound for _, bound in pairs]),
             mean_drop=isotonic([mean for mean, _ in pairs]),
             accuracy=round(100 * statistics.fmean(answer.right for answer in levels[0]), 2),
@@ -275,7 +298,7 @@ def profile_of(
         )
     worst = tuple(max(task.drop[level] for task in known.values()) for level in range(len(LEVELS)))
     mean = tuple(max(task.mean_drop[level] for task in known.values()) for level in range(len(LEVELS)))
-    known[ANY] = TaskProfile(laws=all_laws, drop=worst, mean_drop=mean)
+    known[ANY] = TaskProfile(laws=observed_laws(seen, ANY), drop=worst, mean_drop=mean)
     return QualityProfile(tasks=known)
 
 

@@ -12,11 +12,12 @@ import msgspec
 
 from dilaserve.cost import KNOTS, StepCost
 from dilaserve.errors import ConfigError
-from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, TaskProfile
+from dilaserve.quality import ANY, BINS, PARTS, Law, Laws, QualityProfile, TaskProfile
 
 FILE = "dilaserve-profile.json"
 NUMBERS = re.compile(rb"\[\s+([-+.\de,\s]+?)\s+\]")  # a list of numbers, which is to stand on one line
-UNKNOWN_DROPS = (0.0, 2.0, 6.0, 12.0)  # points by level, for a model that nobody has measured
+UNKNOWN_DROPS = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0)  # points by level, for a model that nobody has measured
+UNKNOWN_PACES = (2.5, 2.8, 3.1, 3.5, 4.0, 4.5, 5.5)  # tokens a step by level
 
 
 class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +81,16 @@ def whole_quality(quality: QualityProfile) -> bool:
     levels = len(quality.levels)
     return levels > 0 and all(
         len(task.laws) == len(task.drop) == len(task.mean_drop) == levels
-        and all(len(parts) == PARTS and all(len(law.unmasked) == len(BINS) for law in parts) for parts in task.laws)
+        and len(task.steps) in (0, levels)
+        and len(task.by_length) == (len(task.lengths) + 1 if task.lengths else 0)
+        and all(whole_laws(laws, levels) for laws in (task.laws, *task.by_length))
         for task in quality.tasks.values()
+    )
+
+
+def whole_laws(laws: Laws, levels: int) -> bool:
+    return len(laws) == levels and all(
+        len(parts) == PARTS and all(len(law.unmasked) == len(BINS) for law in parts) for parts in laws
     )
 
 
@@ -110,7 +119,7 @@ def guessed(model: str, device: str) -> ModelProfile:
     fixed, token = (0.005, 2e-4) if device == "cpu" else (0.006, 3e-5)
     bends = (0.0,) * len(KNOTS)
     law = StepCost(fixed=fixed, token=token, bends=bends, attention=0.0, projection=0.0, row=0.0, guess=True)
-    laws = tuple(tuple(pace(2.5 + level) for _ in range(PARTS)) for level in range(len(LEVELS)))
+    laws = tuple((pace(tokens),) * PARTS for tokens in UNKNOWN_PACES)
     task = TaskProfile(laws=laws, drop=UNKNOWN_DROPS, mean_drop=UNKNOWN_DROPS)
     quality = QualityProfile(tasks={ANY: task})
     return ModelProfile(

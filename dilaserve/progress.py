@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from enum import IntEnum, auto
+from typing import NamedTuple
 
 from dilaserve.cost import Features
 from dilaserve.pages import PagePool
@@ -102,6 +103,14 @@ class Loads(Sequence[Load]):
         return known
 
 
+class Ready(NamedTuple):
+    """What a row would do in the next step of an instance of this degree, and the seconds it would add to it."""
+
+    degree: int
+    work: Work
+    seconds: float
+
+
 class Progress:
     """One request in the scheduler's memory.
 
@@ -122,6 +131,7 @@ class Progress:
         self.level = 0
         self.told = request.decoding.confidence_threshold  # the threshold in the row's column
         self.loads: Loads | None = None  # None: not looked at since the last step
+        self.ready: Ready | None = None  # the same
         self.tracks: list[Track] = []  # by level, of the block that `tracked` tells
         self.tracked = (-1, -1)
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
@@ -169,6 +179,7 @@ class Progress:
         self.did(Did.LAUNCHED)
         if self.started_at is None:
             self.started_at = now
+        self.ready = None
         self.since_refresh = 1 if todo.refresh else self.since_refresh + 1
         self.refreshes += todo.refresh
         self.fresh = True

@@ -1,20 +1,22 @@
 """How fast a canvas fills and how good it gets: steps and accuracy drop by threshold and task.
 
 One law says how many tokens a step unmasks, given the masks left in the block; a Markov chain over it gives the mean
-and the variance of the steps that a request still needs.
+and the variance of the steps that a request still needs. Where the length of a prompt tells how long its answer will
+be, a task has a law for short prompts, for middling and for long ones.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import add, mul
 from typing import NamedTuple
 
 import msgspec
 
-LEVELS = (0.9, 0.8, 0.7, 0.6)  # thresholds that control may choose, the reference first
+LEVELS = (0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6)  # thresholds that control may choose, the reference first
 BINS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # upper ends, in masks left
 PARTS = 3  # first block, second block, later ones
 ANY = "any"  # the task of requests that name none
-FIRST_LOOK, RELEARN = 100, 2000  # steps until what was learned while serving is taken in: doubling, up to the second
+FIRST_LOOK, RELEARN = 100, 8000  # steps until what was learned while serving is taken in: doubling, up to the second
 PRIOR = 400.0  # weight of what was known of a bin against what is seen, in steps
 MOST_CHAINS = 1024  # that are kept; requests may bring any block length
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
@@ -37,6 +39,9 @@ class Law(msgspec.Struct, frozen=True):
     unmasked: tuple[tuple[float, ...], ...]
 
 
+Laws = tuple[tuple[Law, ...], ...]  # [level][part]
+
+
 class TaskProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One task: a law by level and part of the canvas, and the accuracy drop in points by level.
 
@@ -44,12 +49,14 @@ class TaskProfile(msgspec.Struct, frozen=True, kw_only=True):
     `mean_drop` is the estimate itself. `samples` counts problems a level.
     """
 
-    laws: tuple[tuple[Law, ...], ...]  # [level][part]
+    laws: Laws
     drop: tuple[float, ...]
     mean_drop: tuple[float, ...]
     accuracy: float | None = None
     steps: tuple[float, ...] = ()
     samples: int = 0
+    lengths: tuple[int, ...] = ()  # prompt tokens, upper ends of all kinds of prompts but the longest
+    by_length: tuple[Laws, ...] = ()  # laws by kind, one more than `lengths`; empty where the length tells nothing
 
 
 class QualityProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +68,13 @@ class QualityProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     def task(self, name: str | None) -> TaskProfile:
         return self.tasks.get(name or ANY, self.tasks[ANY])
+
+    def worthwhile(self, name: str | None) -> tuple[float, ...]:
+        """The levels that control should choose among for a task: each saves more steps a point than all lower ones."""
+        task = self.task(name)
+        if not task.steps:
+            return self.levels
+        return tuple(self.levels[level] for level in hull(task.drop, task.steps))
 
 
 class Outlook(NamedTuple):
@@ -79,24 +93,22 @@ class Chain(NamedTuple):
     ends: tuple[float, ...]
 
 
-def chain(law: Law, prior: Law, block_length: int) -> Chain:
+def chain(laws: Sequence[Law], block_length: int) -> Chain:
     """Mean, variance and ending by recursion over masks left, s(m) = 1 + Σ p(d|m) s(m-d).
 
     Blocks longer than the longest bin are taken to go on at the same pace.
     """
     steps, squares, ends = [0.0], [0.0], [0.0]
+    counts = [pooled(laws, bin) for bin in range(len(BINS))]
     for masks in range(1, min(block_length, BINS[-1]) + 1):
-        odds = chances(law, prior, masks)
-        mean = square = end = 0.0
-        for d, p in enumerate(odds):
-            if not p:
-                continue
-            if d == 0:
-                end += p
-            elif d < masks:
-                mean += p * steps[masks - d]
-                square += p * squares[masks - d]
-                end += p * ends[masks - d]
+        odds = counts[bin_of(masks)]
+        total = sum(odds)
+        if total <= 0:  # nothing known of this bin: one token a step, the slowest there is
+            odds, total = [0.0, 1.0], 1.0
+        part = odds[1:masks]  # what unmasks some, and leaves masks - 1, masks - 2, …
+        mean = sum(map(mul, part, reversed(steps))) / total
+        square = sum(map(mul, part, reversed(squares))) / total
+        end = (odds[0] + sum(map(mul, part, reversed(ends)))) / total
         steps.append(1 + mean)
         squares.append(1 + 2 * mean + square)
         ends.append(end)
@@ -108,19 +120,31 @@ def chain(law: Law, prior: Law, block_length: int) -> Chain:
     return Chain(tuple(steps), tuple(variance), tuple(ends))
 
 
-def chances(law: Law, prior: Law, masks: int) -> list[float]:
-    """p(d | masks left), d from 0 (the request ends) to `masks`; the prior counts as `TRUST` steps."""
-    bin = bin_of(masks)
-    own, all_ = law.unmasked[bin], prior.unmasked[bin]
-    weight = TRUST / max(sum(all_), TRUST)
-    pooled = [0.0] * (masks + 1)
-    for counts, share in ((own, 1.0), (all_, weight)):
+def pooled(laws: Sequence[Law], bin: int) -> list[float]:
+    """Counts of one bin by what a step did.
+
+    The first law counts in full; those behind it know more of less like requests, and each counts as at most `TRUST`
+    steps.
+    """
+    rows = [law.unmasked[bin] for law in laws]
+    sums = [0.0] * max(1, *map(len, rows))
+    for place, counts in enumerate(rows):
+        share = TRUST / max(sum(counts), TRUST) if place else 1.0
         for d, count in enumerate(counts):
-            pooled[min(d, masks)] += share * count
-    total = sum(pooled)
-    if total <= 0:  # nothing known of this bin: one token a step, the slowest there is
-        pooled[1], total = 1.0, 1.0
-    return [count / total for count in pooled]
+            sums[d] += share * count
+    return sums
+
+
+def chances(laws: Sequence[Law], masks: int) -> list[float]:
+    """p(d | masks left), d from 0 (the request ends) to `masks`."""
+    counts = pooled(laws, bin_of(masks))
+    total = sum(counts)
+    if total <= 0:
+        counts, total = [0.0, 1.0], 1.0
+    odds = [count / total for count in counts[: masks + 1]]
+    odds += [0.0] * (masks + 1 - len(odds))
+    odds[masks] += sum(counts[masks + 1 :]) / total
+    return odds
 
 
 class Track(NamedTuple):
@@ -131,20 +155,30 @@ class Track(NamedTuple):
 
 
 class Forecast:
-    """The profile as the scheduler asks it: outlooks by task, level and place, worked out once and kept."""
+    """The profile as the scheduler asks it: outlooks by kind of request, level and place, worked out once and kept.
+
+    A kind (`kind`) is a task, or one of its lengths of prompts.
+    """
 
     def __init__(self, profile: QualityProfile) -> None:
         self.profile = profile
         self.learns = True  # else counts are only kept, under the tasks' own names
+        self.lengths = {name: task.lengths for name, task in profile.tasks.items() if task.lengths}
+        self.laws: dict[str, Laws] = dict(by_kind(profile))
         self.observed, self.next_look = 0, FIRST_LOOK
         self.version = 0  # how often the laws have changed
         self.seen: dict[tuple[str, int, int], list[list[float]]] = {}  # counts since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
 
-    def observe(self, task: str | None, level: int, part: int, masks: int, unmasked: int) -> None:
+    def kind(self, task: str | None, prompt_tokens: int) -> str:
+        name = self.name(task) if self.learns else task or ANY
+        lengths = self.lengths.get(name)
+        return kind_of(name, bisect_left(lengths, prompt_tokens)) if lengths else name
+
+    def observe(self, kind: str, level: int, part: int, masks: int, unmasked: int) -> None:
         """A step has unmasked so many tokens, 0 when the text ended; now and then the laws take it in."""
-        for name in {self.name(task) if self.learns else task or ANY, ANY}:
+        for name in {kind, task_of(kind), ANY}:
             rows = self.seen.setdefault((name, level, part), [[] for _ in BINS])
             counts = rows[bin_of(masks)]
             counts.extend([0.0] * (unmasked + 1 - len(counts)))
@@ -156,11 +190,18 @@ class Forecast:
 
     def relearn(self) -> None:
         """Add what was seen to the counts of the profile, each bin of which counts as at most `PRIOR` steps."""
-        tasks = dict(self.profile.tasks)
-        for (name, level, part), rows in self.seen.items():
-            laws = [list(parts) for parts in tasks[name].laws]
+        for (kind, level, part), rows in self.seen.items():
+            laws = [list(parts) for parts in self.laws[kind]]
             laws[level][part] = added(laws[level][part], rows)
-            tasks[name] = msgspec.structs.replace(tasks[name], laws=tuple(tuple(parts) for parts in laws))
+            self.laws[kind] = tuple(tuple(parts) for parts in laws)
+        tasks = {
+            name: msgspec.structs.replace(
+                task,
+                laws=self.laws[name],
+                by_length=tuple(self.laws[kind_of(name, length)] for length in range(len(task.by_length))),
+            )
+            for name, task in self.profile.tasks.items()
+        }
         self.profile = msgspec.structs.replace(self.profile, tasks=tasks)
         self.version += 1
         self.seen.clear()
@@ -176,40 +217,58 @@ class Forecast:
     def mean_drop(self, task: str | None, level: int) -> float:
         return self.profile.task(task).mean_drop[level]
 
-    def chain(self, task: str, level: int, part: int, block_length: int) -> Chain:
-        key = (task, level, part, block_length)
+    def laws_of(self, kind: str, level: int, part: int) -> list[Law]:
+        """The law of a kind, and behind it those of its task and of any."""
+        names = dict.fromkeys((kind, task_of(kind), ANY))
+        return [self.laws[name][level][part] for name in names if name in self.laws]
+
+    def chain(self, kind: str, level: int, part: int, block_length: int) -> Chain:
+        key = (kind, level, part, block_length)
         if key not in self.chains:
             if len(self.chains) >= MOST_CHAINS:
                 self.chains.clear()
-            prior = self.profile.tasks[ANY].laws[level][part]
-            self.chains[key] = chain(self.profile.tasks[task].laws[level][part], prior, block_length)
+            self.chains[key] = chain(self.laws_of(kind, level, part), block_length)
         return self.chains[key]
 
-    def blocks(self, task: str, level: int, count: int, block_length: int) -> list[Outlook]:
+    def blocks(self, kind: str, level: int, count: int, block_length: int) -> list[Outlook]:
         """What is ahead at the start of block k of a canvas of `count` blocks, for k = 0 … count."""
-        key = (task, level, count, block_length)
+        key = (kind, level, count, block_length)
         if key not in self.futures:
             if len(self.futures) >= MOST_CHAINS:
                 self.futures.clear()
             ahead = [Outlook(0.0, 0.0, 0.0)]
             for block in reversed(range(count)):
-                law = self.chain(task, level, part_of(block), block_length)
+                law = self.chain(kind, level, part_of(block), block_length)
                 ahead.append(joined(law, block_length, ahead[-1], 1.0))
             self.futures[key] = ahead[::-1]
         return self.futures[key]
 
-    def track(self, task: str | None, level: int, block: int, count: int, block_length: int) -> Track:
+    def track(self, kind: str, level: int, block: int, count: int, block_length: int) -> Track:
         """Block `block` of `count`, and what comes after it; valid until `version` moves on."""
-        name = self.name(task)
-        law = self.chain(name, level, part_of(block), block_length)
-        return Track(law, self.blocks(name, level, count, block_length)[block + 1])
+        law = self.chain(kind, level, part_of(block), block_length)
+        return Track(law, self.blocks(kind, level, count, block_length)[block + 1])
 
     def outlook(
-        self, task: str | None, level: int, block: int, masks: int, count: int, block_length: int, fresh: bool
+        self, kind: str, level: int, block: int, masks: int, count: int, block_length: int, fresh: bool
     ) -> Outlook:
         """What is ahead of a request in block `block` of `count` with `masks` left in it."""
-        law, after = self.track(task, level, block, count, block_length)
+        law, after = self.track(kind, level, block, count, block_length)
         return joined(law, masks, after, 0.0 if fresh else 1.0)
+
+
+def kind_of(task: str, length: int) -> str:
+    return f"{task}\0{length}"
+
+
+def task_of(kind: str) -> str:
+    return kind.partition("\0")[0]
+
+
+def by_kind(profile: QualityProfile) -> Iterator[tuple[str, Laws]]:
+    for name, task in profile.tasks.items():
+        yield name, task.laws
+        for length, laws in enumerate(task.by_length):
+            yield kind_of(name, length), laws
 
 
 def added(law: Law, seen: list[list[float]]) -> Law:
@@ -218,7 +277,7 @@ def added(law: Law, seen: list[list[float]]) -> Law:
         weight = min(1.0, PRIOR / max(1.0, sum(known)))
         width = max(len(known), len(new))
         old = [weight * count for count in known] + [0.0] * (width - len(known))
-        rows.append(tuple(round(a + b, 3) for a, b in zip(old, new + [0.0] * (width - len(new)), strict=True)))
+        rows.append(tuple(map(add, old, new + [0.0] * (width - len(new)))))
     return Law(tuple(rows))
 
 
@@ -239,3 +298,23 @@ def isotonic(drops: Sequence[float]) -> tuple[float, ...]:
             pools.append([(value * size + before * count) / (size + count), size + count])
     flat = [value for value, size in pools for _ in range(int(size))]
     return (0.0, *(max(0.0, value) for value in flat[1:]))
+
+
+def hull(drops: Sequence[float], steps: Sequence[float]) -> list[int]:
+    """Levels on the lower convex hull of steps over drops, the first always: no mixture of others is as good.
+
+    `drops` never fall.
+    """
+    kept = [0]
+    for level in range(1, len(drops)):
+        if steps[level] >= steps[kept[-1]]:
+            continue
+        while len(kept) > 1 and slope(drops, steps, kept[-1], level) >= slope(drops, steps, kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(level)
+    return kept
+
+
+def slope(drops: Sequence[float], steps: Sequence[float], a: int, b: int) -> float:
+    """Steps saved for each point lost on the way from level a to level b."""
+    return (steps[a] - steps[b]) / max(1e-9, drops[b] - drops[a])

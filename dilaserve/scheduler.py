@@ -3,6 +3,7 @@
 import math
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 
 from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
@@ -14,7 +15,7 @@ from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
 from dilaserve.policy.ordering import ORDERS, Place
 from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, fixed_levels, moved
-from dilaserve.progress import Did, Progress, Seat, State
+from dilaserve.progress import Did, Progress, Ready, Seat, State
 from dilaserve.quality import QualityProfile
 from dilaserve.terms import (
     Adjust,
@@ -55,7 +56,9 @@ OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
 LOOKS = 8  # waiting requests that a decision may test in vain
 MAX_TENANTS = 4096  # accuracy banks that are remembered
 NEVER = float("inf")
+LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
 NEW = Bank()
+ARRIVAL = attrgetter("request.arrived_at")
 
 
 class Totals:
@@ -330,7 +333,8 @@ class Scheduler:
         if not self.controls or request.slo.fixed or request.decoding.rule != "threshold":
             return (own,)
         least = max(self.least, request.slo.floor)
-        return (own, *(level for level in self.beliefs.levels if least - 1e-6 <= level < own - 1e-6))
+        levels = self.beliefs.forecast.profile.worthwhile(request.slo.task)
+        return (own, *(level for level in levels if least - 1e-6 <= level < own - 1e-6))
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
         seat = self.seats.get(event.instance) or self.closing.get(event.instance)
@@ -407,7 +411,7 @@ class Scheduler:
         if progress in seat.promised:
             seat.promised.remove(progress)
         seat.pages.give(progress.kv_start)
-        progress.seat, progress.fresh, progress.loads = None, False, None
+        progress.seat, progress.fresh, progress.loads, progress.ready = None, False, None, None
 
     def evict(self, seat: Seat, reason: str) -> Iterator[Command]:
         """The instance is lost: its rows wait again, ahead of the others; they keep all committed tokens.
@@ -438,7 +442,7 @@ class Scheduler:
             if progress.promised:
                 insort(self.queue, progress, key=self.rank)
         others = [progress for progress in rows if not progress.promised]
-        self.waiting[:0] = sorted(others, key=lambda progress: progress.request.arrived_at)
+        self.waiting[:0] = sorted(others, key=ARRIVAL)
 
     # deadlines
 
@@ -464,8 +468,7 @@ class Scheduler:
                 verdict.late for _, verdict in self.verdicts_of_all(now)
             )
             total = len(promised) + len(self.queue)
-            deepest = min(1, len(self.beliefs.levels) - 1)
-            self.floor = moved(self.floor, missing / total if total else 0.0, deepest)
+            self.floor = moved(self.floor, missing / total if total else 0.0, LOWEST_FLOOR)
 
     def verdicts_of_all(self, now: float) -> Iterator[tuple[Progress, Verdict]]:
         for seat in self.seats.values():
@@ -648,7 +651,7 @@ class Scheduler:
             idle = [row for row in seat.residents.values() if row.state is State.RESIDENT and not row.promised]
             if not idle:
                 return False
-            last = max(idle, key=lambda row: row.request.arrived_at)
+            last = max(idle, key=ARRIVAL)
             self.unseat(last, seat)
             last.did(Did.EVICTED)
             self.wait_again([last])
@@ -688,7 +691,7 @@ class Scheduler:
         candidates = self.compose(candidates, self.max_tokens, self.cap)
         candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         chosen = [seat.residents[candidate.key] for candidate in candidates]
-        todo = [progress.next_work() for progress in chosen]
+        todo = [self.ready(progress, seat.degree).work for progress in chosen]
         if verdicts or self.controls:
             for progress in chosen:
                 verdict = verdicts.get(progress.request.row)
@@ -710,16 +713,25 @@ class Scheduler:
         yield Launch(Batch(self.batches, seat.instance.id, spans))
 
     def candidate(self, progress: Progress, verdict: Verdict | None, degree: int) -> Candidate:
-        work = progress.next_work()
-        seconds = self.beliefs.step_seconds(progress, work.refresh, degree)
-        return Candidate(progress.request.row, work.length, seconds, verdict.slack if verdict else None)
+        ready = self.ready(progress, degree)
+        slack = verdict.slack if verdict else None
+        return Candidate(progress.request.row, ready.work.length, ready.seconds, slack)
+
+    def ready(self, progress: Progress, degree: int) -> Ready:
+        """Kept until the row has stepped."""
+        ready = progress.ready
+        if ready is None or ready.degree != degree:
+            work = progress.next_work()
+            seconds = self.beliefs.step_seconds(progress, work.refresh, degree)
+            ready = progress.ready = Ready(degree, work, seconds)
+        return ready
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
         """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
         rows = seat.residents.values()
         if not self.admits:
             return sorted(rows, key=lambda row: (row.late, self.rank(row), row.request.arrived_at))
-        rest = sorted((row for row in rows if not row.promised), key=lambda row: row.request.arrived_at)
+        rest = sorted([row for row in rows if not row.promised], key=ARRIVAL)
         if not seat.promised:
             return rest
         aged = rest[:1] if rest and now - rest[0].request.arrived_at > self.age else []

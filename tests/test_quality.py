@@ -1,15 +1,31 @@
 """Steps ahead by the recursion against plain simulation of the same chain; drops that never fall; learning."""
 
+import itertools
 import random
 import statistics
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.errors import ConfigError
 from dilaserve.profiles import guessed, pace, read, write
-from dilaserve.quality import ANY, BINS, Forecast, Law, chain, chances, isotonic, part_of
+from dilaserve.quality import (
+    ANY,
+    BINS,
+    PARTS,
+    Forecast,
+    Law,
+    QualityProfile,
+    TaskProfile,
+    chain,
+    chances,
+    hull,
+    isotonic,
+    part_of,
+    slope,
+)
 
 BLOCK = 32
 
@@ -23,7 +39,7 @@ def ending(tokens, chance):
 def play(law, masks, rng):
     steps = 0
     while masks:
-        odds = chances(law, law, masks)
+        odds = chances([law], masks)
         drawn = rng.choices(range(len(odds)), odds)[0]
         steps += 1
         if drawn == 0:
@@ -34,7 +50,7 @@ def play(law, masks, rng):
 
 @pytest.mark.parametrize("law", [pace(2.5), pace(6.0), ending(3.0, 0.05)])
 def test_the_recursion_agrees_with_playing_the_chain(law):
-    rng, known = random.Random(0), chain(law, law, BLOCK)
+    rng, known = random.Random(0), chain([law], BLOCK)
     for masks in (1, 7, 32):
         runs = [play(law, masks, rng) for _ in range(4000)]
         steps = [count for count, _ in runs]
@@ -49,32 +65,32 @@ def forecast():
 
 def test_a_request_gets_nearer_to_its_end():
     ahead = forecast()
-    start = ahead.outlook(None, 0, 0, BLOCK, 4, BLOCK, False)
-    later = ahead.outlook(None, 0, 2, 10, 4, BLOCK, True)
-    last = ahead.outlook(None, 0, 3, 1, 4, BLOCK, True)
+    start = ahead.outlook(ANY, 0, 0, BLOCK, 4, BLOCK, False)
+    later = ahead.outlook(ANY, 0, 2, 10, 4, BLOCK, True)
+    last = ahead.outlook(ANY, 0, 3, 1, 4, BLOCK, True)
     assert start.steps > later.steps > last.steps == 1.0
     assert (start.refreshes, later.refreshes, last.refreshes) == (4.0, 1.0, 0.0)
-    assert ahead.outlook("unheard of", 3, 0, BLOCK, 4, BLOCK, False).steps < start.steps
+    assert ahead.outlook(ahead.kind("unheard of", 5), 5, 0, BLOCK, 4, BLOCK, False).steps < start.steps
 
 
 def test_blocks_of_any_length_have_an_outlook():
-    assert forecast().outlook(None, 0, 0, 500, 1, 512, False).steps > 100
+    assert forecast().outlook(ANY, 0, 0, 500, 1, 512, False).steps > 100
     assert part_of(0) == 0
     assert part_of(9) == 2
 
 
 def test_what_is_seen_moves_the_laws():
     ahead = forecast()
-    before = ahead.outlook(None, 0, 0, BLOCK, 1, BLOCK, False).steps
+    before = ahead.outlook(ANY, 0, 0, BLOCK, 1, BLOCK, False).steps
     for _ in range(4000):
-        ahead.observe(None, 0, 0, BLOCK, 16)
-        ahead.observe(None, 0, 0, 16, 16)
-    assert ahead.outlook(None, 0, 0, BLOCK, 1, BLOCK, False).steps < before / 2
+        ahead.observe(ANY, 0, 0, BLOCK, 16)
+        ahead.observe(ANY, 0, 0, 16, 16)
+    assert ahead.outlook(ANY, 0, 0, BLOCK, 1, BLOCK, False).steps < before / 2
 
 
 @given(st.integers(1, 64), st.floats(1.1, 20.0))
 def test_chances_are_a_distribution_over_what_can_happen(masks, tokens):
-    odds = chances(pace(tokens), pace(2.0), masks)
+    odds = chances([pace(tokens), pace(2.0)], masks)
     assert len(odds) == masks + 1
     assert sum(odds) == pytest.approx(1.0)
 
@@ -94,5 +110,64 @@ def test_a_profile_is_read_as_it_was_written(tmp_path):
     assert len(profile.quality.tasks[ANY].laws[0][0].unmasked) == len(BINS)
     assert max(len(line) for line in file.read_text().splitlines()) < 1000
     file.write_text("{}")
+    with pytest.raises(ConfigError, match="damaged"):
+        read(file)
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(1.0, 20.0)), min_size=1, max_size=8))
+def test_worthwhile_levels_save_less_and_less_a_point_and_none_left_out_lies_below_them(levels):
+    drops, steps = [0.0], [levels[0][1]]
+    for more, count in levels[1:]:
+        drops.append(drops[-1] + more)
+        steps.append(count)
+    kept = hull(drops, steps)
+    assert kept[0] == 0
+    assert kept == sorted(kept)
+    assert all(steps[b] < steps[a] for a, b in itertools.pairwise(kept))
+    slopes = [slope(drops, steps, a, b) for a, b in itertools.pairwise(kept)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(slopes))
+    assert min(steps) == steps[kept[-1]]
+    for a, b in itertools.pairwise(kept):
+        for between in range(a + 1, b):
+            assert steps[between] >= steps[a] - slope(drops, steps, a, b) * (drops[between] - drops[a]) - 1e-6
+
+
+def by_length(short, long):
+    """A profile whose task "sums" has its own law for prompts of up to ten tokens, and one for longer ones."""
+    laws = [((pace(tokens, 1000.0),) * PARTS,) for tokens in (short, long)]
+    nothing = (0.0,)
+    task = TaskProfile(
+        laws=laws[0], drop=nothing, mean_drop=nothing, steps=(1.0,), lengths=(10,), by_length=tuple(laws)
+    )
+    return QualityProfile(
+        tasks={"sums": task, ANY: TaskProfile(laws=laws[0], drop=nothing, mean_drop=nothing)}, levels=(0.9,)
+    )
+
+
+def test_long_prompts_have_a_law_of_their_own_and_it_learns_apart(tmp_path):
+    ahead = Forecast(by_length(8.0, 2.0))
+    short, long = ahead.kind("sums", 10), ahead.kind("sums", 11)
+    assert len({short, long, ahead.kind(None, 11)}) == 3
+
+    def steps(kind):
+        return ahead.outlook(kind, 0, 0, BLOCK, 1, BLOCK, False).steps
+
+    before = steps(short)
+    assert steps(long) > 2 * before
+    for _ in range(300):
+        ahead.observe(long, 0, 0, BLOCK, BLOCK)
+    ahead.relearn()
+    assert steps(long) < before
+    assert steps(short) == pytest.approx(before, rel=0.25)
+    profile = msgspec.structs.replace(guessed("a model", "cpu"), quality=ahead.profile)
+    assert read(write(profile, tmp_path)).quality == ahead.profile
+    assert Forecast(ahead.profile).outlook(long, 0, 0, BLOCK, 1, BLOCK, False).steps == steps(long)
+
+
+def test_a_profile_whose_lengths_have_no_laws_is_damaged(tmp_path):
+    quality = by_length(8.0, 2.0)
+    task = msgspec.structs.replace(quality.tasks["sums"], lengths=(10, 20))
+    broken = msgspec.structs.replace(quality, tasks={**quality.tasks, "sums": task})
+    file = write(msgspec.structs.replace(guessed("a model", "cpu"), quality=broken), tmp_path)
     with pytest.raises(ConfigError, match="damaged"):
         read(file)

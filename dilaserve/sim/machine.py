@@ -92,7 +92,8 @@ class SimMachine:
         if known is None or known.generation != span.generation:
             slowness = self.random.lognormvariate(0.0, self.spread)
             task = self.tasks[int(self.table.canvas[span.row, 0]) % len(self.tasks)]
-            known = self.rows[span.row] = Row(span, task, slowness)
+            kind = self.forecast.kind(task, span.block_start)
+            known = self.rows[span.row] = Row(span, kind, slowness)
         if known.block_start != span.block_start:
             known.next_block(span)
         return known
@@ -102,7 +103,7 @@ class SimMachine:
         threshold = float(self.table.threshold[span.row])
         level = max((i for i, one in enumerate(self.levels) if one >= threshold - 1e-6), default=0)
         part = part_of(row.block)
-        drawn = self.draw(row.task, level, part, row.masks)
+        drawn = self.draw(row.kind, level, part, row.masks)
         ended = drawn == 0
         count = row.masks if ended else min(row.masks, self.slowed(drawn, row.slowness))
         row.masks -= count
@@ -123,11 +124,10 @@ class SimMachine:
         whole = int(exact)
         return max(1, whole + (self.random.random() < exact - whole))
 
-    def draw(self, task: str, level: int, part: int, masks: int) -> int:
-        key = (task, level, part, masks)
+    def draw(self, kind: str, level: int, part: int, masks: int) -> int:
+        key = (kind, level, part, masks)
         if key not in self.odds:
-            tasks = self.forecast.profile.tasks
-            odds = chances(tasks[task].laws[level][part], tasks["any"].laws[level][part], masks)
+            odds = chances(self.forecast.laws_of(kind, level, part), masks)
             self.odds[key] = list(accumulate(odds))
         sums = self.odds[key]
         return min(bisect_right(sums, self.random.random() * sums[-1]), masks)
@@ -136,8 +136,8 @@ class SimMachine:
 class Row:
     """What the machine keeps of a row in work."""
 
-    def __init__(self, span: Span, task: str, slowness: float) -> None:
-        self.generation, self.task, self.slowness = span.generation, task, slowness
+    def __init__(self, span: Span, kind: str, slowness: float) -> None:
+        self.generation, self.kind, self.slowness = span.generation, kind, slowness
         self.block = -1
         self.block_start = -1
         self.masks = 0

@@ -2,9 +2,10 @@
 
 from dilaserve.cost import StepCost
 from dilaserve.profiles import ModelProfile, cost_key, pace
-from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, QualityProfile, TaskProfile, chain
+from dilaserve.quality import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile, chain
 
 BLOCK, BLOCKS = 32, 8
+LEVELS = (0.9, 0.8, 0.7, 0.6)
 STEPS = (78.6, 60.9, 48.7, 40.2)  # GSM8K, 256 tokens, dual cache, by level
 ACCURACY = (78.6, 78.9, 77.0, 71.7)
 WEIGHTS_BYTES, BANDWIDTH = 16e9, 4.1e12  # read once a step; bytes a second that a copy reaches
@@ -59,5 +60,5 @@ def law_for(steps: float) -> Law:
     for _ in range(40):
         middle = (low + high) / 2
         law = pace(middle, 1000.0)
-        low, high = (middle, high) if chain(law, law, BLOCK).steps[BLOCK] > steps else (low, middle)
+        low, high = (middle, high) if chain([law], BLOCK).steps[BLOCK] > steps else (low, middle)
     return law
