@@ -81,7 +81,7 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
         now, batch = flying.pop()
         results = []
         for span in batch.spans:
-            left = max(0, machine.seats[batch.instance].residents[span.row].masks - rng.randint(2, 8))
+            left = max(0, machine.house.seats[batch.instance].residents[span.row].masks - rng.randint(2, 8))
             results.append(RowResult(span.row, span.generation, 4, left, span.block_end - left, -1, 3.8))
         perform(list(machine.observe(StepDone(batch.instance, batch.id, tuple(results), 0.02, 0.02), now)))
         began = time.perf_counter()

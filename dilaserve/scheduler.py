@@ -1,21 +1,19 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
 import math
-from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter
 
 from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
+from dilaserve.house import ARRIVAL, House
 from dilaserve.layout import Layout, plan_of
-from dilaserve.policy.admission import Room, Tenant, fits, hopeless, least_loaded, retry_after
-from dilaserve.policy.budget import Bank, room, settled
+from dilaserve.policy.admission import hopeless, retry_after
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
-from dilaserve.policy.ordering import ORDERS, Place
-from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, fixed_levels, moved
+from dilaserve.policy.thresholds import Verdict
 from dilaserve.progress import Did, Progress, Ready, Seat, State
+from dilaserve.promises import Promises
 from dilaserve.quality import QualityProfile
 from dilaserve.terms import (
     Adjust,
@@ -30,7 +28,6 @@ from dilaserve.terms import (
     Fail,
     Finish,
     FinishReason,
-    Instance,
     InstanceLost,
     InstanceReady,
     Kill,
@@ -53,12 +50,7 @@ from dilaserve.traffic import Seen, Traffic
 TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
-LOOKS = 8  # waiting requests that a decision may test in vain
-MAX_TENANTS = 4096  # accuracy banks that are remembered
 NEVER = float("inf")
-LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
-NEW = Bank()
-ARRIVAL = attrgetter("request.arrived_at")
 
 
 class Totals:
@@ -87,34 +79,17 @@ class Scheduler:
     ) -> None:
         policy = config.scheduler
         self.beliefs = Beliefs(laws, quality)
+        self.promises = Promises(policy, self.beliefs)
+        self.house = House(config, self.promises)
+        self.requests: dict[str, Progress] = {}
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.patience = policy.step_timeout
         self.compose = COMPOSITIONS[policy.scheduling]
-        self.order = ORDERS[policy.scheduling]
-        self.control = CONTROLS[policy.threshold_control]
-        self.moves_floor = policy.threshold_control == "slack+floor"
-        self.controls = policy.threshold_control != "fixed"
-        self.composes = policy.scheduling == "composed"
-        self.sheds = policy.shed == "on"
-        self.budget = None if policy.accuracy_budget == "off" else float(policy.accuracy_budget)
-        self.least = policy.min_confidence_threshold
         self.age = policy.best_effort_age
-        self.max_rows = config.device.max_num_seqs
-        self.max_promised = policy.guaranteed_rows
-        self.cap = policy.batch_cap or self.max_rows
+        self.cap = policy.batch_cap or self.house.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
-        self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
-        self.queue: list[Progress] = []  # promised rows without a seat, in order of service
-        self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
-        self.requests: dict[str, Progress] = {}
-        self.seats: dict[int, Seat] = {}
-        self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
-        self.degrees: tuple[int, ...] = (self.beliefs.base,)  # of the seats
-        self.banks: dict[str, Bank] = {}
-        self.reserved: dict[str, float] = {}
-        self.floor = 0
         self.ticked_at = -NEVER
         self.batches = 0
         self.totals = Totals()
@@ -131,20 +106,20 @@ class Scheduler:
             case InstanceReady(instance):
                 self.layout.forming.pop(instance.id, None)
                 self.layout.moot = True
-                self.seats[instance.id] = Seat(instance)
-                self.reseated()
+                self.house.seats[instance.id] = Seat(instance)
+                self.house.reseated()
             case InstanceLost(instance, reason):
                 self.layout.forming.pop(instance, None)
                 self.layout.moot = True
-                if seat := self.seats.pop(instance, None) or self.closing.pop(instance, None):
-                    self.reseated()
+                if seat := self.house.seats.pop(instance, None) or self.house.closing.pop(instance, None):
+                    self.house.reseated()
                     yield from self.evict(seat, reason)
             case WorkerUp(rank, kv_tokens):
                 reason = f"worker {rank} is up" if self.layout.next_id else "the start"
-                self.layout.asked(now, self.instances(), reason)
+                self.layout.asked(now, self.house.instances(), reason)
                 self.layout.workers[rank] = kv_tokens
             case WorkerLost(rank, reason):
-                self.layout.asked(now, self.instances(), f"worker {rank} is gone ({reason})")
+                self.layout.asked(now, self.house.instances(), f"worker {rank} is gone ({reason})")
                 self.layout.workers.pop(rank, None)
             case Replan(plan, reason):
                 self.solves = plan is None
@@ -157,43 +132,30 @@ class Scheduler:
     def decide(self, now: float) -> Iterator[Command]:
         if self.layout.moot:
             yield from self.reshape(now)
-        if self.moving and not self.closing and not self.layout.forming:
-            moved_rows, self.moving = self.moving, []
-            self.wait_again(moved_rows)
+        if self.house.moving and not self.house.closing and not self.layout.forming:
+            moved_rows, self.house.moving = self.house.moving, []
+            self.house.wait_again(moved_rows)
         yield from self.watch(now)
         if self.asks and now >= self.solve_at:
             yield self.solve(now)
-        ticks = now >= self.ticked_at + TICK and (self.queue or self.admits)
+        ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits)
         if ticks:
             yield from self.tick(now)
-        self.place(now, everywhere=bool(ticks))
-        for seat in self.seats.values():
+        self.house.place(now, everywhere=bool(ticks))
+        for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
-        if self.layout.change and not self.closing and (change := self.layout.settled(self.instances(), now)):
+        if (
+            self.layout.change
+            and not self.house.closing
+            and (change := self.layout.settled(self.house.instances(), now))
+        ):
             yield Reshaped(change)
-
-    @property
-    def running(self) -> int:
-        """Requests that have a seat."""
-        return sum(len(seat.residents) for seats in (self.seats, self.closing) for seat in seats.values())
 
     @property
     def plan(self) -> Plan:
         """The instances that there are."""
-        return plan_of(self.instances())
-
-    def instances(self) -> list[Instance]:
-        return [seat.instance for seats in (self.seats, self.closing) for seat in seats.values()]
-
-    @property
-    def admits(self) -> bool:
-        """Whether arrivals are tested; a guess of what steps cost is no ground to turn anybody away."""
-        return self.composes and self.beliefs.sure(self.degrees)
-
-    @property
-    def shed(self) -> bool:
-        return self.sheds and self.beliefs.sure(self.degrees)
+        return plan_of(self.house.instances())
 
     @property
     def asks(self) -> bool:
@@ -204,9 +166,9 @@ class Scheduler:
         """When the house must be looked at even if nothing happens: for those who wait, for a step that hangs, for
         the planner.
         """
-        when = self.ticked_at + TICK if self.queue or self.floor else NEVER
+        when = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
         when = min(when, self.layout.form_by)
-        for seats in (self.seats, self.closing):
+        for seats in (self.house.seats, self.house.closing):
             for seat in seats.values():
                 when = min(when, seat.overdue_at)
         return min(when, self.solve_at) if self.asks else when
@@ -214,7 +176,7 @@ class Scheduler:
     # the plan
 
     def replan(self, plan: Plan | None, reason: str, now: float) -> None:
-        self.layout.asked(now, self.instances(), reason)
+        self.layout.asked(now, self.house.instances(), reason)
         self.layout.wanted = plan
 
     def reshape(self, now: float) -> Iterator[Command]:
@@ -227,18 +189,18 @@ class Scheduler:
             self.layout.change = None
             return
         groups, ends = set(self.layout.target().groups), []
-        for id, seat in list(self.closing.items()):
+        for id, seat in list(self.house.closing.items()):
             if seat.instance.ranks in groups:
-                self.seats[id] = self.closing.pop(id)
-        for id, seat in list(self.seats.items()):
+                self.house.seats[id] = self.house.closing.pop(id)
+        for id, seat in list(self.house.seats.items()):
             if seat.instance.ranks not in groups:
-                self.closing[id] = self.seats.pop(id)
-        for id, seat in list(self.closing.items()):
+                self.house.closing[id] = self.house.seats.pop(id)
+        for id, seat in list(self.house.closing.items()):
             if seat.flying is None:
-                self.vacate(self.closing.pop(id))
+                self.vacate(self.house.closing.pop(id))
                 ends.append(id)
-        self.reseated()
-        there = [*self.instances(), *self.layout.forming.values()]
+        self.house.reseated()
+        there = [*self.house.instances(), *self.layout.forming.values()]
         begins = self.layout.begun({rank for instance in there for rank in instance.ranks})
         self.layout.form_by = math.ceil(now + self.patience) if self.layout.forming else NEVER
         if ends or begins:
@@ -253,17 +215,14 @@ class Scheduler:
         if ends := [row.stepped_at for row in rows if row.steps]:
             self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
         for progress in rows:
-            self.unseat(progress, seat)
+            self.house.unseat(progress, seat)
             progress.did(Did.EVICTED)
             progress.tested = False
-        self.moving += rows
-
-    def reseated(self) -> None:
-        self.degrees = tuple(sorted({seat.degree for seat in self.seats.values()})) or (self.beliefs.base,)
+        self.house.moving += rows
 
     def watch(self, now: float) -> Iterator[Command]:
         """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
-        for seats in (self.seats, self.closing):
+        for seats in (self.house.seats, self.house.closing):
             for id, seat in seats.items():
                 if now >= seat.overdue_at:
                     seat.overdue_at = NEVER
@@ -278,7 +237,7 @@ class Scheduler:
         demand = Demand(
             seconds=self.traffic.seconds(now),
             flows=self.traffic.flows(now),
-            backlog=len(self.queue) + len(self.waiting),
+            backlog=len(self.house.queue) + len(self.house.waiting),
             plan=self.layout.wanted or self.plan,
             ranks=tuple(sorted(self.layout.workers)),
             degrees=self.layout.degrees,
@@ -289,7 +248,7 @@ class Scheduler:
 
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
-        thresholds = self.thresholds_of(event)
+        thresholds = self.promises.thresholds_of(request)
         drops, means = self.beliefs.drops(request, thresholds), self.beliefs.mean_drops(request, thresholds)
         progress = Progress(request, thresholds, drops, means)
         slo = request.slo
@@ -301,23 +260,23 @@ class Scheduler:
             self.traffic.arrived(self.seen(progress, now))
         self.requests[request.id] = progress
         if progress.deadline is None:
-            self.waiting.append(progress)
+            self.house.enter(progress)
             return
         progress.promised = True
         if (
             slo.on_miss == "reject"
-            and self.admits
-            and (self.seats or not (self.closing or self.layout.forming))
-            and not self.seat_with_slack(progress, list(self.seats.values()), {}, now)
+            and self.promises.admits
+            and (self.house.seats or not (self.house.closing or self.layout.forming))
+            and not self.house.seat_with_slack(progress, list(self.house.seats.values()), {}, now)
         ):
             del self.requests[request.id]
             progress.did(Did.ENDED)
             self.totals.declined += 1
-            wait = retry_after(self.backlog(), len(self.seats))
+            wait = retry_after(self.backlog(), len(self.house.seats))
             yield Decline(request, progress.usage(now), wait)
             yield Release(request.row)
             return
-        insort(self.queue, progress, key=self.rank)
+        self.house.enter(progress)
 
     def seen(self, progress: Progress, now: float) -> Seen:
         """The arrival as planning sees it."""
@@ -326,22 +285,12 @@ class Scheduler:
             tightness = (progress.deadline - request.arrived_at) / max(1e-9, self.beliefs.unloaded(progress))
         return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
 
-    def thresholds_of(self, event: Arrival) -> tuple[float, ...]:
-        """The thresholds that control may choose among: the request's own, and lower ones that all sides allow."""
-        request = event.request
-        own = request.decoding.confidence_threshold
-        if not self.controls or request.slo.fixed or request.decoding.rule != "threshold":
-            return (own,)
-        least = max(self.least, request.slo.floor)
-        levels = self.beliefs.forecast.profile.worthwhile(request.slo.task)
-        return (own, *(level for level in levels if least - 1e-6 <= level < own - 1e-6))
-
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
-        seat = self.seats.get(event.instance) or self.closing.get(event.instance)
+        seat = self.house.seats.get(event.instance) or self.house.closing.get(event.instance)
         if seat is None or seat.batch != event.batch or seat.flying is None:
             return  # the instance was lost after it had sent this
         flying, seat.flying, seat.overdue_at = seat.flying, None, NEVER
-        self.layout.moot |= event.instance in self.closing
+        self.layout.moot |= event.instance in self.house.closing
         self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
             leaving = progress.state is State.LEAVING
@@ -376,8 +325,7 @@ class Scheduler:
         """The request leaves the house, now or after its step in flight."""
         del self.requests[progress.request.id]
         if progress.state is State.WAITING:
-            home = self.queue if progress.promised else self.waiting
-            (self.moving if progress in self.moving else home).remove(progress)
+            self.house.leave(progress)
         progress.did(Did.ENDED)
         self.account(progress, now, reason)
         yield farewell
@@ -386,12 +334,9 @@ class Scheduler:
 
     def account(self, progress: Progress, now: float, reason: str) -> None:
         """Settle with the tenant's bank, and add up what was spent in vain."""
-        tenant = progress.request.slo.tenant
-        self.reserve(progress, 0.0)
-        if reason in ("stop", "length") and self.budget is not None and not progress.request.slo.fixed:
-            self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop, self.budget)
-            if len(self.banks) > MAX_TENANTS:
-                del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
+        self.promises.reserve(progress, 0.0)
+        if reason in ("stop", "length"):
+            self.promises.settle(progress)
         totals = self.totals
         totals.device += progress.device
         if progress.deadline is not None and reason != "cancelled":
@@ -403,15 +348,8 @@ class Scheduler:
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""
         if progress.seat:
-            self.unseat(progress, progress.seat)
+            self.house.unseat(progress, progress.seat)
         return Release(progress.request.row)
-
-    def unseat(self, progress: Progress, seat: Seat) -> None:
-        del seat.residents[progress.request.row]
-        if progress in seat.promised:
-            seat.promised.remove(progress)
-        seat.pages.give(progress.kv_start)
-        progress.seat, progress.fresh, progress.loads, progress.ready = None, False, None, None
 
     def evict(self, seat: Seat, reason: str) -> Iterator[Command]:
         """The instance is lost: its rows wait again, ahead of the others; they keep all committed tokens.
@@ -421,10 +359,10 @@ class Scheduler:
         back: list[Progress] = []
         for progress in list(seat.residents.values()):
             state = progress.state
-            self.unseat(progress, seat)
+            self.house.unseat(progress, seat)
             if state is State.STEPPING and progress.suspect:
                 del self.requests[progress.request.id]
-                self.reserve(progress, 0.0)
+                self.promises.reserve(progress, 0.0)
                 yield Fail(progress.request, f"in flight at two lost workers in a row, the last: {reason}")
                 yield Release(progress.request.row)
                 continue
@@ -434,241 +372,50 @@ class Scheduler:
                 yield Release(progress.request.row)
             else:
                 back.append(progress)
-        self.wait_again(back)
-
-    def wait_again(self, rows: list[Progress]) -> None:
-        """Rows that had a seat go back, ahead of the others of their kind."""
-        for progress in rows:
-            if progress.promised:
-                insort(self.queue, progress, key=self.rank)
-        others = [progress for progress in rows if not progress.promised]
-        self.waiting[:0] = sorted(others, key=ARRIVAL)
+        self.house.wait_again(back)
 
     # deadlines
-
-    def rank(self, progress: Progress) -> float:
-        """The order of service; the smallest first."""
-        deadline = NEVER if progress.deadline is None else progress.deadline
-        seconds = self.beliefs.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
-        return self.order(Place(progress.request.arrived_at, deadline, seconds))
 
     def tick(self, now: float) -> Iterator[Command]:
         """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds."""
         self.ticked_at = now
-        if self.shed:
-            spare = sum(not seat.promised for seat in self.seats.values())
-            for progress in list(self.queue):
-                if self.is_hopeless(progress, now):
+        if self.promises.shed:
+            spare = sum(not seat.promised for seat in self.house.seats.values())
+            for progress in list(self.house.queue):
+                if self.promises.is_hopeless(progress, now):
                     spare -= 1
-                    if spare < 0 or self.is_past(progress, now):
+                    if spare < 0 or self.promises.is_past(progress, now):
                         yield from self.give_up(progress, now)
-        if self.moves_floor:
-            promised = [progress for seat in self.seats.values() for progress in seat.promised]
-            missing = sum(progress.tested for progress in self.queue) + sum(
-                verdict.late for _, verdict in self.verdicts_of_all(now)
-            )
-            total = len(promised) + len(self.queue)
-            self.floor = moved(self.floor, missing / total if total else 0.0, LOWEST_FLOOR)
-
-    def verdicts_of_all(self, now: float) -> Iterator[tuple[Progress, Verdict]]:
-        for seat in self.seats.values():
-            yield from zip(seat.promised, self.verdicts(seat, now), strict=True)
-
-    def verdicts(self, seat: Seat, now: float) -> list[Verdict]:
-        """Level and slack of an instance's rows with deadlines, which stand in the order of service."""
-        return self.verdicts_on([self.wish(progress, now, seat.degree) for progress in seat.promised], seat.degree)
-
-    def verdicts_on(self, wishes: Sequence[Wish], degree: int) -> list[Verdict]:
-        pace = self.beliefs.pace(degree)
-        control = self.control if pace.sure else fixed_levels
-        return control(wishes, self.floor, pace.fixed)
-
-    def wish(self, progress: Progress, now: float, degree: int) -> Wish:
-        left = NEVER if progress.deadline is None else progress.deadline - now
-        return Wish(left, self.beliefs.loads(progress, degree), self.deepest(progress))
-
-    def deepest(self, progress: Progress) -> int:
-        """The lowest of the row's thresholds that its tenant can pay for."""
-        if self.budget is None or len(progress.thresholds) == 1:
-            return len(progress.thresholds) - 1
-        tenant = progress.request.slo.tenant
-        pending = self.reserved.get(tenant, 0.0) - progress.reserved
-        most = room(self.banks.get(tenant, NEW), self.budget, pending)
-        level = len(progress.thresholds) - 1
-        while level and progress.drops[level] > 0.0 and max(progress.drops[level], progress.drop) > most:
-            level -= 1
-        return level
-
-    def reserve(self, progress: Progress, drop: float) -> None:
-        """Let the bank hold back what a running request may still spend."""
-        tenant = progress.request.slo.tenant
-        total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
-        if total > 1e-9:
-            self.reserved[tenant] = total
-        progress.reserved = drop
-
-    def is_hopeless(self, progress: Progress, now: float) -> bool:
-        """Whether it can end in time on no kind of instance that there is."""
-        for degree in self.degrees:
-            left, loads, deepest = self.wish(progress, now, degree)
-            if not hopeless(left, alone(loads[deepest], self.beliefs.pace(degree).fixed)):
-                return False
-        return True
-
-    def is_past(self, progress: Progress, now: float) -> bool:
-        return progress.deadline is not None and progress.deadline <= now
+        if not self.promises.moves_floor:
+            return
+        missing = sum(progress.tested for progress in self.house.queue)
+        total = len(self.house.queue)
+        for seat in self.house.seats.values():
+            wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
+            missing += sum(verdict.late for verdict in self.promises.verdicts(wishes, seat.degree))
+            total += len(wishes)
+        self.promises.look(missing, total)
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
             self.totals.declined += 1
-            retry = None if progress.steps else retry_after(self.backlog(), len(self.seats))
+            retry = None if progress.steps else retry_after(self.backlog(), len(self.house.seats))
             farewell = Decline(progress.request, progress.usage(now), retry)
             yield from self.gone(progress, farewell, now, "late")
             return
-        if progress.state is State.WAITING:
-            self.queue.remove(progress)
-            self.waiting.append(progress)
-        elif progress.seat:
-            progress.seat.promised.remove(progress)
-        progress.promised, progress.late = False, True
+        self.house.demote(progress)
 
     def backlog(self) -> float:
         """Seconds of guaranteed work in the house, as if one after the other."""
         return sum(self.beliefs.unloaded(progress) for progress in self.requests.values() if progress.promised)
 
-    # placing
-
-    def place(self, now: float, everywhere: bool) -> None:
-        """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
-        if self.admits:
-            self.place_promised(now, everywhere)
-            self.place_rest(self.waiting)
-        else:
-            merged = sorted(self.queue + self.waiting, key=lambda row: (row.late, self.rank(row)))
-            self.place_rest(merged)
-            if len(merged) < len(self.queue) + len(self.waiting):
-                left = {id(progress) for progress in merged}
-                self.queue = [progress for progress in self.queue if id(progress) in left]
-                self.waiting = [progress for progress in self.waiting if id(progress) in left]
-
-    def place_promised(self, now: float, everywhere: bool) -> None:
-        """Newcomers are tested on every instance, those who failed once on the instances between two steps."""
-        idle = [seat for seat in self.seats.values() if seat.flying is None]
-        tested: dict[int, list[Tenant]] = {}
-        looks = 0
-        for progress in list(self.queue):
-            if progress.tested and not everywhere and (looks >= LOOKS or not idle):
-                continue
-            looks += progress.tested
-            seats = idle if progress.tested and not everywhere else list(self.seats.values())
-            progress.tested = True
-            seat = self.seat_with_slack(progress, seats, tested, now)
-            if seat is None:
-                seat = self.seat_for_hopeless(progress, now)
-            if seat is not None and self.make_room(seat, progress):
-                self.queue.remove(progress)
-                self.seat(progress, seat)
-                tested.pop(seat.instance.id, None)
-
-    def seat_for_hopeless(self, progress: Progress, now: float) -> Seat | None:
-        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches.
-
-        None for a request that is not hopeless: it waits for a seat that keeps its slack.
-        """
-        seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
-        if seat and self.shed and (seat.promised or self.is_past(progress, now)):
-            return None
-        return seat if self.is_hopeless(progress, now) else None
-
-    def place_rest(self, rows: list[Progress]) -> None:
-        """In order, until one finds no room; removes from `rows` who got a seat."""
-        placed = 0
-        for progress in rows:
-            seat = self.seat_for(progress)
-            if seat is None:
-                break
-            self.seat(progress, seat)
-            placed += 1
-        del rows[:placed]
-
-    def seat_for(self, progress: Progress) -> Seat | None:
-        """The emptiest instance with room for the canvas, whose pages are taken."""
-        rooms = [
-            Room(seat.instance.id, len(seat.residents), self.max_rows * seat.degree) for seat in self.seats.values()
-        ]
-        for id in least_loaded(rooms):
-            kv_start = self.seats[id].pages.take(progress.request.canvas_tokens)
-            if kv_start is not None:
-                progress.kv_start = kv_start
-                return self.seats[id]
-        return None
-
-    def seat_with_slack(
-        self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float
-    ) -> Seat | None:
-        """The instance that keeps the most slack, at the highest threshold at which any passes the test.
-
-        `tenants` keeps the rows of the instances that were looked at.
-        """
-        paces = {degree: self.beliefs.pace(degree).fixed for degree in self.degrees}
-        loads = {degree: self.beliefs.loads(progress, degree) for degree in self.degrees}
-        left = (progress.deadline or NEVER) - now
-        deepest = self.deepest(progress)
-        for level in range(min(self.floor, deepest), deepest + 1):
-            newcomers = {
-                degree: Tenant(left, *loads[degree][level], progress.request.slo.weight) for degree in self.degrees
-            }
-            found: list[tuple[float, int]] = []
-            for seat in seats:
-                if len(seat.promised) >= self.max_promised:
-                    continue
-                if (id := seat.instance.id) not in tenants:
-                    tenants[id] = self.tenants(seat, now)
-                slack = fits(newcomers[seat.degree], tenants[id], paces[seat.degree])
-                if slack is not None:
-                    found.append((slack, -id))
-            if found:
-                return self.seats[-max(found)[1]]
-        return None
-
-    def tenants(self, seat: Seat, now: float) -> list[Tenant]:
-        rows = []
-        for progress in seat.promised:
-            need = self.beliefs.loads(progress, seat.degree)[progress.level]
-            left = (progress.deadline or NEVER) - now
-            rows.append(Tenant(left, need.steps, need.work, progress.request.slo.weight))
-        return rows
-
-    def make_room(self, seat: Seat, progress: Progress) -> bool:
-        """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes."""
-        while True:
-            if len(seat.residents) < self.max_rows * seat.degree:
-                kv_start = seat.pages.take(progress.request.canvas_tokens)
-                if kv_start is not None:
-                    progress.kv_start = kv_start
-                    return True
-            idle = [row for row in seat.residents.values() if row.state is State.RESIDENT and not row.promised]
-            if not idle:
-                return False
-            last = max(idle, key=ARRIVAL)
-            self.unseat(last, seat)
-            last.did(Did.EVICTED)
-            self.wait_again([last])
-
-    def seat(self, progress: Progress, seat: Seat) -> None:
-        progress.did(Did.PLACED)
-        progress.seat = seat
-        seat.residents[progress.request.row] = progress
-        if progress.promised:
-            insort(seat.promised, progress, key=self.rank)
-
     # steps
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
         fixed = self.beliefs.pace(seat.degree).fixed
-        wishes = [self.wish(progress, now, seat.degree) for progress in seat.promised]
-        if self.shed:
+        wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
+        if self.promises.shed:
             needs = [alone(loads[deepest], fixed) for _, loads, deepest in wishes]
             lost = [hopeless(wish.left, seconds) for wish, seconds in zip(wishes, needs, strict=True)]
             if lost and all(lost):  # who is nearest to being in time is tried all the same, as nobody else loses by it
@@ -682,7 +429,7 @@ class Scheduler:
                     return
         verdicts = {
             progress.request.row: verdict
-            for progress, verdict in zip(seat.promised, self.verdicts_on(wishes, seat.degree), strict=True)
+            for progress, verdict in zip(seat.promised, self.promises.verdicts(wishes, seat.degree), strict=True)
         }
         candidates = [
             self.candidate(progress, verdicts.get(progress.request.row), seat.degree)
@@ -692,7 +439,7 @@ class Scheduler:
         candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         chosen = [seat.residents[candidate.key] for candidate in candidates]
         todo = [self.ready(progress, seat.degree).work for progress in chosen]
-        if verdicts or self.controls:
+        if verdicts or self.promises.controls:
             for progress in chosen:
                 verdict = verdicts.get(progress.request.row)
                 if verdict or progress.level or progress.told != progress.thresholds[0]:
@@ -729,8 +476,8 @@ class Scheduler:
     def served(self, seat: Seat, now: float) -> list[Progress]:
         """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
         rows = seat.residents.values()
-        if not self.admits:
-            return sorted(rows, key=lambda row: (row.late, self.rank(row), row.request.arrived_at))
+        if not self.promises.admits:
+            return sorted(rows, key=lambda row: (row.late, self.promises.rank(row), row.request.arrived_at))
         rest = sorted([row for row in rows if not row.promised], key=ARRIVAL)
         if not seat.promised:
             return rest
@@ -742,7 +489,9 @@ class Scheduler:
         progress.level = verdict.level if verdict else 0
         threshold = progress.threshold
         if len(progress.thresholds) > 1:
-            self.reserve(progress, max(progress.drop, progress.drops[progress.level] if progress.level else 0.0))
+            self.promises.reserve(
+                progress, max(progress.drop, progress.drops[progress.level] if progress.level else 0.0)
+            )
         if threshold != progress.told:
             progress.told = threshold
             yield Adjust(progress.request.row, threshold)

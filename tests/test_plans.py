@@ -75,9 +75,9 @@ async def test_plans_change_under_load_and_no_process_and_no_token_with_them(eng
 
 async def test_a_change_leaves_the_instances_of_both_plans_alone(engine):
     await engine.replan("1x2+2x1")
-    kept = {seat.instance.ranks: id for id, seat in engine.scheduler.seats.items()}
+    kept = {seat.instance.ranks: id for id, seat in engine.scheduler.house.seats.items()}
     await engine.replan("2x2")
-    now = {seat.instance.ranks: id for id, seat in engine.scheduler.seats.items()}
+    now = {seat.instance.ranks: id for id, seat in engine.scheduler.house.seats.items()}
     assert now[(0, 1)] == kept[(0, 1)]
     assert len(now) == 2
 

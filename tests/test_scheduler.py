@@ -159,8 +159,8 @@ def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
     for i in range(6):
         (launch,) = feed(machine, Arrival(request(i, answer=8, slo=Slo(tenant=f"t{i % 5}"))), i)
         feed(machine, done(launch.batch, [result(launch.batch.spans[0])]), i)
-    assert list(machine.banks) == ["t3", "t4", "t0"]
-    assert machine.reserved == {}
+    assert list(machine.promises.banks) == ["t3", "t4", "t0"]
+    assert machine.promises.reserved == {}
 
 
 def test_a_newcomer_alone_runs_at_its_own_threshold():
@@ -171,7 +171,7 @@ def test_a_newcomer_alone_runs_at_its_own_threshold():
         while launches := [command for command in commands if isinstance(command, Launch)]:
             assert not any(isinstance(command, Adjust) for command in commands)
             commands = feed(machine, done(launches[0].batch, [result(span) for span in launches[0].batch.spans]), i)
-        assert machine.floor == 0
+        assert machine.promises.floor == 0
 
 
 def test_a_lost_worker_costs_a_refresh_and_nothing_else():
@@ -246,7 +246,7 @@ def test_a_change_of_plan_touches_only_what_changes_and_keeps_what_was_committed
     flying = {}
     for i in range(4):
         (launch,) = feed(machine, Arrival(request(i, at=float(i))), float(i))
-        flying[machine.seats[launch.batch.instance].instance.ranks] = launch.batch
+        flying[machine.house.seats[launch.batch.instance].instance.ranks] = launch.batch
     assert feed(machine, Replan(Plan(((0, 1), (2,), (3,))), "asked"), 4.0) == []
     first, second = flying[(0,)], flying[(1,)]
     commands = feed(machine, done(first, [result(first.spans[0], 20, first.spans[0].block_start + 2)]), 5.0)
@@ -270,7 +270,7 @@ def test_a_plan_taken_back_in_time_costs_nothing():
     machine = scheduler(plan=SINGLES)
     up(machine, range(4))
     (launch,) = feed(machine, Arrival(request(0)))
-    idle = [id for id in machine.seats if id != launch.batch.instance]
+    idle = [id for id in machine.house.seats if id != launch.batch.instance]
     (reshard,) = feed(machine, Replan(PAIRS, "asked"))
     assert set(reshard.moves.ends) == set(idle)
     (pair,) = reshard.moves.begins
@@ -281,14 +281,14 @@ def test_a_plan_taken_back_in_time_costs_nothing():
     (last,) = [command for command in commands if isinstance(command, Reshard)]
     *_, reshaped = formed(machine, [last], 0.0)
     assert (reshaped.change.after, reshaped.change.reason) == (SINGLES, "asked; no")
-    assert launch.batch.instance in machine.seats
+    assert launch.batch.instance in machine.house.seats
 
 
 def test_the_plan_shrinks_to_what_is_alive_and_grows_back():
     machine = scheduler(plan=PAIRS)
     up(machine, range(4))
     (launch,) = feed(machine, Arrival(request(0)))
-    ranks = machine.seats[launch.batch.instance].instance.ranks
+    ranks = machine.house.seats[launch.batch.instance].instance.ranks
     dead, survivor = ranks
     list(machine.observe(WorkerLost(dead, "killed by SIGKILL"), 1.0))
     (launch, *rest) = feed(machine, InstanceLost(launch.batch.instance, "killed by SIGKILL"), 1.0)
@@ -518,13 +518,13 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert world.ended == {f"r{i}" for i in range(world.rows)}
     assert not world.alive
     assert not world.machine.requests
-    assert not world.machine.waiting
-    assert not world.machine.queue
-    assert all(abs(held) < 1e-6 for held in world.machine.reserved.values())
-    for seat in world.machine.seats.values():
+    assert not world.machine.house.waiting
+    assert not world.machine.house.queue
+    assert all(abs(held) < 1e-6 for held in world.machine.promises.reserved.values())
+    for seat in world.machine.house.seats.values():
         assert seat.pages.free == [(0, 384 * seat.degree)]
     assert world.machine.plan == world.machine.layout.wanted
-    assert not world.machine.closing
+    assert not world.machine.house.closing
 
 
 def test_the_same_events_give_the_same_commands():

@@ -18,8 +18,8 @@ class House(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, scheduler = self.engine, self.engine.scheduler
         totals, profile = scheduler.totals, engine.profile
-        yield gauge("requests_running", "requests with a seat", scheduler.running)
-        yield gauge("requests_waiting", "requests without a seat", len(scheduler.requests) - scheduler.running)
+        yield gauge("requests_running", "requests with a seat", scheduler.house.running)
+        yield gauge("requests_waiting", "requests without a seat", len(scheduler.requests) - scheduler.house.running)
         yield gauge("instances", "instances that are up", len(engine.capacity))
         degrees = GaugeMetricFamily(
             "dilaserve_plan_instances", "instances that are up, by tensor-parallel degree", labels=["degree"]
@@ -33,7 +33,9 @@ class House(Collector):
         yield counter("plan_pause_seconds", "seconds that rows waited for them, the longest of each", profile.paused)
         yield gauge("plan_last_pause_seconds", "that of the last change", last or 0.0)
         yield counter("workers_lost", "workers that died or hung", profile.workers_lost)
-        yield gauge("threshold_floor_level", "levels by which load has lowered all thresholds", scheduler.floor)
+        yield gauge(
+            "threshold_floor_level", "levels by which load has lowered all thresholds", scheduler.promises.floor
+        )
         yield counter("steps", "denoising steps", profile.steps)
         yield counter("step_rows", "rows in all steps", profile.rows)
         yield counter("step_seconds", "seconds of all steps, by the workers", profile.seconds)
@@ -46,8 +48,8 @@ class House(Collector):
         for fate in ("met", "missed", "declined"):
             fates.add_metric([fate], getattr(totals, fate))
         yield fates
-        spent = sum(bank.spent for bank in scheduler.banks.values())
-        served = sum(bank.served for bank in scheduler.banks.values())
+        spent = sum(bank.spent for bank in scheduler.promises.banks.values())
+        served = sum(bank.served for bank in scheduler.promises.banks.values())
         yield gauge("accuracy_drop", "mean drop that the banks have counted, in points", spent / max(1, served))
 
 

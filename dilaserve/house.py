@@ -1,0 +1,204 @@
+"""Who is in the house: the rows that wait, the instances, and who has a seat on which."""
+
+from bisect import insort
+from collections.abc import Sequence
+from operator import attrgetter
+
+from dilaserve.config import Config
+from dilaserve.policy.admission import Room, Tenant, fits, least_loaded
+from dilaserve.progress import Did, Progress, Seat, State
+from dilaserve.promises import Promises
+from dilaserve.terms import Instance
+
+LOOKS = 8  # waiting requests that a decision may test in vain
+NEVER = float("inf")
+ARRIVAL = attrgetter("request.arrived_at")
+
+
+class House:
+    """Gives seats to those who wait, and takes them back.
+
+    Rows with a promise get a seat where their deadline holds, the others where room is.
+    """
+
+    def __init__(self, config: Config, promises: Promises) -> None:
+        self.promises, self.beliefs = promises, promises.beliefs
+        self.max_rows = config.device.max_num_seqs
+        self.max_promised = config.scheduler.guaranteed_rows
+        self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
+        self.queue: list[Progress] = []  # promised rows without a seat, in order of service
+        self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
+        self.seats: dict[int, Seat] = {}
+        self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
+
+    def reseated(self) -> None:
+        self.promises.degrees = tuple(sorted({seat.degree for seat in self.seats.values()})) or (self.beliefs.base,)
+
+    def instances(self) -> list[Instance]:
+        return [seat.instance for seats in (self.seats, self.closing) for seat in seats.values()]
+
+    @property
+    def running(self) -> int:
+        """Requests that have a seat."""
+        return sum(len(seat.residents) for seats in (self.seats, self.closing) for seat in seats.values())
+
+    def place(self, now: float, everywhere: bool) -> None:
+        """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
+        if self.promises.admits:
+            self.place_promised(now, everywhere)
+            self.place_rest(self.waiting)
+        else:
+            merged = sorted(self.queue + self.waiting, key=lambda row: (row.late, self.promises.rank(row)))
+            self.place_rest(merged)
+            if len(merged) < len(self.queue) + len(self.waiting):
+                left = {id(progress) for progress in merged}
+                self.queue = [progress for progress in self.queue if id(progress) in left]
+                self.waiting = [progress for progress in self.waiting if id(progress) in left]
+
+    def place_promised(self, now: float, everywhere: bool) -> None:
+        """Newcomers are tested on every instance, those who failed once on the instances between two steps."""
+        idle = [seat for seat in self.seats.values() if seat.flying is None]
+        tested: dict[int, list[Tenant]] = {}
+        looks = 0
+        for progress in list(self.queue):
+            if progress.tested and not everywhere and (looks >= LOOKS or not idle):
+                continue
+            looks += progress.tested
+            seats = idle if progress.tested and not everywhere else list(self.seats.values())
+            progress.tested = True
+            seat = self.seat_with_slack(progress, seats, tested, now)
+            if seat is None:
+                seat = self.seat_for_hopeless(progress, now)
+            if seat is not None and self.make_room(seat, progress):
+                self.queue.remove(progress)
+                self.seat(progress, seat)
+                tested.pop(seat.instance.id, None)
+
+    def enter(self, progress: Progress) -> None:
+        """Wait in the order of service, or of arrival without a promise."""
+        if progress.promised:
+            insort(self.queue, progress, key=self.promises.rank)
+        else:
+            self.waiting.append(progress)
+
+    def leave(self, progress: Progress) -> None:
+        """Wait no longer."""
+        home = self.queue if progress.promised else self.waiting
+        (self.moving if progress in self.moving else home).remove(progress)
+
+    def seat_for_hopeless(self, progress: Progress, now: float) -> Seat | None:
+        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches.
+
+        None for a request that is not hopeless: it waits for a seat that keeps its slack.
+        """
+        seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
+        if seat and self.promises.shed and (seat.promised or self.promises.is_past(progress, now)):
+            return None
+        return seat if self.promises.is_hopeless(progress, now) else None
+
+    def place_rest(self, rows: list[Progress]) -> None:
+        """In order, until one finds no room; removes from `rows` who got a seat."""
+        placed = 0
+        for progress in rows:
+            seat = self.seat_for(progress)
+            if seat is None:
+                break
+            self.seat(progress, seat)
+            placed += 1
+        del rows[:placed]
+
+    def seat_for(self, progress: Progress) -> Seat | None:
+        """The emptiest instance with room for the canvas, whose pages are taken."""
+        rooms = [
+            Room(seat.instance.id, len(seat.residents), self.max_rows * seat.degree) for seat in self.seats.values()
+        ]
+        for id in least_loaded(rooms):
+            kv_start = self.seats[id].pages.take(progress.request.canvas_tokens)
+            if kv_start is not None:
+                progress.kv_start = kv_start
+                return self.seats[id]
+        return None
+
+    def seat_with_slack(
+        self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float
+    ) -> Seat | None:
+        """The instance that keeps the most slack, at the highest threshold at which any passes the test.
+
+        `tenants` keeps the rows of the instances that were looked at.
+        """
+        paces = {degree: self.beliefs.pace(degree).fixed for degree in self.promises.degrees}
+        loads = {degree: self.beliefs.loads(progress, degree) for degree in self.promises.degrees}
+        left = (progress.deadline or NEVER) - now
+        deepest = self.promises.deepest(progress)
+        for level in range(min(self.promises.floor, deepest), deepest + 1):
+            newcomers = {
+                degree: Tenant(left, *loads[degree][level], progress.request.slo.weight)
+                for degree in self.promises.degrees
+            }
+            found: list[tuple[float, int]] = []
+            for seat in seats:
+                if len(seat.promised) >= self.max_promised:
+                    continue
+                if (id := seat.instance.id) not in tenants:
+                    tenants[id] = self.tenants(seat, now)
+                slack = fits(newcomers[seat.degree], tenants[id], paces[seat.degree])
+                if slack is not None:
+                    found.append((slack, -id))
+            if found:
+                return self.seats[-max(found)[1]]
+        return None
+
+    def tenants(self, seat: Seat, now: float) -> list[Tenant]:
+        rows = []
+        for progress in seat.promised:
+            need = self.beliefs.loads(progress, seat.degree)[progress.level]
+            left = (progress.deadline or NEVER) - now
+            rows.append(Tenant(left, need.steps, need.work, progress.request.slo.weight))
+        return rows
+
+    def make_room(self, seat: Seat, progress: Progress) -> bool:
+        """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes."""
+        while True:
+            if len(seat.residents) < self.max_rows * seat.degree:
+                kv_start = seat.pages.take(progress.request.canvas_tokens)
+                if kv_start is not None:
+                    progress.kv_start = kv_start
+                    return True
+            idle = [row for row in seat.residents.values() if row.state is State.RESIDENT and not row.promised]
+            if not idle:
+                return False
+            last = max(idle, key=ARRIVAL)
+            self.unseat(last, seat)
+            last.did(Did.EVICTED)
+            self.wait_again([last])
+
+    def seat(self, progress: Progress, seat: Seat) -> None:
+        progress.did(Did.PLACED)
+        progress.seat = seat
+        seat.residents[progress.request.row] = progress
+        if progress.promised:
+            insort(seat.promised, progress, key=self.promises.rank)
+
+    def unseat(self, progress: Progress, seat: Seat) -> None:
+        del seat.residents[progress.request.row]
+        if progress in seat.promised:
+            seat.promised.remove(progress)
+        seat.pages.give(progress.kv_start)
+        progress.seat, progress.fresh, progress.loads, progress.ready = None, False, None, None
+
+    def wait_again(self, rows: list[Progress]) -> None:
+        """Rows that had a seat go back, ahead of the others of their kind."""
+        for progress in rows:
+            if progress.promised:
+                insort(self.queue, progress, key=self.promises.rank)
+        others = [progress for progress in rows if not progress.promised]
+        self.waiting[:0] = sorted(others, key=ARRIVAL)
+
+    def demote(self, progress: Progress) -> None:
+        """The row has lost its promise and goes on without one."""
+        if progress.state is State.WAITING:
+            self.queue.remove(progress)
+            self.waiting.append(progress)
+        elif progress.seat:
+            progress.seat.promised.remove(progress)
+        progress.promised, progress.late = False, True

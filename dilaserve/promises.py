@@ -1,0 +1,117 @@
+"""What is promised to whom: deadlines, the thresholds that keep them, and the accuracy that tenants may spend on it."""
+
+from collections.abc import Sequence
+
+from dilaserve.beliefs import Beliefs
+from dilaserve.config import SchedulerConfig
+from dilaserve.policy.admission import hopeless
+from dilaserve.policy.budget import Bank, room, settled
+from dilaserve.policy.demand import alone
+from dilaserve.policy.ordering import ORDERS, Place
+from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, fixed_levels, moved
+from dilaserve.progress import Progress
+from dilaserve.terms import Request
+
+MAX_TENANTS = 4096  # accuracy banks that are remembered
+LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
+NEVER = float("inf")
+NEW = Bank()
+
+
+class Promises:
+    """Applies the policies of deadlines and thresholds to rows, by what is believed of the future.
+
+    `degrees` are those of the instances that there are.
+    """
+
+    def __init__(self, policy: SchedulerConfig, beliefs: Beliefs) -> None:
+        self.beliefs = beliefs
+        self.order = ORDERS[policy.scheduling]
+        self.control = CONTROLS[policy.threshold_control]
+        self.moves_floor = policy.threshold_control == "slack+floor"
+        self.controls = policy.threshold_control != "fixed"
+        self.composes = policy.scheduling == "composed"
+        self.sheds = policy.shed == "on"
+        self.budget = None if policy.accuracy_budget == "off" else float(policy.accuracy_budget)
+        self.least = policy.min_confidence_threshold
+        self.degrees: tuple[int, ...] = (beliefs.base,)
+        self.banks: dict[str, Bank] = {}
+        self.reserved: dict[str, float] = {}
+        self.floor = 0
+
+    @property
+    def admits(self) -> bool:
+        """Whether arrivals are tested; a guess of what steps cost is no ground to turn anybody away."""
+        return self.composes and self.beliefs.sure(self.degrees)
+
+    @property
+    def shed(self) -> bool:
+        return self.sheds and self.beliefs.sure(self.degrees)
+
+    def thresholds_of(self, request: Request) -> tuple[float, ...]:
+        """The thresholds that control may choose among: the request's own, and lower ones that all sides allow."""
+        own = request.decoding.confidence_threshold
+        if not self.controls or request.slo.fixed or request.decoding.rule != "threshold":
+            return (own,)
+        least = max(self.least, request.slo.floor)
+        levels = self.beliefs.forecast.profile.worthwhile(request.slo.task)
+        return (own, *(level for level in levels if least - 1e-6 <= level < own - 1e-6))
+
+    def rank(self, progress: Progress) -> float:
+        """The order of service; the smallest first."""
+        deadline = NEVER if progress.deadline is None else progress.deadline
+        seconds = self.beliefs.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
+        return self.order(Place(progress.request.arrived_at, deadline, seconds))
+
+    def wish(self, progress: Progress, now: float, degree: int) -> Wish:
+        left = NEVER if progress.deadline is None else progress.deadline - now
+        return Wish(left, self.beliefs.loads(progress, degree), self.deepest(progress))
+
+    def deepest(self, progress: Progress) -> int:
+        """The lowest of the row's thresholds that its tenant can pay for."""
+        if self.budget is None or len(progress.thresholds) == 1:
+            return len(progress.thresholds) - 1
+        tenant = progress.request.slo.tenant
+        pending = self.reserved.get(tenant, 0.0) - progress.reserved
+        most = room(self.banks.get(tenant, NEW), self.budget, pending)
+        level = len(progress.thresholds) - 1
+        while level and progress.drops[level] > 0.0 and max(progress.drops[level], progress.drop) > most:
+            level -= 1
+        return level
+
+    def verdicts(self, wishes: Sequence[Wish], degree: int) -> list[Verdict]:
+        """Level and slack of rows with deadlines, which stand in the order of service on one instance."""
+        pace = self.beliefs.pace(degree)
+        control = self.control if pace.sure else fixed_levels
+        return control(wishes, self.floor, pace.fixed)
+
+    def is_hopeless(self, progress: Progress, now: float) -> bool:
+        """Whether it can end in time on no kind of instance that there is."""
+        for degree in self.degrees:
+            left, loads, deepest = self.wish(progress, now, degree)
+            if not hopeless(left, alone(loads[deepest], self.beliefs.pace(degree).fixed)):
+                return False
+        return True
+
+    def is_past(self, progress: Progress, now: float) -> bool:
+        return progress.deadline is not None and progress.deadline <= now
+
+    def reserve(self, progress: Progress, drop: float) -> None:
+        """Let the bank hold back what a running request may still spend."""
+        tenant = progress.request.slo.tenant
+        total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
+        if total > 1e-9:
+            self.reserved[tenant] = total
+        progress.reserved = drop
+
+    def settle(self, progress: Progress) -> None:
+        """The request has ended with an answer: its tenant's bank pays for it."""
+        tenant = progress.request.slo.tenant
+        if self.budget is not None and not progress.request.slo.fixed:
+            self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop, self.budget)
+            if len(self.banks) > MAX_TENANTS:
+                del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
+
+    def look(self, missing: float, total: int) -> None:
+        """Move the floor of the thresholds by the share of rows that are expected to miss."""
+        self.floor = moved(self.floor, missing / total if total else 0.0, LOWEST_FLOOR)
