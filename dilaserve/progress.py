@@ -115,14 +115,21 @@ class Progress:
     """One request in the scheduler's memory.
 
     `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points
-    and on the safe side (`mean_drops`: expected); `level` counts in them. `promised` rows have a deadline that
+    and on the safe side (`mean_drops`: expected); `yields` are the shares of its time that each saves for a point more
+    than the one before; `level` counts in them. `promised` rows have a deadline that
     is being kept; `late` ones had one, and run on as best effort.
     """
 
     def __init__(
-        self, request: Request, thresholds: tuple[float, ...], drops: tuple[float, ...], means: tuple[float, ...]
+        self,
+        request: Request,
+        thresholds: tuple[float, ...],
+        drops: tuple[float, ...],
+        means: tuple[float, ...],
+        yields: tuple[float, ...],
     ) -> None:
-        self.request, self.thresholds, self.drops, self.mean_drops = request, thresholds, drops, means
+        self.request, self.thresholds = request, thresholds
+        self.drops, self.mean_drops, self.yields = drops, means, yields
         self.state = State.WAITING
         self.seat: Seat | None = None
         self.deadline: float | None = None

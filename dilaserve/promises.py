@@ -1,15 +1,17 @@
 """What is promised to whom: deadlines, the thresholds that keep them, and the accuracy that tenants may spend on it."""
 
+import math
 from collections.abc import Sequence
 
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import SchedulerConfig
 from dilaserve.policy.admission import hopeless
-from dilaserve.policy.budget import Bank, room, settled
+from dilaserve.policy.budget import Bank, price, room, settled
 from dilaserve.policy.demand import alone
 from dilaserve.policy.ordering import ORDERS, Place
 from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, fixed_levels, moved
 from dilaserve.progress import Progress
+from dilaserve.quality import Rung
 from dilaserve.terms import Request
 
 MAX_TENANTS = 4096  # accuracy banks that are remembered
@@ -48,14 +50,17 @@ class Promises:
     def shed(self) -> bool:
         return self.sheds and self.beliefs.sure(self.degrees)
 
-    def thresholds_of(self, request: Request) -> tuple[float, ...]:
-        """The thresholds that control may choose among: the request's own, and lower ones that all sides allow."""
-        own = request.decoding.confidence_threshold
-        if not self.controls or request.slo.fixed or request.decoding.rule != "threshold":
-            return (own,)
-        least = max(self.least, request.slo.floor)
-        levels = self.beliefs.forecast.profile.worthwhile(request.slo.task)
-        return (own, *(level for level in levels if least - 1e-6 <= level < own - 1e-6))
+    def arrived(self, request: Request) -> Progress:
+        """The request with the thresholds that it may run at: its own, and lower ones that all sides allow."""
+        own = Rung(request.decoding.confidence_threshold, math.inf)
+        rungs = [own]
+        if self.controls and not request.slo.fixed and request.decoding.rule == "threshold":
+            least = max(self.least, request.slo.floor)
+            ladder = self.beliefs.forecast.ladder(request.slo.task)
+            rungs += [rung for rung in ladder if least - 1e-6 <= rung.threshold < own.threshold - 1e-6]
+        thresholds, yields = zip(*rungs, strict=True)
+        drops, means = self.beliefs.drops(request, thresholds), self.beliefs.mean_drops(request, thresholds)
+        return Progress(request, thresholds, drops, means, yields)
 
     def rank(self, progress: Progress) -> float:
         """The order of service; the smallest first."""
@@ -72,10 +77,12 @@ class Promises:
         if self.budget is None or len(progress.thresholds) == 1:
             return len(progress.thresholds) - 1
         tenant = progress.request.slo.tenant
-        pending = self.reserved.get(tenant, 0.0) - progress.reserved
-        most = room(self.banks.get(tenant, NEW), self.budget, pending)
-        level = len(progress.thresholds) - 1
-        while level and progress.drops[level] > 0.0 and max(progress.drops[level], progress.drop) > most:
+        most = room(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - progress.reserved)
+        least = price(most, self.budget)
+        drops, level = progress.drops, len(progress.thresholds) - 1
+        while level and drops[level] > 0.0:
+            if progress.yields[level] >= least and max(drops[level], progress.drop) <= most:
+                break
             level -= 1
         return level
 
@@ -108,7 +115,7 @@ class Promises:
         """The request has ended with an answer: its tenant's bank pays for it."""
         tenant = progress.request.slo.tenant
         if self.budget is not None and not progress.request.slo.fixed:
-            self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop, self.budget)
+            self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop)
             if len(self.banks) > MAX_TENANTS:
                 del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
 

@@ -5,8 +5,10 @@ and the variance of the steps that a request still needs. Where the length of a 
 be, a task has a law for short prompts, for middling and for long ones.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from operator import add, mul
 from typing import NamedTuple
 
@@ -69,12 +71,12 @@ class QualityProfile(msgspec.Struct, frozen=True, kw_only=True):
     def task(self, name: str | None) -> TaskProfile:
         return self.tasks.get(name or ANY, self.tasks[ANY])
 
-    def worthwhile(self, name: str | None) -> tuple[float, ...]:
-        """The levels that control should choose among for a task: each saves more steps a point than all lower ones."""
-        task = self.task(name)
-        if not task.steps:
-            return self.levels
-        return tuple(self.levels[level] for level in hull(task.drop, task.steps))
+
+class Rung(NamedTuple):
+    """A level worth choosing, and what it yields beyond the rung before: the share of the steps saved for a point."""
+
+    threshold: float
+    yields: float
 
 
 class Outlook(NamedTuple):
@@ -170,6 +172,7 @@ class Forecast:
         self.seen: dict[tuple[str, int, int], list[list[float]]] = {}  # counts since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
+        self.ladders: dict[str, list[Rung]] = {}
 
     def kind(self, task: str | None, prompt_tokens: int) -> str:
         name = self.name(task) if self.learns else task or ANY
@@ -207,6 +210,7 @@ class Forecast:
         self.seen.clear()
         self.chains.clear()
         self.futures.clear()
+        self.ladders.clear()
 
     def name(self, task: str | None) -> str:
         return task if task is not None and task in self.profile.tasks else ANY
@@ -216,6 +220,21 @@ class Forecast:
 
     def mean_drop(self, task: str | None, level: int) -> float:
         return self.profile.task(task).mean_drop[level]
+
+    def ladder(self, task: str | None) -> list[Rung]:
+        """The levels that control should choose among for a task, the reference first.
+
+        Each yields less than the one before; without measured steps those of one block by the laws count.
+        """
+        name, profile = self.name(task), self.profile
+        if name not in self.ladders:
+            known = profile.tasks[name]
+            levels, length = range(len(profile.levels)), profile.block_length
+            steps = known.steps or [self.chain(name, level, 0, length).steps[length] for level in levels]
+            kept = hull(known.drop, steps)
+            yields = [math.inf, *(slope(known.drop, steps, a, b) / steps[0] for a, b in pairwise(kept))]
+            self.ladders[name] = [Rung(profile.levels[level], one) for level, one in zip(kept, yields, strict=True)]
+        return self.ladders[name]
 
     def laws_of(self, kind: str, level: int, part: int) -> list[Law]:
         """The law of a kind, and behind it those of its task and of any."""

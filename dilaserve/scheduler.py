@@ -248,9 +248,7 @@ class Scheduler:
 
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
-        thresholds = self.promises.thresholds_of(request)
-        drops, means = self.beliefs.drops(request, thresholds), self.beliefs.mean_drops(request, thresholds)
-        progress = Progress(request, thresholds, drops, means)
+        progress = self.promises.arrived(request)
         slo = request.slo
         if slo.seconds is not None:
             progress.deadline = request.arrived_at + slo.seconds

@@ -171,3 +171,11 @@ def test_a_profile_whose_lengths_have_no_laws_is_damaged(tmp_path):
     file = write(msgspec.structs.replace(guessed("a model", "cpu"), quality=broken), tmp_path)
     with pytest.raises(ConfigError, match="damaged"):
         read(file)
+
+
+def test_levels_that_save_nothing_are_no_choice():
+    drops, laws = (0.0, 1.0, 2.0), ((pace(2.0),) * PARTS, (pace(2.0),) * PARTS, (pace(8.0),) * PARTS)
+    task = TaskProfile(laws=laws, drop=drops, mean_drop=drops)
+    ladder = Forecast(QualityProfile(tasks={ANY: task}, levels=(0.9, 0.8, 0.7))).ladder("whatever")
+    assert [rung.threshold for rung in ladder] == [0.9, 0.7]
+    assert 0.2 < ladder[1].yields < 0.5

@@ -153,7 +153,7 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
 
 
 def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
-    monkeypatch.setattr("dilaserve.scheduler.MAX_TENANTS", 3)
+    monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     for i in range(6):

@@ -1,25 +1,32 @@
-"""The accuracy bank of a tenant: how far thresholds may be lowered, enforced and not hoped for."""
+"""The accuracy bank of a tenant: how far thresholds may be lowered, enforced and not hoped for, and for whom first."""
 
+import math
 from typing import NamedTuple
 
 CREDIT = 50  # requests' worth of drop that a new tenant may spend in advance
-RATE = 0.02  # of the price, per completion
 
 
 class Bank(NamedTuple):
-    """Percentage points spent so far, requests served, and the price of one more point."""
+    """Percentage points spent so far, and requests served."""
 
     spent: float = 0.0
     served: int = 0
-    price: float = 0.0
 
 
 def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
     """The most points that one more request may drop; `pending` is promised to running requests."""
-    left = budget * (bank.served + CREDIT) - bank.spent - pending
-    return max(0.0, min(left, 1.0 / bank.price) if bank.price else left)
+    return max(0.0, budget * (bank.served + CREDIT) - bank.spent - pending)
 
 
-def settled(bank: Bank, drop: float, budget: float) -> Bank:
-    """The bank after a request that ended with this drop (drift plus penalty)."""
-    return Bank(bank.spent + drop, bank.served + 1, max(0.0, bank.price + RATE * (drop - budget)))
+def price(left: float, budget: float) -> float:
+    """What a point costs, in shares of a request's time that it must save, when so many points are left.
+
+    Nothing while there is more than the credit. The less is left, the dearer it gets, without an end, so that points go
+    where they save the most, and the bank settles where as many are asked for as come in.
+    """
+    return max(0.0, budget * CREDIT / left - 1.0) if left > 0.0 else math.inf
+
+
+def settled(bank: Bank, drop: float) -> Bank:
+    """The bank after a request that ended with this drop."""
+    return Bank(bank.spent + drop, bank.served + 1)
