@@ -8,8 +8,8 @@ NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea", "Ben", "Mia", "Jon", "Zoe", "
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "stones", "toys", "nuts", "keys")
 GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "gives away", "breaks")
-LINKS, LINK_ODDS = ("then", "so", "and"), (0.85, 0.1, 0.05)  # wording that carries no meaning, as in real language
-MARKS, MARK_ODDS = ("now", "left"), (0.15, 0.1)  # in place of the things' name
+LINKS, LINK_ODDS = ("then", "so", "and"), (0.88, 0.08, 0.04)  # wording that carries no meaning, as in real language
+MARKS, MARK_ODDS = ("now", "left"), (0.08, 0.04)  # in place of the things' name
 
 
 def upto(rng: random.Random, least: int, most: int, difficulty: float) -> int:
