@@ -42,12 +42,10 @@ def check_pool(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share:
         )
 
 
-def kv_tokens(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, batched_tokens: int
-) -> int:
-    """K/V tokens that fit beside the largest step's activations: what is wanted, or what memory leaves of it."""
-    left = available(device, share) - activation_bytes(spec, dtype, batched_tokens)
-    fits = left // (spec.kv_elements * dtype.itemsize)
+def kv_tokens(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, step: int) -> int:
+    """K/V tokens that fit beside `step` bytes for the largest step: what is wanted, or what memory leaves of it."""
+    left = available(device, share) - step
+    fits = left // (spec.kv_elements * dtype.itemsize) - PAGE  # a page is nobody's
     return max(0, min(wanted, fits)) // PAGE * PAGE
 
 
