@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from dilaserve.models.kvcache import KVPool
 
+log = logging.getLogger(__name__)
 MAX_PADDING = 1.25  # keys of a group's longest row over those of its shortest
 MAX_KEYS = 640  # of one group, so that its K and V stay in a core's cache
 
@@ -146,10 +148,19 @@ def kit_for(device: torch.device) -> Kit:
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels run there."""
+    """Whether Triton's kernels run there, which takes a GPU, Triton, and a C compiler for its launchers; tries one."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from dilaserve.models import kernels
+
+    try:
+        kernels.gated(torch.ones(1, 1, 2, 16, dtype=torch.bfloat16, device=device))
+    except Exception as error:  # whatever is missing, steps go on without
+        log.warning("Triton's kernels do not run on %s (%s); steps will be slower", device, error)
+        return False
+    return True
 
 
 def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

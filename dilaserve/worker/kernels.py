@@ -16,12 +16,12 @@ def best(logits: torch.Tensor, mask_id: int) -> Guess:
     odds = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block = min(MOST, triton.next_power_of_2(vocab))
-        sweep[(rows,)](logits, token, odds, logits.stride(0), vocab, mask_id, HOPELESS, block, num_warps=8)
+        sweep[(rows,)](logits, token, odds, logits.stride(0), mask_id, HOPELESS, vocab, block, num_warps=8)
     return Guess(token, odds)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def sweep(logits, token, odds, stride, vocab, mask_id, hopeless, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def sweep(logits, token, odds, stride, mask_id, hopeless, VOCAB: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One row. `others` is Σ exp(l - top) over all but the best so far: with the best in it, it could not be small."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
@@ -30,9 +30,9 @@ def sweep(logits, token, odds, stride, vocab, mask_id, hopeless, BLOCK: tl.const
     where = tl.where(mask_id == 0, 1, 0)
     others = 0.0
     broken = tl.where(mask_logit != mask_logit, 1, 0)
-    for first in range(0, vocab, BLOCK):
+    for first in range(0, VOCAB, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = tl.load(base + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
+        x = tl.load(base + column, mask=column < VOCAB, other=-float("inf")).to(tl.float32)
         x = tl.where(column == mask_id, -float("inf"), x)
         broken = tl.maximum(broken, tl.max((x != x).to(tl.int32), axis=0))
         x = tl.where(x != x, float("inf"), x)

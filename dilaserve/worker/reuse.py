@@ -52,8 +52,8 @@ class ReuseSteps:
         most, device = self.buckets[-1], self.device
         self.staged = torch.zeros(most, WIDTH + len(FIELDS), dtype=torch.int64, pin_memory=self.cuda)
         self.landed = torch.zeros(DEPTH, most, 2, WIDTH, dtype=torch.int32, pin_memory=self.cuda)
-        self.batch = torch.zeros_like(self.staged, device=device)
-        self.found = torch.zeros_like(self.landed, device=device)
+        self.batch = torch.zeros(self.staged.shape, dtype=torch.int64, device=device)
+        self.found = torch.zeros(self.landed.shape, dtype=torch.int32, device=device)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)  # where in `found` the next result goes
         self.column = torch.arange(WIDTH, device=device)
         self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)

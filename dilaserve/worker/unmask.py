@@ -173,7 +173,7 @@ def factor_count(confidence: torch.Tensor, masks: torch.Tensor, factor: torch.Te
     """
     n = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
     failed = confidence < 1 - factor[:, None] / (n + 1)
-    failed[:, 0] = False
+    failed[:, 0].fill_(False)
     failed |= n > masks[:, None]
     passed = torch.where(failed.any(1), failed.int().argmax(1), confidence.shape[1])
     return torch.where(passed == masks - 1, masks, passed).clamp(min=1)
