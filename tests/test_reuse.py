@@ -10,6 +10,7 @@ from reference import Llada
 from test_parity import expect, some_requests, wishes
 
 from dilaserve import Config, Engine, models
+from dilaserve.devices import steps_for
 from dilaserve.models import layers
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kvcache import KVPool
@@ -23,7 +24,7 @@ from dilaserve.worker.batch import columns_of
 from dilaserve.worker.reuse import WIDTH, ReuseSteps, buckets
 from dilaserve.worker.runner import Runner
 
-TOKENS = 1024
+TOKENS, ROWS = 4096, 20
 RULES = (dict(rule="threshold", confidence_threshold=0.5), dict(rule="steps"), dict(rule="factor", factor=1.0))
 
 
@@ -37,8 +38,8 @@ class House:
         weights = family.load(self.spec, checkpoint.tensors(), cpu, torch.float32, lambda nbytes: None, Shard())
         self.model = family.Model(self.spec, weights)
         self.pool = KVPool(self.spec, Shard(), torch.zeros((TOKENS + PAGE) * self.spec.kv_elements))
-        self.table = RequestTable(8, self.spec.max_length)
-        self.reuse = ReuseSteps(self.spec, self.model, self.pool, 8) if static else None
+        self.table = RequestTable(ROWS, self.spec.max_length)
+        self.reuse = ReuseSteps(self.spec, self.model, self.pool, ROWS) if static else None
         self.runner = Runner(self.spec, self.model, self.pool, self.table, (), reuse=self.reuse)
 
     def spans(self, shapes, refresh):
@@ -60,10 +61,10 @@ class House:
 
 def shapes_of(count):
     """Prompt, block and answer of each row; blocks of all lengths up to a page."""
-    return [(20 + 13 * i, (WIDTH, 7, 16, 1)[i % 4], WIDTH + 5) for i in range(count)]
+    return [(20 + 13 * (i % 8), (WIDTH, 7, 16, 1)[i % 4], WIDTH + 5) for i in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 17])
 def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
     shapes, houses = shapes_of(count), [House(random_model, static) for static in (False, True)]
     for house in houses:
@@ -114,10 +115,11 @@ def test_only_greedy_reuse_rows_with_blocks_of_a_page_are_taken(random_model):
     assert takes(reuse[:1])
 
 
-def test_buckets_are_powers_of_two_that_hold_all_rows():
+def test_batches_are_padded_to_few_counts_and_past_the_graphs_by_less_than_the_stride():
     assert buckets(1) == [1]
-    assert buckets(8) == [1, 2, 4, 8]
-    assert buckets(9) == [1, 2, 4, 8, 16]
+    assert buckets(8) == [1, 2, 4, 6, 8]
+    assert buckets(9) == [1, 2, 4, 6, 8, 12]
+    assert buckets(64)[6:] == [*range(16, 68, 4)]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
@@ -145,6 +147,26 @@ def test_the_largest_step_can_be_rehearsed(random_model):
         ReuseSteps(house.spec, house.model, pool, 8).rehearse(8)
     assert pool.tokens == house.spec.max_length + PAGE
     assert layers.kit_for(torch.device("cpu")) is layers.PLAIN
+
+
+def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, monkeypatch):
+    """On the meta device a tensor has no values, so whatever would make the host wait for a GPU raises."""
+    meta, checkpoint = torch.device("meta"), Checkpoint(random_model)
+    spec = models.describe(checkpoint)
+    family = models.FAMILIES[spec.architecture]
+    weights = family.load(spec, checkpoint.tensors(), meta, torch.float32, lambda nbytes: None, Shard())
+    pool = KVPool(spec, Shard(), torch.zeros((TOKENS + PAGE) * spec.kv_elements, device=meta))
+    steps = ReuseSteps(spec, family.Model(spec, weights), pool, 8)
+    with pytest.raises(Exception, match="meta"):
+        steps.step(4)
+    monkeypatch.setattr(layers, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))
+    steps.step(4)
+
+
+def test_a_gpu_takes_several_steps_a_launch_and_a_cpu_one():
+    assert steps_for(["cuda:0", "cuda:1"], Config().device) == 8
+    assert steps_for(["cpu"], Config().device) == 1
+    assert steps_for(["cpu"], Config.of(steps_per_launch=3).device) == 3
 
 
 @pytest.mark.parametrize("most", [2, 8])

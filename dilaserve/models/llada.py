@@ -153,8 +153,8 @@ def load(
         g, hd, d = spec.groups // held.size, spec.head_dim, spec.hidden
         q, kv = spec.heads // spec.groups * hd, spec.kv_heads // spec.groups * hd
         qkv, gate_up = empty(g, q + 2 * kv, d), empty(g, 2, spec.mlp // spec.groups, d)
-        qkv[:, :q] = interleaved(take(name + "q_proj"), hd).view(g, q, d)
-        qkv[:, q : q + kv] = interleaved(take(name + "k_proj"), hd).view(g, kv, d)
+        qkv[:, :q] = interleaved(take(name + "q_proj").to(device), hd).view(g, q, d)
+        qkv[:, q : q + kv] = interleaved(take(name + "k_proj").to(device), hd).view(g, kv, d)
         qkv[:, q + kv :] = take(name + "v_proj").view(g, kv, d)
         gate_up[:, 0] = take(name + "ff_proj").view(g, -1, d)
         gate_up[:, 1] = take(name + "up_proj").view(g, -1, d)
@@ -234,18 +234,24 @@ class Model:
         h = rms_norm(x, blocks[0].attn_norm, eps)
         for i, block in enumerate(blocks):
             last = i == len(blocks) - 1
-            fused = F.linear(h, block.qkv).view(len(h), self.groups, self.q + 2 * self.kv, self.spec.head_dim)
-            q = kit.place(fused, turns, packed.slots, pool.keys[i], pool.values[i], self.q, self.kv)
+            q = kit.place(self.project(block, h), turns, packed.slots, pool.keys[i], pool.values[i], self.q, self.kv)
             groups = packed.groups
             if last and packed.kept is not None:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
             mixed = F.linear(attend(q, pool, i, groups).flatten(1), block.attn_out)
             x, h = kit.add_norm(x, self.reduce(mixed), block.ff_norm, eps)
-            gate_up = F.linear(h, block.gate_up).view(len(h), self.groups, 2, -1)
-            fed = self.reduce(F.linear(kit.gated(gate_up), block.down))
+            fed = self.reduce(self.feed_forward(block, h))
             x, h = kit.add_norm(x, fed, self.weights.norm if last else blocks[i + 1].attn_norm, eps)
         return h
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] → [n, the rank's part of the vocabulary] in the model's type, unscaled."""
         return F.linear(hidden, self.head)
+
+    def project(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+        """q, k and v of each head group, [tokens, groups, q + 2 kv, head_dim], not rotated yet."""
+        return F.linear(x, block.qkv).view(len(x), self.groups, self.q + 2 * self.kv, self.spec.head_dim)
+
+    def feed_forward(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+        gate_up = F.linear(x, block.gate_up).view(len(x), self.groups, 2, -1)
+        return F.linear(self.kit.gated(gate_up), block.down)

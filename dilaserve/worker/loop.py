@@ -132,14 +132,15 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
 def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
     """The K/V pool that was asked for, or else what is wanted and fits beside the largest step."""
     device, dtype = weights.norm.device, weights.norm.dtype
-    if job.kv_tokens is not None:
-        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens)
-        return job.kv_tokens
     if device.type == "cuda":
-        model = models.FAMILIES[spec.architecture].Model(spec, weights, Shard(0, job.shards))
+        model = models.FAMILIES[spec.architecture].Model(spec, weights, weights.held)
         need = rehearsal.nbytes(spec, model, job.batched_tokens, job.max_rows)
     else:
         need = memory.activation_bytes(spec, dtype, job.batched_tokens)
+    if job.kv_tokens is not None:
+        spared = need if device.type == "cuda" else 0
+        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens, spared)
+        return job.kv_tokens
     tokens = memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, need)
     if tokens < PAGE:
         raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")

@@ -11,10 +11,9 @@ from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.worker.batch import Array
-from dilaserve.worker.reuse import MAX_LOGITS, WIDTH, ReuseSteps
+from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, WIDTH, ReuseSteps
 from dilaserve.worker.unmask import guess
 
-GRAPHS = 2  # times a reuse step's memory: its own, and the graphs' pool; the rest is for what libraries take
 SLACK = 2**28  # bytes, for what the allocator cannot use
 
 
@@ -29,11 +28,13 @@ def nbytes(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
 def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     device, pool = model.weights.norm.device, small_pool(spec, model)
     refresh = peak(device, lambda: refreshed(spec, model, pool, tokens, rows))
-    reuse = 0
+    reuse = graphs = 0
     if varlen_for(device, model.weights.norm.dtype, spec.head_dim):
         steps = ReuseSteps(spec, model, pool, rows, eager=True)
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
-    return max(refresh, reuse) + GRAPHS * reuse + SLACK
+        captured = min(GRAPHS[-1], steps.buckets[-1])
+        graphs = 2 * peak(device, lambda: steps.rehearse(captured))  # a pool that all share, and its holes
+    return max(refresh, reuse) + graphs + SLACK
 
 
 def peak(device: torch.device, run: Callable[[], None]) -> int:

@@ -1,8 +1,8 @@
 """A step of reuse rows alone, on buffers that stay where they are: the same work whoever is in it; a graph replays it.
 
-Rows are padded to a power of two, blocks to a page; what pads writes to the pool's spare page and unmasks nothing. Rows
-without masks are frozen. The canvas of the active blocks stays on the device from step to step, and the host may read a
-step's result while the next one runs. On a CPU the same function runs as it is.
+Rows are padded to one of a few counts, blocks to a page; what pads writes to the pool's spare page and unmasks nothing.
+Rows without masks are frozen. The canvas of the active blocks stays on the device from step to step, and the host may
+read a step's result while the next one runs. On a CPU the same function runs as it is.
 """
 
 import logging
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 WIDTH = PAGE  # positions of a row; longer blocks take the other way
 DEPTH = 2  # steps whose results are not read yet, at most
 MAX_LOGITS = 2**26  # elements of [positions, vocab] at a time
+GRAPHS = (1, 2, 4, 6, 8, 12, 16)  # rows; beyond, a step computes for longer than it takes to begin
+STRIDE = 4  # of the counts beyond
 FIELDS = ("kv_start", "keys", "block_start", "length", "rule", "quota", "threshold", "factor")
 REALS = 2  # of the fields, at the end
 
@@ -159,10 +161,11 @@ class ReuseSteps:
         """Capture the graph of a bucket when it is first needed, that of the largest before it: the smaller ones then
         find room in its memory. Goes on without graphs where one cannot be captured.
         """
-        if self.eager or rows in self.graphs:
+        if self.eager or rows in self.graphs or rows > GRAPHS[-1]:
             return
+        largest = max(size for size in self.buckets if size <= GRAPHS[-1])
         try:
-            for size in dict.fromkeys((self.buckets[-1], rows)):
+            for size in dict.fromkeys((largest, rows)):
                 if size not in self.graphs:
                     self.graphs[size] = self.captured(size)
         except RuntimeError as error:
@@ -197,5 +200,8 @@ class ReuseSteps:
 
 
 def buckets(rows: int) -> list[int]:
-    """Powers of two up to the first that holds so many rows."""
-    return [2**power for power in range((rows - 1).bit_length() + 1)]
+    """Counts to which batches of up to so many rows are padded: few that have graphs, and close ones beyond, where
+    every row costs.
+    """
+    sizes = [*GRAPHS, *range(GRAPHS[-1] + STRIDE, rows + STRIDE, STRIDE)]
+    return sizes[: next(i for i, size in enumerate(sizes) if size >= rows) + 1]
