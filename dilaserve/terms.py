@@ -142,11 +142,14 @@ class RowResult(NamedTuple):
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
-    """The rows that share one forward pass on one instance."""
+    """The rows that share one forward pass on one instance, which is repeated until one has no mask left in its block,
+    `steps` times at most; there is a `StepDone` for each. Rows without masks then rest in what follows.
+    """
 
     id: int
     instance: int
     spans: tuple[Span, ...]
+    steps: int = 1
 
 
 class Instance(msgspec.Struct, frozen=True, gc=False):
@@ -225,13 +228,16 @@ class Cancel(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepDone(msgspec.Struct, frozen=True, gc=False):
-    """A batch is finished; `seconds` by the worker's clock, `forward` the part inside the model."""
+    """A step is finished; `seconds` by the worker's clock, `forward` the part inside the model. `last`: its batch is,
+    too.
+    """
 
     instance: int
     batch: int
     results: tuple[RowResult, ...]
     seconds: float
     forward: float
+    last: bool = True
 
 
 class InstanceReady(msgspec.Struct, frozen=True, gc=False):
