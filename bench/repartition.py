@@ -31,8 +31,8 @@ from rich.progress import Progress
 from dilaserve.config import Config
 from dilaserve.fleet import Kind, paced
 from dilaserve.planner import Planner, Setup
-from dilaserve.policy.moves import groups
-from dilaserve.policy.planning import shape
+from dilaserve.policy.layouts import counted
+from dilaserve.policy.packing import groups
 from dilaserve.profiles import cost_key
 from dilaserve.quality import Forecast
 from dilaserve.sim import workload
@@ -148,7 +148,7 @@ def plans(devices: int, kind: str) -> list[str]:
             for others in rest(left - count * degree, smaller):
                 yield {**others, degree: count}
 
-    return [shape(counts) for counts in rest(devices, list(most))]
+    return [counted(counts) for counts in rest(devices, list(most))]
 
 
 def played(case: Case, system: str, devices: int, seed: int, trace: Path | None) -> Run:

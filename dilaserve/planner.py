@@ -10,7 +10,8 @@ import numpy as np
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
-from dilaserve.policy import moves, planning
+from dilaserve.policy import packing, planning
+from dilaserve.policy.layouts import counted
 from dilaserve.policy.planning import Ground, Offered, Proposal
 from dilaserve.quality import Forecast, QualityProfile
 from dilaserve.terms import Demand, Flow, Plan, PlanReady
@@ -100,22 +101,22 @@ class Planner:
         """Pure but for the tables; takes some tens of milliseconds, so not on the loop."""
         possible = [degree for degree in demand.degrees if degree in self.laws]
         running = demand.plan.groups
-        ground = Ground(moves.groups(demand.ranks, possible), Counter(map(len, running)))
+        ground = Ground(packing.groups(demand.ranks, possible), Counter(map(len, running)))
         if not ground.groups:
             return Advice(None, "no device is left that could hold an instance", planning.NOTHING)
         offered = [self.offered(flow, demand, ground) for flow in few(demand.flows)]
         pause, budget, held = self.setup.pause, self.setup.budget, planning.kept(ground.running, ground)
         now = planning.propose(offered, ground, pause, budget, held)
         wanted = planning.propose(offered, ground, pause, budget)
-        plan = moves.layout(wanted.counts, demand.ranks, running)
-        share = moves.changed(running, plan)
+        plan = packing.layout(wanted.counts, demand.ranks, running)
+        share = packing.changed(running, plan)
         gain = planning.gain(wanted, now, share, pause) * trust(demand)
         if planning.worth_switching(gain, share):
-            return Advice(Plan(plan), planning.explained(offered, wanted, now, True), wanted, gain)
-        reason = planning.explained(offered, wanted, now, False)
+            return Advice(Plan(plan), explained(offered, wanted, now, True), wanted, gain)
+        reason = explained(offered, wanted, now, False)
         if held == dict(ground.running):
             return Advice(None, reason, now, gain)
-        return Advice(Plan(moves.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
+        return Advice(Plan(packing.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
 
     def offered(self, flow: Flow, demand: Demand, ground: Ground) -> Offered:
         """The class with its tables; the backlog is shared out evenly."""
@@ -176,3 +177,19 @@ def trust(demand: Demand) -> float:
 def named(flow: Flow) -> str:
     hurry = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
     return f"{hurry} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"
+
+
+def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:
+    """One sentence: the load that was seen, what is expected, and why."""
+    load = ", ".join(f"{one.rate:.3g}/s {one.name}" for one in offered if one.rate > 0.0) or "no load"
+    new, old = f"{counted(wanted.counts)} ({prospects(wanted)})", f"{counted(now.counts)} ({prospects(now)})"
+    if adopted:
+        return f"{load}: {new} instead of {old}"
+    if wanted.counts == now.counts:
+        return f"{load}: {old} is best"
+    return f"{load}: {old} stays, as {new} would gain too little"
+
+
+def prospects(proposal: Proposal) -> str:
+    drop = f", {proposal.drop:.2f} points less accurate" if proposal.drop >= 0.005 else ""
+    return f"{100 * proposal.on_time:.1f} % on time in {proposal.latency:.3g} s{drop}"

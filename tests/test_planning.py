@@ -9,19 +9,17 @@ from hypothesis import strategies as st
 from dilaserve.advisor import Advisor
 from dilaserve.config import Config
 from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
-from dilaserve.planner import CLASSES, Planner, Setup, few
-from dilaserve.policy.moves import block, changed, groups, layout, moves
+from dilaserve.planner import CLASSES, Planner, Setup, explained, few
+from dilaserve.policy.packing import block, changed, groups, layout
 from dilaserve.policy.planning import (
     MARGIN,
     NOTHING,
     Ground,
     Offered,
     expected,
-    explained,
     gain,
     kept,
     propose,
-    shape,
     switching,
     worth_switching,
 )
@@ -102,10 +100,7 @@ def test_layouts_are_aligned_disjoint_and_keep_as_much_as_any_other(alive, befor
     rivals = [plan for plan in every_layout(alive, DEGREES) if counts_of(plan) == counts_of(new)]
     score = lambda plan: (len(set(plan) & set(old)), sum(map(len, set(plan) & set(old))))  # noqa: E731
     assert score(found) == max(map(score, rivals))
-    step = moves(old, found)
-    assert set(step.stay) | set(step.dissolve) == set(old)
-    assert set(step.stay) | set(step.form) == set(found)
-    assert changed(old, found) == pytest.approx(sum(map(len, step.form)) / len(alive))
+    assert changed(old, found) == pytest.approx(sum(len(group) for group in found if group not in old) / len(alive))
 
 
 @given(ALIVE, st.sets(st.sampled_from(DEGREES), min_size=1))
@@ -263,7 +258,6 @@ def test_the_reason_tells_load_plan_and_prospects():
     assert "stays" in explained(traffic, wanted, now, False)
     assert "best" in explained(traffic, now, now, False)
     assert explained([], now, now, False).startswith("no load")
-    assert shape({}) == "nothing"
 
 
 # all together

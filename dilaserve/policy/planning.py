@@ -226,24 +226,3 @@ def worth_switching(gain: float, changed: float, pending: bool = False) -> bool:
     Nothing changes while another change is pending.
     """
     return not pending and changed > 0.0 and gain > MARGIN
-
-
-def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:
-    """One sentence: the load that was seen, what is expected, and why."""
-    load = ", ".join(f"{one.rate:.3g}/s {one.name}" for one in offered if one.rate > 0.0) or "no load"
-    new, old = f"{shape(wanted.counts)} ({prospects(wanted)})", f"{shape(now.counts)} ({prospects(now)})"
-    if adopted:
-        return f"{load}: {new} instead of {old}"
-    if wanted.counts == now.counts:
-        return f"{load}: {old} is best"
-    return f"{load}: {old} stays, as {new} would gain too little"
-
-
-def prospects(proposal: Proposal) -> str:
-    drop = f", {proposal.drop:.2f} points less accurate" if proposal.drop >= 0.005 else ""
-    return f"{100 * proposal.on_time:.1f} % on time in {proposal.latency:.3g} s{drop}"
-
-
-def shape(counts: Counts) -> str:
-    """4 instances of degree 1 and 2 of degree 2 are `4x1+2x2`."""
-    return "+".join(f"{counts[degree]}x{degree}" for degree in sorted(counts) if counts[degree]) or "nothing"
