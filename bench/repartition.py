@@ -156,7 +156,10 @@ def played(case: Case, system: str, devices: int, seed: int, trace: Path | None)
     automatic = system in (AUTO, RESTARTING)
     delay = RESTART if system == RESTARTING else IN_PLACE
     config = Config.of(
-        slo_class=classes([job.scale for job in work]), max_queue=8192, plan="auto" if automatic else system
+        slo_class=classes([job.scale for job in work]),
+        max_queue=8192,
+        plan="auto" if automatic else system,
+        step_timeout=max(20.0, 2 * delay),
     )
     planner = None
     if automatic:

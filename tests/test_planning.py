@@ -240,8 +240,7 @@ def test_a_switch_must_pay_for_itself(better, share, pause):
     wanted = now._replace(value=better)
     worth = gain(wanted, now, share, pause)
     assert worth == pytest.approx(better - share * pause / 30)
-    assert worth_switching(worth, share, pending=False) == (share > 0 and worth > MARGIN)
-    assert not worth_switching(worth, share, pending=True)
+    assert worth_switching(worth, share) == (share > 0 and worth > MARGIN)
 
 
 def test_a_backlog_counts_only_where_it_is_shed():
