@@ -97,6 +97,8 @@ class Planner:
 
     def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, setup: Setup | None = None) -> None:
         self.setup = setup or Setup()
+        self.past: deque[tuple[Flow, ...]] = deque(maxlen=MEMORY)
+        self.inclined = False  # to change, when it was asked last
         self.learned(laws, quality)
 
     def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
@@ -104,8 +106,6 @@ class Planner:
         self.laws, self.forecast = dict(laws), Forecast(quality)
         self.tables: dict[tuple[Kind, int, int], list[Point]] = {}
         self.hindsight = Hindsight()
-        self.past: deque[tuple[Flow, ...]] = deque(maxlen=MEMORY)
-        self.inclined = False  # to change, when it was asked last
 
     def __call__(self, demand: Demand) -> PlanReady:
         advice = self.advise(demand)
@@ -121,11 +121,12 @@ class Planner:
         ground = Ground(packing.groups(demand.ranks, possible), Counter(map(len, running)))
         if not ground.groups:
             return Advice(None, "no device is left that could hold an instance", planning.NOTHING)
-        offered = [self.offered(flow, demand, ground) for flow in few(demand.flows)]
+        self.past.append(demand.flows)
+        rise = planning.rise([load(flows) for flows in self.past])
+        offered = [self.offered(flow, demand, ground, rise) for flow in few(demand.flows)]
         pause, budget, held = self.setup.pause, self.setup.budget, planning.kept(ground.running, ground)
         foretold = planning.propose(offered, ground, pause, budget, held)
         self.hindsight.happened(foretold, demand.met, demand.ended)
-        self.past.append(demand.flows)
         now = self.hindsight.judged(foretold)
         choices = [self.choice(rival, now, demand) for rival in self.rivals(offered, ground)]
         wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
@@ -167,7 +168,7 @@ class Planner:
         )
         return planning.risk(loads, running.on_time - then.on_time)
 
-    def offered(self, flow: Flow, demand: Demand, ground: Ground) -> Offered:
+    def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
         """The class with its tables; the backlog is shared out evenly."""
         base, overhead = self.laws[min(self.laws)], self.setup.overhead
         block = self.forecast.profile.block_length
@@ -176,7 +177,7 @@ class Planner:
         if flow.tightness is not None:
             kind = kind._replace(deadline=rounded(flow.tightness * reference))
         share = flow.rate / max(1e-9, load(demand.flows))
-        rate = planning.expected(flow.rate, share * demand.backlog, self.setup.sheds)
+        rate = planning.expected(flow.rate, share * demand.backlog, self.setup.sheds, rise)
         devices = planning.devices(ground)
         tables = {degree: self.table(kind, degree, max(1, devices // degree)) for degree in ground.groups}
         return Offered(named(flow), rate, reference, tables)

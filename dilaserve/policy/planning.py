@@ -17,6 +17,7 @@ SLOWEST = 2.0  # times the unloaded latency; what is slower counts as this
 LOWERED = 0.02  # what a level of the threshold costs, so that none is lowered for the latency alone
 MIXED = 0.03  # what each further degree costs: a mix sends some requests to the wrong kind, and pools less
 HEADROOM = 1.1  # times the rate that was seen
+STEEPEST = 1.25  # times, that a rising load is taken to rise further until a plan stands
 HORIZON = 10.0  # seconds in which a backlog is to be worked off
 AMORTISED = 30.0  # seconds that a plan is expected to last
 MARGIN = 0.01  # gain below which nothing changes, in shares on time
@@ -87,9 +88,17 @@ class Row(NamedTuple):
     exact: bool = False
 
 
-def expected(rate: float, backlog: float, sheds: bool) -> float:
+def expected(rate: float, backlog: float, sheds: bool, rise: float = 1.0) -> float:
     """The rate to plan for; a backlog that is never shed says nothing about what is to come."""
-    return HEADROOM * rate + (backlog / HORIZON if sheds else 0.0)
+    return HEADROOM * rise * rate + (backlog / HORIZON if sheds else 0.0)
+
+
+def rise(loads: Sequence[float]) -> float:
+    """How many times as high the load will be, if it rises as it did over the last four looks; 1 where it falls."""
+    if len(loads) < 4:
+        return 1.0
+    before, lately = sum(loads[-4:-2]), sum(loads[-2:])
+    return min(STEEPEST, max(1.0, lately / max(1e-9, before)))
 
 
 def switching(changed: float, pause: float) -> float:
