@@ -148,11 +148,9 @@ class Scheduler:
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
-        if (
-            self.layout.change
-            and not self.house.closing
-            and (change := self.layout.settled(self.house.instances(), now))
-        ):
+        settled = self.layout.change and not self.house.closing
+        if settled and (change := self.layout.settled(self.house.instances(), now)):
+            self.traffic.changed(now)
             yield Reshaped(change)
 
     @property
@@ -237,6 +235,7 @@ class Scheduler:
 
     def solve(self, now: float) -> Solve:
         self.solving, self.solve_at = True, now + SOLVE_EVERY
+        met, ended = self.traffic.outcome(now)
         demand = Demand(
             seconds=self.traffic.seconds(now),
             flows=self.traffic.flows(now),
@@ -244,6 +243,8 @@ class Scheduler:
             plan=self.layout.wanted or self.plan,
             ranks=tuple(sorted(self.layout.workers)),
             degrees=self.layout.degrees,
+            met=met,
+            ended=ended,
         )
         return Solve(demand)
 
@@ -273,6 +274,8 @@ class Scheduler:
             del self.requests[request.id]
             progress.did(Did.ENDED)
             self.totals.declined += 1
+            if self.solves:
+                self.traffic.ended(now, False, now)
             wait = retry_after(self.backlog(), len(self.house.seats))
             yield Decline(request, progress.usage(now), wait)
             yield Release(request.row)
@@ -356,6 +359,8 @@ class Scheduler:
             totals.met += met
             totals.missed += not met
             totals.wasted += 0.0 if met else progress.device
+            if self.solves:
+                self.traffic.ended(progress.request.arrived_at, met, now)
 
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""

@@ -192,8 +192,8 @@ class Change(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """Requests of one kind: at most so many tokens of canvas and answer, mean deadline over the time alone on one
-    device (None: no deadline), and how many came in a second.
+    """Requests of one kind: mean tokens of canvas and answer, mean deadline over the time alone on one device (None: no
+    deadline), and how many came in a second.
     """
 
     canvas_tokens: int
@@ -203,7 +203,9 @@ class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What the house was asked for lately, and what it stands on. `backlog` counts requests that wait for a seat."""
+    """What the house was asked for lately, and what it stands on. `backlog` counts requests that wait for a seat,
+    `ended` those that have come and gone under this plan lately, of which `met` were in time for their deadline.
+    """
 
     seconds: float
     flows: tuple[Flow, ...]
@@ -211,6 +213,8 @@ class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     plan: Plan
     ranks: tuple[int, ...]
     degrees: tuple[int, ...]
+    met: int = 0
+    ended: int = 0
 
 
 # Events
