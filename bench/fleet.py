@@ -22,7 +22,7 @@ from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.fleet import Kind, points, unloaded
 from dilaserve.planner import Setup
-from dilaserve.policy.moves import groups
+from dilaserve.policy.packing import groups
 from dilaserve.policy.planning import Ground, Offered, propose
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import Forecast

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from dilaserve.advisor import Advisor
 from dilaserve.planner import Planner
-from dilaserve.policy.moves import groups
+from dilaserve.policy.packing import groups
 from dilaserve.policy.planning import Ground, propose
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import by_degree

@@ -1,12 +1,14 @@
 """What changing the plan while serving is worth, on virtual time: LLaDA-8B's costs, 8 or 16 H200s.
 
     python bench/repartition.py [--devices 8,16] [--only steady,regimes,swing,bursts,light] [--seeds 3] [--trace FILE]
+                                [--jobs 2] [--cells FILE]
 
 The same requests against every static plan (all counts by degree, or `--mixes pure` for those of one degree), against
-the planner with instances formed in place, and against the planner where forming one takes 150 s, as by a restart.
-Everything else is equal. 1.0x is what data-parallel instances carry at threshold .9 by the law of steps; deadlines are
-multiples of the unloaded latency on one device. A request that is declined or late has missed. Prints tables and
-writes them to a Markdown file.
+the planner with instances formed in place, and against the planner where forming one takes 150 s, as by a restart:
+one that knows what that costs, and one that changes as if it were nothing. Everything else is equal. 1.0x is what
+data-parallel instances carry at threshold .9 by the law of steps; deadlines are multiples of the unloaded latency on
+one device. A request that is declined or late has missed. Prints tables and writes them to a Markdown file. `--cells`
+keeps what was measured, so that a run can be done in parts; remove that file when the code has changed.
 
     steady   deadlines of 1.0x, 1.5x and 2x at constant load
     regimes  by turns a minute of few requests with deadlines of .8x and a minute of many with 3x
@@ -16,35 +18,37 @@ writes them to a Markdown file.
 """
 
 import argparse
-import functools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
 from dilaserve.config import Config
-from dilaserve.fleet import Kind, paced
+from dilaserve.fleet import Kind, paced, unloaded
 from dilaserve.planner import Planner, Setup
-from dilaserve.policy.moves import groups
-from dilaserve.policy.planning import shape
+from dilaserve.policy.layouts import counted
+from dilaserve.policy.packing import groups
 from dilaserve.profiles import cost_key
 from dilaserve.quality import Forecast
 from dilaserve.sim import workload
 from dilaserve.sim.report import report
 from dilaserve.sim.roofline import llada_8b_h200
-from dilaserve.sim.run import Run, classes, pretended, simulate
+from dilaserve.sim.run import Run, pretended, simulate
 from dilaserve.sim.workload import Job
 
 PROMPT, ANSWER, LIMIT = 200, 256, 1024
 DEGREES = (1, 2, 4, 8)
 IN_PLACE, RESTART = 0.02, 150.0  # seconds in which an instance is formed
-AUTO, RESTARTING = "auto", "auto, by restart"
+AUTO, RESTARTING, REGARDLESS = "auto", "auto, by restart", "auto, by restart at any price"
+PLANNED = (AUTO, RESTARTING, REGARDLESS)
 Rate = Callable[[float], float]
 
 
@@ -60,10 +64,28 @@ class Case(NamedTuple):
 
 
 class Cell(NamedTuple):
+    """Deadlines met in %, mean latency of those served in seconds, accuracy drop in points, changes of plan."""
+
     attainment: float
     latency: float
     drop: float
-    changes: int
+    changes: float
+
+
+class Task(NamedTuple):
+    """One run, in words, so that other processes can do it."""
+
+    devices: int
+    part: str
+    name: str
+    system: str
+    seed: int
+
+
+def alone() -> float:
+    """Seconds of a request on one device that it has for itself."""
+    known = llada_8b_h200()
+    return unloaded(known.costs[cost_key("cuda", 1)], Forecast(known.quality), Kind(PROMPT + ANSWER, ANSWER))
 
 
 def knee(devices: int) -> float:
@@ -148,34 +170,63 @@ def plans(devices: int, kind: str) -> list[str]:
             for others in rest(left - count * degree, smaller):
                 yield {**others, degree: count}
 
-    return [shape(counts) for counts in rest(devices, list(most))]
+    return [counted(counts) for counts in rest(devices, list(most))]
 
 
 def played(case: Case, system: str, devices: int, seed: int, trace: Path | None) -> Run:
     known, work = llada_8b_h200(), jobs(case, seed, trace)
-    automatic = system in (AUTO, RESTARTING)
-    delay = RESTART if system == RESTARTING else IN_PLACE
-    config = Config.of(
-        slo_class=classes([job.scale for job in work]), max_queue=8192, plan="auto" if automatic else system
+    automatic = system in PLANNED
+    delay = RESTART if system in (RESTARTING, REGARDLESS) else IN_PLACE
+    scales = {job.scale for job in work if job.scale is not None}
+    config = Config.of(  # in seconds: what an unloaded request takes is learned, and not the same under every plan
+        slo_class=",".join(f"x{scale:g}={1000 * scale * alone():.3f}ms" for scale in sorted(scales)),
+        max_queue=8192,
+        plan="auto" if automatic else system,
+        step_timeout=max(20.0, 2 * delay),
     )
     planner = None
     if automatic:
         laws = {degree: known.costs[cost_key("cuda", degree)] for degree in DEGREES}
-        planner = Planner(laws, known.quality, Setup.of(config, known.quality, pause=max(0.1, delay)))
+        pause = RESTART if system == RESTARTING else 0.1
+        planner = Planner(laws, known.quality, Setup.of(config, known.quality, pause))
     furnish = pretended(known, devices, LIMIT, seed=seed, delay=delay)
     return simulate(config, furnish, list(known.quality.tasks), work, planner=planner)
 
 
-def measured(case: Case, system: str, devices: int, args: argparse.Namespace, tick: Callable[[], None]) -> Cell:
-    found = []
-    for seed in range(args.seeds):
-        run = played(case, system, devices, seed, args.trace)
-        result = report(run, case.seconds)
-        changes = sum(change.before != change.after for change in run.engine.history)
-        found.append((100 * (result.attainment or 0.0), result.mean_latency, result.expected_drop, changes))
-        tick()
-    attainment, latency, drop, changes = (statistics.fmean(column) for column in zip(*found, strict=True))
-    return Cell(attainment, latency, drop, round(changes))
+def measured(task: Task, args: argparse.Namespace) -> Cell:
+    (case,) = [one for one in cases(knee(task.devices), args) if one.part == task.part and one.name == task.name]
+    run = played(case, task.system, task.devices, task.seed, args.trace)
+    result = report(run, case.seconds)
+    changes = sum(change.before != change.after for change in run.engine.history) - 1  # the start is one
+    return Cell(100 * (result.attainment or 0.0), result.mean_latency, result.expected_drop, changes)
+
+
+def all_measured(tasks: Sequence[Task], args: argparse.Namespace, tick: Callable[[], None]) -> dict[Task, Cell]:
+    """Every task with its cell; those in the file of cells are taken from there, the others are put there."""
+    known: dict[str, Cell] = {}
+    if args.cells and args.cells.exists():
+        known = msgspec.json.decode(args.cells.read_bytes(), type=dict[str, Cell])
+    missing = [task for task in tasks if key(task, args) not in known]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        pending = {pool.submit(measured, task, args): task for task in missing}
+        for done in as_completed(pending):
+            known[key(pending[done], args)] = done.result()
+            if args.cells:
+                args.cells.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=1))
+            tick()
+    return {task: known[key(task, args)] for task in tasks}
+
+
+def key(task: Task, args: argparse.Namespace) -> str:
+    return " | ".join(map(str, (*task, args.seconds, args.trace)))
+
+
+def averaged(found: Mapping[Task, Cell]) -> dict[tuple[str, str], Cell]:
+    """Over the seeds, by case and system."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for task, cell in found.items():
+        groups.setdefault((task.name, task.system), []).append(cell)
+    return {place: Cell(*map(statistics.fmean, zip(*cells, strict=True))) for place, cells in groups.items()}
 
 
 def table(part: str, devices: int, cells: dict[tuple[str, str], Cell], systems: Sequence[str]) -> list[str]:
@@ -186,12 +237,12 @@ def table(part: str, devices: int, cells: dict[tuple[str, str], Cell], systems: 
     lines += [
         f"| {system} | " + " | ".join(shown(part, cells[name, system]) for name in names) + " |" for system in systems
     ]
-    fixed = [system for system in systems if system not in (AUTO, RESTARTING)]
+    fixed = [system for system in systems if system not in PLANNED]
     if fixed and AUTO in systems:
         lines.append(
             "| auto against the best plan | " + " | ".join(versus(part, cells, n, fixed) for n in names) + " |"
         )
-        lines.append("| changes of plan | " + " | ".join(str(cells[name, AUTO].changes) for name in names) + " |")
+        lines.append("| changes of plan | " + " | ".join(f"{cells[name, AUTO].changes:.1f}" for name in names) + " |")
     return [*lines, ""]
 
 
@@ -216,29 +267,33 @@ def main() -> None:
     parser.add_argument("--only", type=words, default=["steady", "regimes", "swing", "bursts", "light"])
     parser.add_argument("--loads", type=numbers, default=[0.4, 0.7, 1.0])
     parser.add_argument("--mixes", choices=("all", "pure"), default="all", help="static plans to compare with")
-    parser.add_argument("--systems", type=words, help="instead of all plans and both planners, e.g. 8x1,2x4,auto")
+    parser.add_argument("--systems", type=words, help="instead of all plans and planners, e.g. 8x1,2x4,auto")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60.0, help="of steady load; twice that where it varies")
     parser.add_argument("--trace", type=Path, help="arrivals and lengths of swing and bursts: a CSV, gzipped or not")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--cells", type=Path, help="file of what was measured before")
     parser.add_argument("--out", type=Path, default=Path("bench/results/repartition.md"))
     args = parser.parse_args()
     lines: list[str] = []
     with Progress(console=Console(stderr=True)) as bar:
         for devices in args.devices:
-            systems = args.systems or [*plans(devices, args.mixes), AUTO, RESTARTING]
+            systems = args.systems or [*plans(devices, args.mixes), *PLANNED]
             wanted = [case for case in cases(knee(devices), args) if case.part in args.only]
-            task = bar.add_task(f"{devices} devices", total=len(wanted) * len(systems) * args.seeds)
-            tick = functools.partial(bar.advance, task)
+            tasks = [
+                Task(devices, case.part, case.name, system, seed)
+                for case in wanted
+                for system in systems
+                for seed in range(args.seeds)
+            ]
+            shown = bar.add_task(f"{devices} devices", total=len(tasks))
+            found = all_measured(tasks, args, lambda shown=shown: bar.advance(shown))  # type: ignore[misc]
+            lines += [f"{devices} devices: 1.0x = {knee(devices):.1f} requests/s, {args.seeds} seeds", ""]
             for part in args.only:
-                found = {
-                    (case.name, system): measured(case, system, devices, args, tick)
-                    for case in wanted
-                    if case.part == part
-                    for system in systems
-                }
-                lines += [f"1.0x = {knee(devices):.1f} requests/s", "", *table(part, devices, found, systems)]
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("\n".join(lines))
+                cells = averaged({task: cell for task, cell in found.items() if task.part == part})
+                lines += table(part, devices, cells, systems)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("\n".join(lines))
     Console().print(Markdown("\n".join(lines)))
 
 

@@ -9,6 +9,7 @@ import torch
 from dilaserve.config import DeviceConfig
 from dilaserve.errors import ConfigError
 
+STEPS = 8
 FORMS = "write --devices auto, or a list such as cuda:0,cuda:1 or cpu,cpu"
 
 
@@ -45,6 +46,11 @@ def backend_for(names: list[str], wanted: str) -> str:
     if nccl:
         return "nccl"
     return "shm" if platform.machine().lower() in ("x86_64", "amd64") else "gloo"  # see groups.SharedMemory
+
+
+def steps_for(names: list[str], config: DeviceConfig) -> int:
+    """Reuse steps that a launch may take: a GPU must not wait for Python between two of them, a CPU never does."""
+    return config.steps_per_launch or (STEPS if names[0].startswith("cuda") else 1)
 
 
 def threads_for(device: str, names: list[str], config: DeviceConfig) -> int:

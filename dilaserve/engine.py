@@ -15,6 +15,7 @@ import numpy as np
 from dilaserve.bell import Bell
 from dilaserve.config import Config
 from dilaserve.cost import StepCost, alike
+from dilaserve.devices import steps_for
 from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
@@ -130,7 +131,10 @@ class Engine:
         self.planner = self.planner or furniture.planner
         solves = self.planner is not None and self.config.device.plan == "auto"
         self.told = furniture.laws
-        self.scheduler = Scheduler(self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves)
+        steps = steps_for(self.devices, self.config.device)
+        self.scheduler = Scheduler(
+            self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves, steps
+        )
         started: asyncio.Future[None] = self.loop.create_future()
         formed: asyncio.Future[Change] = self.loop.create_future()
         self.planned.append(formed)

@@ -93,7 +93,7 @@ class ProcessExecutor:
                     started.set_exception(error)
 
     def launch(self, batch: Batch) -> None:
-        order = wire.Run(batch.id, list(batch.spans))
+        order = wire.Run(batch.id, list(batch.spans), batch.steps)
         for rank in self.instances[batch.instance].instance.ranks:
             self.workers[rank].send(order)
 
@@ -171,7 +171,7 @@ class ProcessExecutor:
     def step_done(self, rank: int, done: wire.Done) -> None:
         for id, known in self.instances.items():
             if rank in known.instance.ranks:
-                self.post(StepDone(id, done.batch, tuple(done.results), done.seconds, done.forward))
+                self.post(StepDone(id, done.batch, tuple(done.results), done.seconds, done.forward, done.last))
 
     def formed(self, rank: int, instance: int) -> None:
         known = self.instances.get(instance)

@@ -157,6 +157,8 @@ def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -
         "kv_wanted": config.device.max_num_seqs * shared["max_length"],
         "backend": backend_for(names, config.device.group_backend),
         "batched_tokens": config.device.max_num_batched_tokens,
+        "max_rows": config.device.max_num_seqs,
+        "eager": config.device.enforce_eager == "on",
         "memory_share": (1.0 if device == "cpu" else config.device.gpu_memory_utilization) / names.count(device),
     }
     return msgspec.convert({**shared, **fields}, Job)

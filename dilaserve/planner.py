@@ -1,7 +1,7 @@
 """From the traffic and the running plan to the plan that is wanted, with its reason. It decides; it changes nothing."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -10,7 +10,9 @@ import numpy as np
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
-from dilaserve.policy import moves, planning
+from dilaserve.hindsight import Hindsight
+from dilaserve.policy import packing, planning
+from dilaserve.policy.layouts import counted
 from dilaserve.policy.planning import Ground, Offered, Proposal
 from dilaserve.quality import Forecast, QualityProfile
 from dilaserve.terms import Demand, Flow, Plan, PlanReady
@@ -18,8 +20,9 @@ from dilaserve.terms import Demand, Flow, Plan, PlanReady
 CLASSES = 6  # of requests that are told apart
 UNHURRIED_ROWS = 16  # rows on an instance that are looked at where nobody has a deadline
 TRUSTED = 4.0  # requests seen at which half of a gain is believed
+MEMORY = 45  # questions whose loads are remembered
 MOST_TABLES = 512  # that are kept
-STEP = 1.05  # deadlines are rounded to powers of this, so that alike traffic finds the same table
+STEP = 1.05  # deadlines and canvases are rounded to powers of this, so that alike traffic finds the same table
 
 
 class Advice(NamedTuple):
@@ -33,6 +36,15 @@ class Advice(NamedTuple):
     reason: str
     expected: Proposal
     gain: float = 0.0
+
+
+class Choice(NamedTuple):
+    """Another plan, the share of all devices that it would remake, and what it is worth more than the running one."""
+
+    proposal: Proposal
+    plan: tuple[packing.Group, ...]
+    share: float
+    gain: float
 
 
 class Setup(NamedTuple):
@@ -78,16 +90,22 @@ class Counsel(Protocol):
 
 
 class Planner:
-    """Keeps the tables of operating points that were needed; `learned` renews the laws behind them."""
+    """Keeps the tables of operating points that were needed, and what became of its forecasts.
+
+    `learned` renews the laws behind both.
+    """
 
     def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, setup: Setup | None = None) -> None:
         self.setup = setup or Setup()
+        self.past: deque[tuple[Flow, ...]] = deque(maxlen=MEMORY)
+        self.inclined = False  # to change, when it was asked last
         self.learned(laws, quality)
 
     def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
         """`laws` by degree; degrees without one are never formed."""
         self.laws, self.forecast = dict(laws), Forecast(quality)
         self.tables: dict[tuple[Kind, int, int], list[Point]] = {}
+        self.hindsight = Hindsight()
 
     def __call__(self, demand: Demand) -> PlanReady:
         advice = self.advise(demand)
@@ -97,35 +115,69 @@ class Planner:
         """Nothing is held."""
 
     def advise(self, demand: Demand) -> Advice:
-        """Pure but for the tables; takes some tens of milliseconds, so not on the loop."""
+        """Pure but for the tables and the hindsight; takes some tens of milliseconds, so not on the loop."""
         possible = [degree for degree in demand.degrees if degree in self.laws]
         running = demand.plan.groups
-        ground = Ground(moves.groups(demand.ranks, possible), Counter(map(len, running)))
+        ground = Ground(packing.groups(demand.ranks, possible), Counter(map(len, running)))
         if not ground.groups:
             return Advice(None, "no device is left that could hold an instance", planning.NOTHING)
-        offered = [self.offered(flow, demand, ground) for flow in few(demand.flows)]
+        self.past.append(demand.flows)
+        rise = planning.rise([load(flows) for flows in self.past])
+        offered = [self.offered(flow, demand, ground, rise) for flow in few(demand.flows)]
         pause, budget, held = self.setup.pause, self.setup.budget, planning.kept(ground.running, ground)
-        now = planning.propose(offered, ground, pause, budget, held)
-        wanted = planning.propose(offered, ground, pause, budget)
-        plan = moves.layout(wanted.counts, demand.ranks, running)
-        share = moves.changed(running, plan)
-        gain = planning.gain(wanted, now, share, pause) * trust(demand)
-        if planning.worth_switching(gain, share):
-            return Advice(Plan(plan), planning.explained(offered, wanted, now, True), wanted, gain)
-        reason = planning.explained(offered, wanted, now, False)
+        foretold = planning.propose(offered, ground, pause, budget, held)
+        self.hindsight.happened(foretold, demand.met, demand.ended)
+        now = self.hindsight.judged(foretold)
+        choices = [self.choice(rival, now, demand) for rival in self.rivals(offered, ground)]
+        wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
+        gain -= self.risk(wanted, now, demand, ground)
+        before, self.inclined = self.inclined, planning.worth_switching(gain, share, missed(wanted, now))
+        if self.inclined and (before or gain > planning.SURE):
+            self.inclined = False
+            return Advice(Plan(plan), explained(offered, wanted, now, True), wanted, gain)
+        reason = explained(offered, wanted, now, False)
         if held == dict(ground.running):
             return Advice(None, reason, now, gain)
-        return Advice(Plan(moves.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
+        return Advice(Plan(packing.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
 
-    def offered(self, flow: Flow, demand: Demand, ground: Ground) -> Offered:
+    def rivals(self, offered: Sequence[Offered], ground: Ground) -> Iterator[Proposal]:
+        """What the program wants, and what was tried before, as experience has them."""
+        pause, budget = self.setup.pause, self.setup.budget
+        yield self.hindsight.judged(planning.propose(offered, ground, pause, budget))
+        for counts in self.hindsight.tried():
+            if counts != dict(ground.running) and planning.packable(counts, ground):
+                yield self.hindsight.judged(planning.propose(offered, ground, pause, budget, counts))
+
+    def choice(self, rival: Proposal, now: Proposal, demand: Demand) -> "Choice":
+        running = demand.plan.groups
+        plan = packing.layout(rival.counts, demand.ranks, running)
+        share = packing.changed(running, plan)
+        return Choice(rival, plan, share, planning.gain(rival, now, share, self.setup.pause) * trust(demand))
+
+    def risk(self, wanted: Proposal, now: Proposal, demand: Demand, ground: Ground) -> float:
+        """What surges like those of late would cost under the wanted plan, where the running one stands them better."""
+        loads = [load(flows) for flows in self.past]
+        if not planning.surges(loads) or wanted.counts == now.counts:
+            return 0.0
+        peak = max(self.past, key=load)
+        surged = msgspec.structs.replace(demand, flows=peak, backlog=0)
+        offered = [self.offered(flow, surged, ground) for flow in few(peak)]
+        then, running = (
+            planning.propose(offered, ground, self.setup.pause, self.setup.budget, counts)
+            for counts in (wanted.counts, now.counts)
+        )
+        return planning.risk(loads, running.on_time - then.on_time)
+
+    def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
         """The class with its tables; the backlog is shared out evenly."""
         base, overhead = self.laws[min(self.laws)], self.setup.overhead
-        kind = Kind(flow.canvas_tokens, flow.answer_tokens)
+        block = self.forecast.profile.block_length
+        kind = Kind(round(rounded(flow.canvas_tokens)), -(-flow.answer_tokens // block) * block)
         reference = unloaded(base, self.forecast, kind, overhead)
         if flow.tightness is not None:
             kind = kind._replace(deadline=rounded(flow.tightness * reference))
-        share = flow.rate / max(1e-9, sum(other.rate for other in demand.flows))
-        rate = planning.expected(flow.rate, share * demand.backlog, self.setup.sheds)
+        share = flow.rate / max(1e-9, load(demand.flows))
+        rate = planning.expected(flow.rate, share * demand.backlog, self.setup.sheds, rise)
         devices = planning.devices(ground)
         tables = {degree: self.table(kind, degree, max(1, devices // degree)) for degree in ground.groups}
         return Offered(named(flow), rate, reference, tables)
@@ -163,16 +215,40 @@ def ratio(one: float, other: float) -> float:
     return max(one, other) / max(1e-9, min(one, other)) - 1.0
 
 
-def rounded(deadline: float) -> float:
-    return float(STEP ** round(np.log(max(1e-3, deadline)) / np.log(STEP)))
+def load(flows: Sequence[Flow]) -> float:
+    return sum(flow.rate for flow in flows)
+
+
+def missed(wanted: Proposal, now: Proposal) -> float:
+    return 1.0 - min(wanted.on_time, now.on_time)
+
+
+def rounded(amount: float) -> float:
+    return float(STEP ** round(np.log(max(1e-3, amount)) / np.log(STEP)))
 
 
 def trust(demand: Demand) -> float:
     """How much of a gain is believed: few requests may be like this by chance."""
-    seen = demand.seconds * sum(flow.rate for flow in demand.flows)
+    seen = demand.seconds * load(demand.flows)
     return seen / (seen + TRUSTED)
 
 
 def named(flow: Flow) -> str:
     hurry = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
     return f"{hurry} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"
+
+
+def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:
+    """One sentence: the load that was seen, what is expected, and why."""
+    load = ", ".join(f"{one.rate:.3g}/s {one.name}" for one in offered if one.rate > 0.0) or "no load"
+    new, old = f"{counted(wanted.counts)} ({prospects(wanted)})", f"{counted(now.counts)} ({prospects(now)})"
+    if adopted:
+        return f"{load}: {new} instead of {old}"
+    if wanted.counts == now.counts:
+        return f"{load}: {old} is best"
+    return f"{load}: {old} stays, as {new} would gain too little"
+
+
+def prospects(proposal: Proposal) -> str:
+    drop = f", {proposal.drop:.2f} points less accurate" if proposal.drop >= 0.005 else ""
+    return f"{100 * proposal.on_time:.1f} % on time in {proposal.latency:.3g} s{drop}"

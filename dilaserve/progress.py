@@ -53,6 +53,7 @@ class Seat:
         self.residents: dict[int, Progress] = {}
         self.promised: list[Progress] = []  # those with a deadline, in order of service
         self.flying: list[Progress] | None = None
+        self.resting: set[int] = set()  # rows in flight whose block is done
         self.batch = -1
         self.launched_at = 0.0
         self.overdue_at = math.inf  # when the step in flight counts as hung
@@ -181,6 +182,16 @@ class Progress:
         kv = self.kv_start, todo.start, todo.length, request.canvas_tokens
         quota = self.quota() if self.quotas else 0
         return Span(request.row, request.generation, *kv, self.block_start, self.block_end, quota, self.steps)
+
+    def steady(self, most: int) -> int:
+        """How many of its next steps are alike, up to `most`, if they reuse K/V and do not finish the block."""
+        decoding = self.request.decoding
+        if decoding.refresh_interval or decoding.temperature:
+            return 1
+        if not self.quotas:
+            return most
+        shares = self.quotas[self.block][self.block_step : self.block_step + most]
+        return next((count for count, share in enumerate(shares) if share != shares[0]), len(shares)) or 1
 
     def launched(self, todo: Work, now: float) -> None:
         self.did(Did.LAUNCHED)

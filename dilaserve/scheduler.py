@@ -9,6 +9,7 @@ from dilaserve.cost import StepCost
 from dilaserve.house import ARRIVAL, House
 from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import hopeless, retry_after
+from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
 from dilaserve.policy.thresholds import Verdict
@@ -76,8 +77,10 @@ class Scheduler:
         plan: Plan | None = None,
         degrees: Sequence[int] = (1,),
         solves: bool = False,
+        repeats: int = 1,
     ) -> None:
         policy = config.scheduler
+        self.repeats = repeats
         self.beliefs = Beliefs(laws, quality)
         self.promises = Promises(policy, self.beliefs)
         self.house = House(config, self.promises)
@@ -145,11 +148,9 @@ class Scheduler:
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
-        if (
-            self.layout.change
-            and not self.house.closing
-            and (change := self.layout.settled(self.house.instances(), now))
-        ):
+        settled = self.layout.change and not self.house.closing
+        if settled and (change := self.layout.settled(self.house.instances(), now)):
+            self.traffic.changed(now)
             yield Reshaped(change)
 
     @property
@@ -234,6 +235,7 @@ class Scheduler:
 
     def solve(self, now: float) -> Solve:
         self.solving, self.solve_at = True, now + SOLVE_EVERY
+        met, ended = self.traffic.outcome(now)
         demand = Demand(
             seconds=self.traffic.seconds(now),
             flows=self.traffic.flows(now),
@@ -241,6 +243,8 @@ class Scheduler:
             plan=self.layout.wanted or self.plan,
             ranks=tuple(sorted(self.layout.workers)),
             degrees=self.layout.degrees,
+            met=met,
+            ended=ended,
         )
         return Solve(demand)
 
@@ -270,6 +274,8 @@ class Scheduler:
             del self.requests[request.id]
             progress.did(Did.ENDED)
             self.totals.declined += 1
+            if self.solves:
+                self.traffic.ended(now, False, now)
             wait = retry_after(self.backlog(), len(self.house.seats))
             yield Decline(request, progress.usage(now), wait)
             yield Release(request.row)
@@ -287,18 +293,29 @@ class Scheduler:
         seat = self.house.seats.get(event.instance) or self.house.closing.get(event.instance)
         if seat is None or seat.batch != event.batch or seat.flying is None:
             return  # the instance was lost after it had sent this
-        flying, seat.flying, seat.overdue_at = seat.flying, None, NEVER
-        self.layout.moot |= event.instance in self.house.closing
+        flying = seat.flying
         self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
+        seat.launched_at = now
+        if event.last:
+            seat.flying, seat.overdue_at = None, NEVER
+            self.layout.moot |= event.instance in self.house.closing
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
-            leaving = progress.state is State.LEAVING
+            leaving, resting = progress.state is State.LEAVING, progress.request.row in seat.resting
             progress.stepped_at = now
             progress.device += share * event.seconds
-            progress.did(Did.RETURNED)
-            if leaving:
-                yield self.release(progress)
-            else:
+            if event.last:
+                progress.did(Did.RETURNED)
+            if not leaving and not resting:
                 yield from self.returned(progress, result, now)
+                if not event.last and not result.masks_left:
+                    seat.resting.add(progress.request.row)
+            elif leaving and event.last:
+                yield self.release(progress)
+        if event.last:
+            seat.resting.clear()
+        else:
+            masks = sum([result.masks_left for result in event.results])
+            seat.features = seat.features._replace(projected=masks)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
@@ -342,6 +359,8 @@ class Scheduler:
             totals.met += met
             totals.missed += not met
             totals.wasted += 0.0 if met else progress.device
+            if self.solves:
+                self.traffic.ended(progress.request.arrived_at, met, now)
 
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""
@@ -452,10 +471,19 @@ class Scheduler:
             progress.launched(work, now)
         self.batches += 1
         seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
-        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * total))
+        steps = self.steps(seat, chosen, todo)
+        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * total * steps))
         if self.layout.stopped:
             self.layout.resumed(seat.instance.ranks, now)
-        yield Launch(Batch(self.batches, seat.instance.id, spans))
+        yield Launch(Batch(self.batches, seat.instance.id, spans, steps))
+
+    def steps(self, seat: Seat, chosen: Sequence[Progress], todo: Sequence[Work]) -> int:
+        """How often the batch may be repeated: while nobody else waits for the instance, and its steps are alike."""
+        if self.repeats == 1 or self.house.queue or self.house.waiting or self.house.moving:
+            return 1
+        if seat.degree > 1 or len(chosen) < len(seat.residents) or any(work.refresh for work in todo):
+            return 1
+        return min(progress.steady(self.repeats) for progress in chosen)
 
     def candidate(self, progress: Progress, verdict: Verdict | None, degree: int) -> Candidate:
         ready = self.ready(progress, degree)

@@ -142,11 +142,14 @@ class RowResult(NamedTuple):
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
-    """The rows that share one forward pass on one instance."""
+    """The rows that share one forward pass on one instance, which is repeated until one has no mask left in its block,
+    `steps` times at most; there is a `StepDone` for each. Rows without masks then rest in what follows.
+    """
 
     id: int
     instance: int
     spans: tuple[Span, ...]
+    steps: int = 1
 
 
 class Instance(msgspec.Struct, frozen=True, gc=False):
@@ -189,8 +192,8 @@ class Change(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """Requests of one kind: at most so many tokens of canvas and answer, mean deadline over the time alone on one
-    device (None: no deadline), and how many came in a second.
+    """Requests of one kind: mean tokens of canvas and answer, mean deadline over the time alone on one device (None: no
+    deadline), and how many came in a second.
     """
 
     canvas_tokens: int
@@ -200,7 +203,9 @@ class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What the house was asked for lately, and what it stands on. `backlog` counts requests that wait for a seat."""
+    """What the house was asked for lately, and what it stands on. `backlog` counts requests that wait for a seat,
+    `ended` those that have come and gone under this plan lately, of which `met` were in time for their deadline.
+    """
 
     seconds: float
     flows: tuple[Flow, ...]
@@ -208,6 +213,8 @@ class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     plan: Plan
     ranks: tuple[int, ...]
     degrees: tuple[int, ...]
+    met: int = 0
+    ended: int = 0
 
 
 # Events
@@ -225,13 +232,16 @@ class Cancel(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepDone(msgspec.Struct, frozen=True, gc=False):
-    """A batch is finished; `seconds` by the worker's clock, `forward` the part inside the model."""
+    """A step is finished; `seconds` by the worker's clock, `forward` the part inside the model. `last`: its batch is,
+    too.
+    """
 
     instance: int
     batch: int
     results: tuple[RowResult, ...]
     seconds: float
     forward: float
+    last: bool = True
 
 
 class InstanceReady(msgspec.Struct, frozen=True, gc=False):

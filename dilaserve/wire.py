@@ -22,10 +22,11 @@ class Form(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
 
 
 class Run(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Engine to worker: do one step with these rows."""
+    """Engine to worker: step with these rows, and again until one has finished its block, `steps` times at most."""
 
     batch: int
     spans: list[Span]
+    steps: int = 1
 
 
 class Stop(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
@@ -58,12 +59,16 @@ class Broken(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
 
 
 class Done(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Rank 0 to engine: the step is finished; `forward` of its `seconds` were spent in the model."""
+    """Rank 0 to engine: the step is finished; `forward` of its `seconds` were spent in the model.
+
+    `last`: the batch is, too.
+    """
 
     batch: int
     results: list[RowResult]
     seconds: float
     forward: float
+    last: bool = True
 
 
 Order: TypeAlias = Form | Run | Stop

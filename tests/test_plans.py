@@ -16,7 +16,7 @@ from test_parity import answers, asked, expect, some_requests
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestFailed
 from dilaserve.furniture import first_plan
-from dilaserve.policy.layouts import checked, parsed, shrunk, spelled, uniform
+from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
 from dilaserve.server.app import running
 from dilaserve.terms import Plan
 
@@ -206,7 +206,8 @@ async def test_a_short_soak(random_model, what):
 
 async def test_plans_in_words():
     assert parsed("2x1+1x2", 4, (1, 2, 4)) == Plan(((0, 1), (2,), (3,)))
-    assert spelled(parsed("4x1 + 2x2", 8, (1, 2))) == "2x2+4x1"
+    assert spelled(parsed("4x1 + 2x2", 8, (1, 2))) == "2x2+4x1" == counted({1: 4, 2: 2, 8: 0})
+    assert spelled(Plan(())) == "none"
     assert uniform(5, 2) == Plan(((0, 1), (2, 3)))
     assert checked(Plan(((3, 2), (1, 0))), 4, (1, 2)) == Plan(((0, 1), (2, 3)))
     assert checked(uniform(5, 2), 5, (2, 4))  # a device that no group can take may be left

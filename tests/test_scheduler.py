@@ -56,10 +56,10 @@ def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: 
     )
 
 
-def scheduler(guess=False, plan=None, solves=False, **device):
+def scheduler(guess=False, plan=None, solves=False, repeats=1, **device):
     profile = guessed("a model", "cpu")
     law = msgspec.structs.replace(profile.costs["cpu x1"], guess=guess)
-    return Scheduler(Config.of(**device), {1: law}, profile.quality, plan, (1, 2, 4), solves)
+    return Scheduler(Config.of(**device), {1: law}, profile.quality, plan, (1, 2, 4), solves, repeats)
 
 
 def feed(machine, event, now=0.0):
@@ -72,8 +72,8 @@ def result(span, masks_left=0, prefix=None, stop_at=-1, unmasked=4):
     return RowResult(span.row, span.generation, unmasked, masks_left, end, stop_at, 0.9 * unmasked)
 
 
-def done(batch, results):
-    return StepDone(batch.instance, batch.id, tuple(results), 0.01, 0.009)
+def done(batch, results, last=True):
+    return StepDone(batch.instance, batch.id, tuple(results), 0.01, 0.009, last)
 
 
 def test_a_request_goes_from_refresh_to_reuse_to_the_next_block_and_ends():
@@ -91,6 +91,66 @@ def test_a_request_goes_from_refresh_to_reuse_to_the_next_block_and_ends():
     assert (emit.prefix, finish.reason, release.row) == (74, "length", 3)
     usage = finish.usage
     assert (usage.steps, usage.refreshes, usage.queued, usage.served) == (3, 2, 1.0, 3.0)
+
+
+def test_a_batch_is_repeated_while_nobody_waits_and_its_steps_are_alike():
+    machine = scheduler(repeats=8, max_num_seqs=2)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    assert launch.batch.steps == 1  # it refreshes
+    emit, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
+    assert launch.batch.steps == 8
+    (emit,) = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=24, prefix=13)], last=False))
+    assert emit.prefix == 13
+    assert feed(machine, Arrival(request(1, rule="steps", num_denoising_steps=64))) == []
+    emit, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=20, prefix=14)]))
+    assert (len(launch.batch.spans), launch.batch.steps) == (2, 1)
+    states = {span.row: result(span, masks_left=16, prefix=span.block_start + 3) for span in launch.batch.spans}
+    *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
+    assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
+    assert feed(machine, Arrival(request(2))) == []
+    states = {span.row: result(span, masks_left=12, prefix=span.block_start + 4) for span in launch.batch.spans}
+    *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
+    assert launch.batch.steps == 1  # the third waits for a place
+
+
+def test_rows_that_count_or_draw_by_the_step_are_not_repeated_past_a_change():
+    machine = scheduler(repeats=8)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for how, steps in (
+        (dict(rule="steps", num_denoising_steps=20), 1),  # quotas 4, 4, 3, 3, …: the refresh took the first 4
+        (dict(refresh_interval=4), 1),
+        (dict(temperature=0.5), 1),
+        (dict(rule="factor"), 8),
+    ):
+        (launch,) = feed(machine, Arrival(request(0, **how)))
+        *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
+        assert launch.batch.steps == steps
+        feed(machine, Cancel("r0", "cancelled"))
+        feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=24, prefix=13)]))
+
+
+def test_a_row_that_is_done_rests_until_the_batch_is():
+    machine = scheduler(repeats=8)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0, answer=32)))
+    assert feed(machine, Arrival(request(1))) == []
+    *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
+    both = [result(span, masks_left=20, prefix=15) for span in launch.batch.spans]
+    *_, launch = feed(machine, done(launch.batch, both))
+    assert launch.batch.steps == 8
+    one, other = launch.batch.spans
+    assert (one.row, other.row) == (0, 1)
+    first = [result(one), result(other, masks_left=16, prefix=16)]
+    after = feed(machine, done(launch.batch, first, last=False))
+    assert [type(command) for command in after if getattr(command, "request", request(0)).row == 0] == [Emit, Finish]
+    finish = next(command for command in after if isinstance(command, Finish))
+    rest = [result(one, unmasked=0), result(other, masks_left=12, prefix=17)]
+    after = feed(machine, done(launch.batch, rest))
+    assert finish.usage.steps == 3
+    assert Release(0) in after
+    (launch,) = [command for command in after if isinstance(command, Launch)]
+    assert [span.row for span in launch.batch.spans] == [1]
 
 
 def test_an_end_token_counts_once_everything_before_it_is_there():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference import factor_count as reference_factor_count
 
 from dilaserve.table import RULES
-from dilaserve.worker.unmask import Guess, Rules, Sampling, accepted, factor_count, guess, gumbel, nucleus
+from dilaserve.worker.statistics import Guess
+from dilaserve.worker.unmask import Rules, Sampling, accepted, factor_count, guess, gumbel, nucleus
 
 MASK = 7
 

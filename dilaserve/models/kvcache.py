@@ -3,6 +3,7 @@
 import torch
 
 from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.pages import PAGE
 
 
 class KVPool:
@@ -19,7 +20,7 @@ class KVPool:
         self.keys = list(pool[:, 0].unbind())
         self.values = list(pool[:, 1].unbind())
 
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store k and v, [n, kv_heads, head_dim] each, at the pool tokens `slots`, [n]."""
-        self.keys[layer].index_copy_(0, slots, k)
-        self.values[layer].index_copy_(0, slots, v)
+    @property
+    def spare(self) -> int:
+        """The first token of the last page, which belongs to no row: rows that pad a batch write there."""
+        return self.tokens - PAGE

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dilaserve.errors import CheckpointError
 from dilaserve.models.checkpoint import Checkpoint, Tensors
 from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import Packed, attend, interleaved, rotary_table, rotate
+from dilaserve.models.layers import Packed, attend, interleaved, kit_for, rms_norm, rotary_table
 from dilaserve.models.spec import ModelSpec, Shard
 
 MAX_DEGREE = 8
@@ -153,8 +153,8 @@ def load(
         g, hd, d = spec.groups // held.size, spec.head_dim, spec.hidden
         q, kv = spec.heads // spec.groups * hd, spec.kv_heads // spec.groups * hd
         qkv, gate_up = empty(g, q + 2 * kv, d), empty(g, 2, spec.mlp // spec.groups, d)
-        qkv[:, :q] = interleaved(take(name + "q_proj"), hd).view(g, q, d)
-        qkv[:, q : q + kv] = interleaved(take(name + "k_proj"), hd).view(g, kv, d)
+        qkv[:, :q] = interleaved(take(name + "q_proj").to(device), hd).view(g, q, d)
+        qkv[:, q : q + kv] = interleaved(take(name + "k_proj").to(device), hd).view(g, kv, d)
         qkv[:, q + kv :] = take(name + "v_proj").view(g, kv, d)
         gate_up[:, 0] = take(name + "ff_proj").view(g, -1, d)
         gate_up[:, 1] = take(name + "up_proj").view(g, -1, d)
@@ -220,6 +220,7 @@ class Model:
         first = weights.held.slice(spec.vocab_size).start
         self.head = weights.head[self.vocabulary.start - first : self.vocabulary.stop - first]
         device = weights.norm.device
+        self.kit = kit_for(device)
         self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
@@ -227,46 +228,30 @@ class Model:
 
         The last layer computes queries and MLP for the kept tokens only: the others' K/V is all that is ever read.
         """
-        x = F.embedding(packed.ids, self.weights.embedding)
+        kit, eps, blocks = self.kit, self.spec.norm_eps, self.blocks
         turns = self.turns[packed.positions]
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            q, k, v = self.project(block, self.norm(x, block.attn_norm), turns)
-            pool.write(i, packed.slots, k, v)
+        x = F.embedding(packed.ids, self.weights.embedding)
+        h = rms_norm(x, blocks[0].attn_norm, eps)
+        for i, block in enumerate(blocks):
+            last = i == len(blocks) - 1
+            q = kit.place(self.project(block, h), turns, packed.slots, pool.keys[i], pool.values[i], self.q, self.kv)
             groups = packed.groups
-            if i == last and packed.kept is not None:
+            if last and packed.kept is not None:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
-            x = x + self.reduce(F.linear(attend(q, pool, i, groups).flatten(1), block.attn_out))
-            x = x + self.reduce(self.feed_forward(block, self.norm(x, block.ff_norm)))
-        return self.norm(x, self.weights.norm)
+            mixed = F.linear(attend(q, pool, i, groups).flatten(1), block.attn_out)
+            x, h = kit.add_norm(x, self.reduce(mixed), block.ff_norm, eps)
+            fed = self.reduce(self.feed_forward(block, h))
+            x, h = kit.add_norm(x, fed, self.weights.norm if last else blocks[i + 1].attn_norm, eps)
+        return h
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] → [n, the rank's part of the vocabulary] in the model's type, unscaled."""
         return F.linear(hidden, self.head)
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMS norm, cast to the model's type before the weight is applied, as LLaDA does."""
-        if x.dtype != torch.float32:
-            return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) * weight
-        length: torch.Tensor = torch.linalg.vector_norm(
-            x, dim=-1, keepdim=True
-        )  # one pass over x where the library makes three
-        scale = length.square_().div_(x.shape[-1]).add_(self.spec.norm_eps).rsqrt_()
-        return (x * scale).mul_(weight)
-
-    def project(
-        self, block: Block, x: torch.Tensor, turns: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated q [tokens, heads, head_dim] and k, and v, [tokens, kv_heads, head_dim]."""
-        tokens, q, kv, hd = x.shape[0], self.q, self.kv, self.spec.head_dim
-        fused = F.linear(x, block.qkv).view(tokens, self.groups, q + 2 * kv, hd)
-        turned = rotate(fused[:, :, : q + kv], turns)
-        return (
-            turned[:, :, :q].reshape(tokens, -1, hd),
-            turned[:, :, q:].reshape(tokens, -1, hd),
-            fused[:, :, q + kv :].reshape(tokens, -1, hd),
-        )
+    def project(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+        """q, k and v of each head group, [tokens, groups, q + 2 kv, head_dim], not rotated yet."""
+        return F.linear(x, block.qkv).view(len(x), self.groups, self.q + 2 * self.kv, self.spec.head_dim)
 
     def feed_forward(self, block: Block, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, block.gate_up).view(x.shape[0], self.groups, 2, -1).unbind(2)
-        return F.linear(F.silu(gate).mul_(up).flatten(1), block.down)
+        gate_up = F.linear(x, block.gate_up).view(len(x), self.groups, 2, -1)
+        return F.linear(self.kit.gated(gate_up), block.down)

@@ -1,7 +1,8 @@
 """Plans as users write them, which of them can be, and what is left of one when devices are missing."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 from dilaserve.errors import BadRequest
 from dilaserve.terms import Plan
@@ -75,6 +76,10 @@ def held(group: Sequence[int], parts: int) -> list[int]:
 
 
 def spelled(plan: Plan) -> str:
-    """The plan as counts and degrees, the larger degrees first; `none` without instances."""
-    sizes = [len(group) for group in plan.groups]
-    return "+".join(f"{sizes.count(size)}x{size}" for size in sorted(set(sizes), reverse=True)) or "none"
+    """The plan as counts and degrees, as users write it."""
+    return counted(Counter(map(len, plan.groups)))
+
+
+def counted(counts: Mapping[int, int]) -> str:
+    """2 instances of degree 2 and 4 of degree 1 are `2x2+4x1`, the larger degrees first; `none` without instances."""
+    return "+".join(f"{counts[size]}x{size}" for size in sorted(counts, reverse=True) if counts[size]) or "none"

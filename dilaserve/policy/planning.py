@@ -15,10 +15,18 @@ from dilaserve.fleet import Point
 LATENCY = 0.05  # what halving the latency is worth at most, in shares on time; more is punished by bursts
 SLOWEST = 2.0  # times the unloaded latency; what is slower counts as this
 LOWERED = 0.02  # what a level of the threshold costs, so that none is lowered for the latency alone
+MIXED = 0.03  # what each further degree costs: a mix sends some requests to the wrong kind, and pools less
 HEADROOM = 1.1  # times the rate that was seen
+STEEPEST = 1.25  # times, that a rising load is taken to rise further until a plan stands
 HORIZON = 10.0  # seconds in which a backlog is to be worked off
 AMORTISED = 30.0  # seconds that a plan is expected to last
 MARGIN = 0.01  # gain below which nothing changes, in shares on time
+DOUBT = 0.1  # of what is missed: so much more must be gained where forecasts are poor, which is past the knee
+SURE = 0.1  # gain beyond that at which nobody looks twice
+LATE = 3.0  # questions to the planner until a change stands that comes too late
+LOW, HIGH = 0.4, 0.6  # of the peak: a load that comes from below the one to above the other has surged
+BLUR = 0.03  # share missed that is as good as none
+MOST_SURPRISED = 2.0  # times
 GAP, PATIENCE = 1e-3, 2.0  # relative, and seconds after which the best plan found so far is taken
 
 Counts = Mapping[int, int]  # instances by degree
@@ -49,8 +57,8 @@ class Ground(NamedTuple):
 class Proposal(NamedTuple):
     """Instances by degree and what is expected of them.
 
-    `value` is the weighted share on time less the tie-breakers, `on_time` the plain share of what is offered, `latency`
-    the mean of those on time, `drop` their mean drop in points.
+    `value` is the weighted share on time less the tie-breakers and what mixing costs, `on_time` the plain share of what
+    is offered, `latency` the mean of those on time, `drop` their mean drop in points.
     """
 
     counts: dict[int, int]
@@ -64,7 +72,7 @@ NOTHING = Proposal({}, 0.0, 0.0, 0.0, 0.0)
 
 
 class Terms(NamedTuple):
-    """The linear program: one column a point, then instances and newly made instances by degree."""
+    """The linear program: one column a point; then by degree instances, newly made ones, and whether there are any."""
 
     degrees: list[int]
     columns: list[tuple[int, Offered, Point]]
@@ -80,9 +88,17 @@ class Row(NamedTuple):
     exact: bool = False
 
 
-def expected(rate: float, backlog: float, sheds: bool) -> float:
+def expected(rate: float, backlog: float, sheds: bool, rise: float = 1.0) -> float:
     """The rate to plan for; a backlog that is never shed says nothing about what is to come."""
-    return HEADROOM * rate + (backlog / HORIZON if sheds else 0.0)
+    return HEADROOM * rise * rate + (backlog / HORIZON if sheds else 0.0)
+
+
+def rise(loads: Sequence[float]) -> float:
+    """How many times as high the load will be, if it rises as it did over the last four looks; 1 where it falls."""
+    if len(loads) < 4:
+        return 1.0
+    before, lately = sum(loads[-4:-2]), sum(loads[-2:])
+    return min(STEEPEST, max(1.0, lately / max(1e-9, before)))
 
 
 def switching(changed: float, pause: float) -> float:
@@ -95,8 +111,9 @@ def propose(
 ) -> Proposal:
     """The best counts for this demand, or what to expect of the counts that are `held`.
 
-    max Σ y r A w - latency - levels - switching(u) over y ≥ 0 (instances at a point), integer n, u ≥ n - n(now), with
-    Σ y = n by degree, Σ y r ≤ λ by class, Σ y r A (D - budget) ≤ 0, and n such that aligned groups can be packed.
+    max Σ y r A w - latency - levels - switching(u) - MIXED Σ z over y ≥ 0 (instances at a point), integer n, binary z,
+    u ≥ n - n(now), with Σ y = n ≤ most·z by degree, Σ y r ≤ λ by class, Σ y r A (D - budget) ≤ 0, and n such that
+    aligned groups can be packed.
     Demand that cannot be met is served as far as it goes. `pause` are the seconds that a new instance costs.
     """
     terms = written(offered, ground)
@@ -106,7 +123,8 @@ def propose(
     goal = objective(terms, pause, devices(ground))
     bounds = limits(terms, ground, held)
     integral = np.zeros(len(goal))
-    integral[len(terms.columns) : len(terms.columns) + len(terms.degrees)] = held is None
+    if held is None:
+        integral[len(terms.columns) :] = np.repeat([1, 0, 1], len(terms.degrees))
     options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
     found = milp(goal, constraints=rows(terms, ground, budget), bounds=bounds, integrality=integral, options=options)
     if found.x is None:
@@ -134,10 +152,11 @@ def devices(ground: Ground) -> int:
 
 
 def objective(terms: Terms, pause: float, devices: int) -> np.ndarray:
-    """What milp minimises: [points | n by degree | u by degree]."""
+    """What milp minimises: [points | n by degree | u by degree | z by degree]."""
     worth = [worth_of(one, point) for _, one, point in terms.columns]
     remade = [switching(degree / devices, pause) for degree in terms.degrees]
-    return np.concatenate([-terms.served * worth / terms.offered, np.zeros(len(terms.degrees)), remade])
+    none, mixed = np.zeros(len(terms.degrees)), np.full(len(terms.degrees), MIXED)
+    return np.concatenate([-terms.served * worth / terms.offered, none, remade, mixed])
 
 
 def worth_of(one: Offered, point: Point) -> float:
@@ -148,11 +167,12 @@ def worth_of(one: Offered, point: Point) -> float:
 
 def limits(terms: Terms, ground: Ground, held: Counts | None) -> Bounds:
     columns, size = len(terms.columns), len(terms.degrees)
-    low, high = np.zeros(columns + 2 * size), np.full(columns + 2 * size, np.inf)
+    low, high = np.zeros(columns + 3 * size), np.full(columns + 3 * size, np.inf)
     for i, degree in enumerate(terms.degrees):
-        high[columns + i] = ground.groups[degree]
+        high[columns + i], high[columns + 2 * size + i] = ground.groups[degree], 1
         if held is not None:
             low[columns + i] = high[columns + i] = held.get(degree, 0)
+            low[columns + 2 * size + i] = high[columns + 2 * size + i] = held.get(degree, 0) > 0
     return Bounds(low, high)
 
 
@@ -160,10 +180,10 @@ def rows(terms: Terms, ground: Ground, budget: float | None) -> LinearConstraint
     """The devices that can be used are all used; every other row is at most its limit."""
     columns, size = len(terms.columns), len(terms.degrees)
     places = {degree: columns + i for i, degree in enumerate(terms.degrees)}
-    classes: dict[str, Row] = {}
+    classes: dict[int, Row] = {}  # by identity, as classes may be called alike
     busy: dict[int, dict[int, float]] = {degree: {} for degree in terms.degrees}
     for i, (degree, one, point) in enumerate(terms.columns):
-        classes.setdefault(one.name, Row({}, one.rate)).entries[i] = point.rate
+        classes.setdefault(id(one), Row({}, one.rate)).entries[i] = point.rate
         busy[degree][i] = 1.0
     found = list(classes.values())
     for degree, place in places.items():
@@ -171,12 +191,13 @@ def rows(terms: Terms, ground: Ground, budget: float | None) -> LinearConstraint
         found.append(Row({**busy[degree], place: -1.0}, 0.0))
         found.append(Row({place: 1.0, place + size: -1.0}, ground.running.get(degree, 0)))
         found.append(Row(packed, ground.groups[degree], exact=degree == min(places)))
+        found.append(Row({place: 1.0, place + 2 * size: -float(ground.groups[degree])}, 0.0))
     if budget is not None:
         dear = [point.drop - budget for _, _, point in terms.columns]
         found.append(Row(dict(enumerate(terms.served * dear)), 0.0))
     high = np.array([row.limit for row in found], dtype=float)
     low = np.where([row.exact for row in found], high, -np.inf)
-    return LinearConstraint(matrix(found, columns + 2 * size), low, high)
+    return LinearConstraint(matrix(found, columns + 3 * size), low, high)
 
 
 def matrix(rows: Sequence[Row], width: int) -> csr_array:
@@ -198,7 +219,7 @@ def read(terms: Terms, solution: np.ndarray, pause: float, devices: int) -> Prop
     value = sum(amount * worth_of(one, point) for amount, (_, one, point) in zip(served, terms.columns, strict=True))
     return Proposal(
         counts=counts,
-        value=float(value) / terms.offered,
+        value=float(value) / terms.offered - MIXED * max(0, len(counts) - 1),
         on_time=min(1.0, total / terms.offered),
         latency=float(served @ [point.latency for _, _, point in terms.columns]) / total,
         drop=float(served @ [point.drop for _, _, point in terms.columns]) / total,
@@ -215,35 +236,54 @@ def kept(running: Counts, ground: Ground) -> dict[int, int]:
     return counts
 
 
+def packable(counts: Counts, ground: Ground) -> bool:
+    """Whether aligned groups with these counts fit, and leave no device over that could be used."""
+    nested = {
+        degree: sum(other * count / degree for other, count in counts.items() if other >= degree)
+        for degree in ground.groups
+    }
+    fits = all(nested[degree] <= most for degree, most in ground.groups.items())
+    smallest = min(ground.groups)
+    return counts.keys() <= ground.groups.keys() and fits and nested[smallest] == ground.groups[smallest]
+
+
 def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float:
     """What a switch is worth after its cost, when the share `changed` of all devices is remade."""
     return wanted.value - now.value - switching(changed, pause)
 
 
-def worth_switching(gain: float, changed: float, pending: bool = False) -> bool:
-    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD).
-
-    Nothing changes while another change is pending.
+def worth_switching(gain: float, changed: float, missed: float = 0.0) -> bool:
+    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD), and than what forecasts are off
+    by, which grows with the share that is `missed` under either plan.
     """
-    return not pending and changed > 0.0 and gain > MARGIN
+    return changed > 0.0 and gain > MARGIN + DOUBT * missed
 
 
-def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:
-    """One sentence: the load that was seen, what is expected, and why."""
-    load = ", ".join(f"{one.rate:.3g}/s {one.name}" for one in offered if one.rate > 0.0) or "no load"
-    new, old = f"{shape(wanted.counts)} ({prospects(wanted)})", f"{shape(now.counts)} ({prospects(now)})"
-    if adopted:
-        return f"{load}: {new} instead of {old}"
-    if wanted.counts == now.counts:
-        return f"{load}: {old} is best"
-    return f"{load}: {old} stays, as {new} would gain too little"
+def surges(loads: Sequence[float]) -> int:
+    """How many times the load has risen to near its peak from far below."""
+    low, high = LOW * max(loads, default=0.0), HIGH * max(loads, default=0.0)
+    count, below = 0, False
+    for load in loads:
+        count += below and load >= high
+        below = load < low or (below and load < high)
+    return count
 
 
-def prospects(proposal: Proposal) -> str:
-    drop = f", {proposal.drop:.2f} points less accurate" if proposal.drop >= 0.005 else ""
-    return f"{100 * proposal.on_time:.1f} % on time in {proposal.latency:.3g} s{drop}"
+def risk(loads: Sequence[float], loss: float) -> float:
+    """What a plan that loses the share `loss` at the peak of these `loads` costs, in shares of the last one's requests:
+    so often do surges come, and for so long do they find the wrong plan.
+    """
+    if not loads or loss <= 0.0:
+        return 0.0
+    return surges(loads) / len(loads) * LATE * loss * max(loads) / max(1e-9, loads[-1])
 
 
-def shape(counts: Counts) -> str:
-    """4 instances of degree 1 and 2 of degree 2 are `4x1+2x2`."""
-    return "+".join(f"{counts[degree]}x{degree}" for degree in sorted(counts) if counts[degree]) or "nothing"
+def surprise(foretold: float, seen: float) -> float:
+    """How many times as much was missed as the share on time that was foretold has it."""
+    ratio = (1.0 - seen + BLUR) / (1.0 - foretold + BLUR)
+    return min(MOST_SURPRISED, max(1.0 / MOST_SURPRISED, ratio))
+
+
+def believed(foretold: float, surprise: float) -> float:
+    """The share on time that is to be expected where so many times as much is missed as foretold."""
+    return min(1.0, max(0.0, 1.0 - (1.0 - foretold + BLUR) * surprise + BLUR))

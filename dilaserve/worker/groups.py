@@ -17,7 +17,7 @@ from dilaserve.exchange import Exchange, first
 
 c10d: Any = torch.distributed  # what it is made of has no types
 SPINS = 300  # looks at a peer's counter before the core is offered to others
-YIELDS = 2000  # offers before sleeping between looks
+OFFERING = 300e-6  # seconds of that before sleeping between looks; who has slept is woken before who has spun
 NAP = 50e-6  # seconds
 WAIT = datetime.timedelta(minutes=30)  # of torch.distributed; the engine's watchdog is much sooner
 
@@ -101,12 +101,12 @@ class SharedMemory:
         for _ in range(SPINS):
             if counters[peer] >= target:
                 return
-        looks = 0
+        looks, until = 0, time.perf_counter() + OFFERING
         while counters[peer] < target:
             if self.exchange.abandoned(self.me, self.instance) or (looks % 1000 == 999 and os.getppid() != self.parent):
                 raise Abandoned
             looks += 1
-            if looks < YIELDS:
+            if time.perf_counter() < until:
                 os.sched_yield()
             else:
                 time.sleep(NAP)

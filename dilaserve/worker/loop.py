@@ -16,12 +16,14 @@ from dilaserve.errors import CheckpointError
 from dilaserve.exchange import Exchange
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kvcache import KVPool
+from dilaserve.models.layers import varlen_for
 from dilaserve.models.llada import Model, Weights
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.table import RequestTable
-from dilaserve.worker import memory
+from dilaserve.worker import memory, rehearsal
 from dilaserve.worker.groups import Abandoned, Groups
+from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 
 PROGRESS_BYTES = 16 * 2**20  # between two progress frames
@@ -44,6 +46,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     kv_wanted: int
     batched_tokens: int
     memory_share: float
+    max_rows: int = 64
+    eager: bool = False
     backend: str = "shm"
     shards: int = 1
     store: str = ""
@@ -83,6 +87,7 @@ class Worker:
         self, job: Job, rank: int, shared: Shared, spec: ModelSpec, weights: Weights, flat: torch.Tensor
     ) -> None:
         self.job, self.shared, self.spec, self.weights, self.flat = job, shared, spec, weights, flat
+        self.reuse: ReuseSteps | None = None  # for instances of this device alone
         self.groups = Groups(job.backend, shared.exchange, rank, job.store)
         self.turns: torch.Tensor | None = None
 
@@ -96,7 +101,14 @@ class Worker:
         model: Model = family.Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
         self.turns = model.turns
         pool = KVPool(self.spec, shard, self.flat)
-        return Runner(self.spec, model, pool, self.shared.table, self.job.stop_ids, group)
+        reuse = self.reuse_steps(model, pool) if group.size == 1 else None
+        return Runner(self.spec, model, pool, self.shared.table, self.job.stop_ids, group, reuse)
+
+    def reuse_steps(self, model: Model, pool: KVPool) -> ReuseSteps | None:
+        """The same ones whenever the device is alone, as they read the same memory; None where they would not pay."""
+        if self.reuse is None and varlen_for(self.flat.device, self.flat.dtype, self.spec.head_dim):
+            self.reuse = ReuseSteps(self.spec, model, pool, self.job.max_rows, self.job.eager)
+        return self.reuse
 
 
 def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
@@ -111,18 +123,25 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     memory.check_weights(spec, device, dtype, job.memory_share, job.shards)
     held = Shard(rank % job.shards, job.shards)
     weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
-    tokens = kv_tokens(job, spec, device, dtype)
-    flat = torch.zeros(tokens * spec.kv_elements, dtype=dtype, device=device)
+    tokens = kv_tokens(job, spec, weights)
+    flat = torch.zeros((tokens + PAGE) * spec.kv_elements, dtype=dtype, device=device)  # the last page pads batches
     wire.send(line, wire.Ready(tokens))
     return Worker(job, rank, shared, spec, weights, flat)
 
 
-def kv_tokens(job: Job, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> int:
-    """The K/V pool that was asked for, or else what is wanted and fits."""
+def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
+    """The K/V pool that was asked for, or else what is wanted and fits beside the largest step."""
+    device, dtype = weights.norm.device, weights.norm.dtype
+    if device.type == "cuda":
+        model = models.FAMILIES[spec.architecture].Model(spec, weights, weights.held)
+        need = rehearsal.nbytes(spec, model, job.batched_tokens, job.max_rows)
+    else:
+        need = memory.activation_bytes(spec, dtype, job.batched_tokens)
     if job.kv_tokens is not None:
-        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens)
+        spared = need if device.type == "cuda" else 0
+        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens, spared)
         return job.kv_tokens
-    tokens = memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, job.batched_tokens)
+    tokens = memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, need)
     if tokens < PAGE:
         raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
     return tokens
@@ -151,5 +170,6 @@ def serve(worker: Worker, line: socket.socket) -> None:
             if isinstance(order, wire.Form):
                 runner = worker.form(order)
                 wire.send(line, wire.Formed(order.instance))
-            elif runner and (outcome := runner.step(order.spans)):
-                wire.send(line, wire.Done(order.batch, outcome.results, outcome.seconds, outcome.forward))
+            elif runner:
+                for outcome in runner.steps(order.spans, order.steps):
+                    wire.send(line, wire.Done(order.batch, *outcome))

@@ -30,11 +30,15 @@ def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, sha
         )
 
 
-def check_pool(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, tokens: int) -> None:
-    """Raise `CheckpointError` when a K/V pool of this size holds nothing, or does not fit beside the weights."""
+def check_pool(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, tokens: int, step: int = 0
+) -> None:
+    """Raise `CheckpointError` when a K/V pool of this size holds nothing, or does not fit beside the weights and `step`
+    bytes for the largest step.
+    """
     if tokens < PAGE:
         raise CheckpointError(f"--kv-cache-tokens {tokens} is less than a page of {PAGE}; raise it")
-    need, there = tokens * spec.kv_elements * dtype.itemsize, available(device, share)
+    need, there = tokens * spec.kv_elements * dtype.itemsize, max(0, available(device, share) - step)
     if need > there:
         raise CheckpointError(
             f"--kv-cache-tokens {tokens} takes {need / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB left; "
@@ -42,12 +46,10 @@ def check_pool(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share:
         )
 
 
-def kv_tokens(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, batched_tokens: int
-) -> int:
-    """K/V tokens that fit beside the largest step's activations: what is wanted, or what memory leaves of it."""
-    left = available(device, share) - activation_bytes(spec, dtype, batched_tokens)
-    fits = left // (spec.kv_elements * dtype.itemsize)
+def kv_tokens(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, step: int) -> int:
+    """K/V tokens that fit beside `step` bytes for the largest step: what is wanted, or what memory leaves of it."""
+    left = available(device, share) - step
+    fits = left // (spec.kv_elements * dtype.itemsize) - PAGE  # a page is nobody's
     return max(0, min(wanted, fits)) // PAGE * PAGE
 
 

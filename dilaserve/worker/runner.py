@@ -1,57 +1,40 @@
 """One step on one device: rows from the table, one forward pass over their spans, unmasked tokens back to the table."""
 
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import Packed, PackedSpan, grouped
+from dilaserve.models.layers import Group as SpanGroup
+from dilaserve.models.layers import Packed, PackedSpan, Runs, grouped, varlen_for
 from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
 from dilaserve.table import RULES, RequestTable
 from dilaserve.terms import RowResult, Span
+from dilaserve.worker.batch import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
 from dilaserve.worker.groups import Alone, Group
-from dilaserve.worker.unmask import Guess, Rules, Sampling, accepted, guess, guess_part
-
-MAX_LOGITS = 2**26  # elements of [masks, vocab] at a time
-Array = np.ndarray[Any, np.dtype[np.int64]]
-
-
-class Columns(NamedTuple):
-    """The spans of a batch, each field an array [rows]."""
-
-    row: Array
-    generation: Array
-    kv_start: Array
-    start: Array
-    length: Array
-    keys: Array
-    block_start: Array
-    block_end: Array
-    quota: Array
-    step: Array
-
-
-class Blocks(NamedTuple):
-    """The active blocks of a batch, padded to the widest: [rows, width]."""
-
-    positions: Array
-    valid: np.ndarray[Any, np.dtype[np.bool_]]
+from dilaserve.worker.reuse import DEPTH, MAX_LOGITS, ReuseSteps
+from dilaserve.worker.statistics import Guess
+from dilaserve.worker.unmask import Rules, Sampling, accepted, guess, guess_part
 
 
 class Outcome(NamedTuple):
+    """What a step did, and the seconds it took; `last`: none of the same launch follows."""
+
     results: list[RowResult]
     seconds: float
     forward: float
+    last: bool = True
 
 
 class Runner:
     """Runs an instance's batches as one rank of its TP group, with one model and one K/V pool.
 
     All ranks read the same rows and have read them before the last collective of a step; behind it rank 0 alone judges
-    and writes.
+    and writes. Batches that `reuse` takes go through it, the others are laid out anew.
     """
 
     def __init__(
@@ -62,10 +45,59 @@ class Runner:
         table: RequestTable,
         stop_ids: tuple[int, ...],
         group: Group = Alone(),  # noqa: B008 - has no state
+        reuse: ReuseSteps | None = None,
     ) -> None:
         self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
+        self.reuse = reuse
         self.device = pool.keys[0].device
+        self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
+
+    def steps(self, spans: list[Span], most: int) -> Iterator[Outcome]:
+        """The step, and again until a row has finished its block, `most` times at most; ranks other than 0 say nothing.
+
+        Steps whose spans do not change are enough for that: a row that is done rests. Raises `Abandoned`.
+        """
+        columns = columns_of(spans)
+        if self.reuse is not None and self.reuse.takes(columns, self.table):
+            yield from self.pipelined(self.reuse, columns, most)
+            return
+        for count in range(1, most + 1):
+            if (outcome := self.step(spans)) is None:
+                return
+            last = count == most or finished(outcome.results)
+            yield outcome._replace(last=last)
+            if last:
+                return
+
+    def pipelined(self, reuse: ReuseSteps, columns: Columns, most: int) -> Iterator[Outcome]:
+        """`steps` where the next is begun before the last is read, unless that has probably finished all rows."""
+        mark = time.perf_counter()
+        blocks = active_blocks(columns)
+        with torch.inference_mode():
+            reuse.load(columns, blocks, self.table)
+        entered = time.perf_counter()
+        launched = read = 0
+        masks = (self.table.canvas[columns.row[:, None], blocks.positions] == self.spec.mask_id) & blocks.valid
+        ahead, over = bool((masks.sum(1) > columns.quota.clip(min=1)).any()), False
+        while not launched or read < launched:
+            with torch.inference_mode():
+                while launched < most and launched - read < DEPTH and not over and (ahead or launched == read):
+                    reuse.launch()
+                    launched += 1
+            token, confidence = reuse.read()
+            arrived = time.perf_counter()
+            read += 1
+            width = blocks.valid.shape[1]
+            taken = token[:, :width] >= 0
+            spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
+            results = self.results(columns, blocks, taken, spent)
+            over = over or finished(results)
+            ahead = any(result.masks_left > result.unmasked for result in results)
+            last = read == launched and (over or launched == most)
+            now = time.perf_counter()
+            yield Outcome(results, now - mark, arrived - entered, last)
+            mark = entered = now
 
     @torch.inference_mode()
     def step(self, spans: list[Span]) -> Outcome | None:
@@ -74,7 +106,7 @@ class Runner:
         Raises `Abandoned` when a peer is gone.
         """
         began = time.perf_counter()
-        columns = Columns(*np.array(spans, dtype=np.int64).T)
+        columns = columns_of(spans)
         blocks = active_blocks(columns)
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
@@ -87,7 +119,9 @@ class Runner:
             return None
         taken = accepted(guessed, self.on_device(masked), self.rules(columns)).cpu().numpy()
         left = time.perf_counter()
-        confidence = self.write(columns, blocks, masked, taken, guessed)
+        token, sure = np.zeros(taken.shape, dtype=np.int64), np.zeros(taken.shape)
+        token[masked], sure[masked] = guessed.token.cpu().numpy(), guessed.confidence.cpu().numpy()
+        confidence = self.write(columns, blocks, taken, token, sure)
         results = self.results(columns, blocks, taken, confidence)
         return Outcome(results, time.perf_counter() - began, left - entered)
 
@@ -122,10 +156,20 @@ class Runner:
             ids=self.on_device(ids.astype(np.int64)),
             positions=self.on_device(positions),
             slots=self.on_device(slots),
-            groups=grouped(packed_spans(offsets, columns.length, columns), self.device),
+            groups=self.spans(offsets, columns.length, columns),
             kept=kept,
-            kept_groups=grouped(packed_spans(starts(widths), widths, columns), self.device) if kept is not None else [],
+            kept_groups=self.spans(starts(widths), widths, columns) if kept is not None else [],
         )
+
+    def spans(self, offsets: Array, lengths: Array, columns: Columns) -> list[SpanGroup] | Runs:
+        """The spans as attention wants them here: for one call, or for one for each group of alike ones."""
+        if not self.varlen:
+            return grouped(packed_spans(offsets, lengths, columns), self.device)
+        ends = np.append(offsets, lengths.sum()).astype(np.int32)
+        first = np.append(columns.kv_start, 0).astype(np.int32)
+        keys = columns.keys.astype(np.int32)
+        most = int(lengths.max()), int(keys.max())
+        return Runs(self.on_device(ends), self.on_device(first), self.on_device(keys), *most)
 
     def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> Sampling | None:
         """The sampling knobs of each mask, or None when every row is greedy."""
@@ -147,20 +191,16 @@ class Runner:
         self,
         columns: Columns,
         blocks: Blocks,
-        masked: np.ndarray[Any, Any],
         taken: np.ndarray[Any, Any],
-        guessed: Guess,
+        token: np.ndarray[Any, Any],
+        confidence: np.ndarray[Any, Any],
     ) -> np.ndarray[Any, Any]:
-        """Put the accepted tokens on their canvases; returns the confidence spent per row, [rows]."""
-        chosen = taken[masked]
-        token, confidence = guessed.token.cpu().numpy(), guessed.confidence.cpu().numpy()
+        """Put accepted tokens, all [rows, width], on their canvases; returns the confidence spent per row, [rows]."""
         rows = np.broadcast_to(columns.row[:, None], taken.shape)[taken]
         positions = blocks.positions[taken]
-        self.table.confidence[rows, positions] = confidence[chosen]
-        self.table.canvas[rows, positions] = token[chosen]
-        spent: np.ndarray[Any, Any] = np.zeros(taken.shape)
-        spent[taken] = confidence[chosen]
-        return np.asarray(spent.sum(1))
+        self.table.confidence[rows, positions] = confidence[taken]
+        self.table.canvas[rows, positions] = token[taken]
+        return np.asarray(np.where(taken, confidence, 0.0).sum(1))
 
     def results(
         self, columns: Columns, blocks: Blocks, taken: np.ndarray[Any, Any], confidence: np.ndarray[Any, Any]
@@ -177,22 +217,11 @@ class Runner:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def active_blocks(columns: Columns) -> Blocks:
-    widths = columns.block_end - columns.block_start
-    column = np.arange(widths.max())
-    valid = column < widths[:, None]
-    return Blocks(np.where(valid, columns.block_start[:, None] + column, 0), valid)
+def finished(results: list[RowResult]) -> bool:
+    """Whether a row has no mask left in its block."""
+    return any(not result.masks_left for result in results)
 
 
 def packed_spans(offsets: Array, lengths: Array, columns: Columns) -> list[PackedSpan]:
     fields = (offsets, lengths, columns.kv_start, columns.keys)
     return [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
-
-
-def starts(lengths: Array) -> Array:
-    return np.cumsum(lengths) - lengths
-
-
-def ranges(first: Array, lengths: Array) -> Array:
-    """`first[0], first[0] + 1, … (lengths[0] of them), first[1], …`"""
-    return np.arange(lengths.sum()) + np.repeat(first - starts(lengths), lengths)

@@ -8,23 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dilaserve.worker.groups import Group
-
-HOPELESS = torch.finfo(torch.float32).max  # odds of what overflows: behind all others, yet before a row's padding
-
-
-class Guess(NamedTuple):
-    """The candidate of each masked position, all [masks].
-
-    `odds` is Σ_{other} exp(l_other - l_token) = (1 - p) / p: it orders confidences that have all rounded to 1.
-    """
-
-    token: torch.Tensor  # int64
-    odds: torch.Tensor  # float32
-
-    @property
-    def confidence(self) -> torch.Tensor:
-        """p of the token under the unmodified softmax, in float64."""
-        return 1.0 / (1.0 + self.odds.double())
+from dilaserve.worker.statistics import HOPELESS, Guess, best, weighed
 
 
 class Sampling(NamedTuple):
@@ -42,14 +26,12 @@ def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) 
 
     The first of equal logits wins, as in torch.argmax. `logits` is overwritten.
     """
+    if sampling is None:
+        return best(logits, mask_id)
     logits = logits.float()
     mask_logit = logits[:, mask_id].clone()
     logits[:, mask_id] = -torch.inf
-    token = logits.argmax(1, keepdim=True) if sampling is None else sample(logits, sampling)
-    chosen = logits.gather(1, token)
-    weights = logits.sub_(chosen).exp_().scatter_(1, token, 0.0)
-    odds = weights.sum(1) + (mask_logit - chosen.squeeze(1)).exp_()
-    return Guess(token.squeeze(1), odds.nan_to_num_(nan=HOPELESS, posinf=HOPELESS))
+    return weighed(logits, sample(logits, sampling), mask_logit)
 
 
 def guess_part(
@@ -168,6 +150,11 @@ def accepted(guessed: Guess, masked: torch.Tensor, rules: Rules) -> torch.Tensor
     """
     odds = torch.full(masked.shape, torch.inf, dtype=guessed.odds.dtype, device=masked.device)
     odds[masked] = guessed.odds
+    return taken(odds, masked, rules)
+
+
+def taken(odds: torch.Tensor, masked: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """`accepted` from odds [rows, width] that are inf where nothing is masked; its shapes depend on nothing."""
     odds, order = odds.sort(dim=1, stable=True)
     confidence = 1.0 / (1.0 + odds.double())  # falls along the row, 0 past its masks
     masks = masked.sum(1)
@@ -186,7 +173,7 @@ def factor_count(confidence: torch.Tensor, masks: torch.Tensor, factor: torch.Te
     """
     n = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
     failed = confidence < 1 - factor[:, None] / (n + 1)
-    failed[:, 0] = False
+    failed[:, 0].fill_(False)
     failed |= n > masks[:, None]
     passed = torch.where(failed.any(1), failed.int().argmax(1), confidence.shape[1])
     return torch.where(passed == masks - 1, masks, passed).clamp(min=1)

@@ -1,33 +1,16 @@
-"""From counts by degree to aligned groups of devices that keep what runs, and from an old plan to a new one."""
+"""From counts by degree to aligned groups of devices that keep what runs. Knows nothing of traffic or time."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
 
 Group = tuple[int, ...]  # sorted ranks
 Choice = tuple[int, int, tuple[Group, ...]]  # instances kept, devices kept, the groups
 
 
-class Moves(NamedTuple):
-    """Groups that go on untouched, that end, and that are newly formed; each in the order of ranks."""
-
-    stay: tuple[Group, ...]
-    dissolve: tuple[Group, ...]
-    form: tuple[Group, ...]
-
-
-def moves(old: Sequence[Group], new: Sequence[Group]) -> Moves:
-    return Moves(
-        stay=tuple(sorted(set(old) & set(new))),
-        dissolve=tuple(sorted(set(old) - set(new))),
-        form=tuple(sorted(set(new) - set(old))),
-    )
-
-
 def changed(old: Sequence[Group], new: Sequence[Group]) -> float:
     """The share of the new plan's devices that are in a newly formed group."""
     total = sum(map(len, new))
-    return sum(map(len, moves(old, new).form)) / total if total else 0.0
+    return sum(map(len, set(new) - set(old))) / total if total else 0.0
 
 
 def block(start: int, degree: int) -> Group:

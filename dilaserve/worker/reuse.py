@@ -1,0 +1,207 @@
+"""A step of reuse rows alone, on buffers that stay where they are: the same work whoever is in it; a graph replays it.
+
+Rows are padded to one of a few counts, blocks to a page; what pads writes to the pool's spare page and unmasks nothing.
+Rows without masks are frozen. The canvas of the active blocks stays on the device from step to step, and the host may
+read a step's result while the next one runs. On a CPU the same function runs as it is.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dilaserve.models.kvcache import KVPool
+from dilaserve.models.layers import Packed, Runs
+from dilaserve.models.llada import Model
+from dilaserve.models.spec import ModelSpec
+from dilaserve.pages import PAGE
+from dilaserve.table import RequestTable
+from dilaserve.worker.batch import Blocks, Columns
+from dilaserve.worker.statistics import Guess, best
+from dilaserve.worker.unmask import Rules, taken
+
+log = logging.getLogger(__name__)
+WIDTH = PAGE  # positions of a row; longer blocks take the other way
+DEPTH = 2  # steps whose results are not read yet, at most
+MAX_LOGITS = 2**26  # elements of [positions, vocab] at a time
+GRAPHS = (1, 2, 4, 6, 8, 12, 16)  # rows; beyond, a step computes for longer than it takes to begin
+STRIDE = 4  # of the counts beyond
+FIELDS = ("kv_start", "keys", "block_start", "length", "rule", "quota", "threshold", "factor")
+REALS = 2  # of the fields, at the end
+
+
+class Found(NamedTuple):
+    """What a step did, [rows, WIDTH] each."""
+
+    token: np.ndarray[Any, Any]  # -1 where nothing was unmasked
+    confidence: np.ndarray[Any, Any]
+
+
+class ReuseSteps:
+    """Steps of up to `rows` rows of a group of one. `eager`: without CUDA graphs.
+
+    `load` a batch, then `launch` as often as wanted and `read` each result in order, at most `DEPTH` behind.
+    """
+
+    def __init__(self, spec: ModelSpec, model: Model, pool: KVPool, rows: int, eager: bool = False) -> None:
+        self.spec, self.model, self.pool = spec, model, pool
+        self.device = pool.keys[0].device
+        self.cuda = self.device.type == "cuda"
+        self.eager = eager or not self.cuda
+        self.buckets = buckets(rows)
+        most, device = self.buckets[-1], self.device
+        self.staged = torch.zeros(most, WIDTH + len(FIELDS), dtype=torch.int64, pin_memory=self.cuda)
+        self.landed = torch.zeros(DEPTH, most, 2, WIDTH, dtype=torch.int32, pin_memory=self.cuda)
+        self.batch = torch.zeros(self.staged.shape, dtype=torch.int64, device=device)
+        self.found = torch.zeros(self.landed.shape, dtype=torch.int32, device=device)
+        self.turn = torch.zeros(1, dtype=torch.int64, device=device)  # where in `found` the next result goes
+        self.column = torch.arange(WIDTH, device=device)
+        self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.memory: Any = None  # that all graphs share: one runs at a time
+        if self.cuda:
+            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.computed, self.arrived = ([torch.cuda.Event() for _ in range(DEPTH)] for _ in range(2))  # type: ignore[no-untyped-call]
+        self.rows = self.bucket = self.launched = self.seen = 0
+
+    def takes(self, columns: Columns, table: RequestTable) -> bool:
+        """Whether the batch is of reuse rows alone, greedy, with blocks of at most a page."""
+        widths = columns.block_end - columns.block_start
+        return bool(
+            len(columns.row) <= self.buckets[-1]
+            and (columns.start == columns.block_start).all()
+            and (columns.length == widths).all()
+            and widths.max() <= WIDTH
+            and not table.temperature[columns.row].any()
+        )
+
+    def load(self, columns: Columns, blocks: Blocks, table: RequestTable) -> None:
+        """Put a batch that `takes` allows in place; what was launched before must have been read."""
+        self.rows = rows = len(columns.row)
+        self.bucket = next(size for size in self.buckets if size >= rows)
+        self.make_ready(self.bucket)
+        staged = self.staged.numpy()
+        self.clear(staged[rows : self.bucket])
+        staged[:rows, : blocks.positions.shape[1]] = table.canvas[columns.row[:, None], blocks.positions]
+        whole = (
+            columns.kv_start,
+            columns.keys,
+            columns.block_start,
+            columns.length,
+            table.rule[columns.row],
+            columns.quota,
+        )
+        for i, values in enumerate(whole, WIDTH):
+            staged[:rows, i] = values
+        real = staged.view(np.float64)
+        real[:rows, -2], real[:rows, -1] = table.threshold[columns.row], table.factor[columns.row]
+        self.batch[: self.bucket].copy_(self.staged[: self.bucket], non_blocking=True)
+
+    def clear(self, staged: np.ndarray[Any, Any]) -> None:
+        """Make padding of rows of the staging buffer."""
+        staged[:] = 0
+        staged[:, WIDTH], staged[:, WIDTH + 1] = self.pool.spare, WIDTH
+
+    def launch(self) -> None:
+        """Begin the next step of the batch."""
+        slot = self.launched % DEPTH
+        self.launched += 1
+        if graph := self.graphs.get(self.bucket):
+            graph.replay()
+        else:
+            self.step(self.bucket)
+        if not self.cuda:
+            self.landed[slot].copy_(self.found[slot])
+            return
+        self.computed[slot].record()
+        with torch.cuda.stream(self.copies):
+            self.copies.wait_event(self.computed[slot])
+            self.landed[slot, : self.bucket].copy_(self.found[slot, : self.bucket], non_blocking=True)
+            self.arrived[slot].record()
+
+    def read(self) -> Found:
+        """Wait for the oldest step whose result was not read."""
+        slot = self.seen % DEPTH
+        self.seen += 1
+        if self.cuda:
+            self.arrived[slot].synchronize()
+        landed = self.landed[slot, : self.rows].numpy()
+        return Found(landed[:, 0].copy(), landed[:, 1].view(np.float32).copy())
+
+    def step(self, rows: int) -> None:
+        """Denoise the first `rows` rows of the batch once: a function of the buffers, without a look at the host."""
+        ids, fields = self.batch[:rows, :WIDTH], self.batch[:rows, WIDTH:]
+        kv_start, keys, block_start, length, rule, quota = fields[:, :-REALS].unbind(1)
+        threshold, factor = fields[:, -REALS:].view(torch.float64).unbind(1)
+        valid = self.column < length[:, None]
+        masked = (ids == self.spec.mask_id) & valid
+        positions = torch.where(valid, block_start[:, None] + self.column, self.column)
+        slots = torch.where(valid, kv_start[:, None] + positions, self.pool.spare + self.column)
+        starts = F.pad(kv_start, (0, 1)).int()
+        runs = Runs(self.offsets[: rows + 1], starts, keys.int().contiguous(), WIDTH, self.spec.max_length)
+        packed = Packed(ids.flatten(), positions.flatten(), slots.flatten(), runs, None, [])
+        token, odds = self.guess(self.model.hidden(packed, self.pool))
+        token, odds = token.view(rows, WIDTH), odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
+        chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
+        ids.copy_(torch.where(chosen, token, ids))
+        confidence = (1.0 / (1.0 + odds.double())).float().view(torch.int32)
+        found = torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)
+        self.found[:, :rows].index_copy_(0, self.turn, found[None])
+        self.turn.add_(1).remainder_(DEPTH)
+
+    def guess(self, hidden: torch.Tensor) -> Guess:
+        """The candidate of each position, a slice of the logits at a time."""
+        size = max(1, MAX_LOGITS // self.spec.vocab_size)
+        pieces = [best(self.model.logits(part), self.spec.mask_id) for part in torch.split(hidden, size)]
+        return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True))) if len(pieces) > 1 else pieces[0]
+
+    def make_ready(self, rows: int) -> None:
+        """Capture the graph of a bucket when it is first needed, that of the largest before it: the smaller ones then
+        find room in its memory. Goes on without graphs where one cannot be captured.
+        """
+        if self.eager or rows in self.graphs or rows > GRAPHS[-1]:
+            return
+        largest = max(size for size in self.buckets if size <= GRAPHS[-1])
+        try:
+            for size in dict.fromkeys((largest, rows)):
+                if size not in self.graphs:
+                    self.graphs[size] = self.captured(size)
+        except RuntimeError as error:
+            log.warning("no CUDA graph of %d rows (%s); steps go on without graphs", rows, str(error).splitlines()[0])
+            self.eager = True
+            self.graphs.clear()
+        self.turn.zero_()
+        self.launched = self.seen = 0
+
+    def captured(self, rows: int) -> torch.cuda.CUDAGraph:
+        """The step of so many rows as a graph, after it has run once on padding so that all kernels are there."""
+        self.rehearse(rows)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+            self.step(rows)
+        self.memory = self.memory or graph.pool()
+        return graph
+
+    def rehearse(self, rows: int) -> None:
+        """Run the step on padding alone, beside the current stream as captures want it."""
+        self.clear(self.staged.numpy()[:rows])
+        self.batch[:rows].copy_(self.staged[:rows])
+        if not self.cuda:
+            self.step(rows)
+            return
+        side, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            self.step(rows)
+        here.wait_stream(side)
+        torch.cuda.synchronize(self.device)
+
+
+def buckets(rows: int) -> list[int]:
+    """Counts to which batches of up to so many rows are padded: few that have graphs, and close ones beyond, where
+    every row costs.
+    """
+    sizes = [*GRAPHS, *range(GRAPHS[-1] + STRIDE, rows + STRIDE, STRIDE)]
+    return sizes[: next(i for i, size in enumerate(sizes) if size >= rows) + 1]

@@ -1,0 +1,104 @@
+"""Triton's kernels, interpreted on the CPU, against their twins in plain torch."""
+
+import os
+import sys
+
+import pytest
+import torch
+from test_unmask import MASK
+
+from dilaserve.models import layers
+from dilaserve.worker import statistics
+
+if "triton" in sys.modules:
+    pytest.skip("Triton was imported before it could be told to interpret", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # its decorators look when they are imported; nothing else here may inherit it
+try:
+    pytest.importorskip("triton")
+    from dilaserve.models import kernels as of_layers
+    from dilaserve.worker import kernels as of_logits
+finally:
+    del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def close(one, other):
+    """The interpreter cuts float32 to bfloat16 where a GPU rounds."""
+    short = one.dtype == torch.bfloat16
+    return torch.allclose(one.float(), other.float(), rtol=2e-2 if short else 1e-5, atol=2e-2 if short else 1e-6)
+
+
+@pytest.mark.parametrize("vocab", [40, 300, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sweep_finds_what_the_twin_finds(vocab, dtype):
+    logits = random(7, vocab, dtype=dtype, scale=5.0)
+    logits[1] = logits[1] * 0 + 1  # all equal
+    logits[2, vocab - 1] = 80.0
+    logits[3, [5, vocab // 2]] = 90.0
+    logits[4] -= 200.0
+    found, expected = of_logits.best(logits.clone(), MASK), statistics.plain(logits.clone(), MASK)
+    assert torch.equal(found.token, expected.token)
+    assert torch.allclose(found.odds, expected.odds, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_broken_rows_are_hopeless_and_never_the_mask():
+    inf, nan = torch.inf, torch.nan
+    logits = random(8, 50)
+    logits[0], logits[1] = nan, -inf
+    logits[2, 3] = nan
+    logits[3, [4, 30]] = inf
+    logits[4, 9] = inf
+    logits[5, MASK] = inf
+    logits[6, MASK] = nan
+    logits[7, MASK] = 300.0
+    found, expected = of_logits.best(logits.clone(), MASK), statistics.plain(logits.clone(), MASK)
+    assert torch.equal(found.odds, expected.odds)
+    assert expected.odds[4] == 0.0
+    assert (expected.odds[[0, 1, 2, 3, 5, 6, 7]] == statistics.HOPELESS).all()
+    assert (found.token != MASK).all()
+    assert (found.token < 50).all()
+    whole = [1, 3, 4, 5, 6, 7]
+    assert torch.equal(found.token[whole], expected.token[whole])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [32, 48, 1024])
+def test_sum_and_norm_agree(width, dtype):
+    x, delta = (random(5, width, dtype=dtype, seed=i) for i in range(2))
+    weight = random(width, dtype=dtype, seed=2)
+    total, normed = of_layers.add_norm(x, delta, weight, 1e-5)
+    expected_total, expected = layers.add_norm(x, delta, weight, 1e-5)
+    assert close(total, expected_total)
+    assert close(normed, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "q", "kv", "dim"), [(2, 2, 2, 8), (1, 3, 1, 12), (4, 1, 1, 16)])
+def test_heads_are_turned_and_placed_alike(groups, q, kv, dim, dtype):
+    tokens, pool = 6, 40
+    fused = random(tokens, groups, q + 2 * kv, dim, dtype=dtype)
+    turns = layers.rotary_table(64, dim, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
+    slots = torch.tensor([3, 0, 39, 17, 8, 9])
+    stores = [torch.zeros(pool, groups * kv, dim, dtype=dtype) for _ in range(4)]
+    found = of_layers.place(fused, turns, slots, *stores[:2], q, kv)
+    expected = layers.place(fused, turns, slots, *stores[2:], q, kv)
+    for one, other in ((found, expected), (stores[0], stores[2]), (stores[1], stores[3])):
+        assert close(one, other)
+    assert torch.equal(stores[1], stores[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "width"), [(2, 24), (3, 1000)])
+def test_gates_agree(groups, width, dtype):
+    fused = random(4, groups, 2, width, dtype=dtype, scale=2.0)
+    found, expected = of_layers.gated(fused.clone()), layers.gated(fused.clone())
+    assert close(found, expected)

@@ -1,0 +1,181 @@
+"""Steps on buffers that stay where they are, on the CPU, against steps that are laid out anew."""
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from reference import Llada
+from test_parity import expect, some_requests, wishes
+
+from dilaserve import Config, Engine, models
+from dilaserve.devices import steps_for
+from dilaserve.models import layers
+from dilaserve.models.checkpoint import Checkpoint
+from dilaserve.models.kvcache import KVPool
+from dilaserve.models.layers import PackedSpan, Runs, attend, each_run, grouped
+from dilaserve.models.spec import Shard
+from dilaserve.pages import PAGE
+from dilaserve.table import RequestTable
+from dilaserve.terms import Decoding, Span
+from dilaserve.worker import rehearsal
+from dilaserve.worker.batch import columns_of
+from dilaserve.worker.reuse import WIDTH, ReuseSteps, buckets
+from dilaserve.worker.runner import Runner
+
+TOKENS, ROWS = 4096, 20
+RULES = (dict(rule="threshold", confidence_threshold=0.5), dict(rule="steps"), dict(rule="factor", factor=1.0))
+
+
+class House:
+    """A runner with its own table and pool, with and without static steps."""
+
+    def __init__(self, directory, static):
+        checkpoint = Checkpoint(directory)
+        self.spec = models.describe(checkpoint)
+        family, cpu = models.FAMILIES[self.spec.architecture], torch.device("cpu")
+        weights = family.load(self.spec, checkpoint.tensors(), cpu, torch.float32, lambda nbytes: None, Shard())
+        self.model = family.Model(self.spec, weights)
+        self.pool = KVPool(self.spec, Shard(), torch.zeros((TOKENS + PAGE) * self.spec.kv_elements))
+        self.table = RequestTable(ROWS, self.spec.max_length)
+        self.reuse = ReuseSteps(self.spec, self.model, self.pool, ROWS) if static else None
+        self.runner = Runner(self.spec, self.model, self.pool, self.table, (), reuse=self.reuse)
+
+    def spans(self, shapes, refresh):
+        spans, kv_start = [], 0
+        for row, (prompt, block, length) in enumerate(shapes):
+            canvas = prompt + length
+            start, queries = (0, canvas) if refresh else (prompt, block)
+            quota = 3 if row % 3 == 1 else 0
+            spans.append(Span(row, 1, kv_start, start, queries, canvas, prompt, prompt + block, quota, 0))
+            kv_start += -(-canvas // PAGE) * PAGE
+        return spans
+
+    def fill(self, shapes):
+        rng = np.random.default_rng(0)
+        for row, (prompt, _, length) in enumerate(shapes):
+            ids = rng.integers(0, 256, prompt).astype(np.int32)
+            self.table.fill(row, ids, prompt + length, self.spec.mask_id, Decoding(**RULES[row % 3]))
+
+
+def shapes_of(count):
+    """Prompt, block and answer of each row; blocks of all lengths up to a page."""
+    return [(20 + 13 * (i % 8), (WIDTH, 7, 16, 1)[i % 4], WIDTH + 5) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 17])
+def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
+    shapes, houses = shapes_of(count), [House(random_model, static) for static in (False, True)]
+    for house in houses:
+        house.fill(shapes)
+        list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    plain, static = houses
+    for _ in range(6):
+        reports = [list(house.runner.steps(house.spans(shapes, refresh=False), 4)) for house in houses]
+        assert sum(outcome.last for outcome in reports[1]) == 1
+        for report in reports:
+            assert report[-1].last
+        done = min(map(len, reports))  # the static one may have begun a step before it heard that a row was done
+        for one, other in zip(reports[0][:done], reports[1][:done], strict=True):
+            for mine, theirs in zip(one.results, other.results, strict=True):
+                assert mine[:6] == theirs[:6]
+                assert mine.confidence == pytest.approx(theirs.confidence, rel=1e-4)
+        for _ in range(len(reports[1]) - len(reports[0])):
+            list(plain.runner.steps(plain.spans(shapes, refresh=False), 1))
+        assert np.array_equal(plain.table.canvas, static.table.canvas)
+        assert np.allclose(plain.table.confidence, static.table.confidence, rtol=1e-4)
+
+
+def test_what_pads_a_batch_touches_the_spare_page_alone(random_model):
+    house = House(random_model, static=True)
+    shapes = shapes_of(3)
+    house.fill(shapes)
+    house.pool.keys[0].fill_(7.0)
+    list(house.runner.steps(house.spans(shapes, refresh=False), 1))
+    touched = (house.pool.keys[0] != 7.0).flatten(1).any(1)
+    mine = {span.kv_start + p for span in house.spans(shapes, False) for p in range(span.block_start, span.block_end)}
+    assert house.reuse.bucket == 4
+    assert set(touched.nonzero().flatten().tolist()) == mine | set(range(TOKENS, TOKENS + PAGE))
+
+
+def test_only_greedy_reuse_rows_with_blocks_of_a_page_are_taken(random_model):
+    house, shapes = House(random_model, static=True), shapes_of(2)
+    house.fill(shapes)
+
+    def takes(spans):
+        return house.reuse.takes(columns_of(spans), house.table)
+
+    reuse, refresh = house.spans(shapes, refresh=False), house.spans(shapes, refresh=True)
+    assert takes(reuse)
+    assert not takes([*reuse[:1], *refresh[1:]])
+    assert not takes(house.spans([(20, WIDTH + 1, WIDTH + 1)], refresh=False))
+    house.table.temperature[1] = 0.5
+    assert not takes(reuse)
+    assert takes(reuse[:1])
+
+
+def test_batches_are_padded_to_few_counts_and_past_the_graphs_by_less_than_the_stride():
+    assert buckets(1) == [1]
+    assert buckets(8) == [1, 2, 4, 6, 8]
+    assert buckets(9) == [1, 2, 4, 6, 8, 12]
+    assert buckets(64)[6:] == [*range(16, 68, 4)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_runs_say_the_same_as_groups_of_spans(heads):
+    pool = SimpleNamespace(keys=[torch.randn(200, heads[1], 8)], values=[torch.randn(200, heads[1], 8)])
+    spans = [PackedSpan(0, 5, 10, 40), PackedSpan(5, 5, 60, 33), PackedSpan(10, 9, 100, 77)]
+    q = torch.randn(19, heads[0], 8)
+    runs = Runs(
+        torch.tensor([0, 5, 10, 19], dtype=torch.int32),
+        torch.tensor([10, 60, 100, 0], dtype=torch.int32),
+        torch.tensor([40, 33, 77], dtype=torch.int32),
+        9,
+        100,
+    )
+    expected = attend(q, pool, 0, grouped(spans, torch.device("cpu")))
+    assert torch.allclose(each_run(q, pool.keys[0], pool.values[0], runs), expected, atol=1e-6)
+    assert torch.allclose(attend(q, pool, 0, runs), expected, atol=1e-6)
+
+
+def test_the_largest_step_can_be_rehearsed(random_model):
+    house = House(random_model, static=False)
+    with torch.inference_mode():
+        pool = rehearsal.small_pool(house.spec, house.model)
+        rehearsal.refreshed(house.spec, house.model, pool, 700, 8)
+        ReuseSteps(house.spec, house.model, pool, 8).rehearse(8)
+    assert pool.tokens == house.spec.max_length + PAGE
+    assert layers.kit_for(torch.device("cpu")) is layers.PLAIN
+
+
+def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, monkeypatch):
+    """On the meta device a tensor has no values, so whatever would make the host wait for a GPU raises."""
+    meta, checkpoint = torch.device("meta"), Checkpoint(random_model)
+    spec = models.describe(checkpoint)
+    family = models.FAMILIES[spec.architecture]
+    weights = family.load(spec, checkpoint.tensors(), meta, torch.float32, lambda nbytes: None, Shard())
+    pool = KVPool(spec, Shard(), torch.zeros((TOKENS + PAGE) * spec.kv_elements, device=meta))
+    steps = ReuseSteps(spec, family.Model(spec, weights), pool, 8)
+    with pytest.raises(Exception, match="meta"):
+        steps.step(4)
+    monkeypatch.setattr(layers, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))
+    steps.step(4)
+
+
+def test_a_gpu_takes_several_steps_a_launch_and_a_cpu_one():
+    assert steps_for(["cuda:0", "cuda:1"], Config().device) == 8
+    assert steps_for(["cpu"], Config().device) == 1
+    assert steps_for(["cpu"], Config.of(steps_per_launch=3).device) == 3
+
+
+@pytest.mark.parametrize("most", [2, 8])
+async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
+    requests = some_requests(40, seed=12)
+    async with Engine(Config.of(model=str(random_model), devices="cpu", steps_per_launch=most)) as engine:
+        alone = [await engine.generate(*wish) for wish in wishes(requests[:10])]
+        batches = engine.scheduler.batches
+        together = await asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
+    expect(Llada(random_model), requests[:10], alone)
+    expect(Llada(random_model), requests, together)
+    assert batches < sum(answer.usage.steps for answer in alone)
