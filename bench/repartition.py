@@ -47,7 +47,7 @@ from dilaserve.sim.workload import Job
 PROMPT, ANSWER, LIMIT = 200, 256, 1024
 DEGREES = (1, 2, 4, 8)
 IN_PLACE, RESTART = 0.02, 150.0  # seconds in which an instance is formed
-AUTO, RESTARTING, REGARDLESS = "auto", "auto, by restart", "auto, by restart at any price"
+AUTO, RESTARTING, REGARDLESS = "auto", "auto by restart", "auto by restart at any price"
 PLANNED = (AUTO, RESTARTING, REGARDLESS)
 Rate = Callable[[float], float]
 
@@ -94,7 +94,8 @@ def knee(devices: int) -> float:
     forecast = Forecast(known.quality)
     ahead = forecast.blocks("any", 0, ANSWER // 32, 32)[0]
     pace = paced(known.costs[cost_key("cuda", 1)], Kind(PROMPT + ANSWER, ANSWER), ahead, 6, 32, 0.0)
-    return devices * max(rows / life for rows, life in enumerate(pace.life.tolist(), 1))
+    lives: list[float] = pace.life.tolist()
+    return devices * max(rows / life for rows, life in enumerate(lives, 1))
 
 
 def cases(one: float, args: argparse.Namespace) -> Iterator[Case]:

@@ -9,6 +9,7 @@ FEW = 20  # requests that must have ended for a share to mean something
 QUICK = 0.4  # weight of the newest observation
 FADING = 0.98  # what is left of the trust in a plan's own record after one more question
 ALIKE = 0.7  # difference in the logarithm of what is missed at which situations are not alike any more
+UNTOLD = 0.1  # weight of the forecast being right where nothing is known
 MOST = 6  # plans that are remembered
 
 Key = tuple[tuple[int, int], ...]  # (degree, instances), sorted
@@ -26,13 +27,12 @@ NONE = Record(0.0, 0.0, 0.0)
 
 
 class Hindsight:
-    """Remembers the plans that were in force. One that was not, or not in such a situation, is taken to surprise as
-    the running one does.
+    """Remembers the plans that were in force. Others are taken to surprise as these did in situations that were alike:
+    else whatever was never tried would look best.
     """
 
     def __init__(self) -> None:
         self.records: dict[Key, Record] = {}
-        self.general = 0.0  # logarithm of the surprise of whichever plan is in force
 
     def happened(self, now: Proposal, met: int, ended: int) -> None:
         """Under the running plan, of which `now` was expected, `met` of the `ended` requests were in time."""
@@ -40,17 +40,20 @@ class Hindsight:
         if ended < FEW:
             return
         before, trust = self.expected(now), self.records.pop(key_of(now.counts), NONE).trust
-        self.general = before + QUICK * (math.log(surprise(now.on_time, met / ended)) - before)
-        record = Record(self.general, trust + QUICK * (1.0 - trust), 1.0 - now.on_time)
+        seen = math.log(surprise(now.on_time, met / ended))
+        record = Record(before + QUICK * (seen - before), trust + QUICK * (1.0 - trust), 1.0 - now.on_time)
         self.records[key_of(now.counts)] = record
         if len(self.records) > MOST:
             del self.records[min(self.records, key=lambda key: self.records[key].trust)]
 
     def expected(self, proposal: Proposal) -> float:
-        """The logarithm of the surprise that it will be."""
-        known = self.records.get(key_of(proposal.counts), NONE)
-        apart = math.log((1.0 - proposal.on_time + BLUR) / (known.missed + BLUR)) / ALIKE
-        return self.general + known.trust * math.exp(-apart * apart / 2) * (known.surprise - self.general)
+        """The logarithm of the surprise that it will be: by its own record of alike situations, else by all of them."""
+        missed = 1.0 - proposal.on_time
+        weights = {key: record.trust * alike(missed, record.missed) for key, record in self.records.items()}
+        told = sum(weight * self.records[key].surprise for key, weight in weights.items())
+        usual = told / (sum(weights.values()) + UNTOLD)
+        own = key_of(proposal.counts)
+        return usual + weights.get(own, 0.0) * (self.records.get(own, NONE).surprise - usual)
 
     def judged(self, proposal: Proposal) -> Proposal:
         """The proposal as experience has it."""
@@ -60,6 +63,12 @@ class Hindsight:
     def tried(self) -> list[dict[int, int]]:
         """The counts that are remembered."""
         return [dict(key) for key in self.records]
+
+
+def alike(one: float, other: float) -> float:
+    """Of two shares that are missed, from 0 to 1."""
+    apart = math.log((one + BLUR) / (other + BLUR)) / ALIKE
+    return math.exp(-apart * apart / 2)
 
 
 def key_of(counts: Counts) -> Key:

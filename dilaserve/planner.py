@@ -99,6 +99,7 @@ class Planner:
         self.setup = setup or Setup()
         self.past: deque[tuple[Flow, ...]] = deque(maxlen=MEMORY)
         self.inclined = False  # to change, when it was asked last
+        self.unrest = 0.0  # changes of late
         self.learned(laws, quality)
 
     def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
@@ -131,9 +132,11 @@ class Planner:
         choices = [self.choice(rival, now, demand) for rival in self.rivals(offered, ground)]
         wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
         gain -= self.risk(wanted, now, demand, ground)
-        before, self.inclined = self.inclined, planning.worth_switching(gain, share, missed(wanted, now))
-        if self.inclined and (before or gain > planning.SURE):
-            self.inclined = False
+        self.unrest *= planning.SETTLING
+        worth = planning.worth_switching(gain, share, missed(wanted, now), self.unrest)
+        before, self.inclined = self.inclined, worth
+        if worth and (before or gain > planning.SURE):
+            self.inclined, self.unrest = False, self.unrest + 1.0
             return Advice(Plan(plan), explained(offered, wanted, now, True), wanted, gain)
         reason = explained(offered, wanted, now, False)
         if held == dict(ground.running):

@@ -253,9 +253,10 @@ def test_a_switch_must_pay_for_itself(better, share, pause):
     assert worth_switching(worth, share) == (share > 0 and worth > MARGIN)
 
 
-@given(st.floats(0.01, 0.5), st.floats(0, 1), st.floats(0, 1))
-def test_where_more_is_missed_more_must_be_gained(better, share, missed):
-    assert worth_switching(better, share, missed) == (share > 0 and better > MARGIN + DOUBT * missed)
+@given(st.floats(0.01, 0.5), st.floats(0, 1), st.floats(0, 1), st.floats(0, 5))
+def test_where_more_is_missed_or_much_has_changed_more_must_be_gained(better, share, missed, unrest):
+    least = (1 + unrest) * (MARGIN + DOUBT * missed)
+    assert worth_switching(better, share, missed, unrest) == (share > 0 and better > least)
 
 
 def test_classes_of_one_name_are_all_served():
@@ -303,8 +304,8 @@ def test_surges_that_cost_more_than_calm_gains_are_a_risk():
 
 @given(st.lists(st.floats(0, 100), max_size=8))
 def test_a_load_is_taken_to_rise_on_but_never_far(loads):
-    assert 1.0 <= rise(loads) <= 1.25
-    assert rise([*loads, 10, 10, 11, 11]) == pytest.approx(1.1)
+    assert 1.0 <= rise(loads) <= 1.15
+    assert rise([*loads, 10, 10, 12, 12]) == pytest.approx(1.1)
     assert rise([*loads, 20, 20, 10, 10]) == 1.0
 
 
@@ -341,7 +342,7 @@ def test_what_was_foretold_is_believed_until_it_turns_out_otherwise():
     known = memory.judged(foretold(0.9))
     assert known.on_time == pytest.approx(0.8, abs=0.01)
     assert known.value == pytest.approx(foretold(0.9).value - 0.9 + known.on_time)
-    assert memory.judged(foretold(0.9, {2: 4})).on_time == pytest.approx(0.8, abs=0.01)  # as the one that is known
+    assert memory.judged(foretold(0.9, {2: 4})).on_time == pytest.approx(0.8, abs=0.02)  # as the one that is known
 
 
 def test_a_plan_that_was_worse_is_remembered_for_a_while_and_in_such_situations():
@@ -352,7 +353,7 @@ def test_a_plan_that_was_worse_is_remembered_for_a_while_and_in_such_situations(
         memory.happened(foretold(0.88), met=88, ended=100)
     gap = memory.judged(foretold(0.88)).on_time - memory.judged(foretold(0.9, {2: 4})).on_time
     assert gap > 0.04
-    assert memory.judged(foretold(0.99, {2: 4})).on_time > 0.98  # another load
+    assert memory.judged(foretold(0.99, {2: 4})).on_time > 0.97  # another load
     for _ in range(round(3 / (1 - FADING))):
         memory.happened(foretold(0.88), met=88, ended=100)
     assert memory.judged(foretold(0.9, {2: 4})).on_time > 0.88

@@ -384,7 +384,7 @@ def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     list(machine.observe(PlanReady(None, "well as it is"), 2.5))
     (solve,) = [command for command in machine.decide(4.0) if isinstance(command, Solve)]
     (flow,) = solve.demand.flows
-    assert (flow.canvas_tokens, flow.answer_tokens, flow.rate) == (128, 64, 1.5)
+    assert (flow.canvas_tokens, flow.answer_tokens, flow.rate) == (74, 64, 1.5)
     assert 0 < flow.tightness < 0.7
     assert (solve.demand.plan, solve.demand.ranks) == (SINGLES, (0, 1, 2, 3))
     feed(machine, PlanReady(PAIRS, "tight deadlines"), 4.0)

@@ -147,7 +147,7 @@ def test_a_quiet_house_is_planned_for_latency_and_a_busy_one_for_throughput():
             return [len(group) for group in engine.plan.groups]
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        quiet, busy = runner.run(load(1.0, 12.0)), runner.run(load(7.0, 12.0))
+        quiet, busy = runner.run(load(1.0, 12.0)), runner.run(load(18.0, 12.0))
     assert (quiet, busy) == ([4], [1, 1, 1, 1])
 
 

@@ -17,7 +17,8 @@ SLOWEST = 2.0  # times the unloaded latency; what is slower counts as this
 LOWERED = 0.02  # what a level of the threshold costs, so that none is lowered for the latency alone
 MIXED = 0.03  # what each further degree costs: a mix sends some requests to the wrong kind, and pools less
 HEADROOM = 1.1  # times the rate that was seen
-STEEPEST = 1.25  # times, that a rising load is taken to rise further until a plan stands
+STEEPEST = 1.15  # times, that a rising load is taken to rise further until a plan stands
+SETTLING = 0.9  # what is left of the unrest after a change at the next question
 HORIZON = 10.0  # seconds in which a backlog is to be worked off
 AMORTISED = 30.0  # seconds that a plan is expected to last
 MARGIN = 0.01  # gain below which nothing changes, in shares on time
@@ -94,11 +95,13 @@ def expected(rate: float, backlog: float, sheds: bool, rise: float = 1.0) -> flo
 
 
 def rise(loads: Sequence[float]) -> float:
-    """How many times as high the load will be, if it rises as it did over the last four looks; 1 where it falls."""
+    """How many times as high the load will soon be, if it rises half as fast as over the last four looks; 1 where it
+    falls. Half, because chance alone makes loads rise.
+    """
     if len(loads) < 4:
         return 1.0
     before, lately = sum(loads[-4:-2]), sum(loads[-2:])
-    return min(STEEPEST, max(1.0, lately / max(1e-9, before)))
+    return min(STEEPEST, max(1.0, (1.0 + lately / max(1e-9, before)) / 2))
 
 
 def switching(changed: float, pause: float) -> float:
@@ -252,11 +255,11 @@ def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float
     return wanted.value - now.value - switching(changed, pause)
 
 
-def worth_switching(gain: float, changed: float, missed: float = 0.0) -> bool:
+def worth_switching(gain: float, changed: float, missed: float = 0.0, unrest: float = 0.0) -> bool:
     """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD), and than what forecasts are off
-    by, which grows with the share that is `missed` under either plan.
+    by, which grows with the share that is `missed` under either plan; and more so after other changes (`unrest`).
     """
-    return changed > 0.0 and gain > MARGIN + DOUBT * missed
+    return changed > 0.0 and gain > (1.0 + unrest) * (MARGIN + DOUBT * missed)
 
 
 def surges(loads: Sequence[float]) -> int:

@@ -161,10 +161,10 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str]) -> Outcome:
         async with await engine.submit(prompt, options) as stream:
             answer = await collect(stream)
     except DilaserveError:
-        return Outcome(at=began, task=job.task, scale=job.scale, deadline=None, latency=None, met=False, usage=None)
+        return Outcome(at=job.at, task=job.task, scale=job.scale, deadline=None, latency=None, met=False, usage=None)
     usage = answer.usage
     return Outcome(
-        at=began,
+        at=job.at,
         task=job.task,
         scale=job.scale,
         deadline=usage.deadline,
