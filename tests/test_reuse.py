@@ -87,6 +87,16 @@ def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
         assert np.allclose(plain.table.confidence, static.table.confidence, rtol=1e-4)
 
 
+def test_a_step_that_might_have_been_the_last_is_followed_by_another(random_model):
+    """Of 7 masks, 3 a step, 1 is left where 3 might have gone: the next step waits for the result, and comes."""
+    house, shapes = House(random_model, static=True), shapes_of(2)
+    house.fill(shapes)
+    (span,) = house.spans(shapes, refresh=False)[1:]
+    outcomes = list(house.runner.steps([span], 8))
+    assert [outcome.results[0].masks_left for outcome in outcomes] == [4, 1, 0]
+    assert [outcome.last for outcome in outcomes] == [False, False, True]
+
+
 def test_what_pads_a_batch_touches_the_spare_page_alone(random_model):
     house = House(random_model, static=True)
     shapes = shapes_of(3)

@@ -79,8 +79,8 @@ class Runner:
         entered = time.perf_counter()
         launched = read = 0
         masks = (self.table.canvas[columns.row[:, None], blocks.positions] == self.spec.mask_id) & blocks.valid
-        ahead, over = bool((masks.sum(1) > columns.quota.clip(min=1)).any()), False
-        while not launched or read < launched:
+        ahead, over, last = bool((masks.sum(1) > columns.quota.clip(min=1)).any()), False, False
+        while not last:
             with torch.inference_mode():
                 while launched < most and launched - read < DEPTH and not over and (ahead or launched == read):
                     reuse.launch()
