@@ -6,6 +6,7 @@ from typing import NamedTuple
 from dilaserve.terms import Load
 
 INFLATED = 2.0  # times the demand: lower early and mildly, not late and harshly
+SPARED = 1.75  # times the demand that is kept before a row lets others ride; looked at again after every step
 TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
 
 
@@ -18,7 +19,7 @@ class Wish(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The level to run at, the slack left there (inflated demand), and whether the deadline will probably be missed."""
+    """The level to run at, what the row can spare there, and whether the deadline will probably be missed."""
 
     level: int
     slack: float
@@ -42,7 +43,7 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
                 break
             level += 1
         steps, work = joint_steps, joint_work
-        verdicts.append(Verdict(level, max(0.0, left - INFLATED * seconds), left < seconds))
+        verdicts.append(Verdict(level, max(0.0, left - SPARED * seconds), left < seconds))
     return verdicts
 
 
