@@ -303,7 +303,7 @@ def profile_of(found: dict[str, list[list[Answer]]], seen: Counts) -> QualityPro
 
 
 def drop(reference: Sequence[Answer], answers: Sequence[Answer]) -> tuple[float, float]:
-    """Points lost against the reference on the same problems: the mean, and the pessimistic end of its interval."""
+    """Points lost against the reference on the same problems: the mean, and its pessimistic bound."""
     differences = [float(a.right) - float(b.right) for a, b in zip(reference, answers, strict=True)]
     mean = statistics.fmean(differences)
     spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0

@@ -6,6 +6,7 @@ from operator import attrgetter
 
 from dilaserve.config import Config
 from dilaserve.policy.admission import Room, Tenant, fits, least_loaded
+from dilaserve.policy.demand import alone
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.terms import Instance
@@ -108,9 +109,12 @@ class House:
         del rows[:placed]
 
     def seat_for(self, progress: Progress) -> Seat | None:
-        """The emptiest instance with room for the canvas, whose pages are taken."""
+        """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
+        degrees = self.promises.degrees
+        seconds = {degree: self.alone(progress, degree) for degree in degrees} if len(degrees) > 1 else {}
         rooms = [
-            Room(seat.instance.id, len(seat.residents), self.max_rows * seat.degree) for seat in self.seats.values()
+            Room(id, len(seat.residents), self.max_rows * seat.degree, seconds.get(seat.degree, 1.0))
+            for id, seat in self.seats.items()
         ]
         for id in least_loaded(rooms):
             kv_start = self.seats[id].pages.take(progress.request.canvas_tokens)
@@ -118,6 +122,10 @@ class House:
                 progress.kv_start = kv_start
                 return self.seats[id]
         return None
+
+    def alone(self, progress: Progress, degree: int) -> float:
+        """Seconds that the request takes alone at this degree."""
+        return alone(self.beliefs.loads(progress, degree)[0], self.beliefs.pace(degree).fixed)
 
     def seat_with_slack(
         self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float

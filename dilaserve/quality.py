@@ -47,7 +47,7 @@ Laws = tuple[tuple[Law, ...], ...]  # [level][part]
 class TaskProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One task: a law by level and part of the canvas, and the accuracy drop in points by level.
 
-    `drop` is against the reference level, the pessimistic end of its 90 % interval and never falling with the level;
+    `drop` is against the reference level, its one-sided 90 % bound and never falling with the level;
     `mean_drop` is the estimate itself. `samples` counts problems a level.
     """
 

@@ -64,6 +64,7 @@ def test_every_block_gets_a_step(steps, blocks):
 def test_the_emptiest_instance_comes_first_and_a_full_one_never():
     rooms = [Room(0, 3, 4), Room(1, 4, 4), Room(2, 1, 4), Room(3, 1, 4)]
     assert least_loaded(rooms) == [2, 3, 0]
+    assert least_loaded([Room(0, 0, 4, 1.0), Room(1, 1, 16, 0.4), Room(2, 2, 16, 0.4)]) == [1, 0, 2]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9))))
