@@ -114,12 +114,11 @@ def test_a_profile_is_read_as_it_was_written(tmp_path):
         read(file)
 
 
-@given(st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(1.0, 20.0)), min_size=1, max_size=8))
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(100, 2000)), min_size=1, max_size=8))
 def test_worthwhile_levels_save_less_and_less_a_point_and_none_left_out_lies_below_them(levels):
-    drops, steps = [0.0], [levels[0][1]]
-    for more, count in levels[1:]:
-        drops.append(drops[-1] + more)
-        steps.append(count)
+    """Drops and steps in hundredths."""
+    drops = [more / 100 for more in itertools.accumulate([0, *(more for more, _ in levels[1:])])]
+    steps = [count / 100 for _, count in levels]
     kept = hull(drops, steps)
     assert kept[0] == 0
     assert kept == sorted(kept)
@@ -129,7 +128,9 @@ def test_worthwhile_levels_save_less_and_less_a_point_and_none_left_out_lies_bel
     assert min(steps) == steps[kept[-1]]
     for a, b in itertools.pairwise(kept):
         for between in range(a + 1, b):
-            assert steps[between] >= steps[a] - slope(drops, steps, a, b) * (drops[between] - drops[a]) - 1e-6
+            width = drops[b] - drops[a]
+            share = (drops[between] - drops[a]) / width if width else 1.0
+            assert steps[between] >= (1 - share) * steps[a] + share * steps[b] - 1e-9
 
 
 def by_length(short, long):
