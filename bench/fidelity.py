@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from replay import MAX_TOKENS, chat
+
 from dilaserve import Config, Engine, Options, profiles
 from dilaserve.beliefs import Beliefs
 from dilaserve.cost import Features, StepCost
@@ -31,7 +33,6 @@ from dilaserve.sim.workload import Job, poisson
 from dilaserve.tasks import TASKS, Problem, held_out
 from dilaserve.text import Text
 
-MAX_TOKENS = 96
 SCALE = 2.0
 NAME = "double"
 
@@ -67,10 +68,6 @@ class Errors:
             actual = range(len(seen) - 1, -1, -1)
             self.off += sum(abs(guess - left) for guess, left in zip(seen[:-1], actual, strict=False))
             self.total += sum(actual)
-
-
-def chat(problem: Problem) -> list[dict[str, str]]:
-    return [{"role": "user", "content": problem.prompt}]
 
 
 class Real(NamedTuple):

@@ -75,12 +75,15 @@ async def replay(
         return list(await asyncio.gather(*(one(session, ask, unloaded, began, tenant) for ask in asks)))
 
 
+def chat(problem: Problem) -> list[dict[str, str]]:
+    return [{"role": "user", "content": problem.prompt}]
+
+
 async def one(session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, float], began: float, tenant: str) -> Fate:
     await asyncio.sleep(max(0.0, began + ask.at - time.perf_counter()))
     deadline = ask.scale * unloaded[class_of(ask.problem)]
     slo = {"deadline_ms": 1000 * deadline, "task": ask.problem.task, "on_miss": "cancel_when_late"}
-    message = {"role": "user", "content": ask.problem.prompt}
-    body = {"messages": [message], "max_tokens": MAX_TOKENS, "slo": slo, "user": tenant}
+    body = {"messages": chat(ask.problem), "max_tokens": MAX_TOKENS, "slo": slo, "user": tenant}
     sent = time.perf_counter()
     try:
         async with session.post("/v1/chat/completions", json=body) as response:

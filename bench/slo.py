@@ -37,6 +37,7 @@ from replay import (
     Spent,
     Traffic,
     asks,
+    chat,
     replay,
     saturation,
     server,
@@ -227,10 +228,6 @@ async def alone(args: argparse.Namespace, problems: Sequence[Problem]) -> dict[P
         asked = [asyncio.create_task(engine.generate(chat(problem), options)) for problem in problems]
         answers = [await answer for answer in track(asked, "alone at .9", console=CONSOLE)]
     return {problem: check(problem, answer.text) for problem, answer in zip(problems, answers, strict=True)}
-
-
-def chat(problem: Problem) -> list[dict[str, str]]:
-    return [{"role": "user", "content": problem.prompt}]
 
 
 def cell(runs: Sequence[Sequence[Fate]], wasted: Sequence[float], reference: dict[Problem, bool]) -> Cell:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from dilaserve.cost import Features, Learner, StepCost, derived
-from dilaserve.policy.demand import drifted
+from dilaserve.policy.demand import alone, drifted
 from dilaserve.progress import Loads, Progress
 from dilaserve.quality import Chain, Forecast, Outlook, QualityProfile, Track, part_of
 from dilaserve.terms import Request, Span
@@ -155,10 +155,10 @@ class Beliefs:
                 progress.loads = Loads(tracks, masks, due, drift, refresh, reuse, interval, degree)
         return progress.loads
 
-    def unloaded(self, progress: Progress) -> float:
-        """Seconds that the request takes alone at its reference threshold, on as few devices as can be."""
-        need = self.loads(progress, self.base)[0]
-        return need.steps * self.pace(self.base).fixed + need.work
+    def unloaded(self, progress: Progress, degree: int | None = None) -> float:
+        """Seconds that the request takes alone at its reference threshold, by default on as few devices as can be."""
+        degree = degree or self.base
+        return alone(self.loads(progress, degree)[0], self.pace(degree).fixed)
 
     def watched(self, progress: Progress, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
         """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""

@@ -6,13 +6,11 @@ from operator import attrgetter
 
 from dilaserve.config import Config
 from dilaserve.policy.admission import Room, Tenant, fits, least_loaded
-from dilaserve.policy.demand import alone
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.terms import Instance
 
 LOOKS = 8  # waiting requests that a decision may test in vain
-NEVER = float("inf")
 ARRIVAL = attrgetter("request.arrived_at")
 
 
@@ -111,7 +109,7 @@ class House:
     def seat_for(self, progress: Progress) -> Seat | None:
         """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
         degrees = self.promises.degrees
-        seconds = {degree: self.alone(progress, degree) for degree in degrees} if len(degrees) > 1 else {}
+        seconds = {degree: self.beliefs.unloaded(progress, degree) for degree in degrees} if len(degrees) > 1 else {}
         rooms = [
             Room(id, len(seat.residents), self.max_rows * seat.degree, seconds.get(seat.degree, 1.0))
             for id, seat in self.seats.items()
@@ -123,10 +121,6 @@ class House:
                 return self.seats[id]
         return None
 
-    def alone(self, progress: Progress, degree: int) -> float:
-        """Seconds that the request takes alone at this degree."""
-        return alone(self.beliefs.loads(progress, degree)[0], self.beliefs.pace(degree).fixed)
-
     def seat_with_slack(
         self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float
     ) -> Seat | None:
@@ -136,7 +130,7 @@ class House:
         """
         paces = {degree: self.beliefs.pace(degree).fixed for degree in self.promises.degrees}
         loads = {degree: self.beliefs.loads(progress, degree) for degree in self.promises.degrees}
-        left = (progress.deadline or NEVER) - now
+        left = progress.left(now)
         deepest = self.promises.deepest(progress)
         for level in range(min(self.promises.floor, deepest), deepest + 1):
             newcomers = {
@@ -160,8 +154,7 @@ class House:
         rows = []
         for progress in seat.promised:
             need = self.beliefs.loads(progress, seat.degree)[progress.level]
-            left = (progress.deadline or NEVER) - now
-            rows.append(Tenant(left, need.steps, need.work, progress.request.slo.weight))
+            rows.append(Tenant(progress.left(now), *need, progress.request.slo.weight))
         return rows
 
     def make_room(self, seat: Seat, progress: Progress) -> bool:
@@ -198,7 +191,7 @@ class House:
         """Rows that had a seat go back, ahead of the others of their kind."""
         for progress in rows:
             if progress.promised:
-                insort(self.queue, progress, key=self.promises.rank)
+                self.enter(progress)
         others = [progress for progress in rows if not progress.promised]
         self.waiting[:0] = sorted(others, key=ARRIVAL)
 

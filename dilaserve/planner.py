@@ -151,7 +151,7 @@ class Planner:
             if counts != dict(ground.running) and planning.packable(counts, ground):
                 yield self.hindsight.judged(planning.propose(offered, ground, pause, budget, counts))
 
-    def choice(self, rival: Proposal, now: Proposal, demand: Demand) -> "Choice":
+    def choice(self, rival: Proposal, now: Proposal, demand: Demand) -> Choice:
         running = demand.plan.groups
         plan = packing.layout(rival.counts, demand.ranks, running)
         share = packing.changed(running, plan)

@@ -167,6 +167,10 @@ class Progress:
     def threshold(self) -> float:
         return self.thresholds[self.level]
 
+    def left(self, now: float) -> float:
+        """Seconds until the deadline; infinite without one."""
+        return math.inf if self.deadline is None else self.deadline - now
+
     def next_work(self) -> Work:
         decoding = self.request.decoding
         due = decoding.refresh_interval and self.since_refresh >= decoding.refresh_interval

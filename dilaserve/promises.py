@@ -16,7 +16,6 @@ from dilaserve.terms import Request
 
 MAX_TENANTS = 4096  # accuracy banks that are remembered
 LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
-NEVER = float("inf")
 NEW = Bank()
 
 
@@ -64,13 +63,12 @@ class Promises:
 
     def rank(self, progress: Progress) -> float:
         """The order of service; the smallest first."""
-        deadline = NEVER if progress.deadline is None else progress.deadline
+        deadline = math.inf if progress.deadline is None else progress.deadline
         seconds = self.beliefs.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
         return self.order(Place(progress.request.arrived_at, deadline, seconds))
 
     def wish(self, progress: Progress, now: float, degree: int) -> Wish:
-        left = NEVER if progress.deadline is None else progress.deadline - now
-        return Wish(left, self.beliefs.loads(progress, degree), self.deepest(progress))
+        return Wish(progress.left(now), self.beliefs.loads(progress, degree), self.deepest(progress))
 
     def deepest(self, progress: Progress) -> int:
         """The lowest of the row's thresholds that its tenant can pay for."""
@@ -101,7 +99,7 @@ class Promises:
         return True
 
     def is_past(self, progress: Progress, now: float) -> bool:
-        return progress.deadline is not None and progress.deadline <= now
+        return progress.left(now) <= 0.0
 
     def reserve(self, progress: Progress, drop: float) -> None:
         """Let the bank hold back what a running request may still spend."""
