@@ -11,6 +11,7 @@ import random
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -30,7 +31,20 @@ from dilaserve.models.checkpoint import locate
 from dilaserve.options import Options
 from dilaserve.pages import PAGE
 from dilaserve.profiles import ModelProfile
-from dilaserve.quality import ANY, BINS, LEVELS, PARTS, Law, Laws, QualityProfile, TaskProfile, isotonic, kind_of
+from dilaserve.quality import (
+    ANY,
+    BINS,
+    LEVELS,
+    PARTS,
+    Law,
+    Laws,
+    QualityProfile,
+    TaskProfile,
+    isotonic,
+    kind_of,
+    parted,
+    summed,
+)
 from dilaserve.table import RequestTable
 from dilaserve.tasks import TASKS, held_out
 from dilaserve.tasks.problem import Problem
@@ -42,8 +56,10 @@ REFRESH_ROWS = (1, 2, 3, 4, 8)
 REPEATS = 7
 SIDE = 1.282  # normal quantile of a one-sided 90 % bound
 CHATTER = 16  # requests at once while quality is measured
-KINDS = 3  # of prompts by length that a task is split into
+FINEST = 64  # kinds of prompts by length that a task is measured by
+KINDS, FEWEST = 8, 50  # kinds that it is split into, at most, and the problems of one, at least
 TELLING = 0.1  # share of the variance of the steps that these kinds must explain, else the task is not split
+GAIN = 0.01  # share that a further kind must explain
 E = TypeVar("E", bound=Event)
 Seen = Callable[[str, int, int], None]  # what is measured, done, total
 Counts = dict[tuple[str, int, int], list[list[float]]]  # of steps, by kind of request, level and part of the canvas
@@ -216,26 +232,39 @@ async def quality(
     profile = profile_of(found, forecast.seen)
     split = {}
     for task, edges in forecast.lengths.items():
-        if told(lengths[task], edges, [answer.steps for answer in found[task][0]]) >= TELLING:
-            kinds = [observed_laws(forecast.seen, kind_of(task, kind)) for kind in range(len(edges) + 1)]
-            split[task] = msgspec.structs.replace(profile.tasks[task], lengths=edges, by_length=tuple(kinds))
+        steps = by_kind(lengths[task], edges, [answer.steps for answer in found[task][0]])
+        cuts = parted(steps, KINDS, FEWEST, GAIN)
+        if told(steps, cuts) >= TELLING:
+            kinds = [
+                merged([observed_laws(forecast.seen, kind_of(task, kind)) for kind in range(start, end)])
+                for start, end in pairwise([0, *cuts, len(steps)])
+            ]
+            ends = tuple(edges[cut - 1] for cut in cuts)
+            split[task] = msgspec.structs.replace(profile.tasks[task], lengths=ends, by_length=tuple(kinds))
     return msgspec.structs.replace(profile, tasks={**profile.tasks, **split})
 
 
 def quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Prompt lengths that part the prompts into `KINDS` kinds of like size, as far as there are so many lengths."""
+    """Prompt lengths that part the prompts into `FINEST` kinds of like size, as far as there are so many lengths."""
     ordered = sorted(lengths)
-    ends = {ordered[len(ordered) * kind // KINDS] for kind in range(1, KINDS)}
+    ends = {ordered[len(ordered) * kind // FINEST] for kind in range(1, FINEST)}
     return tuple(sorted(ends - {ordered[-1]}))
 
 
-def told(lengths: Sequence[int], edges: Sequence[int], steps: Sequence[int]) -> float:
-    """The share of the variance of the steps that the kinds of prompts explain."""
-    kinds: dict[int, list[int]] = {}
+def by_kind(lengths: Sequence[int], edges: Sequence[int], steps: Sequence[int]) -> list[list[int]]:
+    """Steps by kind of prompt, the shortest first."""
+    kinds: list[list[int]] = [[] for _ in range(len(edges) + 1)]
     for length, count in zip(lengths, steps, strict=True):
-        kinds.setdefault(bisect_left(edges, length), []).append(count)
-    total = statistics.pvariance(steps)
-    within = sum(len(kind) * statistics.pvariance(kind) for kind in kinds.values()) / len(steps)
+        kinds[bisect_left(edges, length)].append(count)
+    return kinds
+
+
+def told(steps: Sequence[Sequence[int]], cuts: Sequence[int]) -> float:
+    """The share of the variance of the steps that these parts of the kinds explain."""
+    everything = [count for kind in steps for count in kind]
+    total = statistics.pvariance(everything) * len(everything)
+    parts = [[count for kind in steps[start:end] for count in kind] for start, end in pairwise([0, *cuts, len(steps)])]
+    within = sum(len(part) * statistics.pvariance(part) for part in parts)
     return 1.0 - within / total if total else 0.0
 
 
@@ -281,6 +310,14 @@ def observed_laws(seen: Counts, kind: str) -> Laws:
     return tuple(
         tuple(Law(tuple(tuple(counts) for counts in seen.get((kind, level, part), empty))) for part in range(PARTS))
         for level in range(len(LEVELS))
+    )
+
+
+def merged(kinds: Sequence[Laws]) -> Laws:
+    """The laws of several kinds of request as one."""
+    return tuple(
+        tuple(summed(laws) for laws in zip(*parts, strict=True))  # those of one part of the canvas
+        for parts in zip(*kinds, strict=True)  # those of one level
     )
 
 

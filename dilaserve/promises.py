@@ -16,6 +16,7 @@ from dilaserve.terms import Request
 
 MAX_TENANTS = 4096  # accuracy banks that are remembered
 LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
+CROWD_NEW = 0.3  # weight of the newest crowding in its running mean
 NEW = Bank()
 
 
@@ -39,6 +40,7 @@ class Promises:
         self.banks: dict[str, Bank] = {}
         self.reserved: dict[str, float] = {}
         self.floor = 0
+        self.crowd = 0.0
 
     @property
     def admits(self) -> bool:
@@ -117,6 +119,7 @@ class Promises:
             if len(self.banks) > MAX_TENANTS:
                 del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
 
-    def look(self, missing: float, total: int) -> None:
-        """Move the floor of the thresholds by the share of rows that are expected to miss."""
-        self.floor = moved(self.floor, missing / total if total else 0.0, LOWEST_FLOOR)
+    def look(self, missing: float, total: int, crowd: float) -> None:
+        """Move the floor of the thresholds by the share of rows expected to miss, and by how many there are."""
+        self.crowd += CROWD_NEW * (crowd - self.crowd)
+        self.floor = moved(self.floor, missing / total if total else 0.0, self.crowd, LOWEST_FLOOR)

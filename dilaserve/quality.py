@@ -2,13 +2,13 @@
 
 One law says how many tokens a step unmasks, given the masks left in the block; a Markov chain over it gives the mean
 and the variance of the steps that a request still needs. Where the length of a prompt tells how long its answer will
-be, a task has a law for short prompts, for middling and for long ones.
+be, a task has laws by the length of the prompt.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 from operator import add, mul
 from typing import NamedTuple
 
@@ -300,6 +300,12 @@ def added(law: Law, seen: list[list[float]]) -> Law:
     return Law(tuple(rows))
 
 
+def summed(laws: Sequence[Law]) -> Law:
+    """Several laws as one: their counts added up."""
+    bins = zip(*(law.unmasked for law in laws), strict=True)
+    return Law(tuple(tuple(map(sum, zip_longest(*rows, fillvalue=0.0))) for rows in bins))
+
+
 def joined(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:
     """A block with `masks` left, and what comes after it unless the text ends inside."""
     stays = 1.0 - law.ends[masks]
@@ -317,6 +323,36 @@ def isotonic(drops: Sequence[float]) -> tuple[float, ...]:
             pools.append([(value * size + before * count) / (size + count), size + count])
     flat = [value for value, size in pools for _ in range(int(size))]
     return (0.0, *(max(0.0, value) for value in flat[1:]))
+
+
+def parted(groups: Sequence[Sequence[float]], most: int, least: int, gain: float) -> list[int]:
+    """Where to cut a row of groups of numbers, so that numbers of one part are as alike as they can be.
+
+    Gives the ends of all parts but the last, in groups. Of at most `most` parts with at least `least` numbers each, the
+    fewest that leave at most the share `gain` of the whole variance more than the best do.
+    """
+    counts = [0, *accumulate(map(len, groups))]
+    sums = [0.0, *accumulate(map(sum, groups))]
+    squares = [0.0, *accumulate(sum(map(mul, group, group)) for group in groups)]
+
+    def spread(start: int, end: int) -> float:
+        count, total = counts[end] - counts[start], sums[end] - sums[start]
+        return squares[end] - squares[start] - total * total / count if count >= least else math.inf
+
+    whole = range(1, len(groups) + 1)
+    rows = [[(0.0 if end == 0 else math.inf, 0) for end in range(len(groups) + 1)]]  # [parts][end]: variance, last cut
+    for _ in range(most):
+        before = rows[-1]
+        best = [min((before[cut][0] + spread(cut, end), cut) for cut in range(end)) for end in whole]
+        rows.append([(math.inf, 0), *best])
+    left = [row[-1][0] for row in rows]
+    enough = min(left) + gain * spread(0, len(groups))
+    parts = next((parts for parts, variance in enumerate(left) if parts and variance <= enough), 1)
+    cuts, end = [], len(groups)
+    for row in rows[parts:0:-1]:
+        end = row[end][1]
+        cuts.append(end)
+    return cuts[-2::-1]
 
 
 def hull(drops: Sequence[float], steps: Sequence[float]) -> list[int]:

@@ -12,7 +12,7 @@ from dilaserve.policy.admission import hopeless, retry_after
 from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
-from dilaserve.policy.thresholds import Verdict
+from dilaserve.policy.thresholds import Verdict, crowding
 from dilaserve.progress import Did, Progress, Ready, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.quality import QualityProfile
@@ -407,11 +407,13 @@ class Scheduler:
             return
         missing = sum(progress.tested for progress in self.house.queue)
         total = len(self.house.queue)
+        crowd = float(total)  # each that waits is one more on some instance
         for seat in self.house.seats.values():
             wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
             missing += sum(verdict.late for verdict in self.promises.verdicts(wishes, seat.degree))
+            crowd += crowding([wish.loads[0] for wish in wishes], self.beliefs.pace(seat.degree).fixed)
             total += len(wishes)
-        self.promises.look(missing, total)
+        self.promises.look(missing, total, crowd / max(1, len(self.house.seats)))
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""

@@ -9,7 +9,7 @@ from dilaserve.policy.budget import CREDIT, Bank, price, room, settled
 from dilaserve.policy.caching import CACHES, View, Work, work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
 from dilaserve.policy.demand import alone, drifted, load, together
-from dilaserve.policy.thresholds import Wish, by_slack, fixed_levels, moved
+from dilaserve.policy.thresholds import Wish, by_slack, crowding, fixed_levels, moved
 from dilaserve.policy.transfer import even, steps_per_block
 from dilaserve.terms import Load
 
@@ -171,14 +171,19 @@ def test_a_row_short_of_time_runs_at_a_lower_threshold():
     assert levels == [0, 1, 2, 2]
 
 
-def test_the_floor_follows_the_share_of_rows_that_will_miss():
-    assert [moved(0, 0.3, 1), moved(1, 0.3, 1), moved(1, 0.1, 1), moved(1, 0.01, 1), moved(0, 0.0, 1)] == [
-        1,
-        1,
-        1,
-        0,
-        0,
-    ]
+def test_the_floor_follows_the_share_of_rows_that_will_miss_and_the_crowd():
+    quiet = [moved(0, 0.3, 0.0, 1), moved(1, 0.3, 0.0, 1), moved(1, 0.1, 0.0, 1), moved(1, 0.01, 0.0, 1)]
+    assert [*quiet, moved(0, 0.0, 0.0, 1)] == [1, 1, 1, 0, 0]
+    crowded = [moved(0, 0.0, 2.0, 1), moved(0, 0.0, 1.0, 1), moved(1, 0.0, 1.0, 1), moved(1, 0.01, 0.5, 1)]
+    assert crowded == [1, 0, 1, 0]
+
+
+@given(st.lists(st.builds(Load, st.floats(1, 50), st.floats(0, 5)), min_size=1, max_size=8), st.floats(0.001, 1.0))
+def test_crowding_is_one_for_a_row_alone_and_at_most_their_number(loads, fixed):
+    assert crowding([], fixed) == 0.0
+    assert crowding(loads[:1], fixed) == pytest.approx(1.0)
+    assert 1.0 - 1e-9 <= crowding(loads, fixed) <= len(loads) + 1e-9
+    assert crowding([Load(9.0, 0.0)] * 3, fixed) == pytest.approx(1.0)
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.booleans()), min_size=200, max_size=400), st.floats(0.1, 2.0))

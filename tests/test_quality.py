@@ -3,6 +3,8 @@
 import itertools
 import random
 import statistics
+from itertools import combinations, pairwise
+from statistics import pvariance
 
 import msgspec
 import pytest
@@ -24,6 +26,7 @@ from dilaserve.quality import (
     hull,
     isotonic,
     part_of,
+    parted,
     slope,
 )
 
@@ -180,3 +183,27 @@ def test_levels_that_save_nothing_are_no_choice():
     ladder = Forecast(QualityProfile(tasks={ANY: task}, levels=(0.9, 0.8, 0.7))).ladder("whatever")
     assert [rung.threshold for rung in ladder] == [0.9, 0.7]
     assert 0.2 < ladder[1].yields < 0.5
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=6), st.integers(1, 4))
+def test_prompts_are_parted_where_their_steps_differ_most(groups, most):
+    def spread(cuts):
+        parts = [
+            list(itertools.chain.from_iterable(groups[start:end])) for start, end in pairwise([0, *cuts, len(groups)])
+        ]
+        return sum(len(part) * pvariance(part) for part in parts)
+
+    cuts = parted(groups, most, 1, 0.0)
+    count = min(most, len(groups))
+    every = [list(cut) for parts in range(count) for cut in combinations(range(1, len(groups)), parts)]
+    assert cuts in every
+    assert spread(cuts) == pytest.approx(min(map(spread, every)), abs=1e-6)
+    assert all(len(cuts) <= len(cut) for cut in every if spread(cut) < spread(cuts) + 1e-9)
+
+
+def test_a_part_needs_enough_prompts_and_a_further_one_must_tell_something():
+    groups = [[2] * 60, [2] * 60, [9] * 60, [20] * 10, [5] * 60]
+    assert parted(groups, 8, 50, 0.01) == [2, 4]
+    assert parted(groups, 8, 10, 0.01) == [2, 3, 4]
+    assert parted(groups[:2], 8, 50, 0.01) == []
+    assert parted([[1, 2]], 8, 50, 0.01) == []

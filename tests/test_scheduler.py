@@ -234,6 +234,20 @@ def test_a_newcomer_alone_runs_at_its_own_threshold():
         assert machine.promises.floor == 0
 
 
+def test_a_crowd_lowers_thresholds_before_anybody_is_late():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 8192)))
+    (launch,) = feed(machine, Arrival(request(0, slo=Slo(seconds=600.0))))
+    for i in range(1, 5):
+        feed(machine, Arrival(request(i, slo=Slo(seconds=600.0))), 0.0)
+    for tick in range(1, 8):
+        results = [result(span, masks_left=9, prefix=10) for span in launch.batch.spans]
+        commands = feed(machine, done(launch.batch, results), tick * 0.25)
+        (launch,) = [command for command in commands if isinstance(command, Launch)]
+    assert machine.promises.floor == 1
+    assert {progress.level for progress in machine.requests.values()} == {1}
+
+
 def test_a_lost_worker_costs_a_refresh_and_nothing_else():
     machine = scheduler()
     for i in range(2):

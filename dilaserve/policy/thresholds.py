@@ -8,6 +8,7 @@ from dilaserve.terms import Load
 INFLATED = 2.0  # times the demand: lower early and mildly, not late and harshly
 SPARED = 1.75  # times the demand that is kept before a row lets others ride; looked at again after every step
 TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
+CROWDED, ROOMY = 1.5, 0.8  # crowding that does the same: long deadlines are missed only when it is too late to hurry
 
 
 class Wish(NamedTuple):
@@ -52,11 +53,20 @@ def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdi
     return by_slack([Wish(left, loads, 0) for left, loads, _ in wishes], 0, fixed)
 
 
-def moved(floor: int, missing: float, deepest: int) -> int:
-    """The floor after another look at the share of rows expected to miss."""
-    if missing > TOO_MANY:
+def crowding(loads: Sequence[Load], fixed: float) -> float:
+    """How many times as long the rows of an instance take together as one of them alone; 0 without rows."""
+    if not loads:
+        return 0.0
+    work = sum([load.work for load in loads])
+    together = max([load.steps for load in loads]) * fixed + work
+    return together * len(loads) / (sum([load.steps for load in loads]) * fixed + work)
+
+
+def moved(floor: int, missing: float, crowd: float, deepest: int) -> int:
+    """The floor after another look at the share of rows expected to miss, and at the mean crowding of instances."""
+    if missing > TOO_MANY or crowd > CROWDED:
         return min(deepest, floor + 1)
-    if missing < FEW:
+    if missing < FEW and crowd < ROOMY:
         return max(0, floor - 1)
     return floor
 
