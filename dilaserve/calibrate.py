@@ -10,7 +10,7 @@ import platform
 import random
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -36,6 +36,7 @@ from dilaserve.quality import (
     BINS,
     LEVELS,
     PARTS,
+    Forecast,
     Law,
     Laws,
     QualityProfile,
@@ -230,18 +231,46 @@ async def quality(
             rows = zip(items, texts, reference, strict=True)
             found[task].append([Answer(judged(item, text, own), steps) for item, (text, steps), own in rows])
     profile = profile_of(found, forecast.seen)
-    split = {}
+    steps = {task: [answer.steps for answer in levels[0]] for task, levels in found.items()}
+    known = dict(profile.tasks)
     for task, edges in forecast.lengths.items():
-        steps = by_kind(lengths[task], edges, [answer.steps for answer in found[task][0]])
-        cuts = parted(steps, KINDS, FEWEST, GAIN)
-        if told(steps, cuts) >= TELLING:
-            kinds = [
-                merged([observed_laws(forecast.seen, kind_of(task, kind)) for kind in range(start, end)])
-                for start, end in pairwise([0, *cuts, len(steps)])
-            ]
-            ends = tuple(edges[cut - 1] for cut in cuts)
-            split[task] = msgspec.structs.replace(profile.tasks[task], lengths=ends, by_length=tuple(kinds))
-    return msgspec.structs.replace(profile, tasks={**profile.tasks, **split})
+        known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), forecast.seen)
+    profile = msgspec.structs.replace(profile, tasks=known)
+    return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, room(engine)))
+
+
+def split(
+    profile: TaskProfile, task: str, edges: Sequence[int], steps: Sequence[Sequence[int]], seen: Counts
+) -> TaskProfile:
+    """The task with laws by length of prompt, if that tells enough; `steps` of one request by the finest kinds."""
+    cuts = parted(steps, KINDS, FEWEST, GAIN)
+    if told(steps, cuts) < TELLING:
+        return profile
+    kinds = [
+        merged([observed_laws(seen, kind_of(task, kind)) for kind in range(start, end)])
+        for start, end in pairwise([0, *cuts, len(steps)])
+    ]
+    return msgspec.structs.replace(profile, lengths=tuple(edges[cut - 1] for cut in cuts), by_length=tuple(kinds))
+
+
+def untold(
+    profile: QualityProfile, lengths: Mapping[str, Sequence[int]], steps: Mapping[str, Sequence[int]], answer: int
+) -> float:
+    """The relative spread of the steps of like requests beyond what the laws say.
+
+    Answers have up to `answer` tokens.
+    """
+    ahead, kinds = Forecast(profile), dict[str, list[int]]()
+    for task, counts in steps.items():
+        for length, count in zip(lengths[task], counts, strict=True):
+            kinds.setdefault(ahead.kind(task, length), []).append(count)
+    block = profile.block_length
+    more = squares = 0.0
+    for kind, counts in kinds.items():
+        law = ahead.outlook(kind, 0, 0, min(block, answer), max(1, answer // block), block, False)
+        more += len(counts) * (statistics.pvariance(counts) - law.variance)
+        squares += len(counts) * statistics.fmean(counts) ** 2
+    return round(math.sqrt(max(0.0, more) / squares), 3)
 
 
 def quantiles(lengths: Sequence[int]) -> tuple[int, ...]:

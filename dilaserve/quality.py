@@ -62,11 +62,15 @@ class TaskProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QualityProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """All tasks; `any` is the law over all of them together, with the largest drops among them."""
+    """All tasks; `any` is the law over all of them together, with the largest drops among them.
+
+    `spread` is the relative spread of the steps of like requests beyond what the laws say.
+    """
 
     tasks: dict[str, TaskProfile]
     block_length: int = 32
     levels: tuple[float, ...] = LEVELS
+    spread: float = 0.2
 
     def task(self, name: str | None) -> TaskProfile:
         return self.tasks.get(name or ANY, self.tasks[ANY])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dilaserve.calibrate import untold
 from dilaserve.errors import ConfigError
 from dilaserve.profiles import guessed, pace, read, write
 from dilaserve.quality import (
@@ -29,6 +30,7 @@ from dilaserve.quality import (
     parted,
     slope,
 )
+from dilaserve.tasks import held_out
 
 BLOCK = 32
 
@@ -207,3 +209,20 @@ def test_a_part_needs_enough_prompts_and_a_further_one_must_tell_something():
     assert parted(groups, 8, 10, 0.01) == [2, 3, 4]
     assert parted(groups[:2], 8, 50, 0.01) == []
     assert parted([[1, 2]], 8, 50, 0.01) == []
+
+
+def test_the_spread_of_like_requests_is_what_the_laws_do_not_tell():
+    law = pace(8.0, 1000.0)
+    task = TaskProfile(laws=((law,) * PARTS,), drop=(0.0,), mean_drop=(0.0,))
+    profile = QualityProfile(tasks={"sums": task, ANY: task}, levels=(0.9,))
+    ahead = Forecast(profile).outlook("sums", 0, 0, BLOCK, 1, BLOCK, False)
+    for spread in (0.0, 0.3):
+        away = (ahead.variance + (spread * ahead.steps) ** 2) ** 0.5
+        counts = [ahead.steps - away, ahead.steps + away] * 50
+        assert untold(profile, {"sums": [9] * 100}, {"sums": counts}, BLOCK) == pytest.approx(spread, abs=0.01)
+
+
+def test_a_task_with_few_problems_gives_all_it_has(monkeypatch):
+    monkeypatch.setattr("dilaserve.tasks.DRY", 2000)
+    problems = held_out("add", 10**9)
+    assert len({problem.prompt for problem in problems}) == len(problems) > 100

@@ -21,8 +21,7 @@ class SimMachine:
     """`devices` pretended devices on the running loop's time, virtual or real; forming an instance takes `delay`.
 
     `laws` are step costs by tensor-parallel degree; a degree without one takes the guess that the scheduler makes too.
-    A row's task is its prompt's first token, an index into `tasks`. `jitter` is the relative spread of step times,
-    `spread` that of how fast requests of one task fill their canvases.
+    A row's task is its prompt's first token, an index into `tasks`. `jitter` is the relative spread of step times.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class SimMachine:
         mask_id: int,
         seed: int = 0,
         jitter: float = 0.02,
-        spread: float = 0.2,
         delay: float = DELAY,
     ) -> None:
         self.table, self.devices, self.kv_tokens, self.delay = table, devices, kv_tokens, delay
@@ -44,7 +42,7 @@ class SimMachine:
         self.forecast, self.tasks = Forecast(quality), list(quality.tasks)
         self.levels, self.mask_id = quality.levels, mask_id
         self.random = random.Random(seed)
-        self.jitter, self.spread = jitter, spread
+        self.jitter, self.spread = jitter, quality.spread
         self.rows: dict[int, Row] = {}
         self.odds: dict[tuple[str, int, int, int], list[float]] = {}
 

@@ -14,6 +14,7 @@ from dilaserve.tasks.problem import Problem, last_number, operations, squeezed
 from dilaserve.tasks.strings import extraction, reversal, sorting
 
 HELD_OUT_SHARE = 50  # one problem in so many is never trained on
+DRY = 50_000  # draws in a row that bring no new problem, after which there are no more
 
 
 class Task(NamedTuple):
@@ -58,13 +59,16 @@ def is_held_out(problem: Problem) -> bool:
 
 
 def held_out(task: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` different held-out problems over the full range of the task."""
+    """`count` different held-out problems over the full range of the task, or as many as there are."""
     rng = random.Random(f"{task} {seed}")
     found: dict[str, Problem] = {}
-    while len(found) < count:
+    dry = 0
+    while len(found) < count and dry < DRY:
         problem = TASKS[task].draw(rng, 1.0)
-        if is_held_out(problem):
-            found.setdefault(problem.prompt, problem)
+        dry += 1
+        if is_held_out(problem) and problem.prompt not in found:
+            found[problem.prompt] = problem
+            dry = 0
     return list(found.values())
 
 
