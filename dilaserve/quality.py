@@ -241,9 +241,14 @@ class Forecast:
         return self.ladders[name]
 
     def laws_of(self, kind: str, level: int, part: int) -> list[Law]:
-        """The law of a kind, and behind it those of its task and of any."""
+        """The law of a kind, and behind it those of its task and of any; what none knows is as in the part before."""
         names = dict.fromkeys((kind, task_of(kind), ANY))
-        return [self.laws[name][level][part] for name in names if name in self.laws]
+        laws = [self.laws[name][level][part] for name in names if name in self.laws]
+        unknown = {bin for bin in range(len(BINS)) if not any(law.unmasked[bin] for law in laws)} if part else ()
+        if unknown:
+            before = self.laws_of(kind, level, part - 1)
+            laws.append(Law(tuple(tuple(pooled(before, bin)) if bin in unknown else () for bin in range(len(BINS)))))
+        return laws
 
     def chain(self, kind: str, level: int, part: int, block_length: int) -> Chain:
         key = (kind, level, part, block_length)

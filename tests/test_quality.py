@@ -222,6 +222,14 @@ def test_the_spread_of_like_requests_is_what_the_laws_do_not_tell():
         assert untold(profile, {"sums": [9] * 100}, {"sums": counts}, BLOCK) == pytest.approx(spread, abs=0.01)
 
 
+def test_a_part_of_the_canvas_that_nobody_has_reached_is_taken_to_be_like_the_one_before():
+    law, nothing = pace(8.0, 1000.0), Law(((),) * len(BINS))
+    task = TaskProfile(laws=((law, law, nothing),), drop=(0.0,), mean_drop=(0.0,))
+    ahead = Forecast(QualityProfile(tasks={ANY: task}, levels=(0.9,)))
+    known, unknown = (ahead.outlook(ANY, 0, part, BLOCK, 3, BLOCK, False).steps for part in (1, 2))
+    assert unknown == pytest.approx(known / 2)
+
+
 def test_a_task_with_few_problems_gives_all_it_has(monkeypatch):
     monkeypatch.setattr("dilaserve.tasks.DRY", 2000)
     problems = held_out("add", 10**9)
