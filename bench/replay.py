@@ -22,7 +22,7 @@ from dilaserve.tasks.problem import operations
 MAX_TOKENS = 96
 UNHURRIED = 1000.0  # a deadline that nobody misses
 PATIENCE = 60.0  # seconds after the last arrival until what is still open counts as unanswered
-POOL = 800  # held-out problems a task that runs draw from
+POOL = 1600  # held-out problems a task and seed that runs draw from
 
 
 class Traffic(NamedTuple):
@@ -100,13 +100,13 @@ async def one(session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, floa
 
 
 def asks(traffic: Traffic, rate: float, scales: Sequence[float], seed: int, seconds: float) -> list[Ask]:
-    """Problems of the tasks at random, at the arrival times of the trace or the process."""
+    """Problems of the tasks at random, at the arrival times of the trace or the process; other loads ask others."""
     rng = random.Random(f"{seed} {rate:.4f}")
     if traffic.trace:
         times = (at for at, _, _ in scaled(trace(traffic.trace), rate, start=0.1 * seed))
     else:
         times = arrivals(traffic.arrivals, rate, rng)
-    pools = {task: itertools.cycle(pool(task, seed)) for task in traffic.tasks}
+    pools = {task: itertools.cycle(turned(pool(task, seed), rng)) for task in traffic.tasks}
     found = itertools.takewhile(lambda at: at < seconds, times)
     return [Ask(at, next(pools[rng.choice(traffic.tasks)]), rng.choice(scales)) for at in found]
 
@@ -114,6 +114,11 @@ def asks(traffic: Traffic, rate: float, scales: Sequence[float], seed: int, seco
 @functools.cache
 def pool(task: str, seed: int) -> list[Problem]:
     return held_out(task, POOL, seed=seed + 1)
+
+
+def turned(problems: list[Problem], rng: random.Random) -> list[Problem]:
+    start = rng.randrange(len(problems))
+    return problems[start:] + problems[:start]
 
 
 def class_of(problem: Problem) -> str:

@@ -252,11 +252,15 @@ def cell(runs: Sequence[Sequence[Fate]], wasted: Sequence[float], reference: dic
 
 
 def paired(served: Sequence[Fate], reference: dict[Problem, bool]) -> tuple[float, float]:
-    """Points lost against .9 on the same problems, and half of the 95 % interval."""
-    lost = [100.0 * (reference[fate.ask.problem] - fate.right) for fate in served]
+    """Points lost against .9 on the same problems, and half of the 95 % interval; a problem asked twice tells once."""
+    lost: dict[Problem, list[float]] = {}
+    for fate in served:
+        lost.setdefault(fate.ask.problem, []).append(100.0 * (reference[fate.ask.problem] - fate.right))
     if len(lost) < 2:
         return 0.0, math.inf
-    return statistics.fmean(lost), 1.96 * statistics.stdev(lost) / math.sqrt(len(lost))
+    mean = statistics.fmean(itertools.chain.from_iterable(lost.values()))
+    away = sum(sum(one - mean for one in same) ** 2 for same in lost.values())
+    return mean, 1.96 * math.sqrt(away) / len(served)
 
 
 # what is printed
