@@ -81,6 +81,25 @@ class Terms(NamedTuple):
     offered: float
 
 
+class Program(NamedTuple):
+    """The whole of it: what is minimised, by column, and the constraints."""
+
+    terms: Terms
+    ground: Ground
+    goal: np.ndarray
+    rows: LinearConstraint
+
+
+class Found(NamedTuple):
+    """A solution, None where there is none, and what it costs by the goal."""
+
+    solution: np.ndarray | None
+    cost: float
+
+
+NOT_FOUND = Found(None, np.inf)
+
+
 class Row(NamedTuple):
     """A constraint: entries by column, and what they add up to at most or, `exact`, precisely."""
 
@@ -123,16 +142,47 @@ def propose(
     if not terms.columns:
         counts = kept(held or ground.running, ground)
         return NOTHING._replace(counts=counts)
-    goal = objective(terms, pause, devices(ground))
-    bounds = limits(terms, ground, held)
+    program = Program(terms, ground, objective(terms, pause, devices(ground)), rows(terms, ground, budget))
+    solution = best(program) if held is None else solved(program, held).solution
+    if solution is None:
+        return NOTHING._replace(counts=kept(held or ground.running, ground))
+    return read(terms, solution, pause, devices(ground))
+
+
+def best(program: Program) -> np.ndarray | None:
+    """The optimum, the plans of one degree first where they leave no device over: each of them is a linear program, and
+    so is a bound of what a mix can be worth. As that costs MIXED more, whole numbers must seldom be looked for.
+    """
+    pure = [{degree: count} for degree, count in program.ground.groups.items()]
+    if not all(packable(counts, program.ground) for counts in pure):
+        return solved(program, None).solution
+    known = min((solved(program, counts) for counts in pure), key=cost)
+    if known.cost - mixed_bound(program) <= GAP * abs(known.cost):
+        return known.solution
+    return min(known, solved(program, None), key=cost).solution
+
+
+def cost(found: Found) -> float:
+    return found.cost
+
+
+def mixed_bound(program: Program) -> float:
+    """What a plan of two degrees or more costs at least."""
+    goal = program.goal.copy()
+    goal[-len(program.terms.degrees) :] = 0.0
+    return solved(program._replace(goal=goal), None, whole=False).cost + 2 * MIXED
+
+
+def solved(program: Program, held: Counts | None, whole: bool = True) -> Found:
+    """With these counts, or else the best ones; not `whole`: parts of instances count as well."""
+    terms, ground, goal, constraints = program
     integral = np.zeros(len(goal))
-    if held is None:
+    if held is None and whole:
         integral[len(terms.columns) :] = np.repeat([1, 0, 1], len(terms.degrees))
     options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
-    found = milp(goal, constraints=rows(terms, ground, budget), bounds=bounds, integrality=integral, options=options)
-    if found.x is None:
-        return NOTHING._replace(counts=kept(held or ground.running, ground))
-    return read(terms, found.x, pause, devices(ground))
+    bounds = limits(terms, ground, held)
+    found = milp(goal, constraints=constraints, bounds=bounds, integrality=integral, options=options)
+    return NOT_FOUND if found.x is None else Found(found.x, float(found.fun))
 
 
 def written(offered: Sequence[Offered], ground: Ground) -> Terms:
