@@ -25,6 +25,9 @@ MARGIN = 0.01  # gain below which nothing changes, in shares on time
 DOUBT = 0.1  # of what is missed: so much more must be gained where forecasts are poor, which is past the knee
 SURE = 0.1  # gain beyond that at which nobody looks twice
 LATE = 3.0  # questions to the planner until a change stands that comes too late
+SURGE = 2.0  # times, that a load may rise before a plan which cannot carry it is left
+OFTEN = 1 / 15  # surges a question that are feared where none were seen: one while a plan lasts
+KNOWN = 4  # questions with traffic before which nothing changes for the latency alone
 LOW, HIGH = 0.4, 0.6  # of the peak: a load that comes from below the one to above the other has surged
 BLUR = 0.03  # share missed that is as good as none
 MOST_SURPRISED = 2.0  # times
@@ -305,11 +308,23 @@ def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float
     return wanted.value - now.value - switching(changed, pause)
 
 
-def worth_switching(gain: float, changed: float, missed: float = 0.0, unrest: float = 0.0) -> bool:
-    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD), and than what forecasts are off
-    by, which grows with the share that is `missed` under either plan; and more so after other changes (`unrest`).
+def worth_switching(gain: float, changed: float, missed: float = 0.0, unrest: float = 0.0, toll: float = 0.0) -> bool:
+    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD)."""
+    return changed > 0.0 and gain > least_gain(missed, unrest, toll)
+
+
+def least_gain(missed: float, unrest: float, toll: float) -> float:
+    """What must be gained, in shares on time, where the share `missed` is expected under either plan, and the other one
+    would lose the share `toll` more in a surge.
+
+    It is what forecasts are off by, and more so after other changes (`unrest`). Two kinds of change are not weighed
+    alike. Where nothing is missed, only latency is to be gained: the plan must stand a surge, for one is feared while
+    it lasts. Where requests are missed and the other plan makes room, waiting for certainty costs deadlines, and
+    being wrong hardly more than latency.
     """
-    return changed > 0.0 and gain > (1.0 + unrest) * (MARGIN + DOUBT * missed)
+    if missed <= BLUR:
+        return (1.0 + unrest) * (MARGIN + DOUBT * missed) + OFTEN * LATE * SURGE * max(0.0, toll)
+    return MARGIN if toll < 0.0 else (1.0 + unrest) * (MARGIN + DOUBT * missed)
 
 
 def surges(loads: Sequence[float]) -> int:
