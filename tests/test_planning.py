@@ -384,6 +384,24 @@ def test_a_plan_that_was_worse_is_remembered_for_a_while_and_in_such_situations(
     assert memory.judged(foretold(0.9, {2: 4})).on_time > 0.88
 
 
+def test_two_looks_at_a_plan_that_disappoints_tell_more_than_what_is_known_of_others():
+    memory = Hindsight()
+    for _ in range(20):
+        memory.happened(foretold(0.96, {2: 4}), met=96, ended=100)
+    for _ in range(2):
+        memory.happened(foretold(0.96), met=88, ended=100)
+    assert memory.judged(foretold(0.96)).on_time < 0.92
+    assert memory.judged(foretold(0.96, {2: 4})).on_time > 0.95
+
+
+def test_what_a_plan_was_like_in_another_situation_is_forgotten_as_soon_as_it_is_seen_in_this_one():
+    memory = Hindsight()
+    for _ in range(20):
+        memory.happened(foretold(0.4), met=20, ended=100)
+    memory.happened(foretold(0.98), met=98, ended=100)
+    assert memory.judged(foretold(0.98)).on_time == pytest.approx(0.98, abs=1e-3)
+
+
 def test_only_a_few_plans_are_remembered():
     memory = Hindsight()
     for count in range(1, 12):
