@@ -35,13 +35,18 @@ class Hindsight:
         self.records: dict[Key, Record] = {}
 
     def happened(self, now: Proposal, met: int, ended: int) -> None:
-        """Under the running plan, of which `now` was expected, `met` of the `ended` requests were in time."""
+        """Under the running plan, of which `now` was expected, `met` of the `ended` requests were in time.
+
+        What was seen of it in situations that were not alike counts no longer. Little trust alone draws what is
+        expected to what other plans were like: the record itself is the mean of what was seen.
+        """
         self.records = {key: record._replace(trust=FADING * record.trust) for key, record in self.records.items()}
         if ended < FEW:
             return
-        before, trust = self.expected(now), self.records.pop(key_of(now.counts), NONE).trust
+        missed, before = 1.0 - now.on_time, self.records.pop(key_of(now.counts), NONE)
         seen = math.log(surprise(now.on_time, met / ended))
-        record = Record(before + QUICK * (seen - before), trust + QUICK * (1.0 - trust), 1.0 - now.on_time)
+        kept = (1.0 - QUICK) * before.trust * alike(missed, before.missed)
+        record = Record((kept * before.surprise + QUICK * seen) / (kept + QUICK), kept + QUICK, missed)
         self.records[key_of(now.counts)] = record
         if len(self.records) > MOST:
             del self.records[min(self.records, key=lambda key: self.records[key].trust)]

@@ -132,8 +132,11 @@ class Planner:
         choices = [self.choice(rival, now, demand) for rival in self.rivals(offered, ground)]
         wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
         gain -= self.risk(wanted, now, demand, ground)
+        lost = missed(wanted, now)
+        toll = self.toll(wanted, now, msgspec.structs.replace(demand, flows=surged(demand.flows)), ground)
         self.unrest *= planning.SETTLING
-        worth = planning.worth_switching(gain, share, missed(wanted, now), self.unrest)
+        worth = planning.worth_switching(gain, share, lost, self.unrest, toll)
+        worth &= lost > planning.BLUR or sum(map(bool, self.past)) >= planning.KNOWN
         before, self.inclined = self.inclined, worth
         if worth and (before or gain > planning.SURE):
             self.inclined, self.unrest = False, self.unrest + 1.0
@@ -160,16 +163,22 @@ class Planner:
     def risk(self, wanted: Proposal, now: Proposal, demand: Demand, ground: Ground) -> float:
         """What surges like those of late would cost under the wanted plan, where the running one stands them better."""
         loads = [load(flows) for flows in self.past]
-        if not planning.surges(loads) or wanted.counts == now.counts:
+        if not planning.surges(loads):
             return 0.0
-        peak = max(self.past, key=load)
-        surged = msgspec.structs.replace(demand, flows=peak, backlog=0)
-        offered = [self.offered(flow, surged, ground) for flow in few(peak)]
+        peak = msgspec.structs.replace(demand, flows=max(self.past, key=load))
+        return planning.risk(loads, self.toll(wanted, now, peak, ground))
+
+    def toll(self, wanted: Proposal, now: Proposal, surge: Demand, ground: Ground) -> float:
+        """The share on time that the wanted plan would lose against the running one in this surge."""
+        if wanted.counts == now.counts:
+            return 0.0
+        surge = msgspec.structs.replace(surge, backlog=0)
+        offered = [self.offered(flow, surge, ground) for flow in few(surge.flows)]
         then, running = (
             planning.propose(offered, ground, self.setup.pause, self.setup.budget, counts)
             for counts in (wanted.counts, now.counts)
         )
-        return planning.risk(loads, running.on_time - then.on_time)
+        return running.on_time - then.on_time
 
     def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
         """The class with its tables; the backlog is shared out evenly."""
@@ -216,6 +225,10 @@ def distance(one: Flow, other: Flow) -> float:
 
 def ratio(one: float, other: float) -> float:
     return max(one, other) / max(1e-9, min(one, other)) - 1.0
+
+
+def surged(flows: Sequence[Flow]) -> tuple[Flow, ...]:
+    return tuple(msgspec.structs.replace(flow, rate=planning.SURGE * flow.rate) for flow in flows)
 
 
 def load(flows: Sequence[Flow]) -> float:

@@ -13,9 +13,14 @@ from dilaserve.hindsight import FADING, FEW, Hindsight
 from dilaserve.planner import CLASSES, Planner, Setup, explained, few
 from dilaserve.policy.packing import block, changed, groups, layout
 from dilaserve.policy.planning import (
+    BLUR,
     DOUBT,
+    KNOWN,
+    LATE,
     MARGIN,
     NOTHING,
+    OFTEN,
+    SURGE,
     Ground,
     Offered,
     Proposal,
@@ -23,6 +28,7 @@ from dilaserve.policy.planning import (
     expected,
     gain,
     kept,
+    least_gain,
     packable,
     propose,
     rise,
@@ -259,6 +265,25 @@ def test_where_more_is_missed_or_much_has_changed_more_must_be_gained(better, sh
     assert worth_switching(better, share, missed, unrest) == (share > 0 and better > least)
 
 
+@pytest.mark.parametrize(
+    ("missed", "unrest", "toll", "least"),
+    [
+        (0.0, 0.0, 0.0, MARGIN),  # for latency, with a plan that stands a surge as well
+        (0.0, 0.0, 0.2, MARGIN + OFTEN * LATE * SURGE * 0.2),  # and with one that does not
+        (0.0, 1.0, -0.2, 2 * MARGIN),
+        (0.6, 1.0, 0.2, 2 * (MARGIN + 0.6 * DOUBT)),  # for deadlines that are tight
+        (0.6, 1.0, -0.2, MARGIN),  # for room that is missing
+    ],
+)
+def test_to_leave_for_latency_needs_more_than_to_come_back_for_room(missed, unrest, toll, least):
+    assert least_gain(missed, unrest, toll) == pytest.approx(least)
+
+
+@given(st.floats(0, 1), st.floats(0, 5), st.floats(-1, 1), st.floats(0, 1))
+def test_the_less_a_plan_stands_in_a_surge_the_more_it_must_gain(missed, unrest, toll, more):
+    assert MARGIN <= least_gain(missed, unrest, toll) <= least_gain(missed, unrest, toll + more)
+
+
 def test_classes_of_one_name_are_all_served():
     ground, light = Ground(groups(range(8), DEGREES), {1: 8}), TABLES[8.0, 3]
     both = propose([light, light._replace(weight=1.0)], ground, 0.0, 0.9)
@@ -359,6 +384,24 @@ def test_a_plan_that_was_worse_is_remembered_for_a_while_and_in_such_situations(
     assert memory.judged(foretold(0.9, {2: 4})).on_time > 0.88
 
 
+def test_two_looks_at_a_plan_that_disappoints_tell_more_than_what_is_known_of_others():
+    memory = Hindsight()
+    for _ in range(20):
+        memory.happened(foretold(0.96, {2: 4}), met=96, ended=100)
+    for _ in range(2):
+        memory.happened(foretold(0.96), met=88, ended=100)
+    assert memory.judged(foretold(0.96)).on_time < 0.92
+    assert memory.judged(foretold(0.96, {2: 4})).on_time > 0.95
+
+
+def test_what_a_plan_was_like_in_another_situation_is_forgotten_as_soon_as_it_is_seen_in_this_one():
+    memory = Hindsight()
+    for _ in range(20):
+        memory.happened(foretold(0.4), met=20, ended=100)
+    memory.happened(foretold(0.98), met=98, ended=100)
+    assert memory.judged(foretold(0.98)).on_time == pytest.approx(0.98, abs=1e-3)
+
+
 def test_only_a_few_plans_are_remembered():
     memory = Hindsight()
     for count in range(1, 12):
@@ -437,9 +480,34 @@ def test_only_degrees_that_the_model_allows_and_the_profile_knows_are_formed():
 
 def test_a_small_gain_is_looked_at_twice():
     planner = Planner(LAWS, PROFILE.quality)
-    advices = [planner.advise(demand({3.0: 4.0}, SINGLE)) for _ in range(2)]
+    advices = [planner.advise(demand({1.0: 18.0}, SINGLE)) for _ in range(2)]
     assert 0.0 < advices[0].gain < 0.1
     assert [advice.plan is None for advice in advices] == [True, False]
+
+
+def test_nothing_changes_for_latency_before_the_traffic_is_known():
+    planner = Planner(LAWS, PROFILE.quality)
+    for _ in range(3):
+        planner.advise(demand({}, SINGLE))
+    advices = [planner.advise(demand({3.0: 4.0}, SINGLE)) for _ in range(KNOWN + 1)]
+    assert all(MARGIN < advice.gain < 0.1 for advice in advices)
+    assert [advice.plan is None for advice in advices] == [True] * KNOWN + [False]
+
+
+def test_nothing_changes_for_latency_to_a_plan_that_a_surge_would_overrun():
+    planner = Planner(LAWS, PROFILE.quality)
+    advices = [planner.advise(demand({2.0: 28.0}, SINGLE)) for _ in range(KNOWN + 2)]
+    assert not any(advice.plan for advice in advices)
+    assert advices[-1].expected.on_time > 1.0 - BLUR
+
+
+@pytest.mark.parametrize("rate", [60.0, 90.0, 130.0])
+@pytest.mark.parametrize("plan", [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 1), (2, 3), (4, 5), (6, 7))])
+def test_however_great_the_overload_room_is_made_at_the_second_look(plan, rate):
+    planner = Planner(LAWS, PROFILE.quality)
+    planner.unrest = 1.0
+    advices = [planner.advise(demand({2.0: rate}, plan, met=50, ended=100)) for _ in range(2)]
+    assert Plan(SINGLE) in [advice.plan for advice in advices]
 
 
 def test_a_plan_that_proves_worse_than_the_one_before_is_left_again():
@@ -457,7 +525,7 @@ def test_where_bursts_come_again_and_again_nothing_changes_for_latency_between_t
     fresh, wary = Planner(LAWS, PROFILE.quality), Planner(LAWS, PROFILE.quality)
     for demanded in (calm, burst, calm, calm, burst, calm, calm, burst):
         wary.advise(demanded)
-    assert any(fresh.advise(calm).plan for _ in range(3))
+    assert any(fresh.advise(calm).plan for _ in range(KNOWN + 1))
     assert not any(wary.advise(calm).plan for _ in range(5))
 
 

@@ -21,7 +21,8 @@ from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
 from dilaserve.sim.report import by_second, report
 from dilaserve.sim.roofline import STEPS, law_at, llada_8b_h200
-from dilaserve.sim.run import classes, pretended, simulate
+from dilaserve.sim.run import ask, classes, pretended, simulate
+from dilaserve.sim.workload import Job
 from dilaserve.terms import PlanReady
 
 SECONDS = 20.0
@@ -149,6 +150,24 @@ def test_a_quiet_house_is_planned_for_latency_and_a_busy_one_for_throughput():
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         quiet, busy = runner.run(load(1.0, 12.0)), runner.run(load(18.0, 12.0))
     assert (quiet, busy) == ([4], [1, 1, 1, 1])
+
+
+def test_a_rush_after_a_quiet_time_is_met_by_each_device_for_itself():
+    """However great it is: a plan that was taken for latency is left within a few looks."""
+
+    async def rushed():
+        async with Engine(Config.of(slo_class="x2=2x"), furnish=pretended(llada_8b_h200(), 4, 1024)) as engine:
+            seen = []
+            async with asyncio.TaskGroup() as group:
+                for rate, seconds in ((1.0, 12.0), (65.0, 7.0)):
+                    for _ in range(int(rate * seconds)):
+                        group.create_task(ask(engine, Job(0.0, 200, 256, None, 2.0, "cancel_when_late"), ()))
+                        await asyncio.sleep(1 / rate)
+                    seen.append([len(devices) for devices in engine.plan.groups])
+            return seen
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(rushed()) == [[4], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("scheduling", ["composed", "edf"])

@@ -25,6 +25,9 @@ MARGIN = 0.01  # gain below which nothing changes, in shares on time
 DOUBT = 0.1  # of what is missed: so much more must be gained where forecasts are poor, which is past the knee
 SURE = 0.1  # gain beyond that at which nobody looks twice
 LATE = 3.0  # questions to the planner until a change stands that comes too late
+SURGE = 2.0  # times, that a load may rise before a plan which cannot carry it is left
+OFTEN = 1 / 15  # surges a question that are feared where none were seen: one while a plan lasts
+KNOWN = 4  # questions with traffic before which nothing changes for the latency alone
 LOW, HIGH = 0.4, 0.6  # of the peak: a load that comes from below the one to above the other has surged
 BLUR = 0.03  # share missed that is as good as none
 MOST_SURPRISED = 2.0  # times
@@ -81,6 +84,25 @@ class Terms(NamedTuple):
     offered: float
 
 
+class Program(NamedTuple):
+    """The whole of it: what is minimised, by column, and the constraints."""
+
+    terms: Terms
+    ground: Ground
+    goal: np.ndarray
+    rows: LinearConstraint
+
+
+class Found(NamedTuple):
+    """A solution, None where there is none, and what it costs by the goal."""
+
+    solution: np.ndarray | None
+    cost: float
+
+
+NOT_FOUND = Found(None, np.inf)
+
+
 class Row(NamedTuple):
     """A constraint: entries by column, and what they add up to at most or, `exact`, precisely."""
 
@@ -123,16 +145,47 @@ def propose(
     if not terms.columns:
         counts = kept(held or ground.running, ground)
         return NOTHING._replace(counts=counts)
-    goal = objective(terms, pause, devices(ground))
-    bounds = limits(terms, ground, held)
+    program = Program(terms, ground, objective(terms, pause, devices(ground)), rows(terms, ground, budget))
+    solution = best(program) if held is None else solved(program, held).solution
+    if solution is None:
+        return NOTHING._replace(counts=kept(held or ground.running, ground))
+    return read(terms, solution, pause, devices(ground))
+
+
+def best(program: Program) -> np.ndarray | None:
+    """The optimum, the plans of one degree first where they leave no device over: each of them is a linear program, and
+    so is a bound of what a mix can be worth. As that costs MIXED more, whole numbers must seldom be looked for.
+    """
+    pure = [{degree: count} for degree, count in program.ground.groups.items()]
+    if not all(packable(counts, program.ground) for counts in pure):
+        return solved(program, None).solution
+    known = min((solved(program, counts) for counts in pure), key=cost)
+    if known.cost - mixed_bound(program) <= GAP * abs(known.cost):
+        return known.solution
+    return min(known, solved(program, None), key=cost).solution
+
+
+def cost(found: Found) -> float:
+    return found.cost
+
+
+def mixed_bound(program: Program) -> float:
+    """What a plan of two degrees or more costs at least."""
+    goal = program.goal.copy()
+    goal[-len(program.terms.degrees) :] = 0.0
+    return solved(program._replace(goal=goal), None, whole=False).cost + 2 * MIXED
+
+
+def solved(program: Program, held: Counts | None, whole: bool = True) -> Found:
+    """With these counts, or else the best ones; not `whole`: parts of instances count as well."""
+    terms, ground, goal, constraints = program
     integral = np.zeros(len(goal))
-    if held is None:
+    if held is None and whole:
         integral[len(terms.columns) :] = np.repeat([1, 0, 1], len(terms.degrees))
     options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
-    found = milp(goal, constraints=rows(terms, ground, budget), bounds=bounds, integrality=integral, options=options)
-    if found.x is None:
-        return NOTHING._replace(counts=kept(held or ground.running, ground))
-    return read(terms, found.x, pause, devices(ground))
+    bounds = limits(terms, ground, held)
+    found = milp(goal, constraints=constraints, bounds=bounds, integrality=integral, options=options)
+    return NOT_FOUND if found.x is None else Found(found.x, float(found.fun))
 
 
 def written(offered: Sequence[Offered], ground: Ground) -> Terms:
@@ -255,11 +308,23 @@ def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float
     return wanted.value - now.value - switching(changed, pause)
 
 
-def worth_switching(gain: float, changed: float, missed: float = 0.0, unrest: float = 0.0) -> bool:
-    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD), and than what forecasts are off
-    by, which grows with the share that is `missed` under either plan; and more so after other changes (`unrest`).
+def worth_switching(gain: float, changed: float, missed: float = 0.0, unrest: float = 0.0, toll: float = 0.0) -> bool:
+    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD)."""
+    return changed > 0.0 and gain > least_gain(missed, unrest, toll)
+
+
+def least_gain(missed: float, unrest: float, toll: float) -> float:
+    """What must be gained, in shares on time, where the share `missed` is expected under either plan, and the other one
+    would lose the share `toll` more in a surge.
+
+    It is what forecasts are off by, and more so after other changes (`unrest`). Two kinds of change are not weighed
+    alike. Where nothing is missed, only latency is to be gained: the plan must stand a surge, for one is feared while
+    it lasts. Where requests are missed and the other plan makes room, waiting for certainty costs deadlines, and
+    being wrong hardly more than latency.
     """
-    return changed > 0.0 and gain > (1.0 + unrest) * (MARGIN + DOUBT * missed)
+    if missed <= BLUR:
+        return (1.0 + unrest) * (MARGIN + DOUBT * missed) + OFTEN * LATE * SURGE * max(0.0, toll)
+    return MARGIN if toll < 0.0 else (1.0 + unrest) * (MARGIN + DOUBT * missed)
 
 
 def surges(loads: Sequence[float]) -> int:
