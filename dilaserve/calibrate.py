@@ -213,11 +213,12 @@ async def quality(
             reference = reference or [text for text, _ in texts]
             rows = zip(items, texts, reference, strict=True)
             found[task].append([Answer(judged(item, text, own), steps) for item, (text, steps), own in rows])
-    profile = profile_of(found, forecast.seen)
+    steps = forecast.seen()
+    profile = profile_of(found, steps)
     split = {}
     for task, edges in forecast.lengths.items():
         if told(lengths[task], edges, [answer.steps for answer in found[task][0]]) >= TELLING:
-            kinds = [observed_laws(forecast.seen, kind_of(task, kind)) for kind in range(len(edges) + 1)]
+            kinds = [observed_laws(steps, kind_of(task, kind)) for kind in range(len(edges) + 1)]
             split[task] = msgspec.structs.replace(profile.tasks[task], lengths=edges, by_length=tuple(kinds))
     return msgspec.structs.replace(profile, tasks={**profile.tasks, **split})
 

@@ -134,7 +134,7 @@ class House:
         deepest = self.promises.deepest(progress)
         for level in range(min(self.promises.floor, deepest), deepest + 1):
             newcomers = {
-                degree: Tenant(left, *loads[degree][level], progress.request.slo.weight)
+                degree: Tenant(left, (need := loads[degree][level]).steps, need.work, progress.request.slo.weight)
                 for degree in self.promises.degrees
             }
             found: list[tuple[float, int]] = []
@@ -154,7 +154,7 @@ class House:
         rows = []
         for progress in seat.promised:
             need = self.beliefs.loads(progress, seat.degree)[progress.level]
-            rows.append(Tenant(progress.left(now), *need, progress.request.slo.weight))
+            rows.append(Tenant(progress.left(now), need.steps, need.work, progress.request.slo.weight))
         return rows
 
     def make_room(self, seat: Seat, progress: Progress) -> bool:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from enum import IntEnum, auto
-from typing import NamedTuple
+
+import msgspec
 
 from dilaserve.cost import Features
 from dilaserve.pages import PagePool
@@ -49,6 +50,7 @@ class Seat:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
+        self.degree = len(instance.ranks)
         self.pages = PagePool(instance.kv_tokens)
         self.residents: dict[int, Progress] = {}
         self.promised: list[Progress] = []  # those with a deadline, in order of service
@@ -60,10 +62,6 @@ class Seat:
         self.features = Features(0, 0, 0, 0)
         self.refreshing = False
         self.shares: list[float] = []  # of the step's time, by row in flight
-
-    @property
-    def degree(self) -> int:
-        return len(self.instance.ranks)
 
 
 class Loads(Sequence[Load]):
@@ -104,7 +102,7 @@ class Loads(Sequence[Load]):
         return known
 
 
-class Ready(NamedTuple):
+class Ready(msgspec.Struct, frozen=True, gc=False):
     """What a row would do in the next step of an instance of this degree, and the seconds it would add to it."""
 
     degree: int
@@ -113,7 +111,7 @@ class Ready(NamedTuple):
 
 
 class Progress:
-    """One request in the scheduler's memory.
+    """One request in the scheduler's memory. `kind` is what forecasts know it by.
 
     `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points
     and on the safe side (`mean_drops`: expected); `yields` are the shares of its time that each saves for a point more
@@ -124,12 +122,13 @@ class Progress:
     def __init__(
         self,
         request: Request,
+        kind: str,
         thresholds: tuple[float, ...],
         drops: tuple[float, ...],
         means: tuple[float, ...],
         yields: tuple[float, ...],
     ) -> None:
-        self.request, self.thresholds = request, thresholds
+        self.request, self.kind, self.thresholds = request, kind, thresholds
         self.drops, self.mean_drops, self.yields = drops, means, yields
         self.state = State.WAITING
         self.seat: Seat | None = None

@@ -433,7 +433,7 @@ class Scheduler:
         fixed = self.beliefs.pace(seat.degree).fixed
         wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
         if self.promises.shed:
-            needs = [alone(loads[deepest], fixed) for _, loads, deepest in wishes]
+            needs = [alone(wish.loads[wish.deepest], fixed) for wish in wishes]
             lost = [hopeless(wish.left, seconds) for wish, seconds in zip(wishes, needs, strict=True)]
             if lost and all(lost):  # who is nearest to being in time is tried all the same, as nobody else loses by it
                 best = max(range(len(lost)), key=lambda i: wishes[i].left - needs[i])

@@ -21,7 +21,8 @@ def alone(load: Load, fixed: float) -> float:
 def load(steps: float, refreshes: float, drift: float, refresh: float, reuse: float) -> Load:
     """The load of a row with these steps and refreshes ahead, `refresh` and `reuse` being its marginal step times."""
     steps *= drift
-    refreshes = min(refreshes, steps)
+    if refreshes > steps:
+        refreshes = steps
     return Load(steps, refreshes * refresh + (steps - refreshes) * reuse)
 
 

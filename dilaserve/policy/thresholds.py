@@ -1,7 +1,8 @@
 """The confidence threshold of each row, by its own slack, above a floor that the load moves."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from dilaserve.terms import Load
 
@@ -10,7 +11,7 @@ SPARED = 1.75  # times the demand that is kept before a row lets others ride; lo
 TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
 
 
-class Wish(NamedTuple):
+class Wish(msgspec.Struct, frozen=True, gc=False):
     """A row with a deadline: seconds left, its load by level from the reference down, the deepest level allowed."""
 
     left: float
@@ -18,7 +19,7 @@ class Wish(NamedTuple):
     deepest: int
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """The level to run at, what the row can spare there, and whether the deadline will probably be missed."""
 
     level: int
@@ -33,7 +34,8 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """
     steps = work = 0.0
     verdicts: list[Verdict] = []
-    for left, loads, deepest in wishes:
+    for wish in wishes:
+        left, loads, deepest = wish.left, wish.loads, wish.deepest
         level = min(floor, deepest)
         while True:
             load = loads[level]
@@ -49,7 +51,7 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
 
 def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """Everybody at the reference."""
-    return by_slack([Wish(left, loads, 0) for left, loads, _ in wishes], 0, fixed)
+    return by_slack([Wish(wish.left, wish.loads, 0) for wish in wishes], 0, fixed)
 
 
 def moved(floor: int, missing: float, deepest: int) -> int:
