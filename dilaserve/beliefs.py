@@ -121,11 +121,10 @@ class Beliefs:
     def tracks(self, progress: Progress) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if progress.tracked != (progress.block, self.forecast.version):
-            decoding = progress.request.decoding
-            ruled = decoding.rule == "threshold"
-            levels = [self.forecast.level_of(threshold) if ruled else 0 for threshold in progress.thresholds]
+            decoding, thresholds = progress.request.decoding, progress.thresholds
+            levels = tuple(map(self.forecast.level_of, thresholds)) if decoding.rule == "threshold" else (0,)
             place = progress.block, len(progress.blocks), decoding.block_length
-            progress.tracks = [self.forecast.track(progress.kind, level, *place) for level in levels]
+            progress.tracks = self.forecast.tracks(progress.kind, levels, *place)
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks
 

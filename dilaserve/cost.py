@@ -66,9 +66,16 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     def marginal(self, tokens: int, attention: int, projected: int, rows: int) -> float:
         total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
-            total += sum(
-                [bend * (tokens - knot) for knot, bend in zip(self.knots, self.bends, strict=True) if tokens > knot]
-            )
+            total += self.bent(tokens)
+        return total
+
+    def bent(self, tokens: int) -> float:
+        """What the knots add; they ascend."""
+        total = 0.0
+        for knot, bend in zip(self.knots, self.bends, strict=True):
+            if tokens <= knot:
+                break
+            total += bend * (tokens - knot)
         return total
 
     def scaled(self, factor: float) -> "StepCost":
@@ -146,8 +153,11 @@ def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
 
 def weighed(samples: Sequence[Sample], knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The designs of the samples over their seconds, so that all residuals are relative; [samples, coefficients]"""
-    rows = np.array([design(sample.features, knots) for sample in samples])
-    rows /= np.array([sample.seconds for sample in samples])[:, None]
+    tokens, *rest = np.array([sample.features for sample in samples], dtype=np.float64).T
+    bends = [np.maximum(0.0, tokens - knot) for knot in knots]
+    seconds = np.array([sample.seconds for sample in samples])
+    rows: np.ndarray[Any, np.dtype[np.float64]] = np.stack([np.ones_like(tokens), tokens, *bends, *rest], axis=1)
+    rows /= seconds[:, None]
     return rows
 
 

@@ -1,7 +1,6 @@
 """How far one request has come: its life cycle, its place on the canvas, its seat, and what it has cost."""
 
 import math
-from collections.abc import Sequence
 from enum import IntEnum, auto
 
 import msgspec
@@ -64,42 +63,34 @@ class Seat:
         self.shares: list[float] = []  # of the step's time, by row in flight
 
 
-class Loads(Sequence[Load]):
+class Loads(msgspec.Struct):
     """What a request still needs, by its own levels, worked out when it is asked for.
 
     `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
     right now.
     """
 
-    def __init__(
-        self,
-        tracks: list[Track],
-        masks: int,
-        due: float,
-        drift: float,
-        refresh: float,
-        reuse: float,
-        interval: int,
-        degree: int,
-    ) -> None:
-        self.degree = degree
-        self.tracks, self.masks, self.due, self.drift = tracks, masks, due, drift
-        self.refresh, self.reuse, self.interval = refresh, reuse, interval
-        self.known: list[Load | None] = [None] * len(tracks)
+    tracks: list[Track]
+    masks: int
+    due: float
+    drift: float
+    refresh: float
+    reuse: float
+    interval: int
+    degree: int
+    known: dict[int, Load] = {}
 
-    def __len__(self) -> int:
-        return len(self.tracks)
-
-    def __getitem__(self, level: int) -> Load:  # type: ignore[override]
-        if (known := self.known[level]) is None:
+    def __getitem__(self, level: int) -> Load:
+        found = self.known.get(level)
+        if found is None:
             law, after = self.tracks[level]
             stays = 1.0 - law.ends[self.masks]
             steps = law.steps[self.masks] + stays * after.steps
             refreshes = self.due + stays * after.refreshes
             if self.interval:
                 refreshes = max(refreshes, steps / self.interval)
-            known = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
-        return known
+            found = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
+        return found
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False):
@@ -182,9 +173,18 @@ class Progress:
 
     def span(self, todo: Work) -> Span:
         request = self.request
-        kv = self.kv_start, todo.start, todo.length, request.canvas_tokens
-        quota = self.quota() if self.quotas else 0
-        return Span(request.row, request.generation, *kv, self.block_start, self.block_end, quota, self.steps)
+        return Span(
+            request.row,
+            request.generation,
+            self.kv_start,
+            todo.start,
+            todo.length,
+            request.canvas_tokens,
+            self.block_start,
+            self.block_end,
+            self.quota() if self.quotas else 0,
+            self.steps,
+        )
 
     def steady(self, most: int) -> int:
         """How many of its next steps are alike, up to `most`, if they reuse K/V and do not finish the block."""

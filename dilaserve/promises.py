@@ -103,6 +103,8 @@ class Promises:
 
     def reserve(self, progress: Progress, drop: float) -> None:
         """Let the bank hold back what a running request may still spend."""
+        if drop == progress.reserved == 0.0:
+            return
         tenant = progress.request.slo.tenant
         total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
         if total > 1e-9:

@@ -173,6 +173,7 @@ class Forecast:
         self.counts: dict[tuple[str, int, int, int, int], int] = {}  # steps since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
+        self.known_tracks: dict[tuple[str, tuple[int, ...], int, int, int], list[Track]] = {}
         self.ladders: dict[str, list[Rung]] = {}
         self.nearest: dict[float, int] = {}  # level by threshold
 
@@ -219,6 +220,7 @@ class Forecast:
         self.counts.clear()
         self.chains.clear()
         self.futures.clear()
+        self.known_tracks.clear()
         self.ladders.clear()
 
     def name(self, task: str | None) -> str:
@@ -286,6 +288,17 @@ class Forecast:
         """Block `block` of `count`, and what comes after it; valid until `version` moves on."""
         law = self.chain(kind, level, part_of(block), block_length)
         return Track(law, self.blocks(kind, level, count, block_length)[block + 1])
+
+    def tracks(self, kind: str, levels: tuple[int, ...], block: int, count: int, block_length: int) -> list[Track]:
+        """The same by level."""
+        key = (kind, levels, block, count, block_length)
+        found = self.known_tracks.get(key)
+        if found is None:
+            if len(self.known_tracks) >= MOST_CHAINS:
+                self.known_tracks.clear()
+            found = [self.track(kind, level, block, count, block_length) for level in levels]
+            self.known_tracks[key] = found
+        return found
 
     def outlook(
         self, kind: str, level: int, block: int, masks: int, count: int, block_length: int, fresh: bool

@@ -171,7 +171,8 @@ class Scheduler:
         when = min(when, self.layout.form_by)
         for seats in (self.house.seats, self.house.closing):
             for seat in seats.values():
-                when = min(when, seat.overdue_at)
+                if seat.overdue_at < when:
+                    when = seat.overdue_at
         return min(when, self.solve_at) if self.asks else when
 
     # the plan
@@ -434,7 +435,7 @@ class Scheduler:
         wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
         if self.promises.shed:
             needs = [alone(wish.loads[wish.deepest], fixed) for wish in wishes]
-            lost = [hopeless(wish.left, seconds) for wish, seconds in zip(wishes, needs, strict=True)]
+            lost = list(map(hopeless, [wish.left for wish in wishes], needs))
             if lost and all(lost):  # who is nearest to being in time is tried all the same, as nobody else loses by it
                 best = max(range(len(lost)), key=lambda i: wishes[i].left - needs[i])
                 lost[best] = wishes[best].left <= 0.0
@@ -444,18 +445,15 @@ class Scheduler:
                 wishes = [wish for wish, gone in zip(wishes, lost, strict=True) if not gone]
                 if not seat.residents:
                     return
-        verdicts = {
-            progress.request.row: verdict
-            for progress, verdict in zip(seat.promised, self.promises.verdicts(wishes, seat.degree), strict=True)
-        }
-        candidates = [
-            self.candidate(progress, verdicts.get(progress.request.row), seat.degree)
-            for progress in quarantined(self.served(seat, now))
-        ]
+        promised = [progress.request.row for progress in seat.promised]
+        verdicts = dict(zip(promised, self.promises.verdicts(wishes, seat.degree), strict=True))
+        served = quarantined(self.served(seat, now))
+        ready = {progress.request.row: self.ready(progress, seat.degree) for progress in served}
+        candidates = [candidate(row, one, verdicts.get(row)) for row, one in ready.items()]
         candidates = self.compose(candidates, self.max_tokens, self.cap)
         candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         chosen = [seat.residents[candidate.key] for candidate in candidates]
-        todo = [self.ready(progress, seat.degree).work for progress in chosen]
+        todo = [ready[candidate.key].work for candidate in candidates]
         if verdicts or self.promises.controls:
             for progress in chosen:
                 verdict = verdicts.get(progress.request.row)
@@ -484,11 +482,6 @@ class Scheduler:
         if seat.degree > 1 or len(chosen) < len(seat.residents) or any(work.refresh for work in todo):
             return 1
         return min(progress.steady(self.repeats) for progress in chosen)
-
-    def candidate(self, progress: Progress, verdict: Verdict | None, degree: int) -> Candidate:
-        ready = self.ready(progress, degree)
-        slack = verdict.slack if verdict else None
-        return Candidate(progress.request.row, ready.work.length, ready.seconds, slack)
 
     def ready(self, progress: Progress, degree: int) -> Ready:
         """Kept until the row has stepped."""
@@ -523,7 +516,11 @@ class Scheduler:
             yield Adjust(progress.request.row, threshold)
 
 
+def candidate(row: int, ready: Ready, verdict: Verdict | None) -> Candidate:
+    return Candidate(row, ready.work.length, ready.seconds, verdict.slack if verdict else None)
+
+
 def quarantined(rows: list[Progress]) -> list[Progress]:
     """Without suspects all, else the first of these alone."""
-    suspect = next((row for row in rows if row.suspect), None)
-    return rows if suspect is None else [suspect]
+    suspects = [row for row in rows if row.suspect]
+    return suspects[:1] or rows

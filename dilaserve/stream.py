@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 from typing import Self
 
 import msgspec
@@ -140,11 +141,11 @@ async def collect(stream: Stream) -> Completion:
     chunks = await stream.whole()
     if not chunks or (last := chunks[-1]).finish_reason is None or last.usage is None:
         raise Unavailable("the request was cancelled")
-    ids = tuple(id for chunk in chunks for id in chunk.token_ids)
+    ids = tuple(chain.from_iterable([chunk.token_ids for chunk in chunks]))
     return Completion(
         text="".join(chunk.text for chunk in chunks),
         token_ids=ids,
-        confidences=tuple(confidence for chunk in chunks for confidence in chunk.confidences),
+        confidences=tuple(chain.from_iterable([chunk.confidences for chunk in chunks])),
         finish_reason=last.finish_reason,
         prompt_tokens=stream.prompt_tokens,
         completion_tokens=len(ids),

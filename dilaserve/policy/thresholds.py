@@ -1,6 +1,7 @@
 """The confidence threshold of each row, by its own slack, above a floor that the load moves."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -11,11 +12,17 @@ SPARED = 1.75  # times the demand that is kept before a row lets others ride; lo
 TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
 
 
+class ByLevel(Protocol):
+    """What a row still needs, by level from the reference down."""
+
+    def __getitem__(self, level: int, /) -> Load: ...
+
+
 class Wish(msgspec.Struct, frozen=True, gc=False):
-    """A row with a deadline: seconds left, its load by level from the reference down, the deepest level allowed."""
+    """A row with a deadline: seconds left, its load by level, the deepest level allowed."""
 
     left: float
-    loads: Sequence[Load]
+    loads: ByLevel
     deepest: int
 
 
