@@ -39,7 +39,8 @@ class Sample(NamedTuple):
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
-    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative.
+    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative,
+    and knots ascend.
 
     `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were. A `guess` says
     nothing about the device at hand; nobody is turned away because of it.
@@ -66,16 +67,12 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     def marginal(self, tokens: int, attention: int, projected: int, rows: int) -> float:
         total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
-            total += self.bent(tokens)
-        return total
-
-    def bent(self, tokens: int) -> float:
-        """What the knots add; they ascend."""
-        total = 0.0
-        for knot, bend in zip(self.knots, self.bends, strict=True):
-            if tokens <= knot:
-                break
-            total += bend * (tokens - knot)
+            bent = 0.0
+            for knot, bend in zip(self.knots, self.bends, strict=True):
+                if tokens <= knot:
+                    break
+                bent += bend * (tokens - knot)
+            total += bent
         return total
 
     def scaled(self, factor: float) -> "StepCost":

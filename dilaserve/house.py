@@ -90,10 +90,12 @@ class House:
 
         None for a request that is not hopeless: it waits for a seat that keeps its slack.
         """
-        seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
-        if seat and self.promises.shed and (seat.promised or self.promises.is_past(progress, now)):
+        seats = self.seats.values()
+        if self.promises.shed and (all(seat.promised for seat in seats) or self.promises.is_past(progress, now)):
             return None
-        return seat if self.promises.is_hopeless(progress, now) else None
+        if not self.promises.is_hopeless(progress, now):
+            return None
+        return min(seats, key=lambda seat: len(seat.promised), default=None)
 
     def place_rest(self, rows: list[Progress]) -> None:
         """In order, until one finds no room; removes from `rows` who got a seat."""

@@ -458,7 +458,10 @@ class Scheduler:
             for progress in chosen:
                 verdict = verdicts.get(progress.request.row)
                 if verdict or progress.level or progress.told != progress.thresholds[0]:
-                    yield from self.at_level(progress, verdict)
+                    self.settle(progress, verdict)
+                    if progress.threshold != progress.told:
+                        progress.told = progress.threshold
+                        yield Adjust(progress.request.row, progress.told)
         spans = tuple([progress.span(work) for progress, work in zip(chosen, todo, strict=True)])
         total = fixed + sum([candidate.seconds for candidate in candidates])
         even = fixed / len(chosen)
@@ -503,17 +506,12 @@ class Scheduler:
         aged = rest[:1] if rest and now - rest[0].request.arrived_at > self.age else []
         return [*aged, *seat.promised]
 
-    def at_level(self, progress: Progress, verdict: Verdict | None) -> Iterator[Adjust]:
-        """Settle the threshold of the row's next step, and reserve what it may cost."""
+    def settle(self, progress: Progress, verdict: Verdict | None) -> None:
+        """The threshold of the row's next step, and what it may cost."""
         progress.level = verdict.level if verdict else 0
-        threshold = progress.threshold
         if len(progress.thresholds) > 1:
-            self.promises.reserve(
-                progress, max(progress.drop, progress.drops[progress.level] if progress.level else 0.0)
-            )
-        if threshold != progress.told:
-            progress.told = threshold
-            yield Adjust(progress.request.row, threshold)
+            spends = progress.drops[progress.level] if progress.level else 0.0
+            self.promises.reserve(progress, max(progress.drop, spends))
 
 
 def candidate(row: int, ready: Ready, verdict: Verdict | None) -> Candidate:

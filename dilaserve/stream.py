@@ -13,7 +13,7 @@ from dilaserve.terms import Cancel, Event, FinishReason, Request, Usage
 from dilaserve.text import Detokenizer, StopStrings, Text
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """What has become final since the last one. The last chunk carries why it ended and what it cost.
 
     `confidences` are the probabilities of the tokens when they were unmasked. Text may lag behind the tokens, by part

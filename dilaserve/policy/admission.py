@@ -54,8 +54,12 @@ def fits(newcomer: Tenant, residents: Sequence[Tenant], fixed: float) -> float |
             if left - COMPANY * (steps * fixed + work) < KEPT * slack:
                 return None
             least = min(least, (left - steps * fixed - work) / left)
-        without_steps, without_work = max(without_steps, row.steps), without_work + row.work
-        steps, work = max(steps, row.steps), work + row.work
+        if row.steps > without_steps:
+            without_steps = row.steps
+        if row.steps > steps:
+            steps = row.steps
+        without_work += row.work
+        work += row.work
         after = row.left - steps * fixed - work
         if row.left - without_steps * fixed - without_work >= 0.0:
             if after < 0.0 and here and row.weight >= newcomer.weight:

@@ -46,7 +46,8 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
         level = min(floor, deepest)
         while True:
             load = loads[level]
-            joint_steps, joint_work = max(steps, load.steps), work + load.work
+            joint_steps = load.steps if load.steps > steps else steps
+            joint_work = work + load.work
             seconds = joint_steps * fixed + joint_work
             if left >= INFLATED * seconds or level >= deepest:
                 break
