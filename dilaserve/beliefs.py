@@ -11,7 +11,6 @@ from dilaserve.quality import Chain, Forecast, Outlook, QualityProfile, Track, p
 from dilaserve.terms import Request, Span
 
 SMOOTH = 0.02
-MOST_THRESHOLDS = 4096  # that are remembered; requests may bring any
 NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
 
 
@@ -60,8 +59,6 @@ class Beliefs:
     def believe(self, quality: QualityProfile) -> None:
         """Start again from this profile."""
         self.forecast = Forecast(quality)
-        self.levels = quality.levels
-        self.nearest: dict[float, int] = {}
 
     # steps
 
@@ -104,27 +101,19 @@ class Beliefs:
 
     # requests
 
-    def level_of(self, threshold: float) -> int:
-        """The level of the profile that is nearest above this threshold."""
-        level = self.nearest.get(threshold)
-        if level is None:
-            if len(self.nearest) >= MOST_THRESHOLDS:
-                self.nearest.clear()
-            level = max((i for i, known in enumerate(self.levels) if known >= threshold - 1e-6), default=0)
-            self.nearest[threshold] = level
-        return level
-
     def drops(self, request: Request, thresholds: Sequence[float]) -> tuple[float, ...]:
         """Points of accuracy that each threshold costs against the reference, for the request's task."""
         if request.decoding.rule != "threshold":
             return (0.0,)
-        return tuple(self.forecast.drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
+        levels = map(self.forecast.level_of, thresholds)
+        return tuple([self.forecast.drop(request.slo.task, level) for level in levels])
 
     def mean_drops(self, request: Request, thresholds: Sequence[float]) -> tuple[float, ...]:
         """The estimates themselves, where `drops` are on the safe side."""
         if request.decoding.rule != "threshold":
             return (0.0,)
-        return tuple(self.forecast.mean_drop(request.slo.task, self.level_of(threshold)) for threshold in thresholds)
+        levels = map(self.forecast.level_of, thresholds)
+        return tuple([self.forecast.mean_drop(request.slo.task, level) for level in levels])
 
     def kind(self, request: Request) -> str:
         return self.forecast.kind(request.slo.task, request.prompt_tokens)
@@ -132,11 +121,10 @@ class Beliefs:
     def tracks(self, progress: Progress) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if progress.tracked != (progress.block, self.forecast.version):
-            decoding, kind = progress.request.decoding, self.kind(progress.request)
-            ruled = decoding.rule == "threshold"
-            levels = [self.level_of(threshold) if ruled else 0 for threshold in progress.thresholds]
+            decoding, thresholds = progress.request.decoding, progress.thresholds
+            levels = tuple(map(self.forecast.level_of, thresholds)) if decoding.rule == "threshold" else (0,)
             place = progress.block, len(progress.blocks), decoding.block_length
-            progress.tracks = [self.forecast.track(kind, level, *place) for level in levels]
+            progress.tracks = self.forecast.tracks(progress.kind, levels, *place)
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks
 
@@ -164,12 +152,11 @@ class Beliefs:
         """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
         if progress.quotas or progress.request.decoding.rule != "threshold":
             return
-        level = self.level_of(progress.told)
-        kind = self.kind(progress.request)
+        level = self.forecast.level_of(progress.told)
         part = part_of(block_before)
-        steps = self.forecast.chain(kind, level, part, progress.request.decoding.block_length).steps
+        steps = self.forecast.chain(progress.kind, level, part, progress.request.decoding.block_length).steps
         left = steps[progress.masks] if progress.block == block_before else 0.0
-        self.forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
+        self.forecast.observe(progress.kind, level, part, masks_before, 0 if ended else unmasked)
         progress.observed += 1.0
         progress.expected += steps[masks_before] - left
 

@@ -230,11 +230,12 @@ async def quality(
             reference = reference or [text for text, _ in texts]
             rows = zip(items, texts, reference, strict=True)
             found[task].append([Answer(judged(item, text, own), steps) for item, (text, steps), own in rows])
-    profile = profile_of(found, forecast.seen)
+    seen_steps = forecast.seen()
+    profile = profile_of(found, seen_steps)
     steps = {task: [answer.steps for answer in levels[0]] for task, levels in found.items()}
     known = dict(profile.tasks)
     for task, edges in forecast.lengths.items():
-        known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), forecast.seen)
+        known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), seen_steps)
     profile = msgspec.structs.replace(profile, tasks=known)
     return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, room(engine)))
 

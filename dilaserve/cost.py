@@ -6,7 +6,7 @@ off by 10 %.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,7 +39,8 @@ class Sample(NamedTuple):
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
-    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative.
+    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative,
+    and knots ascend.
 
     `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were. A `guess` says
     nothing about the device at hand; nobody is turned away because of it.
@@ -57,7 +58,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     guess: bool = False
 
     def seconds(self, features: Features) -> float:
-        return self.fixed + self.variable(features)
+        return self.fixed + self.marginal(*features)
 
     def variable(self, features: Features) -> float:
         """The part that grows with the batch."""
@@ -66,7 +67,12 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     def marginal(self, tokens: int, attention: int, projected: int, rows: int) -> float:
         total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
-            total += sum(bend * max(0, tokens - knot) for knot, bend in zip(self.knots, self.bends, strict=True))
+            bent = 0.0
+            for knot, bend in zip(self.knots, self.bends, strict=True):
+                if tokens <= knot:
+                    break
+                bent += bend * (tokens - knot)
+            total += bent
         return total
 
     def scaled(self, factor: float) -> "StepCost":
@@ -135,12 +141,21 @@ def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS) -> StepCost:
 
 
 def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
-    rows = np.array([design(sample.features, knots) for sample in samples])
-    rows /= np.array([sample.seconds for sample in samples])[:, None]
+    rows = weighed(samples, knots)
     scale = rows.max(0)
     scale[scale == 0] = 1.0
     weights, _ = nnls(rows / scale, np.ones(len(rows)))
     return from_weights(weights / scale, knots)
+
+
+def weighed(samples: Sequence[Sample], knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The designs of the samples over their seconds, so that all residuals are relative; [samples, coefficients]"""
+    tokens, *rest = np.array([sample.features for sample in samples], dtype=np.float64).T
+    bends = [np.maximum(0.0, tokens - knot) for knot in knots]
+    seconds = np.array([sample.seconds for sample in samples])
+    rows: np.ndarray[Any, np.dtype[np.float64]] = np.stack([np.ones_like(tokens), tokens, *bends, *rest], axis=1)
+    rows /= seconds[:, None]
+    return rows
 
 
 class Learner:
@@ -160,7 +175,7 @@ class Learner:
         size = len(law.knots) + 5
         self.gram = np.zeros((size, size))
         self.moment = np.zeros(size)
-        self.news: list[list[float]] = []  # rows of steps that are not in the normal equations yet
+        self.news: list[Sample] = []  # steps that are not in the normal equations yet
         self.anchor(prior)
 
     def anchor(self, weight: int) -> None:
@@ -184,7 +199,7 @@ class Learner:
         rest = abs(residual - old)
         self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
         self.correct(refreshes, old + 0.02 * (min(max(residual, -1.0), 1.0) - old))
-        self.news.append([one / max(seconds, 1e-9) for one in design(features, self.law.knots)])
+        self.news.append(Sample(features, max(seconds, 1e-9)))
         self.steps += 1
         if self.steps % RELEARN == 0 or (self.law.guess and self.steps in FIRST_FITS):
             self.relearn()
@@ -195,7 +210,7 @@ class Learner:
 
     def relearn(self) -> None:
         """min |A w - 1|² from AᵀA and Aᵀ1 alone: with AᵀA = L Lᵀ it is nnls(Lᵀ, L⁻¹ Aᵀ1)."""
-        rows = np.array(self.news)
+        rows = weighed(self.news, self.law.knots)
         weights = FORGET ** np.arange(len(rows) - 1, -1, -1)
         faded = FORGET ** len(rows)
         self.gram = faded * self.gram + (rows * weights[:, None]).T @ rows

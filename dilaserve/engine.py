@@ -320,9 +320,10 @@ class Engine:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
             size = sum(len(message.get("content", "")) for message in messages)
             return await self.off_loop(size, self.text.encode_chat, messages)
-        if not all(type(item) is int and 0 <= item < self.vocab_size for item in prompt):
+        ids: list[int] = list(prompt)  # type: ignore[arg-type]
+        if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocab_size:
             raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")
-        return list(prompt)  # type: ignore[arg-type]
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.text.decode(ids)
@@ -403,6 +404,10 @@ class Engine:
         match command:
             case Launch(batch):
                 executor.launch(batch)
+            case Emit(request, prefix):
+                self.emit(request, prefix)
+            case Adjust(row, threshold):
+                self.table.threshold[row] = threshold
             case Reshard(moves):
                 for id in moves.ends:
                     self.capacity.pop(id, None)
@@ -414,10 +419,6 @@ class Engine:
             case Solve(demand):
                 if self.planner:
                     self.group.create_task(self.ask(self.planner, demand))
-            case Adjust(row, threshold):
-                self.table.threshold[row] = threshold
-            case Emit(request, prefix):
-                self.emit(request, prefix)
             case Finish(request, reason, usage):
                 self.streams.pop(request.id).finish(reason, usage)
             case Fail(request, reason):

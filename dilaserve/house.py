@@ -8,7 +8,7 @@ from dilaserve.config import Config
 from dilaserve.policy.admission import Room, Tenant, fits, least_loaded
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
-from dilaserve.terms import Instance
+from dilaserve.terms import Instance, Load
 
 LOOKS = 8  # waiting requests that a decision may test in vain
 ARRIVAL = attrgetter("request.arrived_at")
@@ -90,10 +90,12 @@ class House:
 
         None for a request that is not hopeless: it waits for a seat that keeps its slack.
         """
-        seat = min(self.seats.values(), key=lambda seat: len(seat.promised), default=None)
-        if seat and self.promises.shed and (seat.promised or self.promises.is_past(progress, now)):
+        seats = self.seats.values()
+        if self.promises.shed and (all(seat.promised for seat in seats) or self.promises.is_past(progress, now)):
             return None
-        return seat if self.promises.is_hopeless(progress, now) else None
+        if not self.promises.is_hopeless(progress, now):
+            return None
+        return min(seats, key=lambda seat: len(seat.promised), default=None)
 
     def place_rest(self, rows: list[Progress]) -> None:
         """In order, until one finds no room; removes from `rows` who got a seat."""
@@ -128,34 +130,30 @@ class House:
 
         `tenants` keeps the rows of the instances that were looked at.
         """
-        paces = {degree: self.beliefs.pace(degree).fixed for degree in self.promises.degrees}
         loads = {degree: self.beliefs.loads(progress, degree) for degree in self.promises.degrees}
-        left = progress.left(now)
+        looked = [seat for seat in seats if len(seat.promised) < self.max_promised]
+        if not looked:
+            return None
+        degrees = {seat.degree for seat in looked}
+        paces = {degree: self.beliefs.pace(degree).fixed for degree in degrees}
+        for seat in looked:
+            if seat.instance.id not in tenants:
+                tenants[seat.instance.id] = self.tenants(seat, now)
         deepest = self.promises.deepest(progress)
         for level in range(min(self.promises.floor, deepest), deepest + 1):
-            newcomers = {
-                degree: Tenant(left, *loads[degree][level], progress.request.slo.weight)
-                for degree in self.promises.degrees
-            }
+            newcomers = {degree: tenant(progress, loads[degree][level], now) for degree in degrees}
             found: list[tuple[float, int]] = []
-            for seat in seats:
-                if len(seat.promised) >= self.max_promised:
-                    continue
-                if (id := seat.instance.id) not in tenants:
-                    tenants[id] = self.tenants(seat, now)
-                slack = fits(newcomers[seat.degree], tenants[id], paces[seat.degree])
+            for seat in looked:
+                slack = fits(newcomers[seat.degree], tenants[seat.instance.id], paces[seat.degree])
                 if slack is not None:
-                    found.append((slack, -id))
+                    found.append((slack, -seat.instance.id))
             if found:
                 return self.seats[-max(found)[1]]
         return None
 
     def tenants(self, seat: Seat, now: float) -> list[Tenant]:
-        rows = []
-        for progress in seat.promised:
-            need = self.beliefs.loads(progress, seat.degree)[progress.level]
-            rows.append(Tenant(progress.left(now), *need, progress.request.slo.weight))
-        return rows
+        loads = self.beliefs.loads
+        return [tenant(row, loads(row, seat.degree)[row.level], now) for row in seat.promised]
 
     def make_room(self, seat: Seat, progress: Progress) -> bool:
         """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes."""
@@ -203,3 +201,7 @@ class House:
         elif progress.seat:
             progress.seat.promised.remove(progress)
         progress.promised, progress.late = False, True
+
+
+def tenant(progress: Progress, need: Load, now: float) -> Tenant:
+    return Tenant(progress.left(now), need.steps, need.work, progress.request.slo.weight)

@@ -1,9 +1,9 @@
 """How far one request has come: its life cycle, its place on the canvas, its seat, and what it has cost."""
 
 import math
-from collections.abc import Sequence
 from enum import IntEnum, auto
-from typing import NamedTuple
+
+import msgspec
 
 from dilaserve.cost import Features
 from dilaserve.pages import PagePool
@@ -49,6 +49,7 @@ class Seat:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
+        self.degree = len(instance.ranks)
         self.pages = PagePool(instance.kv_tokens)
         self.residents: dict[int, Progress] = {}
         self.promised: list[Progress] = []  # those with a deadline, in order of service
@@ -61,50 +62,38 @@ class Seat:
         self.refreshing = False
         self.shares: list[float] = []  # of the step's time, by row in flight
 
-    @property
-    def degree(self) -> int:
-        return len(self.instance.ranks)
 
-
-class Loads(Sequence[Load]):
+class Loads(msgspec.Struct):
     """What a request still needs, by its own levels, worked out when it is asked for.
 
     `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
     right now.
     """
 
-    def __init__(
-        self,
-        tracks: list[Track],
-        masks: int,
-        due: float,
-        drift: float,
-        refresh: float,
-        reuse: float,
-        interval: int,
-        degree: int,
-    ) -> None:
-        self.degree = degree
-        self.tracks, self.masks, self.due, self.drift = tracks, masks, due, drift
-        self.refresh, self.reuse, self.interval = refresh, reuse, interval
-        self.known: list[Load | None] = [None] * len(tracks)
+    tracks: list[Track]
+    masks: int
+    due: float
+    drift: float
+    refresh: float
+    reuse: float
+    interval: int
+    degree: int
+    known: dict[int, Load] = {}
 
-    def __len__(self) -> int:
-        return len(self.tracks)
-
-    def __getitem__(self, level: int) -> Load:  # type: ignore[override]
-        if (known := self.known[level]) is None:
+    def __getitem__(self, level: int) -> Load:
+        found = self.known.get(level)
+        if found is None:
             law, after = self.tracks[level]
             stays = 1.0 - law.ends[self.masks]
             steps = law.steps[self.masks] + stays * after.steps
             refreshes = self.due + stays * after.refreshes
             if self.interval:
                 refreshes = max(refreshes, steps / self.interval)
-            known = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
-        return known
+            found = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
+        return found
 
 
-class Ready(NamedTuple):
+class Ready(msgspec.Struct, frozen=True, gc=False):
     """What a row would do in the next step of an instance of this degree, and the seconds it would add to it."""
 
     degree: int
@@ -113,7 +102,7 @@ class Ready(NamedTuple):
 
 
 class Progress:
-    """One request in the scheduler's memory.
+    """One request in the scheduler's memory. `kind` is what forecasts know it by.
 
     `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points
     and on the safe side (`mean_drops`: expected); `yields` are the shares of its time that each saves for a point more
@@ -124,12 +113,13 @@ class Progress:
     def __init__(
         self,
         request: Request,
+        kind: str,
         thresholds: tuple[float, ...],
         drops: tuple[float, ...],
         means: tuple[float, ...],
         yields: tuple[float, ...],
     ) -> None:
-        self.request, self.thresholds = request, thresholds
+        self.request, self.kind, self.thresholds = request, kind, thresholds
         self.drops, self.mean_drops, self.yields = drops, means, yields
         self.state = State.WAITING
         self.seat: Seat | None = None
@@ -183,9 +173,18 @@ class Progress:
 
     def span(self, todo: Work) -> Span:
         request = self.request
-        kv = self.kv_start, todo.start, todo.length, request.canvas_tokens
-        quota = self.quota() if self.quotas else 0
-        return Span(request.row, request.generation, *kv, self.block_start, self.block_end, quota, self.steps)
+        return Span(
+            request.row,
+            request.generation,
+            self.kv_start,
+            todo.start,
+            todo.length,
+            request.canvas_tokens,
+            self.block_start,
+            self.block_end,
+            self.quota() if self.quotas else 0,
+            self.steps,
+        )
 
     def steady(self, most: int) -> int:
         """How many of its next steps are alike, up to `most`, if they reuse K/V and do not finish the block."""

@@ -61,7 +61,7 @@ class Promises:
             rungs += [rung for rung in ladder if least - 1e-6 <= rung.threshold < own.threshold - 1e-6]
         thresholds, yields = zip(*rungs, strict=True)
         drops, means = self.beliefs.drops(request, thresholds), self.beliefs.mean_drops(request, thresholds)
-        return Progress(request, thresholds, drops, means, yields)
+        return Progress(request, self.beliefs.kind(request), thresholds, drops, means, yields)
 
     def rank(self, progress: Progress) -> float:
         """The order of service; the smallest first."""
@@ -95,8 +95,8 @@ class Promises:
     def is_hopeless(self, progress: Progress, now: float) -> bool:
         """Whether it can end in time on no kind of instance that there is."""
         for degree in self.degrees:
-            left, loads, deepest = self.wish(progress, now, degree)
-            if not hopeless(left, alone(loads[deepest], self.beliefs.pace(degree).fixed)):
+            wish = self.wish(progress, now, degree)
+            if not hopeless(wish.left, alone(wish.loads[wish.deepest], self.beliefs.pace(degree).fixed)):
                 return False
         return True
 
@@ -105,6 +105,8 @@ class Promises:
 
     def reserve(self, progress: Progress, drop: float) -> None:
         """Let the bank hold back what a running request may still spend."""
+        if drop == progress.reserved == 0.0:
+            return
         tenant = progress.request.slo.tenant
         total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
         if total > 1e-9:

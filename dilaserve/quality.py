@@ -21,6 +21,7 @@ ANY = "any"  # the task of requests that name none
 FIRST_LOOK, RELEARN = 100, 8000  # steps until what was learned while serving is taken in: doubling, up to the second
 PRIOR = 400.0  # weight of what was known of a bin against what is seen, in steps
 MOST_CHAINS = 1024  # that are kept; requests may bring any block length
+MOST_THRESHOLDS = 4096  # that are remembered; requests may bring any
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
 
 
@@ -173,10 +174,12 @@ class Forecast:
         self.laws: dict[str, Laws] = dict(by_kind(profile))
         self.observed, self.next_look = 0, FIRST_LOOK
         self.version = 0  # how often the laws have changed
-        self.seen: dict[tuple[str, int, int], list[list[float]]] = {}  # counts since the laws were last worked out
+        self.counts: dict[tuple[str, int, int, int, int], int] = {}  # steps since the laws were last worked out
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
         self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
+        self.known_tracks: dict[tuple[str, tuple[int, ...], int, int, int], list[Track]] = {}
         self.ladders: dict[str, list[Rung]] = {}
+        self.nearest: dict[float, int] = {}  # level by threshold
 
     def kind(self, task: str | None, prompt_tokens: int) -> str:
         name = self.name(task) if self.learns else task or ANY
@@ -185,19 +188,26 @@ class Forecast:
 
     def observe(self, kind: str, level: int, part: int, masks: int, unmasked: int) -> None:
         """A step has unmasked so many tokens, 0 when the text ended; now and then the laws take it in."""
-        for name in {kind, task_of(kind), ANY}:
-            rows = self.seen.setdefault((name, level, part), [[] for _ in BINS])
-            counts = rows[bin_of(masks)]
-            counts.extend([0.0] * (unmasked + 1 - len(counts)))
-            counts[unmasked] += 1.0
+        step = kind, level, part, bin_of(masks), unmasked
+        self.counts[step] = self.counts.get(step, 0) + 1
         self.observed += 1
         if self.observed >= self.next_look and self.learns:
             self.next_look += min(self.observed, RELEARN)
             self.relearn()
 
+    def seen(self) -> dict[tuple[str, int, int], list[list[float]]]:
+        """What was counted, as laws have it, by level and part: of each kind, of its task, and of any."""
+        found: dict[tuple[str, int, int], list[list[float]]] = {}
+        for (kind, level, part, bin, unmasked), count in self.counts.items():
+            for name in {kind, task_of(kind), ANY}:
+                counts = found.setdefault((name, level, part), [[] for _ in BINS])[bin]
+                counts.extend([0.0] * (unmasked + 1 - len(counts)))
+                counts[unmasked] += count
+        return found
+
     def relearn(self) -> None:
         """Add what was seen to the counts of the profile, each bin of which counts as at most `PRIOR` steps."""
-        for (kind, level, part), rows in self.seen.items():
+        for (kind, level, part), rows in self.seen().items():
             laws = [list(parts) for parts in self.laws[kind]]
             laws[level][part] = added(laws[level][part], rows)
             self.laws[kind] = tuple(tuple(parts) for parts in laws)
@@ -211,13 +221,24 @@ class Forecast:
         }
         self.profile = msgspec.structs.replace(self.profile, tasks=tasks)
         self.version += 1
-        self.seen.clear()
+        self.counts.clear()
         self.chains.clear()
         self.futures.clear()
+        self.known_tracks.clear()
         self.ladders.clear()
 
     def name(self, task: str | None) -> str:
         return task if task is not None and task in self.profile.tasks else ANY
+
+    def level_of(self, threshold: float) -> int:
+        """The level of the profile that is nearest above this threshold."""
+        level = self.nearest.get(threshold)
+        if level is None:
+            if len(self.nearest) >= MOST_THRESHOLDS:
+                self.nearest.clear()
+            level = max((i for i, known in enumerate(self.profile.levels) if known >= threshold - 1e-6), default=0)
+            self.nearest[threshold] = level
+        return level
 
     def drop(self, task: str | None, level: int) -> float:
         return self.profile.task(task).drop[level]
@@ -252,11 +273,12 @@ class Forecast:
 
     def chain(self, kind: str, level: int, part: int, block_length: int) -> Chain:
         key = (kind, level, part, block_length)
-        if key not in self.chains:
+        found = self.chains.get(key)
+        if found is None:
             if len(self.chains) >= MOST_CHAINS:
                 self.chains.clear()
-            self.chains[key] = chain(self.laws_of(kind, level, part), block_length)
-        return self.chains[key]
+            found = self.chains[key] = chain(self.laws_of(kind, level, part), block_length)
+        return found
 
     def blocks(self, kind: str, level: int, count: int, block_length: int) -> list[Outlook]:
         """What is ahead at the start of block k of a canvas of `count` blocks, for k = 0 … count."""
@@ -275,6 +297,17 @@ class Forecast:
         """Block `block` of `count`, and what comes after it; valid until `version` moves on."""
         law = self.chain(kind, level, part_of(block), block_length)
         return Track(law, self.blocks(kind, level, count, block_length)[block + 1])
+
+    def tracks(self, kind: str, levels: tuple[int, ...], block: int, count: int, block_length: int) -> list[Track]:
+        """The same by level."""
+        key = (kind, levels, block, count, block_length)
+        found = self.known_tracks.get(key)
+        if found is None:
+            if len(self.known_tracks) >= MOST_CHAINS:
+                self.known_tracks.clear()
+            found = [self.track(kind, level, block, count, block_length) for level in levels]
+            self.known_tracks[key] = found
+        return found
 
     def outlook(
         self, kind: str, level: int, block: int, masks: int, count: int, block_length: int, fresh: bool

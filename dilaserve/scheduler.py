@@ -171,7 +171,8 @@ class Scheduler:
         when = min(when, self.layout.form_by)
         for seats in (self.house.seats, self.house.closing):
             for seat in seats.values():
-                when = min(when, seat.overdue_at)
+                if seat.overdue_at < when:
+                    when = seat.overdue_at
         return min(when, self.solve_at) if self.asks else when
 
     # the plan
@@ -435,8 +436,8 @@ class Scheduler:
         fixed = self.beliefs.pace(seat.degree).fixed
         wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
         if self.promises.shed:
-            needs = [alone(loads[deepest], fixed) for _, loads, deepest in wishes]
-            lost = [hopeless(wish.left, seconds) for wish, seconds in zip(wishes, needs, strict=True)]
+            needs = [alone(wish.loads[wish.deepest], fixed) for wish in wishes]
+            lost = list(map(hopeless, [wish.left for wish in wishes], needs))
             if lost and all(lost):  # who is nearest to being in time is tried all the same, as nobody else loses by it
                 best = max(range(len(lost)), key=lambda i: wishes[i].left - needs[i])
                 lost[best] = wishes[best].left <= 0.0
@@ -446,23 +447,23 @@ class Scheduler:
                 wishes = [wish for wish, gone in zip(wishes, lost, strict=True) if not gone]
                 if not seat.residents:
                     return
-        verdicts = {
-            progress.request.row: verdict
-            for progress, verdict in zip(seat.promised, self.promises.verdicts(wishes, seat.degree), strict=True)
-        }
-        candidates = [
-            self.candidate(progress, verdicts.get(progress.request.row), seat.degree)
-            for progress in quarantined(self.served(seat, now))
-        ]
+        promised = [progress.request.row for progress in seat.promised]
+        verdicts = dict(zip(promised, self.promises.verdicts(wishes, seat.degree), strict=True))
+        served = quarantined(self.served(seat, now))
+        ready = {progress.request.row: self.ready(progress, seat.degree) for progress in served}
+        candidates = [candidate(row, one, verdicts.get(row)) for row, one in ready.items()]
         candidates = self.compose(candidates, self.max_tokens, self.cap)
         candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         chosen = [seat.residents[candidate.key] for candidate in candidates]
-        todo = [self.ready(progress, seat.degree).work for progress in chosen]
+        todo = [ready[candidate.key].work for candidate in candidates]
         if verdicts or self.promises.controls:
             for progress in chosen:
                 verdict = verdicts.get(progress.request.row)
                 if verdict or progress.level or progress.told != progress.thresholds[0]:
-                    yield from self.at_level(progress, verdict)
+                    self.settle(progress, verdict)
+                    if progress.threshold != progress.told:
+                        progress.told = progress.threshold
+                        yield Adjust(progress.request.row, progress.told)
         spans = tuple([progress.span(work) for progress, work in zip(chosen, todo, strict=True)])
         total = fixed + sum([candidate.seconds for candidate in candidates])
         even = fixed / len(chosen)
@@ -487,11 +488,6 @@ class Scheduler:
             return 1
         return min(progress.steady(self.repeats) for progress in chosen)
 
-    def candidate(self, progress: Progress, verdict: Verdict | None, degree: int) -> Candidate:
-        ready = self.ready(progress, degree)
-        slack = verdict.slack if verdict else None
-        return Candidate(progress.request.row, ready.work.length, ready.seconds, slack)
-
     def ready(self, progress: Progress, degree: int) -> Ready:
         """Kept until the row has stepped."""
         ready = progress.ready
@@ -512,20 +508,19 @@ class Scheduler:
         aged = rest[:1] if rest and now - rest[0].request.arrived_at > self.age else []
         return [*aged, *seat.promised]
 
-    def at_level(self, progress: Progress, verdict: Verdict | None) -> Iterator[Adjust]:
-        """Settle the threshold of the row's next step, and reserve what it may cost."""
+    def settle(self, progress: Progress, verdict: Verdict | None) -> None:
+        """The threshold of the row's next step, and what it may cost."""
         progress.level = verdict.level if verdict else 0
-        threshold = progress.threshold
         if len(progress.thresholds) > 1:
-            self.promises.reserve(
-                progress, max(progress.drop, progress.drops[progress.level] if progress.level else 0.0)
-            )
-        if threshold != progress.told:
-            progress.told = threshold
-            yield Adjust(progress.request.row, threshold)
+            spends = progress.drops[progress.level] if progress.level else 0.0
+            self.promises.reserve(progress, max(progress.drop, spends))
+
+
+def candidate(row: int, ready: Ready, verdict: Verdict | None) -> Candidate:
+    return Candidate(row, ready.work.length, ready.seconds, verdict.slack if verdict else None)
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:
     """Without suspects all, else the first of these alone."""
-    suspect = next((row for row in rows if row.suspect), None)
-    return rows if suspect is None else [suspect]
+    suspects = [row for row in rows if row.suspect]
+    return suspects[:1] or rows

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 from typing import Self
 
 import msgspec
@@ -12,7 +13,7 @@ from dilaserve.terms import Cancel, Event, FinishReason, Request, Usage
 from dilaserve.text import Detokenizer, StopStrings, Text
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """What has become final since the last one. The last chunk carries why it ended and what it cost.
 
     `confidences` are the probabilities of the tokens when they were unmasked. Text may lag behind the tokens, by part
@@ -140,11 +141,11 @@ async def collect(stream: Stream) -> Completion:
     chunks = await stream.whole()
     if not chunks or (last := chunks[-1]).finish_reason is None or last.usage is None:
         raise Unavailable("the request was cancelled")
-    ids = tuple(id for chunk in chunks for id in chunk.token_ids)
+    ids = tuple(chain.from_iterable([chunk.token_ids for chunk in chunks]))
     return Completion(
         text="".join(chunk.text for chunk in chunks),
         token_ids=ids,
-        confidences=tuple(confidence for chunk in chunks for confidence in chunk.confidences),
+        confidences=tuple(chain.from_iterable([chunk.confidences for chunk in chunks])),
         finish_reason=last.finish_reason,
         prompt_tokens=stream.prompt_tokens,
         completion_tokens=len(ids),

@@ -96,6 +96,11 @@ def shared_bytes(size: int) -> torch.Tensor:
     return buffer
 
 
+def private_bytes(size: int) -> torch.Tensor:
+    """Zeros that nobody else maps; memory is taken where they are written."""
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8))
+
+
 def shared_memory() -> int:
     """Bytes that are free where shared memory lies."""
     if not os.path.isdir(SHARED):

@@ -95,7 +95,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     device: float = 0.0
 
 
-class Load(NamedTuple):
+class Load(msgspec.Struct, frozen=True, gc=False):
     """What one row still needs at one threshold: steps, and seconds of device time beyond each step's fixed part."""
 
     steps: float
@@ -125,7 +125,7 @@ class Span(NamedTuple):
     step: int
 
 
-class RowResult(NamedTuple):
+class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What one step did to one row.
 
     `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token

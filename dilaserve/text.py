@@ -99,7 +99,8 @@ class Detokenizer:
 
     def pending(self) -> tuple[str, str]:
         """What is out of the current window, and the window with all that has come."""
-        return self.text.decode(self.ids[self.context : self.settled]), self.text.decode(self.ids[self.context :])
+        before = self.text.decode(self.ids[self.context : self.settled]) if self.context < self.settled else ""
+        return before, self.text.decode(self.ids[self.context :])
 
 
 class StopStrings:

@@ -1,14 +1,15 @@
 """Who may run where: the test on arrival, what is hopeless, when to come back."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+import msgspec
 
 COMPANY = 0.9  # share of the joint demand that counts in the test
 KEPT = 0.8  # share of its slack that a newcomer must keep in company
 HOPELESS = 1.05  # times the estimate, alone on the instance
 
 
-class Room(NamedTuple):
+class Room(msgspec.Struct, frozen=True, gc=False):
     """An instance as placement sees it: rows resident, rows allowed, seconds of the newcomer there if it were alone."""
 
     instance: int
@@ -17,7 +18,7 @@ class Room(NamedTuple):
     seconds: float = 1.0
 
 
-class Tenant(NamedTuple):
+class Tenant(msgspec.Struct, frozen=True, gc=False):
     """A row with a deadline: seconds left until it, steps and work ahead, what it is worth."""
 
     left: float
@@ -53,8 +54,12 @@ def fits(newcomer: Tenant, residents: Sequence[Tenant], fixed: float) -> float |
             if left - COMPANY * (steps * fixed + work) < KEPT * slack:
                 return None
             least = min(least, (left - steps * fixed - work) / left)
-        without_steps, without_work = max(without_steps, row.steps), without_work + row.work
-        steps, work = max(steps, row.steps), work + row.work
+        if row.steps > without_steps:
+            without_steps = row.steps
+        if row.steps > steps:
+            steps = row.steps
+        without_work += row.work
+        work += row.work
         after = row.left - steps * fixed - work
         if row.left - without_steps * fixed - without_work >= 0.0:
             if after < 0.0 and here and row.weight >= newcomer.weight:

@@ -1,11 +1,11 @@
 """What a step must compute for one row, by cache kind (Fast-dLLM, arXiv 2505.22618, section 3.2)."""
 
-from typing import NamedTuple
+import msgspec
 
 from dilaserve.config import CacheKind
 
 
-class View(NamedTuple):
+class View(msgspec.Struct, frozen=True, gc=False):
     """Where a row stands: its canvas length, its active block, and whether its K/V is good enough to reuse."""
 
     canvas: int
@@ -14,7 +14,7 @@ class View(NamedTuple):
     fresh: bool
 
 
-class Work(NamedTuple):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """Queries of one step and whether they rewrite the row's K/V; keys are always the whole canvas."""
 
     start: int

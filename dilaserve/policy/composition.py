@@ -1,10 +1,11 @@
 """Who is in the next step of an instance."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 
-class Candidate(NamedTuple):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A resident row as composition sees it.
 
     `tokens` and `seconds` are what it adds to the step; `slack` is what it can spare at its threshold (None: it has no

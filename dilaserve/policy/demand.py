@@ -21,10 +21,12 @@ def alone(load: Load, fixed: float) -> float:
 def load(steps: float, refreshes: float, drift: float, refresh: float, reuse: float) -> Load:
     """The load of a row with these steps and refreshes ahead, `refresh` and `reuse` being its marginal step times."""
     steps *= drift
-    refreshes = min(refreshes, steps)
+    if refreshes > steps:
+        refreshes = steps
     return Load(steps, refreshes * refresh + (steps - refreshes) * reuse)
 
 
 def drifted(observed: float, expected: float) -> float:
     """How much slower than expected this request fills its canvas, drawn towards 1 while little is known."""
-    return min(1.8, max(0.6, (8.0 + observed) / (8.0 + expected)))
+    ratio = (8.0 + observed) / (8.0 + expected)
+    return 0.6 if ratio < 0.6 else 1.8 if ratio > 1.8 else ratio

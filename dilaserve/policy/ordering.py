@@ -1,10 +1,11 @@
 """In which order rows are served."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+
+import msgspec
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True, gc=False):
     """What an order may look at: arrival, deadline (infinity: none), and the seconds the row needs alone."""
 
     arrived_at: float

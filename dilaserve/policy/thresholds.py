@@ -1,7 +1,9 @@
 """The confidence threshold of each row, by its own slack, above a floor that the load moves."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Protocol
+
+import msgspec
 
 from dilaserve.terms import Load
 
@@ -11,15 +13,21 @@ TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and rai
 CROWDED, ROOMY = 1.5, 0.8  # crowding that does the same: long deadlines are missed only when it is too late to hurry
 
 
-class Wish(NamedTuple):
-    """A row with a deadline: seconds left, its load by level from the reference down, the deepest level allowed."""
+class ByLevel(Protocol):
+    """What a row still needs, by level from the reference down."""
+
+    def __getitem__(self, level: int, /) -> Load: ...
+
+
+class Wish(msgspec.Struct, frozen=True, gc=False):
+    """A row with a deadline: seconds left, its load by level, the deepest level allowed."""
 
     left: float
-    loads: Sequence[Load]
+    loads: ByLevel
     deepest: int
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """The level to run at, what the row can spare there, and whether the deadline will probably be missed."""
 
     level: int
@@ -34,11 +42,13 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """
     steps = work = 0.0
     verdicts: list[Verdict] = []
-    for left, loads, deepest in wishes:
+    for wish in wishes:
+        left, loads, deepest = wish.left, wish.loads, wish.deepest
         level = min(floor, deepest)
         while True:
             load = loads[level]
-            joint_steps, joint_work = max(steps, load.steps), work + load.work
+            joint_steps = load.steps if load.steps > steps else steps
+            joint_work = work + load.work
             seconds = joint_steps * fixed + joint_work
             if left >= INFLATED * seconds or level >= deepest:
                 break
@@ -50,7 +60,7 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
 
 def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """Everybody at the reference."""
-    return by_slack([Wish(left, loads, 0) for left, loads, _ in wishes], 0, fixed)
+    return by_slack([Wish(wish.left, wish.loads, 0) for wish in wishes], 0, fixed)
 
 
 def crowding(loads: Sequence[Load], fixed: float) -> float:

@@ -40,7 +40,7 @@ class SimMachine:
         self.laws = dict(laws)
         self.instances: dict[int, Instance] = {}
         self.forecast, self.tasks = Forecast(quality), list(quality.tasks)
-        self.levels, self.mask_id = quality.levels, mask_id
+        self.mask_id = mask_id
         self.random = random.Random(seed)
         self.jitter, self.spread = jitter, quality.spread
         self.rows: dict[int, Row] = {}
@@ -55,7 +55,7 @@ class SimMachine:
 
     def launch(self, batch: Batch) -> None:
         rows = [self.row(span) for span in batch.spans]
-        masks = sum(row.masks for row in rows)
+        masks = sum([row.masks for row in rows])
         law = self.law(len(self.instances[batch.instance].ranks))
         seconds = law.seconds(batch_features(batch.spans, masks))
         seconds *= self.random.lognormvariate(0.0, self.jitter)
@@ -82,7 +82,7 @@ class SimMachine:
     def finish(self, batch: Batch, seconds: float) -> None:
         if batch.instance not in self.instances:
             return
-        results = tuple(self.unmask(span) for span in batch.spans)
+        results = tuple([self.unmask(span) for span in batch.spans])
         self.post(StepDone(batch.instance, batch.id, results, seconds, seconds))
 
     def row(self, span: Span) -> "Row":
@@ -97,9 +97,9 @@ class SimMachine:
         return known
 
     def unmask(self, span: Span) -> RowResult:
-        row = self.row(span)
+        row = self.rows[span.row]
         threshold = float(self.table.threshold[span.row])
-        level = max((i for i, one in enumerate(self.levels) if one >= threshold - 1e-6), default=0)
+        level = self.forecast.level_of(threshold)
         part = part_of(row.block)
         drawn = self.draw(row.kind, level, part, row.masks)
         ended = drawn == 0
@@ -124,10 +124,10 @@ class SimMachine:
 
     def draw(self, kind: str, level: int, part: int, masks: int) -> int:
         key = (kind, level, part, masks)
-        if key not in self.odds:
+        sums = self.odds.get(key)
+        if sums is None:
             odds = chances(self.forecast.laws_of(kind, level, part), masks)
-            self.odds[key] = list(accumulate(odds))
-        sums = self.odds[key]
+            sums = self.odds[key] = list(accumulate(odds))
         return min(bisect_right(sums, self.random.random() * sums[-1]), masks)
 
 

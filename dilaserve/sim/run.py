@@ -22,7 +22,7 @@ from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.machine import DELAY, SimMachine
 from dilaserve.sim.workload import Job
 from dilaserve.stream import collect
-from dilaserve.table import RequestTable
+from dilaserve.table import RequestTable, nbytes, private_bytes
 from dilaserve.terms import Usage
 from dilaserve.text import Text
 
@@ -74,7 +74,8 @@ def pretended(
         laws = by_degree(profile.costs)
         degrees = tuple(degree for degree in DEGREES if degree <= devices)
         plan = first_plan(config.device.plan, devices, degrees)
-        table = RequestTable(config.scheduler.max_queue, limit)
+        rows = config.scheduler.max_queue
+        table = RequestTable(rows, limit, private_bytes(nbytes(rows, limit)))
         pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
         card = ModelCard(profile.model, limit, 0, 0)
