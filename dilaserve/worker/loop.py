@@ -1,6 +1,7 @@
 """The life of a worker: load, say so, then step whenever a frame arrives, until the engine says stop or is gone."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from dilaserve.worker.groups import Abandoned, Groups
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 
+NICE = 10  # of workers on CPUs: what waits for the loop between two steps is a core, so the loop goes first
 PROGRESS_BYTES = 16 * 2**20  # between two progress frames
 
 
@@ -64,6 +66,8 @@ def main(job: Job, rank: int, shared: Shared, line: socket.socket) -> None:
     """Entry point of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
+    if torch.device(job.device).type == "cpu":
+        os.nice(NICE)
     try:
         serve(prepare(job, rank, shared, line), line)
     except (BrokenPipeError, ConnectionResetError):
