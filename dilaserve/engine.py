@@ -420,7 +420,9 @@ class Engine:
                 if self.planner:
                     self.group.create_task(self.ask(self.planner, demand))
             case Finish(request, reason, usage):
-                self.streams.pop(request.id).finish(reason, usage)
+                stream = self.streams.pop(request.id)
+                self.deliver(stream)
+                stream.finish(reason, usage)
             case Fail(request, reason):
                 log.error("request %s failed: %s", request.id, reason)
                 self.streams.pop(request.id).fail(
@@ -448,11 +450,18 @@ class Engine:
         self.planned.clear()
 
     def emit(self, request: Request, prefix: int) -> None:
-        stream, row = self.streams[request.id], request.row
-        new = slice(stream.position, prefix)
-        stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
-        if stream.stopped:
-            self.post(Cancel(request.id, "stop"))
+        stream = self.streams[request.id]
+        stream.final = prefix
+        if not stream.waits:
+            self.deliver(stream)
+            if stream.stopped:
+                self.post(Cancel(request.id, "stop"))
+
+    def deliver(self, stream: Stream) -> None:
+        """Give the stream what has become final since the last time."""
+        if stream.final > stream.position:
+            row, new = stream.request.row, slice(stream.position, stream.final)
+            stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
 
 
 def missed(usage: Usage, retry_after: float | None) -> DeadlineMissed:

@@ -44,7 +44,7 @@ class Stream:
 
     def __init__(self, request: Request, text: Text, stop: tuple[str, ...], post: Callable[[Event], None]) -> None:
         self.request, self.post = request, post
-        self.position = request.prompt_tokens  # canvas positions before it have been pushed
+        self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
         self.detokenizer, self.stops = Detokenizer(text), StopStrings(stop)
         self.chunks: deque[Chunk | DilaserveError | None] = deque()
         self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says
@@ -65,6 +65,11 @@ class Stream:
     def stopped(self) -> bool:
         """A stop string has come."""
         return self.stops.found
+
+    @property
+    def waits(self) -> bool:
+        """Nobody would notice if all came at the end."""
+        return self.patient and not self.stops.stops
 
     async def admitted(self) -> None:
         """Wait until the request is in the house; raises what the scheduler has against it."""
