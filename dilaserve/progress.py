@@ -140,7 +140,8 @@ class Progress:
         self.fresh = False
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = 0
-        self.confidence = self.threshold_sum = self.dropped = self.mean_dropped = self.device = 0.0
+        self.confidence = self.threshold_sum = self.device = 0.0
+        self.drop = self.mean_drop = 0.0  # of the lowest threshold so far: what is left is in doubt
         self.lowest: float | None = None
         self.started_at: float | None = None
         self.stepped_at = request.arrived_at  # end of the last step
@@ -214,8 +215,8 @@ class Progress:
         self.confidence += result.confidence
         self.threshold_sum += self.told
         self.lowest = self.told if self.lowest is None else min(self.lowest, self.told)
-        self.dropped += self.drops[self.level] * result.unmasked
-        self.mean_dropped += self.mean_drops[self.level] * result.unmasked
+        self.drop = max(self.drop, self.drops[self.level])
+        self.mean_drop = max(self.mean_drop, self.mean_drops[self.level])
         self.prefix, self.masks = result.prefix, result.masks_left
         self.loads = None
         if not result.masks_left and self.block_end < self.request.canvas_tokens:
@@ -224,11 +225,6 @@ class Progress:
             self.masks = self.blocks[self.block]
             self.block_start, self.block_end = self.block_end, self.block_end + self.masks
             self.fresh = False
-
-    @property
-    def drop(self) -> float:
-        """Accuracy drop in points, on the safe side: that of its thresholds, by the tokens unmasked at each."""
-        return self.dropped / self.unmasked if self.unmasked else 0.0
 
     def usage(self, now: float) -> Usage:
         request = self.request
@@ -244,7 +240,7 @@ class Progress:
             deadline_met=None if self.deadline is None else now <= self.deadline,
             min_threshold=self.lowest if ruled else None,
             mean_threshold=self.threshold_sum / self.steps if ruled else None,
-            expected_drop=self.mean_dropped / self.unmasked if self.unmasked else 0.0,
+            expected_drop=self.mean_drop,
             device=self.device,
         )
 
