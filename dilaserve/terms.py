@@ -79,7 +79,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What a finished request has cost; seconds since arrival until its first step, and from there to the end.
 
     `deadline` counts from arrival. `expected_drop` is in percentage points of accuracy against the reference
-    threshold; `device` are the seconds of its instance that its part of the steps has taken.
+    threshold, that of `min_threshold`; `device` are the seconds of its instance that its part of the steps has taken.
     """
 
     steps: int

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dilaserve.config import Config
 from dilaserve.profiles import guessed
-from dilaserve.progress import TRANSITIONS, Did, State
+from dilaserve.progress import TRANSITIONS, Did, Progress, State
 from dilaserve.scheduler import Scheduler
 from dilaserve.terms import (
     Adjust,
@@ -232,6 +232,14 @@ def test_a_newcomer_alone_runs_at_its_own_threshold():
             assert not any(isinstance(command, Adjust) for command in commands)
             commands = feed(machine, done(launches[0].batch, [result(span) for span in launches[0].batch.spans]), i)
         assert machine.promises.floor == 0
+
+
+def test_an_answer_is_charged_for_its_lowest_threshold_however_few_tokens_it_gave():
+    progress = Progress(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1))
+    for level, unmasked in ((0, 20), (2, 1), (1, 11)):
+        progress.level = level
+        progress.advance(RowResult(0, 1, unmasked, 0 if level == 1 else 9, 10, -1, 0.9 * unmasked))
+    assert (progress.drop, progress.usage(1.0).expected_drop) == (9.0, 7.0)
 
 
 def test_a_crowd_lowers_thresholds_before_anybody_is_late():
