@@ -13,6 +13,7 @@ from dilaserve.quality import Forecast, Outlook
 
 RATES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of the fleet's highest throughput
 MOST_INSTANCES = 32  # pooling helps no further beyond
+LEAST_SPREAD = 0.01  # relative, of the steps of like requests: no forecast is better
 BETTER = 0.002  # relative, below which another point is not worth looking at
 PATIENT = 50.0  # times the unloaded latency; nobody waits longer, so that long deadlines do not make endless chains
 NEVER = float("inf")
@@ -71,7 +72,7 @@ def points(
     for level, drop in enumerate(drops[:levels]):
         ahead = forecast.blocks(forecast.name(kind.task), level, *canvas(kind, forecast))[0]
         pace = paced(law, kind, ahead, rows, forecast.profile.block_length, overhead)
-        spread = (ahead.variance + (forecast.profile.spread * ahead.steps) ** 2) ** 0.5
+        spread = (ahead.variance + (max(LEAST_SPREAD, forecast.profile.spread) * ahead.steps) ** 2) ** 0.5
         rates = np.array(RATES) * np.max(np.arange(1, rows + 1) / pace.life)
         on_time, latency = carried(pace, spread, kind.deadline, instances, rates)
         for rate, share, seconds in zip(rates, on_time, latency, strict=True):

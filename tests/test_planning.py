@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
+from dilaserve.fleet import HOPELESS, NEVER, RATES, Kind, points, reached, unloaded
 from dilaserve.hindsight import FADING, FEW, Hindsight
 from dilaserve.planner import CLASSES, Planner, Setup, explained, few
 from dilaserve.policy.packing import block, changed, groups, layout
@@ -38,7 +38,7 @@ from dilaserve.policy.planning import (
     switching,
     worth_switching,
 )
-from dilaserve.quality import Forecast
+from dilaserve.quality import ANY, BINS, PARTS, Forecast, Law, QualityProfile, TaskProfile
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import by_degree
 from dilaserve.terms import Demand, Flow, Plan
@@ -154,6 +154,17 @@ def test_more_load_never_helps_nor_does_more_time_hurt_below_the_knee(kind, degr
     peak = max(point.rate for point in points(LAWS[degree], FORECAST, kind._replace(deadline=NEVER), 1, 6, levels=1))
     calm = [point for point in table if point.level == 0 and point.rate < 0.8 * peak / RATES[-1]]
     assert all(reached(relaxed, point.rate) >= 0.99 * point.rate * point.on_time for point in calm)
+
+
+def test_requests_whose_steps_are_known_to_the_last_one_have_points_too():
+    law = Law(((1.0,),) * len(BINS))  # every text ends in its first step
+    task = TaskProfile(laws=((law,) * PARTS,), drop=(0.0,), mean_drop=(0.0,))
+    sure = Forecast(QualityProfile(tasks={ANY: task}, levels=(0.9,), spread=0.0))
+    kind = Kind(456, 32)
+    alone = unloaded(LAWS[1], sure, kind)
+    shares = [point.on_time for point in points(LAWS[1], sure, kind._replace(deadline=alone * HOPELESS), 4, 6)]
+    assert shares
+    assert all(0.0 <= share <= 1.0 + 1e-9 for share in shares)
 
 
 def test_a_pool_meets_more_deadlines_than_a_lone_instance():
