@@ -3,6 +3,7 @@
 import asyncio
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
         done = min(map(len, reports))  # the static one may have begun a step before it heard that a row was done
         for one, other in zip(reports[0][:done], reports[1][:done], strict=True):
             for mine, theirs in zip(one.results, other.results, strict=True):
-                assert mine[:6] == theirs[:6]
+                assert msgspec.structs.astuple(mine)[:6] == msgspec.structs.astuple(theirs)[:6]
                 assert mine.confidence == pytest.approx(theirs.confidence, rel=1e-4)
         for _ in range(len(reports[1]) - len(reports[0])):
             list(plain.runner.steps(plain.spans(shapes, refresh=False), 1))
