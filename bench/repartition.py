@@ -21,6 +21,7 @@ import argparse
 import math
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -276,7 +277,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, help="file of what was measured before")
     parser.add_argument("--out", type=Path, default=Path("bench/results/repartition.md"))
     args = parser.parse_args()
-    lines: list[str] = []
+    lines = [f"`python {' '.join(sys.argv)}`, virtual time, costs of LLaDA-8B on H200s from data sheets.", ""]
     with Progress(console=Console(stderr=True)) as bar:
         for devices in args.devices:
             systems = args.systems or [*plans(devices, args.mixes), *PLANNED]

@@ -101,19 +101,9 @@ class Beliefs:
 
     # requests
 
-    def drops(self, request: Request, thresholds: Sequence[float]) -> tuple[float, ...]:
-        """Points of accuracy that each threshold costs against the reference, for the request's task."""
-        if request.decoding.rule != "threshold":
-            return (0.0,)
-        levels = map(self.forecast.level_of, thresholds)
-        return tuple([self.forecast.drop(request.slo.task, level) for level in levels])
-
-    def mean_drops(self, request: Request, thresholds: Sequence[float]) -> tuple[float, ...]:
-        """The estimates themselves, where `drops` are on the safe side."""
-        if request.decoding.rule != "threshold":
-            return (0.0,)
-        levels = map(self.forecast.level_of, thresholds)
-        return tuple([self.forecast.mean_drop(request.slo.task, level) for level in levels])
+    def levels(self, request: Request, thresholds: Sequence[float]) -> tuple[int, ...]:
+        """Of the profile, by threshold of the request; the other rules have the law and the drop of the reference."""
+        return tuple(map(self.forecast.level_of, thresholds)) if request.decoding.rule == "threshold" else (0,)
 
     def kind(self, request: Request) -> str:
         return self.forecast.kind(request.slo.task, request.prompt_tokens)
@@ -121,9 +111,8 @@ class Beliefs:
     def tracks(self, progress: Progress) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if progress.tracked != (progress.block, self.forecast.version):
-            decoding, thresholds = progress.request.decoding, progress.thresholds
-            levels = tuple(map(self.forecast.level_of, thresholds)) if decoding.rule == "threshold" else (0,)
-            place = progress.block, len(progress.blocks), decoding.block_length
+            levels = self.levels(progress.request, progress.thresholds)
+            place = progress.block, len(progress.blocks), progress.request.decoding.block_length
             progress.tracks = self.forecast.tracks(progress.kind, levels, *place)
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks

@@ -60,11 +60,8 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self, features: Features) -> float:
         return self.fixed + self.marginal(*features)
 
-    def variable(self, features: Features) -> float:
-        """The part that grows with the batch."""
-        return self.marginal(*features)
-
     def marginal(self, tokens: int, attention: int, projected: int, rows: int) -> float:
+        """The part that grows with the batch."""
         total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
             bent = 0.0
@@ -100,11 +97,6 @@ def derived(law: StepCost, degree: int) -> StepCost:
     """
     shared = law.scaled(1.0 / degree)
     return msgspec.structs.replace(shared, fixed=law.fixed, row=law.row, samples=0, guess=True)
-
-
-def design(features: Features, knots: Sequence[int]) -> list[float]:
-    tokens, attention, projected, rows = features
-    return [1.0, tokens, *(max(0, tokens - knot) for knot in knots), attention, projected, rows]
 
 
 def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 0.0, samples: int = 0) -> StepCost:
@@ -149,7 +141,7 @@ def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
 
 
 def weighed(samples: Sequence[Sample], knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The designs of the samples over their seconds, so that all residuals are relative; [samples, coefficients]"""
+    """What each coefficient is multiplied by, over the seconds: residuals are relative. [samples, coefficients]"""
     tokens, *rest = np.array([sample.features for sample in samples], dtype=np.float64).T
     bends = [np.maximum(0.0, tokens - knot) for knot in knots]
     seconds = np.array([sample.seconds for sample in samples])
@@ -180,15 +172,15 @@ class Learner:
 
     def anchor(self, weight: int) -> None:
         """Start as if `weight` steps had been seen that follow the law exactly."""
-        for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-            for rows in (1, 4):
-                point = Features(tokens, tokens * 256, min(tokens, 32 * rows), rows)
-                self.learn(point, self.law.seconds(point), weight / 16)
-
-    def learn(self, features: Features, seconds: float, weight: float) -> None:
-        row = np.array(design(features, self.law.knots)) / max(seconds, 1e-9)
-        self.gram += weight * np.outer(row, row)
-        self.moment += weight * row
+        points = [
+            Features(tokens, tokens * 256, min(tokens, 32 * rows), rows)
+            for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+            for rows in (1, 4)
+        ]
+        samples = [Sample(point, max(self.law.seconds(point), 1e-9)) for point in points]
+        for row in weighed(samples, self.law.knots):
+            self.gram += weight / len(samples) * np.outer(row, row)
+            self.moment += weight / len(samples) * row
 
     def seconds(self, features: Features, refreshes: bool) -> float:
         return self.law.seconds(features) * self.factors[refreshes]

@@ -141,8 +141,7 @@ class Progress:
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = 0
         self.confidence = self.threshold_sum = self.device = 0.0
-        self.drop = self.mean_drop = 0.0  # of the lowest threshold so far: what is left is in doubt
-        self.lowest: float | None = None
+        self.deepest = 0  # level of a step so far; what is left for it is in doubt, so its drop is that of the answer
         self.started_at: float | None = None
         self.stepped_at = request.arrived_at  # end of the last step
         self.blocks = block_lengths(request)
@@ -214,9 +213,7 @@ class Progress:
         self.unmasked += result.unmasked
         self.confidence += result.confidence
         self.threshold_sum += self.told
-        self.lowest = self.told if self.lowest is None else min(self.lowest, self.told)
-        self.drop = max(self.drop, self.drops[self.level])
-        self.mean_drop = max(self.mean_drop, self.mean_drops[self.level])
+        self.deepest = max(self.deepest, self.level)
         self.prefix, self.masks = result.prefix, result.masks_left
         self.loads = None
         if not result.masks_left and self.block_end < self.request.canvas_tokens:
@@ -225,6 +222,11 @@ class Progress:
             self.masks = self.blocks[self.block]
             self.block_start, self.block_end = self.block_end, self.block_end + self.masks
             self.fresh = False
+
+    @property
+    def drop(self) -> float:
+        """Accuracy drop in points so far, on the safe side."""
+        return self.drops[self.deepest] if self.steps else 0.0
 
     def usage(self, now: float) -> Usage:
         request = self.request
@@ -238,9 +240,9 @@ class Progress:
             mean_confidence=self.confidence / self.unmasked if self.unmasked else None,
             deadline=None if self.deadline is None else self.deadline - request.arrived_at,
             deadline_met=None if self.deadline is None else now <= self.deadline,
-            min_threshold=self.lowest if ruled else None,
+            min_threshold=self.thresholds[self.deepest] if ruled else None,
             mean_threshold=self.threshold_sum / self.steps if ruled else None,
-            expected_drop=self.mean_drop,
+            expected_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
             device=self.device,
         )
 

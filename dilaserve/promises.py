@@ -60,7 +60,9 @@ class Promises:
             ladder = self.beliefs.forecast.ladder(request.slo.task)
             rungs += [rung for rung in ladder if least - 1e-6 <= rung.threshold < own.threshold - 1e-6]
         thresholds, yields = zip(*rungs, strict=True)
-        drops, means = self.beliefs.drops(request, thresholds), self.beliefs.mean_drops(request, thresholds)
+        forecast, levels = self.beliefs.forecast, self.beliefs.levels(request, thresholds)
+        drops = tuple([forecast.drop(request.slo.task, level) for level in levels])
+        means = tuple([forecast.mean_drop(request.slo.task, level) for level in levels])
         return Progress(request, self.beliefs.kind(request), thresholds, drops, means, yields)
 
     def rank(self, progress: Progress) -> float:

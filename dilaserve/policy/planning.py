@@ -322,9 +322,10 @@ def least_gain(missed: float, unrest: float, toll: float) -> float:
     it lasts. Where requests are missed and the other plan makes room, waiting for certainty costs deadlines, and
     being wrong hardly more than latency.
     """
+    usual = (1.0 + unrest) * (MARGIN + DOUBT * missed)
     if missed <= BLUR:
-        return (1.0 + unrest) * (MARGIN + DOUBT * missed) + OFTEN * LATE * SURGE * max(0.0, toll)
-    return MARGIN if toll < 0.0 else (1.0 + unrest) * (MARGIN + DOUBT * missed)
+        return usual + OFTEN * LATE * SURGE * max(0.0, toll)
+    return MARGIN if toll < 0.0 else usual
 
 
 def surges(loads: Sequence[float]) -> int:
