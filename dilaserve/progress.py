@@ -106,8 +106,9 @@ class Progress:
 
     `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points
     and on the safe side (`mean_drops`: expected); `yields` are the shares of its time that each saves for a point more
-    than the one before; `level` counts in them. `promised` rows have a deadline that
-    is being kept; `late` ones had one, and run on as best effort.
+    than the one before; `level` counts in them, and so does `borne`, the deepest that all requests may run at
+    within the budget. `promised` rows have a deadline that is being kept; `late` ones had one, and run on as best
+    effort.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class Progress:
         drops: tuple[float, ...],
         means: tuple[float, ...],
         yields: tuple[float, ...],
+        borne: int,
     ) -> None:
         self.request, self.kind, self.thresholds = request, kind, thresholds
-        self.drops, self.mean_drops, self.yields = drops, means, yields
+        self.drops, self.mean_drops, self.yields, self.borne = drops, means, yields, borne
         self.state = State.WAITING
         self.seat: Seat | None = None
         self.deadline: float | None = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import SchedulerConfig
 from dilaserve.policy.admission import hopeless
-from dilaserve.policy.budget import Bank, price, room, settled
+from dilaserve.policy.budget import Bank, borne, price, room, settled
 from dilaserve.policy.demand import alone
 from dilaserve.policy.ordering import ORDERS, Place
 from dilaserve.policy.thresholds import CONTROLS, Verdict, Wish, fixed_levels, moved
@@ -63,7 +63,8 @@ class Promises:
         forecast, levels = self.beliefs.forecast, self.beliefs.levels(request, thresholds)
         drops = tuple([forecast.drop(request.slo.task, level) for level in levels])
         means = tuple([forecast.mean_drop(request.slo.task, level) for level in levels])
-        return Progress(request, self.beliefs.kind(request), thresholds, drops, means, yields)
+        early = len(drops) - 1 if self.budget is None else borne(drops, self.budget)
+        return Progress(request, self.beliefs.kind(request), thresholds, drops, means, yields, early)
 
     def rank(self, progress: Progress) -> float:
         """The order of service; the smallest first."""
@@ -72,7 +73,7 @@ class Promises:
         return self.order(Place(progress.request.arrived_at, deadline, seconds))
 
     def wish(self, progress: Progress, now: float, degree: int) -> Wish:
-        return Wish(progress.left(now), self.beliefs.loads(progress, degree), self.deepest(progress))
+        return Wish(progress.left(now), self.beliefs.loads(progress, degree), self.deepest(progress), progress.borne)
 
     def deepest(self, progress: Progress) -> int:
         """The lowest of the row's thresholds that its tenant can pay for."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.policy.admission import COMPANY, KEPT, Room, Tenant, fits, least_loaded, retry_after
-from dilaserve.policy.budget import CREDIT, Bank, price, room, settled
+from dilaserve.policy.budget import CREDIT, Bank, borne, price, room, settled
 from dilaserve.policy.caching import CACHES, View, Work, work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
 from dilaserve.policy.demand import alone, drifted, load, together
@@ -157,9 +157,12 @@ def test_an_empty_instance_takes_whoever_can_be_in_time(newcomer, fixed):
     )
 
 
-@given(st.lists(st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3)), max_size=8), st.integers(0, 1))
+WISHES = st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3), st.integers(0, 3))
+
+
+@given(st.lists(WISHES, max_size=8), st.integers(0, 1))
 def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, floor):
-    wishes = [Wish(left, [Load(steps / (level + 1), 0.0) for level in range(4)], deep) for left, steps, deep in rows]
+    wishes = [Wish(left, [Load(steps / (level + 1), 0.0) for level in range(4)], *deep) for left, steps, *deep in rows]
     for wish, verdict in zip(wishes, by_slack(wishes, floor, 0.01), strict=True):
         assert min(floor, wish.deepest) <= verdict.level <= wish.deepest
         assert verdict.slack >= 0.0
@@ -168,8 +171,17 @@ def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, flo
 
 def test_a_row_short_of_time_runs_at_a_lower_threshold():
     loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
-    levels = [by_slack([Wish(left, loads, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.1)]
+    levels = [by_slack([Wish(left, loads, 2, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.1)]
     assert levels == [0, 1, 2, 2]
+
+
+def test_what_the_budget_cannot_bear_for_all_is_for_rows_in_need_unless_rows_crowd():
+    loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
+    wishes = [Wish(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
+    assert [by_slack([wish], 0, 0.01)[0].level for wish in wishes] == [1, 1, 2]
+    assert [by_slack([wish], 1, 0.01)[0].level for wish in wishes] == [1, 2, 2]
+    assert [borne((0.0, 0.5, 0.9, 2.0), budget) for budget in (0.0, 0.6, 0.9, 5.0)] == [0, 1, 2, 3]
+    assert borne((1.6, 6.9), 0.9) == 0
 
 
 def test_the_floor_follows_the_share_of_rows_that_will_miss_and_the_crowd():

@@ -235,7 +235,7 @@ def test_a_newcomer_alone_runs_at_its_own_threshold():
 
 
 def test_an_answer_is_charged_for_its_lowest_threshold_however_few_tokens_it_gave():
-    progress = Progress(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1))
+    progress = Progress(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1), 0)
     for level, unmasked in ((0, 20), (2, 1), (1, 11)):
         progress.level = level
         progress.advance(RowResult(0, 1, unmasked, 0 if level == 1 else 9, 10, -1, 0.9 * unmasked))

@@ -1,6 +1,8 @@
 """The accuracy bank of a tenant: how far thresholds may be lowered, enforced and not hoped for, and for whom first."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 CREDIT = 50  # requests' worth of drop that a new tenant may spend in advance
@@ -16,6 +18,11 @@ class Bank(NamedTuple):
 def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
     """The most points that one more request may drop; `pending` is promised to running requests."""
     return max(0.0, budget * (bank.served + CREDIT) - bank.spent - pending)
+
+
+def borne(drops: Sequence[float], budget: float) -> int:
+    """The deepest level at which all requests may run for ever, or the first; `drops` by level never fall."""
+    return max(0, bisect_right(drops, budget) - 1)
 
 
 def price(left: float, budget: float) -> float:

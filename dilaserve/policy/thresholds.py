@@ -8,6 +8,7 @@ import msgspec
 from dilaserve.terms import Load
 
 INFLATED = 2.0  # times the demand: lower early and mildly, not late and harshly
+NEEDED = 1.1  # times the demand, for levels that the budget cannot bear for everybody
 SPARED = 1.75  # times the demand that is kept before a row lets others ride; looked at again after every step
 TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
 CROWDED, ROOMY = 1.5, 0.8  # crowding that does the same: long deadlines are missed only when it is too late to hurry
@@ -20,11 +21,14 @@ class ByLevel(Protocol):
 
 
 class Wish(msgspec.Struct, frozen=True, gc=False):
-    """A row with a deadline: seconds left, its load by level, the deepest level allowed."""
+    """A row with a deadline: seconds left, its load by level, the deepest level allowed, and the deepest that the
+    budget bears if everybody runs at it.
+    """
 
     left: float
     loads: ByLevel
     deepest: int
+    borne: int
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -38,19 +42,21 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """The highest level at or below `floor` at which each row, with all rows before it, keeps its deadline.
 
-    `wishes` stand in the order of service; levels count from 0, the reference.
+    `wishes` stand in the order of service; levels count from 0, the reference. Points that are spent early buy room for
+    all, where rows crowd; where they do not, what the budget does not bear for everybody is kept for rows in need.
     """
     steps = work = 0.0
     verdicts: list[Verdict] = []
     for wish in wishes:
         left, loads, deepest = wish.left, wish.loads, wish.deepest
+        early = deepest if floor else wish.borne
         level = min(floor, deepest)
         while True:
             load = loads[level]
             joint_steps = load.steps if load.steps > steps else steps
             joint_work = work + load.work
             seconds = joint_steps * fixed + joint_work
-            if left >= INFLATED * seconds or level >= deepest:
+            if level >= deepest or left >= (INFLATED if level < early else NEEDED) * seconds:
                 break
             level += 1
         steps, work = joint_steps, joint_work
@@ -60,7 +66,7 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
 
 def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """Everybody at the reference."""
-    return by_slack([Wish(wish.left, wish.loads, 0) for wish in wishes], 0, fixed)
+    return by_slack([Wish(wish.left, wish.loads, 0, 0) for wish in wishes], 0, fixed)
 
 
 def crowding(loads: Sequence[Load], fixed: float) -> float:
