@@ -6,6 +6,7 @@ off by 10 %.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
@@ -142,7 +143,8 @@ def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
 
 def weighed(samples: Sequence[Sample], knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What each coefficient is multiplied by, over the seconds: residuals are relative. [samples, coefficients]"""
-    tokens, *rest = np.array([sample.features for sample in samples], dtype=np.float64).T
+    numbers = chain.from_iterable([sample.features for sample in samples])
+    tokens, *rest = np.fromiter(numbers, np.float64).reshape(len(samples), -1).T
     bends = [np.maximum(0.0, tokens - knot) for knot in knots]
     seconds = np.array([sample.seconds for sample in samples])
     rows: np.ndarray[Any, np.dtype[np.float64]] = np.stack([np.ones_like(tokens), tokens, *bends, *rest], axis=1)
@@ -186,12 +188,14 @@ class Learner:
         return self.law.seconds(features) * self.factors[refreshes]
 
     def observe(self, features: Features, refreshes: bool, seconds: float) -> None:
-        residual = math.log(max(seconds, 1e-9) / self.law.seconds(features))
+        seconds = max(seconds, 1e-9)
+        residual = math.log(seconds / self.law.seconds(features))
         old = self.corrections[refreshes]
         rest = abs(residual - old)
         self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
-        self.correct(refreshes, old + 0.02 * (min(max(residual, -1.0), 1.0) - old))
-        self.news.append(Sample(features, max(seconds, 1e-9)))
+        bounded = -1.0 if residual < -1.0 else 1.0 if residual > 1.0 else residual
+        self.correct(refreshes, old + 0.02 * (bounded - old))
+        self.news.append(Sample(features, seconds))
         self.steps += 1
         if self.steps % RELEARN == 0 or (self.law.guess and self.steps in FIRST_FITS):
             self.relearn()

@@ -213,7 +213,8 @@ class Progress:
         self.unmasked += result.unmasked
         self.confidence += result.confidence
         self.threshold_sum += self.told
-        self.deepest = max(self.deepest, self.level)
+        if self.level > self.deepest:
+            self.deepest = self.level
         self.prefix, self.masks = result.prefix, result.masks_left
         self.loads = None
         if not result.masks_left and self.block_end < self.request.canvas_tokens:
