@@ -150,10 +150,10 @@ class Scheduler:
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
-        if self.layout.change and not self.house.closing:
-            if change := self.layout.settled(self.house.instances(), now):
-                self.traffic.changed(now)
-                yield Reshaped(change)
+        settled = self.layout.change and not self.house.closing
+        if settled and (change := self.layout.settled(self.house.instances(), now)):
+            self.traffic.changed(now)
+            yield Reshaped(change)
 
     @property
     def plan(self) -> Plan:
@@ -174,8 +174,9 @@ class Scheduler:
 
     def next_overdue(self) -> float:
         """When the first of the steps in flight counts as hung."""
-        when = min([seat.overdue_at for seat in self.house.seats.values()], default=NEVER)
-        return min([when, *[seat.overdue_at for seat in self.house.closing.values()]]) if self.house.closing else when
+        house = self.house
+        seats = [*house.seats.values(), *house.closing.values()] if house.closing else house.seats.values()
+        return min([seat.overdue_at for seat in seats], default=NEVER)
 
     # the plan
 
@@ -447,16 +448,16 @@ class Scheduler:
             wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
         candidates = self.compose(self.candidates(seat, verdicts, now), self.max_tokens, self.cap)
-        candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
+        if len(candidates) > 1:
+            candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         chosen = [seat.residents[candidate.key] for candidate in candidates]
-        if verdicts or self.promises.controls:
-            for progress in chosen:
-                verdict = verdicts.get(progress.request.row)
-                if verdict or progress.level or progress.told != progress.thresholds[0]:
-                    self.settle(progress, verdict)
-                    if progress.told != (threshold := progress.threshold):
-                        progress.told = threshold
-                        yield Adjust(progress.request.row, threshold)
+        for progress in chosen:
+            verdict = verdicts.get(progress.request.row)
+            if verdict or progress.level or progress.told != progress.thresholds[0]:
+                self.settle(progress, verdict)
+                if progress.told != (threshold := progress.threshold):
+                    progress.told = threshold
+                    yield Adjust(progress.request.row, threshold)
         yield Launch(self.started(seat, candidates, chosen, pace.fixed, now))
 
     def verdicts(self, seat: Seat, wishes: Sequence[Wish]) -> dict[int, Verdict]:
@@ -477,17 +478,18 @@ class Scheduler:
         self, seat: Seat, candidates: Sequence[Candidate], chosen: list[Progress], fixed: float, now: float
     ) -> Batch:
         """The step of the chosen rows, noted in their progress and at their seat."""
-        todo = [self.ready(progress, seat.degree).work for progress in chosen]
-        spans, masks, seconds = [], 0, 0.0
-        seat.refreshing = False
-        for progress, work, candidate in zip(chosen, todo, candidates, strict=True):
+        spans, todo, masks, seconds, refreshing = [], [], 0, 0.0, False
+        for progress, candidate in zip(chosen, candidates, strict=True):
+            work = self.ready(progress, seat.degree).work
             spans.append(progress.span(work))
+            todo.append(work)
             masks += progress.masks
             seconds += candidate.seconds
-            seat.refreshing |= work.refresh
+            refreshing |= work.refresh
             progress.launched(work, now)
         total, even = fixed + seconds, fixed / len(chosen)
         seat.shares = [(even + candidate.seconds) / total for candidate in candidates]
+        seat.refreshing = refreshing
         seat.features = batch_features(spans, masks)
         self.batches += 1
         seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
@@ -530,10 +532,10 @@ class Scheduler:
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
-        progress.level = verdict.level if verdict else 0
+        level = progress.level = verdict.level if verdict else 0
         if len(progress.thresholds) > 1:
-            spends = progress.drops[progress.level] if progress.level else 0.0
-            self.promises.reserve(progress, max(progress.drop, spends))
+            spent, spends = progress.drop, progress.drops[level] if level else 0.0
+            self.promises.reserve(progress, spends if spends > spent else spent)
 
 
 def beyond_hope(wishes: Sequence[Wish], fixed: float) -> list[int]:
