@@ -63,9 +63,10 @@ class Beliefs:
     # steps
 
     def pace(self, degree: int) -> Pace:
-        if degree not in self.paces:
-            self.paces[degree] = Pace(derived(self.paces[self.base].learner.law, degree // self.base))
-        return self.paces[degree]
+        found = self.paces.get(degree)
+        if found is None:
+            found = self.paces[degree] = Pace(derived(self.paces[self.base].learner.law, degree // self.base))
+        return found
 
     def known(self) -> tuple[dict[int, StepCost], QualityProfile]:
         """The laws that are no guesses, by degree, and the quality profile, with all that was learned.
@@ -88,8 +89,9 @@ class Beliefs:
 
     def step_seconds(self, progress: Progress, refresh: bool, degree: int) -> float:
         """What the row adds to its next step."""
-        if progress.loads is not None and progress.loads.degree == degree:
-            return progress.loads.refresh if refresh else progress.loads.reuse
+        loads = progress.loads
+        if loads is not None and loads.degree == degree:
+            return loads.refresh if refresh else loads.reuse
         pace = self.pace(degree)
         return pace.refresh_seconds(progress) if refresh else pace.reuse_seconds(progress)
 
@@ -119,18 +121,19 @@ class Beliefs:
 
     def loads(self, progress: Progress, degree: int) -> Loads:
         """What the request still needs at this degree, by its own levels; kept until it has moved on."""
-        if progress.loads is None or progress.loads.degree != degree:
+        loads = progress.loads
+        if loads is None or loads.degree != degree:
             pace = self.pace(degree)
             refresh, reuse = pace.refresh_seconds(progress), pace.reuse_seconds(progress)
             if progress.quotas:
-                progress.loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
+                loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
             else:
                 drift = drifted(progress.observed, progress.expected)
                 due = 0.0 if progress.fresh else 1.0
                 interval = progress.request.decoding.refresh_interval
-                tracks, masks = self.tracks(progress), progress.masks
-                progress.loads = Loads(tracks, masks, due, drift, refresh, reuse, interval, degree)
-        return progress.loads
+                loads = Loads(self.tracks(progress), progress.masks, due, drift, refresh, reuse, interval, degree)
+            progress.loads = loads
+        return loads
 
     def unloaded(self, progress: Progress, degree: int | None = None) -> float:
         """Seconds that the request takes alone at its reference threshold, by default on as few devices as can be."""
@@ -141,11 +144,11 @@ class Beliefs:
         """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
         if progress.quotas or progress.request.decoding.rule != "threshold":
             return
-        level = self.forecast.level_of(progress.told)
-        part = part_of(block_before)
-        steps = self.forecast.chain(progress.kind, level, part, progress.request.decoding.block_length).steps
+        forecast, kind = self.forecast, progress.kind
+        level, part = forecast.level_of(progress.told), part_of(block_before)
+        steps = forecast.chain(kind, level, part, progress.request.decoding.block_length).steps
         left = steps[progress.masks] if progress.block == block_before else 0.0
-        self.forecast.observe(progress.kind, level, part, masks_before, 0 if ended else unmasked)
+        forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
         progress.observed += 1.0
         progress.expected += steps[masks_before] - left
 

@@ -5,6 +5,7 @@ off by 10 %.
 """
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,18 +134,22 @@ def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS) -> StepCost:
 
 
 def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
-    rows = weighed(samples, knots)
+    rows = weighed(numbers(samples), knots)
     scale = rows.max(0)
     scale[scale == 0] = 1.0
     weights, _ = nnls(rows / scale, np.ones(len(rows)))
     return from_weights(weights / scale, knots)
 
 
-def weighed(samples: Sequence[Sample], knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def numbers(samples: Sequence[Sample]) -> "array[float]":
+    """Features and seconds, one sample after the other."""
+    return array("d", [number for features, seconds in samples for number in (*features, seconds)])
+
+
+def weighed(samples: "array[float]", knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What each coefficient is multiplied by, over the seconds: residuals are relative. [samples, coefficients]"""
-    tokens, *rest = np.array([sample.features for sample in samples], dtype=np.float64).T
+    tokens, *rest, seconds = np.array(samples).reshape(-1, len(Features._fields) + 1).T
     bends = [np.maximum(0.0, tokens - knot) for knot in knots]
-    seconds = np.array([sample.seconds for sample in samples])
     rows: np.ndarray[Any, np.dtype[np.float64]] = np.stack([np.ones_like(tokens), tokens, *bends, *rest], axis=1)
     rows /= seconds[:, None]
     return rows
@@ -167,7 +172,7 @@ class Learner:
         size = len(law.knots) + 5
         self.gram = np.zeros((size, size))
         self.moment = np.zeros(size)
-        self.news: list[Sample] = []  # steps that are not in the normal equations yet
+        self.news = array("d")  # numbers of the steps that are not in the normal equations yet
         self.anchor(prior)
 
     def anchor(self, weight: int) -> None:
@@ -178,7 +183,7 @@ class Learner:
             for rows in (1, 4)
         ]
         samples = [Sample(point, max(self.law.seconds(point), 1e-9)) for point in points]
-        for row in weighed(samples, self.law.knots):
+        for row in weighed(numbers(samples), self.law.knots):
             self.gram += weight / len(samples) * np.outer(row, row)
             self.moment += weight / len(samples) * row
 
@@ -186,12 +191,14 @@ class Learner:
         return self.law.seconds(features) * self.factors[refreshes]
 
     def observe(self, features: Features, refreshes: bool, seconds: float) -> None:
-        residual = math.log(max(seconds, 1e-9) / self.law.seconds(features))
+        seconds = max(seconds, 1e-9)
+        residual = math.log(seconds / self.law.seconds(features))
         old = self.corrections[refreshes]
         rest = abs(residual - old)
         self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
-        self.correct(refreshes, old + 0.02 * (min(max(residual, -1.0), 1.0) - old))
-        self.news.append(Sample(features, max(seconds, 1e-9)))
+        bounded = -1.0 if residual < -1.0 else 1.0 if residual > 1.0 else residual
+        self.correct(refreshes, old + 0.02 * (bounded - old))
+        self.news.extend((*features, seconds))
         self.steps += 1
         if self.steps % RELEARN == 0 or (self.law.guess and self.steps in FIRST_FITS):
             self.relearn()
@@ -207,7 +214,7 @@ class Learner:
         faded = FORGET ** len(rows)
         self.gram = faded * self.gram + (rows * weights[:, None]).T @ rows
         self.moment = faded * self.moment + weights @ rows
-        self.news.clear()
+        self.news = array("d")
         scale = np.sqrt(np.maximum(np.diag(self.gram), 1e-30))
         gram = self.gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale))
         lower = np.linalg.cholesky(gram)

@@ -357,23 +357,24 @@ class Engine:
 
     async def consume(self, executor: Executor) -> None:
         """The one consumer: every event is observed, then idle instances get their next step."""
+        bell, inbox, scheduler, profile = self.bell, self.inbox, self.scheduler, self.profile
         while True:
-            await self.bell.wait()
+            await bell.wait()
             now = self.loop.time()
-            while self.inbox:
-                event = self.inbox.popleft()
+            while inbox:
+                event = inbox.popleft()
                 self.note(event)
-                for command in self.scheduler.observe(event, now):
+                for command in scheduler.observe(event, now):
                     self.perform(command, executor)
                 if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
                     stream.seen.ring()
             began = time.perf_counter()
-            commands = list(self.scheduler.decide(now))
-            self.profile.deciding += time.perf_counter() - began
-            self.profile.decisions += 1
+            commands = list(scheduler.decide(now))
+            profile.deciding += time.perf_counter() - began
+            profile.decisions += 1
             for command in commands:
                 self.perform(command, executor)
-            self.wake_at(self.scheduler.wake_at())
+            self.wake_at(scheduler.wake_at())
 
     def wake_at(self, when: float) -> None:
         """Look at the house again at that time, whatever happens or not."""

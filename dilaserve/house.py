@@ -56,6 +56,8 @@ class House:
 
     def place_promised(self, now: float, everywhere: bool) -> None:
         """Newcomers are tested on every instance, those who failed once on the instances between two steps."""
+        if not self.queue:
+            return
         idle = [seat for seat in self.seats.values() if seat.flying is None]
         tested: dict[int, list[Tenant]] = {}
         looks = 0

@@ -83,9 +83,9 @@ class Loads(msgspec.Struct):
     def __getitem__(self, level: int) -> Load:
         found = self.known.get(level)
         if found is None:
-            law, after = self.tracks[level]
-            stays = 1.0 - law.ends[self.masks]
-            steps = law.steps[self.masks] + stays * after.steps
+            (law, after), masks = self.tracks[level], self.masks
+            stays = 1.0 - law.ends[masks]
+            steps = law.steps[masks] + stays * after.steps
             refreshes = self.due + stays * after.refreshes
             if self.interval:
                 refreshes = max(refreshes, steps / self.interval)
@@ -215,7 +215,8 @@ class Progress:
         self.unmasked += result.unmasked
         self.confidence += result.confidence
         self.threshold_sum += self.told
-        self.deepest = max(self.deepest, self.level)
+        if self.level > self.deepest:
+            self.deepest = self.level
         self.prefix, self.masks = result.prefix, result.masks_left
         self.loads = None
         if not result.masks_left and self.block_end < self.request.canvas_tokens:

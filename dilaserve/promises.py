@@ -77,14 +77,15 @@ class Promises:
 
     def deepest(self, progress: Progress) -> int:
         """The lowest of the row's thresholds that its tenant can pay for."""
-        if self.budget is None or len(progress.thresholds) == 1:
-            return len(progress.thresholds) - 1
+        level = len(progress.thresholds) - 1
+        if self.budget is None or level == 0:
+            return level
         tenant = progress.request.slo.tenant
         most = room(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - progress.reserved)
         least = price(most, self.budget)
-        drops, level = progress.drops, len(progress.thresholds) - 1
+        drops, spent = progress.drops, progress.drop
         while level and drops[level] > 0.0:
-            if progress.yields[level] >= least and max(drops[level], progress.drop) <= most:
+            if progress.yields[level] >= least and drops[level] <= most and spent <= most:
                 break
             level -= 1
         return level

@@ -26,11 +26,11 @@ TRUST = 40.0  # weight of what is known of any task, in steps of one bin
 
 
 def bin_of(masks: int) -> int:
-    return min(bisect_left(BINS, masks), len(BINS) - 1)
+    return bisect_left(BINS, masks, hi=len(BINS) - 1)
 
 
 def part_of(block: int) -> int:
-    return min(block, PARTS - 1)
+    return block if block < PARTS else PARTS - 1
 
 
 class Law(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from dilaserve.policy.admission import hopeless, retry_after
 from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
-from dilaserve.policy.thresholds import Verdict, crowding
+from dilaserve.policy.thresholds import Verdict, Wish, crowding
 from dilaserve.progress import Did, Progress, Ready, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.quality import QualityProfile
@@ -94,18 +94,19 @@ class Scheduler:
         self.cap = policy.batch_cap or self.house.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
         self.ticked_at = -NEVER
+        self.overdue_at = NEVER  # no step in flight counts as hung before
         self.batches = 0
         self.totals = Totals()
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
         match event:
+            case StepDone():
+                yield from self.step_done(event, now)
             case Arrival():
                 yield from self.arrival(event, now)
             case Cancel(id, reason):
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
                     yield from self.end(known, reason, now)
-            case StepDone():
-                yield from self.step_done(event, now)
             case InstanceReady(instance):
                 self.layout.forming.pop(instance.id, None)
                 self.layout.moot = True
@@ -138,8 +139,9 @@ class Scheduler:
         if self.house.moving and not self.house.closing and not self.layout.forming:
             moved_rows, self.house.moving = self.house.moving, []
             self.house.wait_again(moved_rows)
-        yield from self.watch(now)
-        if self.asks and now >= self.solve_at:
+        if now >= self.overdue_at or now >= self.layout.form_by:
+            yield from self.watch(now)
+        if now >= self.solve_at and self.asks:
             yield self.solve(now)
         ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits)
         if ticks:
@@ -167,13 +169,14 @@ class Scheduler:
         """When the house must be looked at even if nothing happens: for those who wait, for a step that hangs, for
         the planner.
         """
-        when = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
-        when = min(when, self.layout.form_by)
-        for seats in (self.house.seats, self.house.closing):
-            for seat in seats.values():
-                if seat.overdue_at < when:
-                    when = seat.overdue_at
-        return min(when, self.solve_at) if self.asks else when
+        tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
+        return min(tick_at, self.layout.form_by, self.next_overdue(), self.solve_at if self.asks else NEVER)
+
+    def next_overdue(self) -> float:
+        """When the first of the steps in flight counts as hung."""
+        house = self.house
+        seats = [*house.seats.values(), *house.closing.values()] if house.closing else house.seats.values()
+        return min([seat.overdue_at for seat in seats], default=NEVER)
 
     # the plan
 
@@ -229,6 +232,7 @@ class Scheduler:
                 if now >= seat.overdue_at:
                     seat.overdue_at = NEVER
                     yield Kill(id, f"no answer to a step for {now - seat.launched_at:.3g} s")
+        self.overdue_at = self.next_overdue()
         if now >= self.layout.form_by:
             self.layout.form_by = NEVER
             for id in self.layout.forming:
@@ -301,17 +305,18 @@ class Scheduler:
             seat.flying, seat.overdue_at = None, NEVER
             self.layout.moot |= event.instance in self.house.closing
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
-            leaving, resting = progress.state is State.LEAVING, progress.request.row in seat.resting
+            leaving = progress.state is State.LEAVING
             progress.stepped_at = now
             progress.device += share * event.seconds
             if event.last:
                 progress.did(Did.RETURNED)
-            if not leaving and not resting:
+            if leaving:
+                if event.last:
+                    yield self.release(progress)
+            elif result.row not in seat.resting:
                 yield from self.returned(progress, result, now)
                 if not event.last and not result.masks_left:
-                    seat.resting.add(progress.request.row)
-            elif leaving and event.last:
-                yield self.release(progress)
+                    seat.resting.add(result.row)
         if event.last:
             seat.resting.clear()
         else:
@@ -433,52 +438,68 @@ class Scheduler:
     # steps
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
-        fixed = self.beliefs.pace(seat.degree).fixed
-        wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
-        if self.promises.shed:
-            needs = [alone(wish.loads[wish.deepest], fixed) for wish in wishes]
-            lost = list(map(hopeless, [wish.left for wish in wishes], needs))
-            if lost and all(lost):  # who is nearest to being in time is tried all the same, as nobody else loses by it
-                best = max(range(len(lost)), key=lambda i: wishes[i].left - needs[i])
-                lost[best] = wishes[best].left <= 0.0
-            if any(lost):
-                for progress in [row for row, gone in zip(seat.promised, lost, strict=True) if gone]:
-                    yield from self.give_up(progress, now)
-                wishes = [wish for wish, gone in zip(wishes, lost, strict=True) if not gone]
-                if not seat.residents:
-                    return
-        promised = [progress.request.row for progress in seat.promised]
-        verdicts = dict(zip(promised, self.promises.verdicts(wishes, seat.degree), strict=True))
-        served = quarantined(self.served(seat, now))
-        ready = {progress.request.row: self.ready(progress, seat.degree) for progress in served}
-        candidates = [candidate(row, one, verdicts.get(row)) for row, one in ready.items()]
-        candidates = self.compose(candidates, self.max_tokens, self.cap)
-        candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
+        degree, pace = seat.degree, self.beliefs.pace(seat.degree)
+        wishes = [self.promises.wish(progress, now, degree) for progress in seat.promised]
+        if self.promises.shed and (lost := beyond_hope(wishes, pace.fixed)):
+            for progress in [seat.promised[place] for place in lost]:
+                yield from self.give_up(progress, now)
+            if not seat.residents:
+                return
+            wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
+        verdicts = self.verdicts(seat, wishes)
+        candidates = self.compose(self.candidates(seat, verdicts, now), self.max_tokens, self.cap)
+        if len(candidates) > 1:
+            candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         chosen = [seat.residents[candidate.key] for candidate in candidates]
-        todo = [ready[candidate.key].work for candidate in candidates]
-        if verdicts or self.promises.controls:
-            for progress in chosen:
-                verdict = verdicts.get(progress.request.row)
-                if verdict or progress.level or progress.told != progress.thresholds[0]:
-                    self.settle(progress, verdict)
-                    if progress.threshold != progress.told:
-                        progress.told = progress.threshold
-                        yield Adjust(progress.request.row, progress.told)
-        spans = tuple([progress.span(work) for progress, work in zip(chosen, todo, strict=True)])
-        total = fixed + sum([candidate.seconds for candidate in candidates])
-        even = fixed / len(chosen)
-        seat.shares = [(even + candidate.seconds) / total for candidate in candidates]
-        seat.features = batch_features(spans, sum([progress.masks for progress in chosen]))
-        seat.refreshing = any(work.refresh for work in todo)
-        for progress, work in zip(chosen, todo, strict=True):
+        for progress in chosen:
+            verdict = verdicts.get(progress.request.row)
+            if verdict or progress.level or progress.told != progress.thresholds[0]:
+                self.settle(progress, verdict)
+                if progress.told != (threshold := progress.threshold):
+                    progress.told = threshold
+                    yield Adjust(progress.request.row, threshold)
+        yield Launch(self.started(seat, candidates, chosen, pace.fixed, now))
+
+    def verdicts(self, seat: Seat, wishes: Sequence[Wish]) -> dict[int, Verdict]:
+        """By row, of those with a promise."""
+        rows = [progress.request.row for progress in seat.promised]
+        return dict(zip(rows, self.promises.verdicts(wishes, seat.degree), strict=True)) if rows else {}
+
+    def candidates(self, seat: Seat, verdicts: Mapping[int, Verdict], now: float) -> list[Candidate]:
+        """In the order of service."""
+        found = []
+        for progress in quarantined(self.served(seat, now)):
+            row, ready = progress.request.row, self.ready(progress, seat.degree)
+            verdict = verdicts.get(row)
+            found.append(Candidate(row, ready.work.length, ready.seconds, verdict.slack if verdict else None))
+        return found
+
+    def started(
+        self, seat: Seat, candidates: Sequence[Candidate], chosen: list[Progress], fixed: float, now: float
+    ) -> Batch:
+        """The step of the chosen rows, noted in their progress and at their seat."""
+        spans, todo, masks, seconds, refreshing = [], [], 0, 0.0, False
+        for progress, candidate in zip(chosen, candidates, strict=True):
+            work = self.ready(progress, seat.degree).work
+            spans.append(progress.span(work))
+            todo.append(work)
+            masks += progress.masks
+            seconds += candidate.seconds
+            refreshing |= work.refresh
             progress.launched(work, now)
+        total, even = fixed + seconds, fixed / len(chosen)
+        seat.shares = [(even + candidate.seconds) / total for candidate in candidates]
+        seat.refreshing = refreshing
+        seat.features = batch_features(spans, masks)
         self.batches += 1
         seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
         steps = self.steps(seat, chosen, todo)
         seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * total * steps))
+        if seat.overdue_at < self.overdue_at:
+            self.overdue_at = seat.overdue_at
         if self.layout.stopped:
             self.layout.resumed(seat.instance.ranks, now)
-        yield Launch(Batch(self.batches, seat.instance.id, spans, steps))
+        return Batch(self.batches, seat.instance.id, tuple(spans), steps)
 
     def steps(self, seat: Seat, chosen: Sequence[Progress], todo: Sequence[Work]) -> int:
         """How often the batch may be repeated: while nobody else waits for the instance, and its steps are alike."""
@@ -502,22 +523,33 @@ class Scheduler:
         rows = seat.residents.values()
         if not self.promises.admits:
             return sorted(rows, key=lambda row: (row.late, self.promises.rank(row), row.request.arrived_at))
-        rest = sorted([row for row in rows if not row.promised], key=ARRIVAL)
+        rest = [row for row in rows if not row.promised]
         if not seat.promised:
-            return rest
-        aged = rest[:1] if rest and now - rest[0].request.arrived_at > self.age else []
-        return [*aged, *seat.promised]
+            return sorted(rest, key=ARRIVAL)
+        if rest and now - (oldest := min(rest, key=ARRIVAL)).request.arrived_at > self.age:
+            return [oldest, *seat.promised]
+        return seat.promised
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
-        progress.level = verdict.level if verdict else 0
+        level = progress.level = verdict.level if verdict else 0
         if len(progress.thresholds) > 1:
-            spends = progress.drops[progress.level] if progress.level else 0.0
-            self.promises.reserve(progress, max(progress.drop, spends))
+            spent, spends = progress.drop, progress.drops[level] if level else 0.0
+            self.promises.reserve(progress, spends if spends > spent else spent)
 
 
-def candidate(row: int, ready: Ready, verdict: Verdict | None) -> Candidate:
-    return Candidate(row, ready.work.length, ready.seconds, verdict.slack if verdict else None)
+def beyond_hope(wishes: Sequence[Wish], fixed: float) -> list[int]:
+    """Places of those that cannot end in time even alone.
+
+    If that is all, who is nearest to being in time is tried all the same, as nobody else loses by it.
+    """
+    needs = [alone(wish.loads[wish.deepest], fixed) for wish in wishes]
+    lost = [place for place, wish in enumerate(wishes) if hopeless(wish.left, needs[place])]
+    if lost and len(lost) == len(wishes):
+        best = max(lost, key=lambda place: wishes[place].left - needs[place])
+        if wishes[best].left > 0.0:
+            lost.remove(best)
+    return lost
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:

@@ -17,7 +17,8 @@ class Bank(NamedTuple):
 
 def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
     """The most points that one more request may drop; `pending` is promised to running requests."""
-    return max(0.0, budget * (bank.served + CREDIT) - bank.spent - pending)
+    left = budget * (bank.served + CREDIT) - bank.spent - pending
+    return left if left > 0.0 else 0.0
 
 
 def borne(drops: Sequence[float], budget: float) -> int:
@@ -31,7 +32,10 @@ def price(left: float, budget: float) -> float:
     Nothing while there is more than the credit. The less is left, the dearer it gets, without an end, so that points go
     where they save the most, and the bank settles where as many are asked for as come in.
     """
-    return max(0.0, budget * CREDIT / left - 1.0) if left > 0.0 else math.inf
+    if left <= 0.0:
+        return math.inf
+    dear = budget * CREDIT / left - 1.0
+    return dear if dear > 0.0 else 0.0
 
 
 def settled(bank: Bank, drop: float) -> Bank:

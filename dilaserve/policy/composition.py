@@ -46,8 +46,8 @@ def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> 
                 spare -= candidate.seconds
             chosen.append(candidate)
             max_tokens -= candidate.tokens
-        if candidate.slack is not None:
-            spare = min(spare, candidate.slack)
+        if candidate.slack is not None and candidate.slack < spare:
+            spare = candidate.slack
     return chosen
 
 

@@ -50,7 +50,7 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     for wish in wishes:
         left, loads, deepest = wish.left, wish.loads, wish.deepest
         early = deepest if floor else wish.borne
-        level = min(floor, deepest)
+        level = floor if floor < deepest else deepest
         while True:
             load = loads[level]
             joint_steps = load.steps if load.steps > steps else steps
@@ -60,7 +60,8 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
                 break
             level += 1
         steps, work = joint_steps, joint_work
-        verdicts.append(Verdict(level, max(0.0, left - SPARED * seconds), left < seconds))
+        slack = left - SPARED * seconds
+        verdicts.append(Verdict(level, slack if slack > 0.0 else 0.0, left < seconds))
     return verdicts
 
 

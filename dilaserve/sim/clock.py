@@ -24,11 +24,10 @@ class JumpingSelector(selectors.BaseSelector):
         self.looks += 1
         if (timeout is None or self.looks % LOOK == 0) and (ready := self.real.select(0)):
             return ready
-        if timeout == 0:
-            return []
         if timeout is None:
             raise Stalled("the simulation waits for something that never happens")
-        self.now += max(timeout, 0.0)
+        if timeout > 0:
+            self.now += timeout
         return []
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:

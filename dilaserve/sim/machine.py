@@ -54,8 +54,9 @@ class SimMachine:
         await self.loop.create_future()
 
     def launch(self, batch: Batch) -> None:
-        rows = [self.row(span) for span in batch.spans]
-        masks = sum([row.masks for row in rows])
+        masks = 0
+        for span in batch.spans:
+            masks += self.row(span).masks
         law = self.law(len(self.instances[batch.instance].ranks))
         seconds = law.seconds(batch_features(batch.spans, masks))
         seconds *= self.random.lognormvariate(0.0, self.jitter)
@@ -100,11 +101,11 @@ class SimMachine:
         row = self.rows[span.row]
         threshold = float(self.table.threshold[span.row])
         level = self.forecast.level_of(threshold)
-        part = part_of(row.block)
-        drawn = self.draw(row.kind, level, part, row.masks)
+        masks = row.masks
+        drawn = self.draw(row.kind, level, part_of(row.block), masks)
         ended = drawn == 0
-        count = row.masks if ended else min(row.masks, self.slowed(drawn, row.slowness))
-        row.masks -= count
+        count = masks if ended else min(masks, self.slowed(drawn, row.slowness))
+        row.masks = masks - count
         prefix = span.block_end - row.masks
         self.table.canvas[span.row, span.block_start : prefix] = FILLER
         return RowResult(
