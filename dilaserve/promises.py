@@ -63,7 +63,7 @@ class Promises:
         forecast, levels = self.beliefs.forecast, self.beliefs.levels(request, thresholds)
         drops = tuple([forecast.drop(request.slo.task, level) for level in levels])
         means = tuple([forecast.mean_drop(request.slo.task, level) for level in levels])
-        early = len(drops) - 1 if self.budget is None else borne(drops, self.budget)
+        early = borne(drops, math.inf if self.budget is None else self.budget)
         return Progress(request, self.beliefs.kind(request), thresholds, drops, means, yields, early)
 
     def rank(self, progress: Progress) -> float:

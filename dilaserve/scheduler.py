@@ -8,7 +8,7 @@ from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.house import ARRIVAL, House
 from dilaserve.layout import Layout, plan_of
-from dilaserve.policy.admission import hopeless, retry_after
+from dilaserve.policy.admission import beyond_hope, retry_after
 from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
@@ -440,12 +440,14 @@ class Scheduler:
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
         degree, pace = seat.degree, self.beliefs.pace(seat.degree)
         wishes = [self.promises.wish(progress, now, degree) for progress in seat.promised]
-        if self.promises.shed and (lost := beyond_hope(wishes, pace.fixed)):
-            for progress in [seat.promised[place] for place in lost]:
-                yield from self.give_up(progress, now)
-            if not seat.residents:
-                return
-            wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
+        if self.promises.shed:
+            needs = [alone(wish.loads[wish.deepest], pace.fixed) for wish in wishes]
+            if lost := beyond_hope([wish.left for wish in wishes], needs):
+                for progress in [seat.promised[place] for place in lost]:
+                    yield from self.give_up(progress, now)
+                if not seat.residents:
+                    return
+                wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
         candidates = self.compose(self.candidates(seat, verdicts, now), self.max_tokens, self.cap)
         if len(candidates) > 1:
@@ -536,20 +538,6 @@ class Scheduler:
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)
-
-
-def beyond_hope(wishes: Sequence[Wish], fixed: float) -> list[int]:
-    """Places of those that cannot end in time even alone.
-
-    If that is all, who is nearest to being in time is tried all the same, as nobody else loses by it.
-    """
-    needs = [alone(wish.loads[wish.deepest], fixed) for wish in wishes]
-    lost = [place for place, wish in enumerate(wishes) if hopeless(wish.left, needs[place])]
-    if lost and len(lost) == len(wishes):
-        best = max(lost, key=lambda place: wishes[place].left - needs[place])
-        if wishes[best].left > 0.0:
-            lost.remove(best)
-    return lost
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.policy.admission import COMPANY, KEPT, Room, Tenant, fits, least_loaded, retry_after
+from dilaserve.policy.admission import (
+    COMPANY,
+    KEPT,
+    Room,
+    Tenant,
+    beyond_hope,
+    fits,
+    hopeless,
+    least_loaded,
+    retry_after,
+)
 from dilaserve.policy.budget import CREDIT, Bank, borne, price, room, settled
 from dilaserve.policy.caching import CACHES, View, Work, work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
@@ -155,6 +165,19 @@ def test_an_empty_instance_takes_whoever_can_be_in_time(newcomer, fixed):
     assert (fits(newcomer, [], fixed) is not None) == (
         slack > 0 and newcomer.left - COMPANY * (newcomer.left - slack) >= KEPT * slack
     )
+
+
+@given(st.lists(st.tuples(st.floats(-1, 10), st.floats(0, 10)), max_size=8))
+def test_who_is_beyond_hope_goes_but_never_the_last_who_has_time_left(rows):
+    left, needs = [row[0] for row in rows], [row[1] for row in rows]
+    lost = beyond_hope(left, needs)
+    assert all(hopeless(left[place], needs[place]) for place in lost)
+    kept = [place for place in range(len(rows)) if place not in lost]
+    tried = [place for place in kept if hopeless(left[place], needs[place])]
+    assert not tried or kept == tried
+    assert len(tried) <= 1
+    if rows and not kept:
+        assert left[max(lost, key=lambda place: left[place] - needs[place])] <= 0.0
 
 
 WISHES = st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3), st.integers(0, 3))

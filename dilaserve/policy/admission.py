@@ -78,6 +78,19 @@ def hopeless(left: float, seconds: float) -> bool:
     return HOPELESS * seconds > left
 
 
+def beyond_hope(left: Sequence[float], needs: Sequence[float]) -> list[int]:
+    """Places of the rows of an instance that are hopeless.
+
+    If that is all, who is nearest to being in time is tried all the same, as nobody else loses by it.
+    """
+    lost = [place for place, seconds in enumerate(needs) if hopeless(left[place], seconds)]
+    if lost and len(lost) == len(needs):
+        best = max(lost, key=lambda place: left[place] - needs[place])
+        if left[best] > 0.0:
+            lost.remove(best)
+    return lost
+
+
 def retry_after(backlog: float, instances: int) -> float:
     """Seconds until about half the guaranteed work in the house is done."""
     return min(60.0, max(0.1, backlog / (2 * max(1, instances))))
