@@ -22,7 +22,7 @@ ENVIRONMENT = "DILASERVE_"
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Words = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
-Budget = Annotated[str, Meta(pattern=r"^(off|[0-9]+(\.[0-9]+)?)$")]
+Budget = Annotated[str, Meta(pattern=r"^(off|[0-9]+(\.[0-9]+)?|\.[0-9]+)$")]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dilaserve.policy.admission import (
     COMPANY,
+    HELD,
     KEPT,
     Room,
     Tenant,
@@ -144,7 +145,7 @@ ROWS = st.builds(Tenant, st.floats(0.01, 10), st.floats(1, 50), st.floats(0, 5),
 
 
 @given(ROWS, st.lists(ROWS, max_size=6), st.floats(0.0001, 0.05))
-def test_who_is_admitted_makes_nobody_miss_who_is_worth_as_much(newcomer, residents, fixed):
+def test_who_is_admitted_takes_the_margin_from_nobody_who_is_worth_as_much(newcomer, residents, fixed):
     residents = sorted(residents, key=lambda row: row.left)
     slack = fits(newcomer, residents, fixed)
     company = sorted([*residents, newcomer], key=lambda row: row.left)
@@ -155,8 +156,14 @@ def test_who_is_admitted_makes_nobody_miss_who_is_worth_as_much(newcomer, reside
             continue
         before = [Load(one.steps, one.work) for one in residents if residents.index(one) <= residents.index(row)]
         after = [Load(one.steps, one.work) for one in company if company.index(one) <= company.index(row)]
-        if together(before, fixed) <= row.left:
-            assert together(after, fixed) <= row.left + 1e-9
+        if HELD * together(before, fixed) <= row.left - 1e-9:
+            assert HELD * together(after, fixed) <= row.left + 1e-9
+
+
+def test_a_row_without_a_margin_blocks_nobody():
+    newcomer = Tenant(1.0, 10, 0.1, 1.0)
+    blocked = [fits(newcomer, [Tenant(left, 10, 1.0, 1.0)], 0.01) is None for left in (1.5, 1.4, 1.3)]
+    assert blocked == [False, True, False]  # with the margin: 1.32 s without the newcomer, 1.44 s with it
 
 
 @given(ROWS, st.floats(0.0001, 0.05))

@@ -6,6 +6,7 @@ import msgspec
 
 COMPANY = 0.9  # share of the joint demand that counts in the test
 KEPT = 0.8  # share of its slack that a newcomer must keep in company
+HELD = 1.2  # times the joint demand within which a row counts as in time, when a newcomer goes before it
 HOPELESS = 1.05  # times the estimate, alone on the instance
 
 
@@ -38,7 +39,7 @@ def fits(newcomer: Tenant, residents: Sequence[Tenant], fixed: float) -> float |
     """The least relative slack on the instance if the newcomer joins, or None when it must not.
 
     `residents` stand in order of their deadlines. The newcomer must keep most of the slack it would have alone, and
-    nobody behind it may lose a deadline that could be held, unless worth less. Who is lost already blocks nobody.
+    nobody behind it may lose a deadline that is held with a margin, unless worth less. Who has none blocks nobody.
     """
     left = newcomer.left
     slack = left - newcomer.steps * fixed - newcomer.work
@@ -60,11 +61,11 @@ def fits(newcomer: Tenant, residents: Sequence[Tenant], fixed: float) -> float |
             steps = row.steps
         without_work += row.work
         work += row.work
-        after = row.left - steps * fixed - work
-        if row.left - without_steps * fixed - without_work >= 0.0:
-            if after < 0.0 and here and row.weight >= newcomer.weight:
-                return None
-            least = min(least, after / row.left)
+        before, after = without_steps * fixed + without_work, steps * fixed + work
+        if HELD * before <= row.left < HELD * after and here and row.weight >= newcomer.weight:
+            return None
+        if before <= row.left:
+            least = min(least, (row.left - after) / row.left)
     if not here:
         steps, work = max(steps, newcomer.steps), work + newcomer.work
         if left - COMPANY * (steps * fixed + work) < KEPT * slack:
