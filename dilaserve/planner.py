@@ -13,7 +13,7 @@ from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
 from dilaserve.hindsight import Hindsight
 from dilaserve.policy import packing, planning
 from dilaserve.policy.layouts import counted
-from dilaserve.policy.planning import Ground, Offered, Proposal
+from dilaserve.policy.planning import Ground, Offered, Proposal, Question
 from dilaserve.quality import Forecast, QualityProfile
 from dilaserve.terms import Demand, Flow, Plan, PlanReady
 
@@ -126,10 +126,11 @@ class Planner:
         rise = planning.rise([load(flows) for flows in self.past])
         offered = [self.offered(flow, demand, ground, rise) for flow in few(demand.flows)]
         pause, budget, held = self.setup.pause, self.setup.budget, planning.kept(ground.running, ground)
-        foretold = planning.propose(offered, ground, pause, budget, held)
+        question = Question(offered, ground, pause, budget)
+        foretold = question.proposal(held)
         self.hindsight.happened(foretold, demand.met, demand.ended)
         now = self.hindsight.judged(foretold)
-        choices = [self.choice(rival, now, demand) for rival in self.rivals(offered, ground)]
+        choices = [self.choice(rival, now, demand) for rival in self.rivals(question)]
         wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
         gain -= self.risk(wanted, now, demand, ground)
         lost = missed(wanted, now)
@@ -146,13 +147,13 @@ class Planner:
             return Advice(None, reason, now, gain)
         return Advice(Plan(packing.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
 
-    def rivals(self, offered: Sequence[Offered], ground: Ground) -> Iterator[Proposal]:
+    def rivals(self, question: Question) -> Iterator[Proposal]:
         """What the program wants, and what was tried before, as experience has them."""
-        pause, budget = self.setup.pause, self.setup.budget
-        yield self.hindsight.judged(planning.propose(offered, ground, pause, budget))
+        ground = question.ground
+        yield self.hindsight.judged(question.proposal())
         for counts in self.hindsight.tried():
             if counts != dict(ground.running) and planning.packable(counts, ground):
-                yield self.hindsight.judged(planning.propose(offered, ground, pause, budget, counts))
+                yield self.hindsight.judged(question.proposal(counts))
 
     def choice(self, rival: Proposal, now: Proposal, demand: Demand) -> Choice:
         running = demand.plan.groups
@@ -174,11 +175,8 @@ class Planner:
             return 0.0
         surge = msgspec.structs.replace(surge, backlog=0)
         offered = [self.offered(flow, surge, ground) for flow in few(surge.flows)]
-        then, running = (
-            planning.propose(offered, ground, self.setup.pause, self.setup.budget, counts)
-            for counts in (wanted.counts, now.counts)
-        )
-        return running.on_time - then.on_time
+        question = Question(offered, ground, self.setup.pause, self.setup.budget)
+        return question.proposal(now.counts).on_time - question.proposal(wanted.counts).on_time
 
     def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
         """The class with its tables; the backlog is shared out evenly."""

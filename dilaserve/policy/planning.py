@@ -84,15 +84,6 @@ class Terms(NamedTuple):
     offered: float
 
 
-class Program(NamedTuple):
-    """The whole of it: what is minimised, by column, and the constraints."""
-
-    terms: Terms
-    ground: Ground
-    goal: np.ndarray
-    rows: LinearConstraint
-
-
 class Found(NamedTuple):
     """A solution, None where there is none, and what it costs by the goal."""
 
@@ -131,61 +122,79 @@ def switching(changed: float, pause: float) -> float:
     return changed * pause / AMORTISED
 
 
-def propose(
-    offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None, held: Counts | None = None
-) -> Proposal:
-    """The best counts for this demand, or what to expect of the counts that are `held`.
+class Question:
+    """What to do with this demand on this ground. `pause` are the seconds that a new instance costs.
 
     max Σ y r A w - latency - levels - switching(u) - MIXED Σ z over y ≥ 0 (instances at a point), integer n, binary z,
     u ≥ n - n(now), with Σ y = n ≤ most·z by degree, Σ y r ≤ λ by class, Σ y r A (D - budget) ≤ 0, and n such that
     aligned groups can be packed.
-    Demand that cannot be met is served as far as it goes. `pause` are the seconds that a new instance costs.
+    Demand that cannot be met is served as far as it goes. What was solved once is remembered.
     """
-    terms = written(offered, ground)
-    if not terms.columns:
-        counts = kept(held or ground.running, ground)
-        return NOTHING._replace(counts=counts)
-    program = Program(terms, ground, objective(terms, pause, devices(ground)), rows(terms, ground, budget))
-    solution = best(program) if held is None else solved(program, held).solution
-    if solution is None:
-        return NOTHING._replace(counts=kept(held or ground.running, ground))
-    return read(terms, solution, pause, devices(ground))
+
+    def __init__(self, offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None) -> None:
+        self.ground, self.pause = ground, pause
+        self.terms = written(offered, ground)
+        self.found: dict[tuple[tuple[int, int], ...], Found] = {}
+        if self.terms.columns:
+            self.goal = objective(self.terms, pause, devices(ground))
+            self.constraints = rows(self.terms, ground, budget)
+
+    def proposal(self, held: Counts | None = None) -> Proposal:
+        """The best counts, or what to expect of the counts that are `held`."""
+        solution = None
+        if self.terms.columns:
+            solution = (self.best() if held is None else self.holding(held)).solution
+        if solution is None:
+            return NOTHING._replace(counts=kept(held or self.ground.running, self.ground))
+        return read(self.terms, solution, self.pause, devices(self.ground))
+
+    def best(self) -> Found:
+        """The optimum, the plans of one degree first where they leave no device over: each of them is a linear program,
+        and so is a bound of what a mix can be worth. As that costs MIXED more, whole numbers must seldom be looked for.
+        """
+        pure = [{degree: count} for degree, count in self.ground.groups.items()]
+        if not all(packable(counts, self.ground) for counts in pure):
+            return self.mixed()
+        known = min((self.holding(counts) for counts in pure), key=cost)
+        if known.cost - self.bound() <= GAP * abs(known.cost):
+            return known
+        return min(known, self.mixed(), key=cost)
+
+    def holding(self, counts: Counts) -> Found:
+        """With these counts."""
+        key = tuple(sorted(counts.items()))
+        if key not in self.found:
+            self.found[key] = self.solved(self.goal, limits(self.terms, self.ground, counts), whole=False)
+        return self.found[key]
+
+    def mixed(self) -> Found:
+        return self.solved(self.goal, limits(self.terms, self.ground, None), whole=True)
+
+    def bound(self) -> float:
+        """What a plan of two degrees or more costs at least: with parts of instances, and mixing them for nothing."""
+        goal = self.goal.copy()
+        goal[-len(self.terms.degrees) :] = 0.0
+        return self.solved(goal, limits(self.terms, self.ground, None), whole=False).cost + 2 * MIXED
+
+    def solved(self, goal: np.ndarray, bounds: Bounds, whole: bool) -> Found:
+        """`whole`: instances are whole numbers."""
+        integral = np.zeros(len(goal))
+        if whole:
+            integral[len(self.terms.columns) :] = np.repeat([1, 0, 1], len(self.terms.degrees))
+        options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
+        found = milp(goal, constraints=self.constraints, bounds=bounds, integrality=integral, options=options)
+        return NOT_FOUND if found.x is None else Found(found.x, float(found.fun))
 
 
-def best(program: Program) -> np.ndarray | None:
-    """The optimum, the plans of one degree first where they leave no device over: each of them is a linear program, and
-    so is a bound of what a mix can be worth. As that costs MIXED more, whole numbers must seldom be looked for.
-    """
-    pure = [{degree: count} for degree, count in program.ground.groups.items()]
-    if not all(packable(counts, program.ground) for counts in pure):
-        return solved(program, None).solution
-    known = min((solved(program, counts) for counts in pure), key=cost)
-    if known.cost - mixed_bound(program) <= GAP * abs(known.cost):
-        return known.solution
-    return min(known, solved(program, None), key=cost).solution
+def propose(
+    offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None, held: Counts | None = None
+) -> Proposal:
+    """The best counts for this demand, or what to expect of the counts that are `held`; see `Question`."""
+    return Question(offered, ground, pause, budget).proposal(held)
 
 
 def cost(found: Found) -> float:
     return found.cost
-
-
-def mixed_bound(program: Program) -> float:
-    """What a plan of two degrees or more costs at least."""
-    goal = program.goal.copy()
-    goal[-len(program.terms.degrees) :] = 0.0
-    return solved(program._replace(goal=goal), None, whole=False).cost + 2 * MIXED
-
-
-def solved(program: Program, held: Counts | None, whole: bool = True) -> Found:
-    """With these counts, or else the best ones; not `whole`: parts of instances count as well."""
-    terms, ground, goal, constraints = program
-    integral = np.zeros(len(goal))
-    if held is None and whole:
-        integral[len(terms.columns) :] = np.repeat([1, 0, 1], len(terms.degrees))
-    options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
-    bounds = limits(terms, ground, held)
-    found = milp(goal, constraints=constraints, bounds=bounds, integrality=integral, options=options)
-    return NOT_FOUND if found.x is None else Found(found.x, float(found.fun))
 
 
 def written(offered: Sequence[Offered], ground: Ground) -> Terms:
