@@ -1,6 +1,7 @@
 """Deadlines met under load: this server and the usual ways, over real HTTP, same arrivals, one run side by side.
 
     python bench/slo.py [--loads .4,.6,.8,.85,1,1.3,2] [--scales 1.5,3,5,1.5+8] [--seeds 3] [--seconds 12] [--out DIR]
+    python bench/slo.py --systems dilaserve --some-loads "" --loads .4 --seconds 75 [--rate RATE]
 
 Every system is a configuration of the same server on the same devices, and all are up all the time. 1.0x is the load
 at which first come, first served at threshold .9 saturates: what it finishes when everything waits at once, which takes
@@ -125,7 +126,7 @@ class Load(NamedTuple):
 
 
 def rounds(args: argparse.Namespace) -> list[Load]:
-    main = tuple(SYSTEMS)
+    main = args.systems
     plan = [Load(TWICE, load, seed, main) for load in args.loads for seed in range(args.seeds)]
     plan += [Load(mix, load, 0, main) for mix in (*args.scales, PER_TASK, EVERYTHING) for load in args.some_loads]
     return plan + [Load(TWICE, load, 0, tuple(ABLATIONS)) for load in args.some_loads]
@@ -144,8 +145,10 @@ async def measure(args: argparse.Namespace) -> Found:
         rate = args.rate or await saturation(addresses["fcfs .9"], traffic, unloaded, args.flood)
         shown = json.dumps({task: round(seconds, 4) for task, seconds in unloaded.items()})
         CONSOLE.print(f"1.0x = {rate:.1f} requests/s; unloaded {shown}")
-        cap = await tuned(args, traffic, rate, unloaded)
-        flags = {**SYSTEMS, **ABLATIONS, "edf+shed .8": (*EDF, cap), "edf+shed .9": (*CAREFUL, cap)}
+        edf = any(system.startswith("edf+shed") for system in args.systems)
+        cap = await tuned(args, traffic, rate, unloaded) if edf else ""
+        capped = {"edf+shed .8": (*EDF, cap), "edf+shed .9": (*CAREFUL, cap)} if cap else {}
+        flags = {**SYSTEMS, **ABLATIONS, **capped}
         flags = {name: (*each, *singles(args.devices)) if each else each for name, each in flags.items()}
         wanted = {system for step in plan for system in step.systems}
         for system in flags:
@@ -274,7 +277,7 @@ def printed(found: Found, args: argparse.Namespace) -> str:
         f"{args.seconds:g} s a run",
         f"`python {' '.join(sys.argv)}`",
         "",
-        f"Unloaded latency at .9, ms: {unloaded}. EDF's batch cap, tuned: {found.cap}.",
+        f"Unloaded latency at .9, ms: {unloaded}." + (f" EDF's batch cap, tuned: {found.cap}." if found.cap else ""),
         "",
     ]
     mixes = {key.mix: None for key in found.fates}
@@ -326,7 +329,7 @@ def drops_by_task(found: Found) -> str:
 def goodput(found: Found, args: argparse.Namespace) -> str:
     """The highest load with 90 % of deadlines met, between the loads that were run."""
     parts = []
-    for system in SYSTEMS:
+    for system in args.systems:
         points = [(load, found.cell(Key(TWICE, system, load)).attainment) for load in args.loads]
         parts.append(f"{system} {crossing(points, 90.0)}")
     return "Goodput, the highest load with 90 % met: " + ", ".join(parts) + "."
@@ -353,7 +356,7 @@ def drawn(found: Found, args: argparse.Namespace) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     middle = min(args.loads, key=lambda load: abs(load - 1.0))
-    for system in SYSTEMS:
+    for system in args.systems:
         cells = [found.cell(Key(TWICE, system, load)) for load in args.loads]
         style = {"linewidth": 2.4 if system == "dilaserve" else 1.1, "label": system}
         axes[0].plot(args.loads, [one.attainment for one in cells], marker="o", markersize=3, **style)
@@ -371,8 +374,9 @@ def drawn(found: Found, args: argparse.Namespace) -> None:
     plt.close(figure)
     from dilaserve import plots
 
-    fates = found.fates[Key(TWICE, "dilaserve", middle)][0]
-    plots.timeline(list(by_second(fates, args.seconds)), f"dilaserve at {middle:g}x", args.out / "slo-timeline.png")
+    system = "dilaserve" if "dilaserve" in args.systems else args.systems[0]
+    fates = found.fates[Key(TWICE, system, middle)][0]
+    plots.timeline(list(by_second(fates, args.seconds)), f"{system} at {middle:g}x", args.out / "slo-timeline.png")
 
 
 def by_second(fates: Sequence[Fate], seconds: float) -> Iterator[tuple[float, float, int, int, float, float]]:
@@ -389,12 +393,14 @@ def by_second(fates: Sequence[Fate], seconds: float) -> Iterator[tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
+    numbers = lambda text: [float(part) for part in text.split(",") if part]  # noqa: E731
+    systems = lambda text: tuple(text.split(","))  # noqa: E731
     parser.add_argument("--model", default="dilaserve-tiny")
     parser.add_argument("--devices", default=",".join(["cpu"] * (os.cpu_count() or 1)))
     parser.add_argument("--loads", type=numbers, default=[0.4, 0.6, 0.8, 0.85, 1.0, 1.3, 2.0], help="with deadlines 2x")
     parser.add_argument("--scales", type=lambda text: text.split(","), default=["1.5", "3", "5", "1.5+8"])
     parser.add_argument("--some-loads", type=numbers, default=[0.8, 1.0], help="with the other deadlines")
+    parser.add_argument("--systems", type=systems, default=tuple(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=("chain", "word"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0)
@@ -405,6 +411,10 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="CSV of arrival_s,prompt_tokens,output_tokens; only times are used")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
+    if unknown := set(args.systems) - set(SYSTEMS):
+        parser.error(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(SYSTEMS)}")
+    if not args.loads:
+        parser.error("--loads: at least one")
     found = asyncio.run(measure(args))
     text = printed(found, args)
     print(text)
