@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -275,7 +276,7 @@ def printed(found: Found, args: argparse.Namespace) -> str:
     lines = [
         f"{machine()}; {args.devices}; {about} of {' and '.join(args.tasks)}; 1.0x = {found.rate:.1f} requests/s; "
         f"{args.seconds:g} s a run",
-        f"`python {' '.join(sys.argv)}`",
+        f"`python {shlex.join(sys.argv)}`",
         "",
         f"Unloaded latency at .9, ms: {unloaded}." + (f" EDF's batch cap, tuned: {found.cap}." if found.cap else ""),
         "",
