@@ -9,6 +9,8 @@ import numpy as np
 from scipy.special import ndtr
 
 from dilaserve.cost import StepCost
+from dilaserve.policy.admission import COMPANY, HOPELESS, KEPT
+from dilaserve.policy.planning import Point
 from dilaserve.quality import Forecast, Outlook
 
 RATES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of the fleet's highest throughput
@@ -17,7 +19,6 @@ LEAST_SPREAD = 0.01  # relative, of the steps of like requests: no forecast is b
 BETTER = 0.002  # relative, below which another point is not worth looking at
 PATIENT = 50.0  # times the unloaded latency; nobody waits longer, so that long deadlines do not make endless chains
 NEVER = float("inf")
-COMPANY, KEPT, HOPELESS = 0.9, 0.8, 1.05  # of policy/admission.py
 
 
 class Kind(NamedTuple):
@@ -31,19 +32,6 @@ class Kind(NamedTuple):
     deadline: float = NEVER
     weight: float = 1.0
     task: str | None = None
-
-
-class Point(NamedTuple):
-    """How a fleet fares when each instance gets `rate` requests a second at one level of the threshold.
-
-    `on_time` is the share that meets the deadline, `drop` in points of accuracy, `latency` the mean of those on time.
-    """
-
-    level: int
-    rate: float
-    on_time: float
-    drop: float
-    latency: float
 
 
 class Pace(NamedTuple):

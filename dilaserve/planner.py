@@ -9,11 +9,11 @@ import numpy as np
 
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
-from dilaserve.fleet import NEVER, Kind, Point, points, unloaded
+from dilaserve.fleet import NEVER, Kind, points, unloaded
 from dilaserve.hindsight import Hindsight
 from dilaserve.policy import packing, planning
 from dilaserve.policy.layouts import counted
-from dilaserve.policy.planning import Ground, Offered, Proposal, Question
+from dilaserve.policy.planning import Ground, Offered, Point, Proposal, Question
 from dilaserve.quality import Forecast, QualityProfile
 from dilaserve.terms import Demand, Flow, Plan, PlanReady
 

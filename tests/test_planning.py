@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.fleet import HOPELESS, NEVER, RATES, Kind, points, reached, unloaded
+from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
 from dilaserve.hindsight import FADING, FEW, Hindsight
 from dilaserve.planner import CLASSES, Planner, Setup, explained, few
+from dilaserve.policy.admission import HOPELESS
 from dilaserve.policy.packing import block, changed, groups, layout
 from dilaserve.policy.planning import (
     BLUR,

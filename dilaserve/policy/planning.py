@@ -10,8 +10,6 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from dilaserve.fleet import Point
-
 LATENCY = 0.05  # what halving the latency is worth at most, in shares on time; more is punished by bursts
 SLOWEST = 2.0  # times the unloaded latency; what is slower counts as this
 LOWERED = 0.02  # what a level of the threshold costs, so that none is lowered for the latency alone
@@ -34,6 +32,19 @@ MOST_SURPRISED = 2.0  # times
 GAP, PATIENCE = 1e-3, 2.0  # relative, and seconds after which the best plan found so far is taken
 
 Counts = Mapping[int, int]  # instances by degree
+
+
+class Point(NamedTuple):
+    """How a fleet fares when each instance gets `rate` requests a second at one level of the threshold.
+
+    `on_time` is the share that meets the deadline, `drop` in points of accuracy, `latency` the mean of those on time.
+    """
+
+    level: int
+    rate: float
+    on_time: float
+    drop: float
+    latency: float
 
 
 class Offered(NamedTuple):
