@@ -23,6 +23,7 @@ PRIOR = 400.0  # weight of what was known of a bin against what is seen, in step
 MOST_CHAINS = 1024  # that are kept; requests may bring any block length
 MOST_THRESHOLDS = 4096  # that are remembered; requests may bring any
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
+ROUNDING = 1e-12  # of a sum of squares, that is no difference
 
 
 def bin_of(masks: int) -> int:
@@ -388,7 +389,7 @@ def parted(groups: Sequence[Sequence[float]], most: int, least: int, gain: float
         best = [min((before[cut][0] + spread(cut, end), cut) for cut in range(end)) for end in whole]
         rows.append([(math.inf, 0), *best])
     left = [row[-1][0] for row in rows]
-    enough = min(left) + gain * spread(0, len(groups))
+    enough = min(left) + gain * spread(0, len(groups)) + ROUNDING * squares[-1]
     parts = next((parts for parts, variance in enumerate(left) if parts and variance <= enough), 1)
     cuts, end = [], len(groups)
     for row in rows[parts:0:-1]:
