@@ -8,6 +8,7 @@ import msgspec
 from dilaserve.cost import Features
 from dilaserve.pages import PagePool
 from dilaserve.policy.caching import View, Work, work
+from dilaserve.policy.composition import Candidate
 from dilaserve.policy.demand import load
 from dilaserve.policy.transfer import even, steps_per_block
 from dilaserve.quality import Track
@@ -94,11 +95,11 @@ class Loads(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False):
-    """What a row would do in the next step of an instance of this degree, and the seconds it would add to it."""
+    """What a row would do in the next step of an instance of this degree, and how composition sees it there."""
 
     degree: int
     work: Work
-    seconds: float
+    candidate: Candidate
 
 
 class Progress:

@@ -469,11 +469,15 @@ class Scheduler:
 
     def candidates(self, seat: Seat, verdicts: Mapping[int, Verdict], now: float) -> list[Candidate]:
         """In the order of service."""
-        found = []
+        found, degree = [], seat.degree
         for progress in quarantined(self.served(seat, now)):
-            row, ready = progress.request.row, self.ready(progress, seat.degree)
-            verdict = verdicts.get(row)
-            found.append(Candidate(row, ready.work.length, ready.seconds, verdict.slack if verdict else None))
+            ready = progress.ready  # most of many rows are not in the step, and are as they were: no call for those
+            if ready is None or ready.degree != degree:
+                ready = self.ready(progress, degree)
+            candidate = ready.candidate
+            if verdicts and (verdict := verdicts.get(candidate.key)):
+                candidate = Candidate(candidate.key, candidate.tokens, candidate.seconds, verdict.slack)
+            found.append(candidate)
         return found
 
     def started(
@@ -517,7 +521,7 @@ class Scheduler:
         if ready is None or ready.degree != degree:
             work = progress.next_work()
             seconds = self.beliefs.step_seconds(progress, work.refresh, degree)
-            ready = progress.ready = Ready(degree, work, seconds)
+            ready = progress.ready = Ready(degree, work, Candidate(progress.request.row, work.length, seconds))
         return ready
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
