@@ -22,7 +22,7 @@ ENVIRONMENT = "DILASERVE_"
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Words = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
-Budget = Annotated[str, Meta(pattern=r"^(off|[0-9]+(\.[0-9]+)?|\.[0-9]+)$")]
+Budget = Annotated[float, Meta(ge=0.0)] | Literal["off"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,7 +98,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     min_confidence_threshold: Annotated[Share, Meta(description="threshold control goes no lower")] = 0.6
     accuracy_budget: Annotated[
         Budget, Meta(description="mean accuracy drop per tenant, in percentage points, that control may spend; or off")
-    ] = "0.9"
+    ] = 0.9
     slo_class: Annotated[
         str, Meta(description="deadlines by name, NAME=2.0x|800ms|none[*WEIGHT],…; x: times the unloaded latency")
     ] = ""
@@ -218,6 +218,8 @@ def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -
 
 
 def convert(setting: Setting, value: Any, source: str = "") -> Any:
+    if isinstance(value, str) and value.startswith(".") and takes_numbers(setting.type):
+        value = f"0{value}"  # a number may begin with its point
     try:
         return msgspec.convert(value, setting.type, strict=not isinstance(value, str))
     except msgspec.ValidationError as error:
@@ -226,7 +228,13 @@ def convert(setting: Setting, value: Any, source: str = "") -> Any:
 
 
 def literals(hint: Any) -> list[str]:
-    """The values among which a setting of this type chooses, if it does."""
+    """The values among which a setting of this type chooses, if it does; a number may be one of them."""
     if get_origin(hint) is Literal:
         return [str(choice) for choice in get_args(hint)]
-    return [choice for part in get_args(hint) for choice in literals(part)]
+    choices = [choice for part in get_args(hint) for choice in literals(part)]
+    return ["number", *choices] if choices and "number" not in choices and takes_numbers(hint) else choices
+
+
+def takes_numbers(hint: Any) -> bool:
+    """Whether a fraction may be a value of this type."""
+    return hint is float or any(takes_numbers(part) for part in get_args(hint))

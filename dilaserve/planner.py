@@ -70,7 +70,7 @@ class Setup(NamedTuple):
         return Setup(
             rows=min(policy.guaranteed_rows, config.device.max_num_seqs),
             levels=max(1, sum(level >= lowest for level in quality.levels)) if controlled else 1,
-            budget=None if policy.accuracy_budget == "off" else float(policy.accuracy_budget),
+            budget=None if policy.accuracy_budget == "off" else policy.accuracy_budget,
             sheds=policy.shed == "on",
             pause=pause,
             overhead=overhead,

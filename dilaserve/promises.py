@@ -34,7 +34,7 @@ class Promises:
         self.controls = policy.threshold_control != "fixed"
         self.composes = policy.scheduling == "composed"
         self.sheds = policy.shed == "on"
-        self.budget = None if policy.accuracy_budget == "off" else float(policy.accuracy_budget)
+        self.budget = None if policy.accuracy_budget == "off" else policy.accuracy_budget
         self.least = policy.min_confidence_threshold
         self.degrees: tuple[int, ...] = (beliefs.base,)
         self.banks: dict[str, Bank] = {}

@@ -97,6 +97,7 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--port", "70000"], "--port '70000'"),
         (["--cache", "triple"], "--cache 'triple'"),
         (["--cache", "triple"], "one of none, prefix, dual"),
+        (["--accuracy-budget", "some"], "--accuracy-budget 'some': one of number, off"),
         (["--host", ""], "--host ''"),
         (["--api-key", ""], "--api-key ''"),
         (["--max-num-seqs", "0"], "--max-num-seqs '0'"),

@@ -476,7 +476,7 @@ class World:
             "scheduling": self.rng.choice(("fcfs", "edf", "least-slack", "composed", "composed", "composed")),
             "shed": self.rng.choice(("on", "off")),
             "threshold_control": self.rng.choice(("fixed", "slack", "slack+floor")),
-            "accuracy_budget": self.rng.choice(("off", "0.9")),
+            "accuracy_budget": self.rng.choice(("off", 0.9)),
             "guaranteed_rows": self.rng.randint(1, 4),
         }
         self.machine = scheduler(plan=SINGLES, **self.settings)

@@ -82,7 +82,7 @@ def test_deadlines_are_met_where_first_come_first_served_misses_them():
 
 
 def test_the_accuracy_budget_is_kept():
-    tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget="0.1", min_confidence_threshold=0.7)
+    tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget=0.1, min_confidence_threshold=0.7)
     bank = tight.engine.scheduler.promises.banks[""]
     assert bank.spent <= 0.1 * (bank.served + 50)
 
