@@ -25,9 +25,8 @@ from dilaserve.cost import Sample, StepCost, fit
 from dilaserve.devices import listed
 from dilaserve.engine import Engine
 from dilaserve.errors import BadRequest, ConfigError, Unavailable
-from dilaserve.executor import Executor
+from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, Furniture, real
-from dilaserve.models.checkpoint import locate
 from dilaserve.options import Options
 from dilaserve.pages import PAGE
 from dilaserve.profiles import ModelProfile
@@ -204,9 +203,7 @@ async def quality(
     engine: Engine, questions: dict[str, list[tuple[Question, Problem | None]]], seen: Seen
 ) -> QualityProfile:
     """Ask every question at every level; steps are counted from what the workers report, accuracy is paired."""
-    beliefs = engine.scheduler.beliefs
-    beliefs.believe(profiles.guessed(engine.model.name, engine.devices[0]).quality)  # an older profile has other levels
-    forecast = beliefs.forecast
+    forecast = engine.scheduler.beliefs.forecast
     forecast.learns = False
     total = sum(map(len, questions.values())) * len(LEVELS)
     done = 0
@@ -380,6 +377,11 @@ def drop(reference: Sequence[Answer], answers: Sequence[Answer]) -> tuple[float,
 # the whole
 
 
+def unmeasured(config: Config, progress: Progress) -> Furniture:
+    """The model as if it had no profile, whatever there is: that has other levels, or is damaged."""
+    return real(config, progress, measured=False)
+
+
 def questions_from(file: Path | None, per_task: int) -> dict[str, list[tuple[Question, Problem | None]]]:
     """The problems of the package, or the questions of a JSONL file by their task; raises `ConfigError`."""
     if file is None:
@@ -403,18 +405,16 @@ def questions_from(file: Path | None, per_task: int) -> dict[str, list[tuple[Que
 
 
 async def calibrate(
-    config: Config, problems: Path | None, per_task: int, seen: Seen
+    config: Config, problems: Path | None, per_task: int, seen: Seen, known: ModelProfile | None = None
 ) -> tuple[ModelProfile, list[Sample], StepCost]:
-    """Measure quality, then step costs; the profile is not written yet."""
+    """Measure quality, then step costs; those of other devices are taken from `known`. The profile is not written."""
     questions = questions_from(problems, per_task)
-    directory = locate(config.model.model)
     device = listed(config.device.devices)[0]
-    async with Engine(config, quiet) as engine:
+    async with Engine(config, quiet, unmeasured) as engine:
         measured_quality = await quality(engine, questions, seen)
         limit, name = engine.model.max_model_len, engine.model.name
-    samples = await step_costs(config, limit, seen)
+    samples = await step_costs(config, limit, seen, unmeasured)
     laws = {degree: fit(taken) for degree, taken in samples.items()}
-    known = profiles.find(directory, None)
     costs: dict[str, StepCost] = {
         **(known.costs if known else {}),
         **{profiles.cost_key(device, degree): law for degree, law in laws.items()},

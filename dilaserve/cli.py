@@ -17,6 +17,7 @@ from dilaserve.errors import ConfigError, DilaserveError
 
 if TYPE_CHECKING:
     from dilaserve.furniture import Furnish
+    from dilaserve.profiles import ModelProfile
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST = 1_000_000  # of whatever a flag counts
@@ -156,16 +157,20 @@ def calibration_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def calibrate(settings: Config, extras: argparse.Namespace) -> int:
-    """Measure the model, write its profile, draw it."""
+    """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
     from dilaserve import profiles
     from dilaserve.calibrate import calibrate as measure
     from dilaserve.display import counting
     from dilaserve.models.checkpoint import locate
 
+    directory, given = locate(settings.model.model), settings.scheduler.profile
+    if given:
+        profiles.check_writable(Path(given))
+    known = replaced(directory, given)
     with counting() as seen:
-        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen))
-    file = profiles.write(profile, locate(settings.model.model))
+        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known))
+    file = profiles.write(profile, directory, given)
     print(f"step costs: {law.samples} kinds of steps, {100 * law.error:.1f} % mean error on those held out")
     for name, task in profile.quality.tasks.items():
         if task.accuracy is not None:
@@ -184,6 +189,19 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
         plots.quality(profile.quality, extras.plots / "quality.png")
         print(f"plots: {extras.plots / 'step-cost.png'}, {extras.plots / 'quality.png'}")
     return 0
+
+
+def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
+    """The profile that is measured anew. None where there is none, or it cannot be read, which is said."""
+    from dilaserve import profiles
+
+    if given and not Path(given).exists():
+        return None
+    try:
+        return profiles.find(directory, given)
+    except ConfigError as error:
+        print(f"dilaserve: the old profile is replaced as a whole, other devices too: {error}", file=sys.stderr)
+        return None
 
 
 def pretending_flags(parser: argparse.ArgumentParser) -> None:

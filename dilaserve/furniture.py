@@ -56,8 +56,11 @@ class Furniture(NamedTuple):
 Furnish = Callable[[Config, Progress], Furniture]
 
 
-def real(config: Config, progress: Progress) -> Furniture:
-    """A checkpoint and worker processes; reads and checks everything that needs no worker. Blocking."""
+def real(config: Config, progress: Progress, measured: bool = True) -> Furniture:
+    """A checkpoint and worker processes; reads and checks everything that needs no worker. Blocking.
+
+    Not `measured`: no profile is read, so that it does not matter what is wrong with it.
+    """
     directory = locate(config.model.model)
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
@@ -84,7 +87,8 @@ def real(config: Config, progress: Progress) -> Furniture:
     plan = first_plan(config.device.plan, len(names), degrees)
     mapped = Shared(table, Exchange(len(names)))
     executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
-    laws, quality, note = known(profiles.find(directory, config.scheduler.profile), card.name, names[0], degrees)
+    profile = profiles.find(directory, config.scheduler.profile) if measured else None
+    laws, quality, note = known(profile, card.name, names[0], degrees)
     planner = Advisor(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
     return Furniture(
         card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note, planner

@@ -94,20 +94,29 @@ def whole_laws(laws: Laws, levels: int) -> bool:
     )
 
 
-def write(profile: ModelProfile, directory: Path) -> Path:
-    """Beside the model, or in the cache directory; returns the file."""
+def check_writable(file: Path) -> None:
+    """Raises `ConfigError` where a profile could not be written; better before the measurement than after it."""
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"the profile cannot be written to {file}", param="profile")
+
+
+def write(profile: ModelProfile, directory: Path, given: str | None = None) -> Path:
+    """To the `given` file, else beside the model or in the cache directory; returns the file."""
     text = NUMBERS.sub(lambda found: b"[" + b" ".join(found[1].split()) + b"]", indented(profile))
-    for file in (directory / FILE, cache_file(directory)):
+    beside, cached = directory / FILE, cache_file(directory)
+    for file in [Path(given)] if given else [beside, cached]:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(".new")
             temporary.write_bytes(text)
             temporary.replace(file)
+            if file == beside:
+                cached.unlink(missing_ok=True)  # it would be found first
         except OSError as error:
             reason = error.strerror
             continue
         return file
-    raise ConfigError(f"the profile can be written neither beside the model nor to {file}: {reason}")
+    raise ConfigError(f"the profile cannot be written, at last to {file}: {reason}")
 
 
 def indented(profile: ModelProfile) -> bytes:

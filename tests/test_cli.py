@@ -205,3 +205,11 @@ def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path
     assert "holds no problems" in failed(run("calibrate", *flags, "--problems", "/dev/null"))
     (model / profiles.FILE).write_text("[]")
     assert "damaged" in failed(run(*flags, "--port", "0"))
+    assert "cannot be written" in failed(run("calibrate", *flags, "--profile", str(tmp_path)))
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("[]")
+    problems.write_text('{"prompt": "hello"}\n')
+    done = run("calibrate", *flags, "--problems", str(problems), "--profile", str(elsewhere))
+    assert (done.returncode, "the old profile is replaced" in done.stderr) == (0, True), done.stderr
+    assert profiles.read(elsewhere).costs.keys() == {"cpu x1"}
+    assert (model / profiles.FILE).read_text() == "[]"
