@@ -122,8 +122,8 @@ def capacity(model: str, devices: int, tasks: Sequence[str]) -> float:
         raise SystemExit("no profile yet: run `python -m dilaserve calibrate` first")
     law = profile.costs[profiles.cost_key("cpu")]
     steps = statistics.fmean(profile.quality.tasks[task].steps[0] for task in tasks)
-    refresh = law.marginal(130, 130 * 130, 32, 1)
-    reuse = law.marginal(32, 32 * 130, 32, 1)
+    refresh = law.marginal(130, 130 * 130, 130, 32, 1)
+    reuse = law.marginal(32, 32 * 130, 130, 32, 1)
     return devices / (refresh + max(0.0, steps - 1) * reuse + steps * law.fixed / 3)
 
 

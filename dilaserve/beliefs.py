@@ -34,17 +34,21 @@ class Pace:
     def refresh_seconds(self, progress: Progress) -> float:
         """What the row adds to a step that recomputes its whole canvas."""
         canvas = progress.request.canvas_tokens
-        return self.learner.law.marginal(canvas, canvas * canvas, progress.masks, 1) * self.learner.factors[True]
+        return self.row_seconds(canvas, canvas, progress.masks, True)
 
     def reuse_seconds(self, progress: Progress) -> float:
         """What the row adds to a step that reuses its K/V."""
         request = progress.request
         if request.decoding.cache == "none":
             return self.refresh_seconds(progress)
-        end = progress.block_end if request.decoding.cache == "dual" else request.canvas_tokens
-        tokens = end - progress.block_start
-        attention = tokens * request.canvas_tokens
-        return self.learner.law.marginal(tokens, attention, progress.masks, 1) * self.learner.factors[False]
+        canvas = request.canvas_tokens
+        tokens = (progress.block_end if request.decoding.cache == "dual" else canvas) - progress.block_start
+        return self.row_seconds(tokens, canvas, progress.masks, False)
+
+    def row_seconds(self, tokens: int, canvas: int, masks: int, refreshes: bool) -> float:
+        """What a row with so many queries and a whole canvas of keys adds to a step."""
+        learner = self.learner
+        return learner.law.marginal(tokens, tokens * canvas, canvas, masks, 1) * learner.factors[refreshes]
 
 
 class Beliefs:
@@ -161,9 +165,10 @@ def counted(progress: Progress) -> Track:
 
 
 def batch_features(spans: Iterable[Span], masks: int) -> Features:
-    tokens = attention = rows = 0
+    tokens = attention = keys = rows = 0
     for span in spans:
         tokens += span.length
         attention += span.length * span.keys
+        keys += span.keys
         rows += 1
-    return Features(tokens, attention, masks, rows)
+    return Features(tokens, attention, keys, masks, rows)

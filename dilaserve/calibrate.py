@@ -5,6 +5,7 @@ Both on the real executor. The result is one profile file, which the server then
 
 import asyncio
 import datetime
+import itertools
 import math
 import platform
 import random
@@ -21,7 +22,7 @@ import numpy as np
 from dilaserve import profiles, tasks
 from dilaserve.beliefs import batch_features
 from dilaserve.config import Config
-from dilaserve.cost import Sample, StepCost, fit
+from dilaserve.cost import Features, Sample, StepCost, fit
 from dilaserve.devices import listed
 from dilaserve.engine import Engine
 from dilaserve.errors import BadRequest, ConfigError, Unavailable
@@ -53,7 +54,7 @@ from dilaserve.terms import Batch, Decoding, Event, Instance, InstanceReady, Mov
 ANSWER = 32  # tokens of the block that measured rows work on
 REUSE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 REFRESH_ROWS = (1, 2, 3, 4, 8)
-REPEATS = 7
+ROUNDS, REPEATS = 4, 2
 SIDE = 1.282  # normal quantile of a one-sided 90 % bound
 CHATTER = 16  # requests at once while quality is measured
 FINEST = 64  # kinds of prompts by length that a task is measured by
@@ -120,24 +121,36 @@ async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = 
 async def measured(  # type: ignore[no-untyped-def]
     rig: Rig, furniture: Furniture, instance: int, config: Config, limit: int, seen: Seen
 ):
+    """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
+    change their speed within seconds, and what a kind takes is told against what that one usually takes.
+    """
     plan = list(layouts(config.device.max_num_seqs, config.device.max_num_batched_tokens, rig.kv_tokens, limit))
-    rng = random.Random(0)
-    rng.shuffle(plan)
-    number = 0
-    for count, rows in enumerate(plan):
+    rng, numbers = random.Random(0), itertools.count(1)
+
+    async def run(rows: list[Shape], times: int) -> tuple[Features, float]:
+        """What the steps are and take, the median of so many after the first."""
         spans = laid_out(rig.table, rows, furniture.mask_id, rng, furniture.vocab_size)
         seconds = []
-        for repeat in range(REPEATS):
+        for _ in range(1 + times):
             for span in spans:
                 rig.table.canvas[span.row, span.block_start : span.block_end] = furniture.mask_id
-            number += 1
-            rig.executor.launch(Batch(number, instance, spans))
-            done = await until(rig.inbox, StepDone)
-            if repeat:
-                seconds.append(done.seconds)
+            rig.executor.launch(Batch(next(numbers), instance, spans))
+            seconds.append((await until(rig.inbox, StepDone)).seconds)
         masks = sum(span.block_end - span.block_start for span in spans)
-        yield Sample(batch_features(spans, masks), statistics.median(seconds))
-        seen("step costs", count + 1, len(plan))
+        return batch_features(spans, masks), statistics.median(seconds[1:])
+
+    yardstick = plan[len(plan) // 3]
+    found: dict[int, list[Sample]] = {kind: [] for kind in range(len(plan))}
+    usual = [(await run(yardstick, 1))[1]]
+    for turn in range(ROUNDS):
+        for count, kind in enumerate(rng.sample(range(len(plan)), len(plan))):
+            features, seconds = await run(plan[kind], REPEATS)
+            usual.append((await run(yardstick, 1))[1])
+            found[kind].append(Sample(features, seconds / statistics.fmean(usual[-2:])))
+            seen("step costs", turn * len(plan) + count + 1, ROUNDS * len(plan))
+    for kind in rng.sample(range(len(plan)), len(plan)):
+        ratio = statistics.median([sample.seconds for sample in found[kind]])
+        yield Sample(found[kind][0].features, ratio * statistics.median(usual))
 
 
 def drained(inbox: "asyncio.Queue[Event]") -> Iterator[Event]:

@@ -17,6 +17,7 @@ from dilaserve.errors import ConfigError
 
 KNOTS = (128, 256, 512, 1024, 2048, 3072)
 FORGET = 0.999  # a step's weight after one more step
+FOLDS = 5
 RELEARN = 200  # steps between two fits while serving
 FIRST_FITS = (16, 32, 64, 128)  # steps after which a guess is fitted anew; the last makes it knowledge
 QUANTILE_RATE = 0.02
@@ -28,6 +29,7 @@ class Features(NamedTuple):
 
     tokens: int  # packed queries
     attention: int  # Σ queries x keys
+    keys: int  # whose K/V is read
     projected: int  # rows projected to the vocabulary
     rows: int
 
@@ -40,8 +42,8 @@ class Sample(NamedTuple):
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
-    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + projection·V + row·n; nothing is negative,
-    and knots ascend.
+    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + key·K + projection·V + row·n; nothing is
+    negative, and knots ascend.
 
     `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were. A `guess` says
     nothing about the device at hand; nobody is turned away because of it.
@@ -51,6 +53,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     token: float
     bends: tuple[float, ...]
     attention: float
+    key: float = 0.0
     projection: float
     row: float
     knots: tuple[int, ...] = KNOTS
@@ -61,9 +64,10 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self, features: Features) -> float:
         return self.fixed + self.marginal(*features)
 
-    def marginal(self, tokens: int, attention: int, projected: int, rows: int) -> float:
+    def marginal(self, tokens: int, attention: int, keys: int, projected: int, rows: int) -> float:
         """The part that grows with the batch."""
-        total = self.token * tokens + self.attention * attention + self.projection * projected + self.row * rows
+        total = self.token * tokens + self.attention * attention + self.key * keys
+        total += self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
             bent = 0.0
             for knot, bend in zip(self.knots, self.bends, strict=True):
@@ -75,7 +79,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
 
     def scaled(self, factor: float) -> "StepCost":
         """The same law on a device that takes `factor` times as long."""
-        fields = ("fixed", "token", "attention", "projection", "row")
+        fields = ("fixed", "token", "attention", "key", "projection", "row")
         changed = {name: getattr(self, name) * factor for name in fields}
         return msgspec.structs.replace(self, bends=tuple(bend * factor for bend in self.bends), **changed)
 
@@ -84,7 +88,7 @@ def alike(one: Mapping[int, StepCost], other: Mapping[int, StepCost]) -> bool:
     """Whether the laws, by degree, say the same of a small and of a large step, to within `ALIKE`."""
     if one.keys() != other.keys():
         return False
-    points = (Features(32, 32 * 256, 32, 1), Features(512, 512 * 256, 64, 2))
+    points = (Features(32, 32 * 256, 256, 32, 1), Features(512, 512 * 256, 512, 64, 2))
     return all(
         abs(math.log(one[degree].seconds(point) / other[degree].seconds(point))) < ALIKE
         for degree in one
@@ -103,12 +107,13 @@ def derived(law: StepCost, degree: int) -> StepCost:
 def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 0.0, samples: int = 0) -> StepCost:
     bends = len(knots)
     fixed, token, *rest = (float(weight) for weight in weights)
-    attention, projection, row = rest[bends:]
+    attention, key, projection, row = rest[bends:]
     return StepCost(
         fixed=fixed,
         token=token,
         bends=tuple(rest[:bends]),
         attention=attention,
+        key=key,
         projection=projection,
         row=row,
         knots=tuple(knots),
@@ -120,15 +125,15 @@ def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 
 def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS) -> StepCost:
     """Least squares on relative errors with coefficients of at least 0 (scipy.optimize.nnls).
 
-    Every fifth sample is held out for `error`; the law itself is then fitted to all. Raises `ConfigError` for fewer
-    samples than coefficients.
+    For `error` a fifth of the samples is held out at a time, each once; the law itself is then fitted to all. Raises
+    `ConfigError` for fewer samples than coefficients.
     """
-    if len(samples) < len(knots) + 5:
+    if len(samples) < len(knots) + 6:
         raise ConfigError(f"a step cost cannot be fitted to {len(samples)} samples")
-    rest = [sample for i, sample in enumerate(samples) if i % 5]
-    held_out = samples[::5]
-    trial = solved(rest, knots)
-    errors = [abs(trial.seconds(sample.features) / sample.seconds - 1) for sample in held_out]
+    errors = []
+    for fold in range(FOLDS):
+        trial = solved([sample for i, sample in enumerate(samples) if i % FOLDS != fold], knots)
+        errors += [abs(trial.seconds(features) / seconds - 1) for features, seconds in samples[fold::FOLDS]]
     law = solved(samples, knots)
     return msgspec.structs.replace(law, error=float(np.mean(errors)), samples=len(samples))
 
@@ -169,7 +174,7 @@ class Learner:
         self.factors = {True: 1.0, False: 1.0}  # the same, not as a logarithm
         self.tail = 0.1  # the 90 % quantile of |log residual|
         self.steps = 0
-        size = len(law.knots) + 5
+        size = len(law.knots) + 6
         self.gram = np.zeros((size, size))
         self.moment = np.zeros(size)
         self.news = array("d")  # numbers of the steps that are not in the normal equations yet
@@ -178,7 +183,7 @@ class Learner:
     def anchor(self, weight: int) -> None:
         """Start as if `weight` steps had been seen that follow the law exactly."""
         points = [
-            Features(tokens, tokens * 256, min(tokens, 32 * rows), rows)
+            Features(tokens, tokens * 256, 256 * rows, min(tokens, 32 * rows), rows)
             for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)
             for rows in (1, 4)
         ]

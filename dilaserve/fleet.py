@@ -107,8 +107,8 @@ def paced(law: StepCost, kind: Kind, ahead: Outlook, rows: int, block: int, over
 def seconds(law: StepCost, kind: Kind, refreshing: float, reusing: float, block: int) -> float:
     tokens = refreshing * kind.canvas + reusing * block
     attention = refreshing * kind.canvas**2 + reusing * block * kind.canvas
-    masks = (refreshing + reusing) * (block + 1) / 2
-    return law.fixed + law.marginal(tokens, attention, masks, refreshing + reusing)  # type: ignore[arg-type]
+    rows = refreshing + reusing
+    return law.fixed + law.marginal(tokens, attention, rows * kind.canvas, rows * (block + 1) / 2, rows)  # type: ignore[arg-type]
 
 
 def carried(

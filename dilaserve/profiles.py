@@ -72,7 +72,7 @@ def read(file: Path) -> ModelProfile:
 
 def whole_cost(law: StepCost) -> bool:
     """Every step costs something, and no coefficient is missing."""
-    parts = (law.fixed, law.token, law.attention, law.projection, law.row, *law.bends)
+    parts = (law.fixed, law.token, law.attention, law.key, law.projection, law.row, *law.bends)
     return len(law.bends) == len(law.knots) > 0 and min(parts) >= 0.0 and law.fixed + law.token > 0.0
 
 

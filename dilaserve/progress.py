@@ -59,7 +59,7 @@ class Seat:
         self.batch = -1
         self.launched_at = 0.0
         self.overdue_at = math.inf  # when the step in flight counts as hung
-        self.features = Features(0, 0, 0, 0)
+        self.features = Features(0, 0, 0, 0, 0)
         self.refreshing = False
         self.shares: list[float] = []  # of the step's time, by row in flight
 

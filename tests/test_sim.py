@@ -197,7 +197,7 @@ def test_who_believes_that_all_is_hopeless_tries_and_learns(scheduling):
 
 def test_larger_degrees_cost_less_and_never_in_proportion():
     laws = [law_at(degree) for degree in (1, 2, 4, 8)]
-    for point in (Features(32, 32 * 256, 32, 1), Features(1024, 4 * 256 * 256, 128, 4)):
+    for point in (Features(32, 32 * 256, 256, 32, 1), Features(1024, 4 * 256 * 256, 1024, 128, 4)):
         seconds = [law.seconds(point) for law in laws]
         assert seconds == sorted(seconds, reverse=True)
         assert all(a < 2 * b for a, b in itertools.pairwise(seconds))
