@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class Fate(NamedTuple):
 @contextlib.asynccontextmanager
 async def server(flags: Sequence[str], devices: str, model: str) -> AsyncIterator[str]:
     """A server process of its own; gives its address."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the server below
     command = [sys.executable, "-m", "dilaserve", "--model", model, "--port", "0", "--devices", devices]
     process = await asyncio.create_subprocess_exec(
         *command, "--log-level", "warning", "--max-queue", "4096", *flags, stdout=subprocess.PIPE
