@@ -50,6 +50,7 @@ from dilaserve.traffic import Seen, Traffic
 
 TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
+SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
 NEVER = float("inf")
 
@@ -239,7 +240,7 @@ class Scheduler:
                 yield Kill(id, f"an instance was not formed within {self.patience:g} s")
 
     def solve(self, now: float) -> Solve:
-        self.solving, self.solve_at = True, now + SOLVE_EVERY
+        self.solving, self.solve_at = True, now + (SOLVE_SOON if self.traffic.begins(now) else SOLVE_EVERY)
         met, ended = self.traffic.outcome(now)
         demand = Demand(
             seconds=self.traffic.seconds(now),
@@ -264,6 +265,8 @@ class Scheduler:
         elif slo.multiple is not None:
             progress.deadline = request.arrived_at + slo.multiple * self.beliefs.unloaded(progress)
         if self.solves:
+            if self.traffic.since is None:
+                self.solve_at = min(self.solve_at, now + SOLVE_SOON)
             self.traffic.arrived(self.seen(progress, now))
         self.requests[request.id] = progress
         if progress.deadline is None:

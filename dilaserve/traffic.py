@@ -32,6 +32,10 @@ class Traffic:
         self.changed_at = 0.0
         self.ends: deque[End] = deque()
 
+    def begins(self, now: float) -> bool:
+        """Whether the first arrival of all was less than a window ago."""
+        return self.since is not None and now < self.since + WINDOW
+
     def changed(self, now: float) -> None:
         """Another plan stands; who came before it says nothing about it."""
         self.changed_at = now

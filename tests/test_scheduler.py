@@ -418,6 +418,21 @@ def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     assert (machine.layout.wanted, machine.solves) == (SINGLES, True)
 
 
+def test_the_planner_is_asked_more_often_while_the_first_traffic_begins():
+    machine = scheduler(plan=SINGLES, solves=True)
+    up(machine, range(4))
+    asked = []
+    for tick in range(60):
+        now = tick / 4
+        commands = list(machine.decide(now))
+        if now in (3.0, 12.0):  # the second one is not the first traffic
+            commands += feed(machine, Arrival(request(len(asked), at=now)), now)
+        if any(isinstance(command, Solve) for command in commands):
+            asked.append(now)
+            list(machine.observe(PlanReady(None, "well as it is"), now))
+    assert asked == [0.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 14.0]
+
+
 def test_an_instance_that_does_not_come_up_is_killed():
     machine = scheduler(plan=PAIRS, step_timeout=3.0)
     for rank in range(4):
