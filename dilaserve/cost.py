@@ -18,6 +18,7 @@ from dilaserve.errors import ConfigError
 KNOTS = (128, 256, 512, 1024, 2048, 3072)
 FORGET = 0.999  # a step's weight after one more step
 FOLDS = 5
+KEPT = 4  # steps as which the first law always counts, for kinds that are never seen
 RELEARN = 200  # steps between two fits while serving
 FIRST_FITS = (16, 32, 64, 128)  # steps after which a guess is fitted anew; the last makes it knowledge
 QUANTILE_RATE = 0.02
@@ -122,6 +123,11 @@ def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 
     )
 
 
+def weights_of(law: StepCost) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What `from_weights` makes the law of. [coefficients]"""
+    return np.array([law.fixed, law.token, *law.bends, law.attention, law.key, law.projection, law.row])
+
+
 def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS) -> StepCost:
     """Least squares on relative errors with coefficients of at least 0 (scipy.optimize.nnls).
 
@@ -164,7 +170,9 @@ class Learner:
     """A cost law that follows the device while it serves.
 
     Decayed normal equations, solved anew every 200 steps; between two solutions a slow correction by kind of step; and
-    the 90 % quantile of the remaining error, for guards. A guess weighs little and is fitted sooner.
+    the 90 % quantile of the remaining error, for guards. A guess weighs little and is fitted sooner. Of kinds of steps
+    that are not seen the first law tells, times what those that are seen take longer than by it: without, traffic of
+    one kind would in time say anything of the others.
     """
 
     def __init__(self, law: StepCost, prior: int | None = None) -> None:
@@ -174,23 +182,22 @@ class Learner:
         self.factors = {True: 1.0, False: 1.0}  # the same, not as a logarithm
         self.tail = 0.1  # the 90 % quantile of |log residual|
         self.steps = 0
-        size = len(law.knots) + 6
-        self.gram = np.zeros((size, size))
-        self.moment = np.zeros(size)
         self.news = array("d")  # numbers of the steps that are not in the normal equations yet
         self.anchor(prior)
 
     def anchor(self, weight: int) -> None:
         """Start as if `weight` steps had been seen that follow the law exactly."""
         points = [
-            Features(tokens, tokens * 256, 256 * rows, min(tokens, 32 * rows), rows)
+            Features(tokens, tokens * canvas, canvas * rows, min(tokens, 32 * rows), rows)
             for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)
             for rows in (1, 4)
+            for canvas in (64, 256, 1024, 4096)
         ]
         samples = [Sample(point, max(self.law.seconds(point), 1e-9)) for point in points]
-        for row in weighed(numbers(samples), self.law.knots):
-            self.gram += weight / len(samples) * np.outer(row, row)
-            self.moment += weight / len(samples) * row
+        rows = weighed(numbers(samples), self.law.knots)
+        gram, moment = rows.T @ rows / len(rows), rows.mean(0)
+        self.first, self.kept = weights_of(self.law), (KEPT * gram, KEPT * moment)
+        self.gram, self.moment = (weight - KEPT) * gram, (weight - KEPT) * moment
 
     def seconds(self, features: Features, refreshes: bool) -> float:
         return self.law.seconds(features) * self.factors[refreshes]
@@ -203,6 +210,8 @@ class Learner:
         self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
         bounded = -1.0 if residual < -1.0 else 1.0 if residual > 1.0 else residual
         self.correct(refreshes, old + 0.02 * (bounded - old))
+        if bounded != residual and not self.law.guess:
+            seconds *= math.exp(bounded - residual)  # as residuals are relative, one short step would outweigh all
         self.news.extend((*features, seconds))
         self.steps += 1
         if self.steps % RELEARN == 0 or (self.law.guess and self.steps in FIRST_FITS):
@@ -220,10 +229,11 @@ class Learner:
         self.gram = faded * self.gram + (rows * weights[:, None]).T @ rows
         self.moment = faded * self.moment + weights @ rows
         self.news = array("d")
-        scale = np.sqrt(np.maximum(np.diag(self.gram), 1e-30))
-        gram = self.gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale))
-        lower = np.linalg.cholesky(gram)
-        solution, _ = nnls(lower.T, np.linalg.solve(lower, self.moment / scale))
+        longer = 1.0 / float(np.median(rows @ self.first))  # times as long as by the first law do steps take now
+        gram, moment = self.gram + self.kept[0] / longer**2, self.moment + self.kept[1] / longer
+        scale = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+        lower = np.linalg.cholesky(gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale)))
+        solution, _ = nnls(lower.T, np.linalg.solve(lower, moment / scale))
         guess = self.law.guess and self.steps < FIRST_FITS[-1]
         law = from_weights(solution / scale, self.law.knots, self.law.error, self.law.samples)
         self.law = msgspec.structs.replace(law, guess=guess)

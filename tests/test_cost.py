@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,3 +80,40 @@ def test_without_surprises_nothing_is_unlearned():
     point = Features(1000, 512_000, 2048, 16, 4)
     assert learner.seconds(point, True) == pytest.approx(TRUE.seconds(point), rel=0.02)
     assert len(learner.law.bends) == len(KNOTS)
+
+
+@pytest.mark.parametrize("slower", [1.0, 2.0])
+def test_what_is_never_seen_is_not_unlearned(slower):
+    """A day of one kind of request says nothing of the others, but how fast the device is."""
+    learner, device = Learner(TRUE), TRUE.scaled(slower)
+    rng = random.Random(5)
+    kinds = (Features(256, 256 * 256, 256, 32, 1), Features(32, 32 * 256, 256, 20, 1))
+    for step in range(40_000):
+        point = kinds[step % 8 > 0]
+        learner.observe(point, point.tokens > 32, device.seconds(point) * rng.lognormvariate(0, 0.03))
+    for rows in (1, 6):
+        for canvas in (64, 512, 2048):
+            for tokens in (32 * rows, canvas * rows):
+                point = Features(tokens, tokens * canvas, canvas * rows, 32 * rows, rows)
+                assert learner.seconds(point, tokens > 32 * rows) == pytest.approx(device.seconds(point), rel=0.1)
+
+
+def test_a_few_steps_that_seem_much_too_short_change_little():
+    learner, rng = Learner(TRUE), random.Random(6)
+    for point, seconds in samples(3000, seed=7):
+        learner.observe(point, point.tokens > 600, seconds * (0.02 if rng.random() < 0.002 else 1.0))
+    for point, seconds in samples(100, noise=0.0, seed=8):
+        assert learner.seconds(point, point.tokens > 600) == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_guess_that_is_far_off_is_soon_corrected():
+    guess = msgspec.structs.replace(TRUE.scaled(10.0), guess=True)
+    learner = Learner(guess)
+    for point, seconds in samples(200, seed=9):
+        learner.observe(point, point.tokens > 600, seconds)
+    assert not learner.law.guess
+    errors = [
+        abs(learner.seconds(point, point.tokens > 600) / seconds - 1)
+        for point, seconds in samples(100, noise=0.0, seed=10)
+    ]
+    assert sum(errors) / len(errors) < 0.1
