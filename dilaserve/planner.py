@@ -118,7 +118,8 @@ class Planner:
     def advise(self, demand: Demand) -> Advice:
         """Pure but for the tables and the hindsight; takes some tens of milliseconds, so not on the loop."""
         possible = [degree for degree in demand.degrees if degree in self.laws]
-        running = demand.plan.groups
+        running = tuple(group for group in demand.plan.groups if set(group) <= set(demand.ranks))
+        demand = msgspec.structs.replace(demand, plan=Plan(running))  # of the instances whose devices are all there
         ground = Ground(packing.groups(demand.ranks, possible), Counter(map(len, running)))
         if not ground.groups:
             return Advice(None, "no device is left that could hold an instance", planning.NOTHING)

@@ -144,7 +144,7 @@ class Scheduler:
             yield from self.watch(now)
         if now >= self.solve_at and self.asks:
             yield self.solve(now)
-        ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits)
+        ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits or self.promises.floor)
         if ticks:
             yield from self.tick(now)
         self.house.place(now, everywhere=bool(ticks))
@@ -541,7 +541,8 @@ class Scheduler:
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
-        level = progress.level = verdict.level if verdict else 0
+        level = min(verdict.level, self.promises.deepest(progress)) if verdict else 0  # rows before it may have paid
+        progress.level = level
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)

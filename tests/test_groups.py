@@ -1,6 +1,8 @@
 """TP groups among processes, the parts of the vocabulary put together, and shards that are views."""
 
 import tempfile
+import threading
+import time
 
 import checkpoints
 import pytest
@@ -16,6 +18,7 @@ from dilaserve.models.spec import Shard
 from dilaserve.worker.groups import Abandoned, Alone, Groups, SharedMemory
 from dilaserve.worker.unmask import Sampling, guess, guess_part
 
+MANY = 40  # instances
 SLOT = 4096  # bytes, so that larger tensors pass in pieces
 
 
@@ -183,3 +186,29 @@ def test_a_worker_with_a_part_of_the_weights_has_the_shards_of_that_part(random_
 def test_heads_decide_which_degrees_there_are(tmp_path):
     directory = checkpoints.make(tmp_path / "grouped", width=48, heads=6, kv_heads=2)
     assert models.describe(Checkpoint(directory)).degrees == (1, 2)
+
+
+def test_a_guard_ends_with_its_instance_and_aborts_no_group_of_a_later_one(monkeypatch):
+    class Peers:
+        aborted = False
+
+        def abort(self):
+            self.aborted = True
+
+    monkeypatch.setattr("dilaserve.worker.groups.made", lambda *args: Peers())
+    exchange, before = Exchange(4), threading.active_count()
+    joined = Groups("nccl", exchange, 0, "")
+    for instance in range(MANY):
+        ranks = range(2) if instance % 2 else range(4)
+        group = joined.join(instance, ranks, [1] * len(ranks))
+    exchange.abandon(0, MANY - 2)  # an old one, of the four
+    fours = joined.join(MANY, range(4), [1] * 4)
+    while threading.active_count() > before + 1:
+        time.sleep(0.01)
+    assert not fours.group.aborted
+    exchange.abandon(0, MANY)
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    assert fours.group.aborted
+    assert not group.group.aborted
+    assert joined.join(MANY + 1, range(4), [1] * 4).group is not fours.group

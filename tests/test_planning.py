@@ -1,6 +1,7 @@
 """Which instances there should be: operating points, the linear program, layouts, and when to change."""
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import assume, given, settings
@@ -260,6 +261,23 @@ def test_a_deadline_that_nothing_can_meet_and_no_traffic_change_nothing():
     assert propose([], ground, 0.2, 0.9).counts == {2: 4}
     assert kept({2: 3}, ground) == {1: 2, 2: 3}
     assert kept({16: 1}, ground) == {1: 8}
+
+
+@pytest.mark.parametrize("flows", [(), (Flow(canvas_tokens=456, answer_tokens=256, tightness=2.0, rate=3.0),)])
+def test_a_plan_that_lost_a_device_stays_as_far_as_it_goes(flows):
+    profile = llada_8b_h200()
+    laws = {degree: profile.costs[f"cuda x{degree}"] for degree in DEGREES}
+    for running, alive, counts in (
+        (((0, 1), (2, 3), (4, 5), (6, 7)), range(7), {2: 3, 1: 1}),
+        (((0, 1, 2, 3), (4, 5), (6, 7)), range(1, 8), {2: 2, 1: 3}),
+        (((0, 1),), range(1, 2), {1: 1}),
+    ):
+        asked = Demand(seconds=5.0, flows=flows, backlog=0, plan=Plan(running), ranks=tuple(alive), degrees=DEGREES)
+        plan = Planner(laws, profile.quality).advise(asked).plan
+        assert plan is not None
+        assert Counter(map(len, plan.groups)) == counts
+    asked = Demand(seconds=5.0, flows=(), backlog=0, plan=Plan(((0,), (1,))), ranks=(0,), degrees=DEGREES)
+    assert Planner(laws, profile.quality).advise(asked).plan is None
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.sampled_from([0.1, 150.0]))

@@ -87,6 +87,40 @@ def test_the_accuracy_budget_is_kept():
     assert bank.spent <= 0.1 * (bank.served + 50)
 
 
+@pytest.mark.parametrize("scheduling", ["edf", "least-slack", "composed"])
+def test_the_accuracy_budget_is_kept_by_rows_that_ask_for_it_at_once(scheduling):
+    async def crowded():
+        config = Config.of(scheduling=scheduling)
+        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+            await asyncio.gather(*(engine.generate([0] * 32, Options(deadline=1.0)) for _ in range(60)))
+            return engine.scheduler.promises.banks[""]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        bank = runner.run(crowded())
+    assert bank.served == 60
+    assert bank.spent <= 0.9 * (bank.served + 50)
+
+
+@pytest.mark.parametrize("scheduling", ["fcfs", "edf", "least-slack", "composed"])
+def test_a_step_that_hangs_is_noticed_after_a_crowd_as_well(scheduling, monkeypatch):
+    async def hanging():
+        config = Config.of(scheduling=scheduling, max_num_seqs=8)
+        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+            await asyncio.gather(*(engine.generate([0] * 32, Options(max_tokens=64, deadline=0.3)) for _ in range(60)))
+            await asyncio.sleep(100.0)
+            killed = asyncio.get_running_loop().create_future()
+            monkeypatch.setattr(engine.executor, "launch", lambda batch: None)
+            monkeypatch.setattr(engine.executor, "kill", lambda instance, reason: killed.set_result(instance))
+            last = asyncio.create_task(engine.generate([0] * 32, Options(max_tokens=64, deadline=30.0)))
+            began = asyncio.get_running_loop().time()
+            await killed
+            last.cancel()
+            return asyncio.get_running_loop().time() - began
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert 20.0 <= runner.run(hanging()) < 25.0
+
+
 def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
     async def changing():
         profile = llada_8b_h200()

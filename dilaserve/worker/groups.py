@@ -158,9 +158,11 @@ class Groups:
     def __init__(self, backend: str, exchange: Exchange, rank: int, store: str) -> None:
         self.backend, self.exchange, self.me, self.store = backend, exchange, rank, store
         self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
+        self.current = -1  # the instance that was joined last
 
     def join(self, instance: int, ranks: Sequence[int], lives: Sequence[int]) -> Group:
         position = list(ranks).index(self.me)
+        self.current = instance
         if len(ranks) == 1:
             return Alone()
         if self.backend == "shm":
@@ -177,12 +179,15 @@ class Groups:
         return Distributed(group, position, len(ranks))
 
     def guard(self, group: Any, instance: int, key: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        """A kernel of NCCL waits for dead peers for ever; abort it when the engine says that they are."""
+        """A kernel of NCCL waits for dead peers for ever; abort it when the engine says that they are.
+
+        As long as the worker is of this instance: the next one may meet through the same group, and has its own guard.
+        """
 
         def watch() -> None:
-            while not self.exchange.abandoned(self.me, instance):
+            while self.current == instance and not self.exchange.abandoned(self.me, instance):
                 time.sleep(0.02)
-            if self.known.pop(key, None) is not None:
+            if self.current == instance and self.known.pop(key, None) is not None:
                 group.abort()
 
         threading.Thread(target=watch, daemon=True).start()
