@@ -103,7 +103,8 @@ class Beliefs:
         """A step at this degree has taken `seconds` on the worker and `turnaround` seen from here."""
         pace = self.pace(degree)
         pace.learner.observe(features, refreshes, seconds)
-        pace.overhead += SMOOTH * (max(0.0, turnaround - seconds) - pace.overhead)
+        outside = min(max(0.0, turnaround - seconds), seconds + 2 * pace.overhead)  # a machine that slept tells nothing
+        pace.overhead += SMOOTH * (outside - pace.overhead)
 
     # requests
 

@@ -11,6 +11,8 @@ from dilaserve.promises import Promises
 from dilaserve.terms import Instance, Load
 
 LOOKS = 8  # waiting requests that a decision may test in vain
+STALE = 10.0  # seconds without a step after which what is believed of an instance may be wrong
+FARTHEST = 10.0  # times too long that a step may seem to take
 ARRIVAL = attrgetter("request.arrived_at")
 
 
@@ -24,11 +26,13 @@ class House:
         self.promises, self.beliefs = promises, promises.beliefs
         self.max_rows = config.device.max_num_seqs
         self.max_promised = config.scheduler.guaranteed_rows
+        self.age = config.scheduler.best_effort_age
         self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
         self.queue: list[Progress] = []  # promised rows without a seat, in order of service
         self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
         self.seats: dict[int, Seat] = {}
         self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
+        self.kept: Seat | None = None  # takes no promises until who has waited for too long finds room on it
 
     def reseated(self) -> None:
         self.promises.degrees = tuple(sorted({seat.degree for seat in self.seats.values()})) or (self.beliefs.base,)
@@ -44,6 +48,7 @@ class House:
     def place(self, now: float, everywhere: bool) -> None:
         """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
         if self.promises.admits:
+            self.place_aged(now)
             self.place_promised(now, everywhere)
             self.place_rest(self.waiting)
         else:
@@ -54,23 +59,46 @@ class House:
                 self.queue = [progress for progress in self.queue if id(progress) in left]
                 self.waiting = [progress for progress in self.waiting if id(progress) in left]
 
+    def place_aged(self, now: float) -> None:
+        """Whoever has waited for too long goes before promises, one at a time in the house, so that none starves."""
+        self.kept = None
+        if not self.waiting or not self.aged(self.waiting[0], now):
+            return
+        seats = list(self.seats.values())
+        if any(self.aged(row, now) for seat in seats for row in seat.residents.values() if not row.promised):
+            return
+        first = self.waiting[:1]
+        self.place_rest(first)
+        if first:
+            self.kept = min(seats, key=lambda seat: len(seat.residents), default=None)
+        else:
+            del self.waiting[0]
+
+    def aged(self, progress: Progress, now: float) -> bool:
+        return now - progress.request.arrived_at > self.age
+
+    @property
+    def open(self) -> list[Seat]:
+        """The instances that take promises."""
+        return [seat for seat in self.seats.values() if seat is not self.kept]
+
     def place_promised(self, now: float, everywhere: bool) -> None:
         """Newcomers are tested on every instance, those who failed once on the instances between two steps."""
         if not self.queue:
             return
-        idle = [seat for seat in self.seats.values() if seat.flying is None]
+        idle = [seat for seat in self.open if seat.flying is None]
         tested: dict[int, list[Tenant]] = {}
         looks = 0
         for progress in list(self.queue):
             if progress.tested and not everywhere and (looks >= LOOKS or not idle):
                 continue
             looks += progress.tested
-            seats = idle if progress.tested and not everywhere else list(self.seats.values())
+            seats = idle if progress.tested and not everywhere else self.open
             progress.tested = True
             seat = self.seat_with_slack(progress, seats, tested, now)
             if seat is None:
                 seat = self.seat_for_hopeless(progress, now)
-            if seat is not None and self.make_room(seat, progress):
+            if seat is not None and self.make_room(seat, progress, now):
                 self.queue.remove(progress)
                 self.seat(progress, seat)
                 tested.pop(seat.instance.id, None)
@@ -92,12 +120,19 @@ class House:
 
         None for a request that is not hopeless: it waits for a seat that keeps its slack.
         """
-        seats = self.seats.values()
+        seats = self.open
         if self.promises.shed and (all(seat.promised for seat in seats) or self.promises.is_past(progress, now)):
             return None
         if not self.promises.is_hopeless(progress, now):
             return None
         return min(seats, key=lambda seat: len(seat.promised), default=None)
+
+    def tries(self, progress: Progress, now: float) -> bool:
+        """Whether a request that seems hopeless is worth a try: an instance has stood idle for long, and what is
+        believed of it may be out of date, as nothing is learned from those who are turned away.
+        """
+        stale = any(not seat.residents and now > seat.launched_at + STALE for seat in self.open)
+        return stale and progress.left(now) * FARTHEST > self.beliefs.unloaded(progress)
 
     def place_rest(self, rows: list[Progress]) -> None:
         """In order, until one finds no room; removes from `rows` who got a seat."""
@@ -157,8 +192,11 @@ class House:
         loads = self.beliefs.loads
         return [tenant(row, loads(row, seat.degree)[row.level], now) for row in seat.promised]
 
-    def make_room(self, seat: Seat, progress: Progress) -> bool:
-        """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes."""
+    def make_room(self, seat: Seat, progress: Progress, now: float) -> bool:
+        """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes.
+
+        The first to come stays if it has aged.
+        """
         while True:
             if len(seat.residents) < self.max_rows * seat.degree:
                 kv_start = seat.pages.take(progress.request.canvas_tokens)
@@ -166,12 +204,16 @@ class House:
                     progress.kv_start = kv_start
                     return True
             idle = [row for row in seat.residents.values() if row.state is State.RESIDENT and not row.promised]
-            if not idle:
+            last = max(idle, key=ARRIVAL, default=None)
+            if last is None or (self.aged(last, now) and last is self.first(seat)):
                 return False
-            last = max(idle, key=ARRIVAL)
             self.unseat(last, seat)
             last.did(Did.EVICTED)
             self.wait_again([last])
+
+    def first(self, seat: Seat) -> Progress:
+        """The best-effort row of an instance that came first."""
+        return min([row for row in seat.residents.values() if not row.promised], key=ARRIVAL)
 
     def seat(self, progress: Progress, seat: Seat) -> None:
         progress.did(Did.PLACED)

@@ -39,6 +39,7 @@ class Promises:
         self.degrees: tuple[int, ...] = (beliefs.base,)
         self.banks: dict[str, Bank] = {}
         self.reserved: dict[str, float] = {}
+        self.all, self.pending = NEW, 0.0  # the same of all tenants together, who may be as many as there are requests
         self.floor = 0
         self.crowd = 0.0
 
@@ -76,12 +77,14 @@ class Promises:
         return Wish(progress.left(now), self.beliefs.loads(progress, degree), self.deepest(progress), progress.borne)
 
     def deepest(self, progress: Progress) -> int:
-        """The lowest of the row's thresholds that its tenant can pay for."""
+        """The lowest of the row's thresholds that its tenant can pay for, and all tenants together can."""
         level = len(progress.thresholds) - 1
         if self.budget is None or level == 0:
             return level
-        tenant = progress.request.slo.tenant
-        most = room(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - progress.reserved)
+        tenant, mine = progress.request.slo.tenant, progress.reserved
+        most = room(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - mine)
+        if (every := room(self.all, self.budget, self.pending - mine)) < most:
+            most = every
         least = price(most, self.budget)
         drops, spent = progress.drops, progress.drop
         while level and drops[level] > 0.0:
@@ -115,13 +118,15 @@ class Promises:
         total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
         if total > 1e-9:
             self.reserved[tenant] = total
+        self.pending = self.pending + drop - progress.reserved if self.reserved else 0.0
         progress.reserved = drop
 
     def settle(self, progress: Progress) -> None:
-        """The request has ended with an answer: its tenant's bank pays for it."""
+        """The request has ended with an answer: its tenant's bank pays for it, and that of all."""
         tenant = progress.request.slo.tenant
         if self.budget is not None and not progress.request.slo.fixed:
             self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop)
+            self.all = settled(self.all, progress.drop)
             if len(self.banks) > MAX_TENANTS:
                 del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
 

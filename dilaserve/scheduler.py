@@ -91,7 +91,6 @@ class Scheduler:
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.patience = policy.step_timeout
         self.compose = COMPOSITIONS[policy.scheduling]
-        self.age = policy.best_effort_age
         self.cap = policy.batch_cap or self.house.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
         self.ticked_at = -NEVER
@@ -277,7 +276,8 @@ class Scheduler:
             slo.on_miss == "reject"
             and self.promises.admits
             and (self.house.seats or not (self.house.closing or self.layout.forming))
-            and not self.house.seat_with_slack(progress, list(self.house.seats.values()), {}, now)
+            and not self.house.seat_with_slack(progress, self.house.open, {}, now)
+            and not self.house.tries(progress, now)
         ):
             del self.requests[request.id]
             progress.did(Did.ENDED)
@@ -535,7 +535,7 @@ class Scheduler:
         rest = [row for row in rows if not row.promised]
         if not seat.promised:
             return sorted(rest, key=ARRIVAL)
-        if rest and now - (oldest := min(rest, key=ARRIVAL)).request.arrived_at > self.age:
+        if rest and self.house.aged(oldest := min(rest, key=ARRIVAL), now):
             return [oldest, *seat.promised]
         return seat.promised
 

@@ -1,6 +1,7 @@
 """The real engine on virtual time."""
 
 import asyncio
+import contextlib
 import gzip
 import itertools
 import random
@@ -9,9 +10,10 @@ import msgspec
 import pytest
 
 from dilaserve import profiles
+from dilaserve.beliefs import Beliefs
 from dilaserve.cli import main
 from dilaserve.config import Config
-from dilaserve.cost import Features
+from dilaserve.cost import Features, Learner
 from dilaserve.engine import Engine, Options
 from dilaserve.errors import ConfigError, DeadlineMissed
 from dilaserve.planner import Planner
@@ -85,6 +87,75 @@ def test_the_accuracy_budget_is_kept():
     tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget=0.1, min_confidence_threshold=0.7)
     bank = tight.engine.scheduler.promises.banks[""]
     assert bank.spent <= 0.1 * (bank.served + 50)
+
+
+def test_tenants_together_keep_the_budget_however_many_there_are():
+    async def crowded():
+        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+            rng, tasks = random.Random(0), []
+            for i in range(320):
+                options = Options(max_tokens=256, deadline=0.5, tenant=f"tenant {i}")
+                tasks.append(asyncio.create_task(engine.generate([0] * 32, options)))
+                await asyncio.sleep(rng.expovariate(5.0))
+            await asyncio.gather(*tasks)
+            return engine.scheduler.promises
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        promises = runner.run(crowded())
+    assert len(promises.banks) == promises.all.served == 320
+    assert 30.0 < promises.all.spent <= 0.9 * (320 + 50)
+    assert promises.pending == 0.0
+
+
+@pytest.mark.parametrize("limits", [{"kv_cache_tokens": 1024}, {"max_num_seqs": 6}])
+def test_who_has_waited_for_too_long_gets_a_seat_where_promises_fill_all(limits):
+    async def busy():
+        config = Config.of(plan="1x1", best_effort_age=10.0, **limits)
+        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+            rng, prompt = random.Random(0), [0] * 32
+            patient, hurried = [], []
+            while len(hurried) < 100 or not all(task.done() for task in patient):
+                hurried.append(asyncio.create_task(engine.generate(prompt, Options(max_tokens=224, deadline=2.0))))
+                await asyncio.sleep(rng.expovariate(10.0))
+                if len(hurried) in (50, 51, 52):
+                    patient.append(asyncio.create_task(engine.generate(prompt, Options(max_tokens=224))))
+                assert engine.loop.time() < 300.0
+            await asyncio.gather(*patient, *hurried)
+            return len(engine.free) == engine.table.rows
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(busy())
+
+
+def test_who_turns_all_away_by_a_wrong_law_finds_out():
+    """Nothing would be learned if whatever seems hopeless were refused: now and then one is tried."""
+
+    async def refusing(factor):
+        profile = llada_8b_h200()
+        engine = Engine(Config.of(plan="1x1"), furnish=pretended(profile, 1, 1024))
+        async with engine:
+            pace = engine.scheduler.beliefs.pace(1)
+            pace.learner = Learner(pace.learner.law.scaled(factor))
+            met = 0
+            for _ in range(200):
+                with contextlib.suppress(DeadlineMissed):
+                    await engine.generate([0] * 32, Options(max_tokens=64, deadline=1.0, on_miss="reject"))
+                    met += 1
+                await asyncio.sleep(1.0)
+            return met
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(refusing(1.0)) == 200
+        assert runner.run(refusing(20.0)) > 100
+
+
+def test_a_machine_that_slept_during_a_step_is_no_slower_for_it():
+    beliefs = Beliefs({1: law_at(1)}, llada_8b_h200().quality)
+    for _ in range(100):
+        beliefs.stepped(Features(32, 32 * 256, 256, 32, 1), False, 0.005, 0.006, 1)
+    before = beliefs.pace(1).overhead
+    beliefs.stepped(Features(32, 32 * 256, 256, 32, 1), False, 0.005, 3600.0, 1)
+    assert beliefs.pace(1).overhead < 1.2 * before
 
 
 @pytest.mark.parametrize("scheduling", ["edf", "least-slack", "composed"])

@@ -9,6 +9,7 @@ from dilaserve.terms import Load
 
 INFLATED = 2.0  # times the demand: lower early and mildly, not late and harshly
 NEEDED = 1.1  # times the demand, for levels that the budget cannot bear for everybody
+FUTILE = 1.5  # times what is left that a row needs alone at its deepest level: points would be spent for nothing
 SPARED = 1.75  # times the demand that is kept before a row lets others ride; looked at again after every step
 TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
 CROWDED, ROOMY = 1.5, 0.8  # crowding that does the same: long deadlines are missed only when it is too late to hurry
@@ -43,7 +44,8 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     """The highest level at or below `floor` at which each row, with all rows before it, keeps its deadline.
 
     `wishes` stand in the order of service; levels count from 0, the reference. Points that are spent early buy room for
-    all, where rows crowd; where they do not, what the budget does not bear for everybody is kept for rows in need.
+    all, where rows crowd; where they do not, what the budget does not bear for everybody is kept for rows in need. A
+    row that no level would save stays at the floor.
     """
     steps = work = 0.0
     verdicts: list[Verdict] = []
@@ -59,6 +61,12 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
             if level >= deepest or left >= (INFLATED if level < early else NEEDED) * seconds:
                 break
             level += 1
+        if left < seconds and left * FUTILE < load.steps * fixed + load.work:
+            level = floor if floor < deepest else deepest
+            load = loads[level]
+            joint_steps = load.steps if load.steps > steps else steps
+            joint_work = work + load.work
+            seconds = joint_steps * fixed + joint_work
         steps, work = joint_steps, joint_work
         slack = left - SPARED * seconds
         verdicts.append(Verdict(level, slack if slack > 0.0 else 0.0, left < seconds))
