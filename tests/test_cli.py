@@ -1,6 +1,7 @@
 """The command line, as processes: what a user types, and what comes back."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -97,7 +98,9 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--port", "70000"], "--port '70000'"),
         (["--cache", "triple"], "--cache 'triple'"),
         (["--cache", "triple"], "one of none, prefix, dual"),
-        (["--accuracy-budget", "some"], "--accuracy-budget 'some': one of number, off"),
+        (["--accuracy-budget", "some"], "--accuracy-budget 'some': a number from 0 to 100, or off"),
+        (["--accuracy-budget", "-1"], "--accuracy-budget '-1': a number from 0 to 100, or off"),
+        (["--accuracy-budget", "nan"], "--accuracy-budget 'nan': a number from 0 to 100, or off"),
         (["--host", ""], "--host ''"),
         (["--api-key", ""], "--api-key ''"),
         (["--max-num-seqs", "0"], "--max-num-seqs '0'"),
@@ -118,6 +121,15 @@ def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, capsys):
     assert pattern in captured.err
     assert captured.err.startswith("dilaserve: ")
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("wrong", ["inf", "nan", "-inf", "1e300", math.inf, math.nan, -math.inf])
+def test_no_setting_takes_what_is_endless_or_no_number(wrong):
+    numbers = [setting for setting in config.settings().values() if config.takes_numbers(setting.type)]
+    assert {"step_timeout", "grace_period", "accuracy_budget"} < {setting.name for setting in numbers}
+    for setting in numbers:
+        with pytest.raises(ConfigError, match=f"^{setting.flag} "):
+            config.build({setting.name: wrong})
 
 
 def test_flags_go_before_the_environment_before_the_file(tmp_path):
