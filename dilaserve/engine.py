@@ -125,10 +125,11 @@ class Engine:
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
         self.executor, self.table, self.text = furniture.executor, furniture.table, furniture.text
         self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
-        self.advice = furniture.note
         self.free = list(reversed(range(self.table.rows)))
         self.devices, self.degrees = furniture.devices, furniture.degrees
         self.planner = self.planner or furniture.planner
+        self.unplanned = None if self.planner else furniture.unplanned
+        self.advice = advised(furniture.note, self.unplanned if self.config.device.plan == "auto" else None)
         solves = self.planner is not None and self.config.device.plan == "auto"
         self.told = furniture.laws
         steps = steps_for(self.devices, self.config.device)
@@ -236,7 +237,8 @@ class Engine:
         """
         wanted = None if plan == "auto" else self.possible(plan)
         if wanted is None and self.planner is None:
-            raise BadRequest("there is no planner here; name a plan such as 2x1", param="plan")
+            reason = self.unplanned or "instances of one size are all that there can be"
+            raise BadRequest(f"there is no planner here: {reason}; name a plan such as 2x1", param="plan")
         if self.main is None or self.main.done():
             raise Unavailable("the engine has stopped")
         done: asyncio.Future[Change] = self.loop.create_future()
@@ -463,6 +465,11 @@ class Engine:
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
+
+
+def advised(note: str | None, unplanned: str | None) -> str | None:
+    """What the user should hear at the start."""
+    return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None
 
 
 def missed(usage: Usage, retry_after: float | None) -> DeadlineMissed:

@@ -9,7 +9,7 @@ import torch
 
 from dilaserve import models, profiles
 from dilaserve.advisor import Advisor
-from dilaserve.config import Config, DeviceConfig
+from dilaserve.config import BUNDLED, Config, DeviceConfig
 from dilaserve.cost import StepCost
 from dilaserve.devices import backend_for, dtype_for, listed, threads_for
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
@@ -50,7 +50,8 @@ class Furniture(NamedTuple):
     degrees: tuple[int, ...]
     plan: Plan
     note: str | None = None  # what the user should hear once the engine is up
-    planner: Counsel | None = None  # None: there is nothing to choose
+    planner: Counsel | None = None  # None: there is nothing to choose, or too little is known
+    unplanned: str | None = None  # what would have to be known
 
 
 Furnish = Callable[[Config, Progress], Furniture]
@@ -91,7 +92,20 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
     laws, quality, note = known(profile, card.name, names[0], degrees)
     planner = Advisor(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
     return Furniture(
-        card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note, planner
+        card,
+        spec.mask_id,
+        spec.vocab_size,
+        text,
+        table,
+        executor,
+        laws,
+        quality,
+        names,
+        degrees,
+        plan,
+        note,
+        planner,
+        unplanned(laws, degrees, config, names),
     )
 
 
@@ -149,6 +163,17 @@ def known(
         note = f"the profile of {name} knows no step costs on {device}; they are learned while serving"
         return {least: guess.costs[profiles.cost_key(device)]}, profile.quality, note
     return laws, profile.quality, None
+
+
+def unplanned(
+    laws: dict[int, StepCost], degrees: tuple[int, ...], config: Config, names: list[str] | None = None
+) -> str | None:
+    """Why there is no planner among several degrees, and what measures what it lacks on devices of these names."""
+    if len(laws) > 1 or len(degrees) < 2:
+        return None
+    model = "" if config.model.model == BUNDLED else f" --model {config.model.model}"
+    cure = f"; `dilaserve calibrate{model} --devices {','.join(names)}` measures the others" if names else ""
+    return f"step costs are known at degree {min(laws)} alone of {', '.join(map(str, degrees))}{cure}"
 
 
 def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -> Job:

@@ -15,7 +15,8 @@ from test_engine import children, until
 from test_parity import answers, asked, expect, some_requests
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestFailed
-from dilaserve.furniture import first_plan
+from dilaserve.engine import advised
+from dilaserve.furniture import first_plan, real
 from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
 from dilaserve.server.app import running
 from dilaserve.terms import Plan
@@ -104,6 +105,22 @@ async def test_the_plan_over_http(engine):
         assert shown["history"][0]["reason"] == "because"
         async with client.get("/metrics") as response:
             assert 'dilaserve_plan_instances{degree="2"} 1.0' in await response.text()
+
+
+async def test_where_there_is_no_planner_it_is_said_what_is_missing(engine, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cure = "step costs are known at degree 1 alone of 1, 2, 4; .*`dilaserve calibrate --model .* --devices cpu,cpu,cpu"
+    with pytest.raises(BadRequest, match=f"there is no planner here: {cure}"):
+        await engine.replan("auto")
+    assert "planner" not in engine.advice  # a plan was named
+    furniture = real(Config.of(devices="cpu,cpu"), lambda device, done, total: None)
+    cure = "step costs are known at degree 1 alone of 1, 2; `dilaserve calibrate --devices cpu,cpu` measures the others"
+    assert (furniture.planner, furniture.unplanned) == (None, cure)
+    assert advised(None, cure) == f"no planner changes the plan: {cure}"
+    assert advised("a note", cure) == f"a note; no planner changes the plan: {cure}"
+    assert (advised("a note", None), advised(None, None)) == ("a note", None)
+    alone = real(Config.of(devices="cpu"), lambda device, done, total: None)
+    assert (alone.planner, alone.unplanned) == (None, None)
 
 
 async def test_without_an_admin_key_nobody_changes_the_plan(engine):
