@@ -195,6 +195,43 @@ def test_ctrl_c_ends_a_serving_and_a_loading_server_quietly(served, random_model
     assert "Traceback" not in loading.stderr.read()
 
 
+def workers_of(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return list(map(int, found.stdout.split()))
+
+
+def gone(pid):
+    """Ended, whether or not somebody has asked how."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_second_ctrl_c_ends_the_workers_too_whatever_they_do(served):
+    process, address, _ = served
+    workers = workers_of(process.pid)
+    assert workers
+    with ask(address, max_tokens=200, block_length=4, stream=True):
+        try:
+            for worker in workers:
+                os.kill(worker, signal.SIGSTOP)
+            process.send_signal(signal.SIGINT)
+            while "stopping: " not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 1
+            until = time.monotonic() + 30
+            while not all(map(gone, workers)) and time.monotonic() < until:
+                time.sleep(0.01)
+            assert all(map(gone, workers))
+        finally:
+            for worker in workers:
+                if not gone(worker):
+                    os.kill(worker, signal.SIGKILL)
+
+
 def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(random_model, model)

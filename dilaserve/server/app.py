@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__
+from dilaserve import __version__, children
 from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import (
@@ -55,6 +55,7 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
 
     def interrupt() -> None:
         if stop.is_set():
+            children.kill()
             os._exit(1)
         stop.set()
         if not listening and me:
