@@ -109,6 +109,7 @@ class Engine:
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
         self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
+        self.moved = False  # instances have been formed or ended since the last change of plan
         self.planned: list[asyncio.Future[Change]] = []  # those who wait for their plan
         self.inbox: deque[Event] = deque()
         self.main: asyncio.Task[None] | None = None
@@ -414,6 +415,7 @@ class Engine:
             case Reshard(moves):
                 for id in moves.ends:
                     self.capacity.pop(id, None)
+                self.moved = True
                 executor.reshard(moves)
             case Reshaped(change):
                 self.reshaped(change)
@@ -439,7 +441,16 @@ class Engine:
                     self.idle.set()
 
     def reshaped(self, change: Change) -> None:
-        """Another plan stands: remember, tell the log, and those who wait for it."""
+        """A plan stands: tell those who wait for it; one that is new, or stands anew, is remembered and logged too."""
+        if self.moved or change.before != change.after:
+            self.remember(change)
+        self.moved = False
+        for waiter in self.planned:
+            if not waiter.done():
+                waiter.set_result(change)
+        self.planned.clear()
+
+    def remember(self, change: Change) -> None:
         if self.history:
             pause = "" if change.pause is None else f", rows paused {1000 * change.pause:.1f} ms"
             plans = f"{spelled(change.before)} to {spelled(change.after)}"
@@ -447,10 +458,6 @@ class Engine:
             self.profile.changes += 1
             self.profile.paused += change.pause or 0.0
         self.history.append(change)
-        for waiter in self.planned:
-            if not waiter.done():
-                waiter.set_result(change)
-        self.planned.clear()
 
     def emit(self, request: Request, prefix: int) -> None:
         stream = self.streams[request.id]

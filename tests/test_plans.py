@@ -60,6 +60,7 @@ async def test_plans_change_under_load_and_no_process_and_no_token_with_them(eng
     workers = {handle.process.pid for handle in engine.executor.workers.values()}
     requests = [request | {"cache": "none"} for request in some_requests(24, seed=12)]
     expected = [(await engine.generate(*asked(**request))).token_ids for request in requests[:8]]
+    await engine.replan("4x1")
     before = engine.profile.changes
     load = [asyncio.create_task(engine.generate(*asked(**request))) for request in requests[:8] * 6]
     for plan in ("1x4", "4x1", "2x2", "1x2+2x1", "2x2") * 2:
@@ -81,6 +82,16 @@ async def test_a_change_leaves_the_instances_of_both_plans_alone(engine):
     now = {seat.instance.ranks: id for id, seat in engine.scheduler.house.seats.items()}
     assert now[(0, 1)] == kept[(0, 1)]
     assert len(now) == 2
+
+
+async def test_a_plan_that_stands_already_is_answered_and_not_counted(engine):
+    await engine.replan("2x2")
+    changes, history = engine.profile.changes, list(engine.history)
+    again = await engine.replan("2x2", "again")
+    assert (spelled(again.before), spelled(again.after), again.reason) == ("2x2", "2x2", "again")
+    assert (engine.profile.changes, list(engine.history)) == (changes, history)
+    await engine.replan("4x1")
+    assert engine.profile.changes == changes + 1
 
 
 async def test_the_plan_over_http(engine):
