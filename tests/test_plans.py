@@ -114,6 +114,10 @@ async def test_the_plan_over_http(engine):
         assert (shown["plan"], shown["wanted"], shown["degrees"]) == ("1x2+2x1", "1x2+2x1", [1, 2, 4])
         assert shown["groups"] == [[0], [1], [2, 3]]
         assert shown["history"][0]["reason"] == "because"
+        status, answer = await post({"plan": "4x1", "reason": "two\n lines\x1b[31m\u2028red\u202e "}, "a")
+        assert (status, answer["reason"]) == (200, "two lines [31m red")
+        status, answer = await post({"plan": "1x2+2x1", "reason": "\n"}, "a")
+        assert (status, answer["reason"]) == (200, "asked for over HTTP")
         async with client.get("/metrics") as response:
             assert 'dilaserve_plan_instances{degree="2"} 1.0' in await response.text()
 

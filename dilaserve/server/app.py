@@ -314,7 +314,7 @@ async def plan(request: web.Request) -> web.StreamResponse:
 
 async def replan(request: web.Request) -> web.StreamResponse:
     asked, engine = openai.decoded(await body(request), plans.PlanRequest), request.app[ENGINE]
-    change = await engine.replan(plans.wanted(asked), asked.reason or "asked for over HTTP")
+    change = await engine.replan(plans.wanted(asked), plans.because(asked))
     return answer(plans.told(engine, change))
 
 
