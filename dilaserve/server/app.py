@@ -224,8 +224,9 @@ async def health(request: web.Request) -> web.StreamResponse:
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
-    if not request.app[ENGINE].ready:
-        raise Unavailable("no worker is ready", retry_after=1.0)
+    engine = request.app[ENGINE]
+    if not engine.ready:
+        raise Unavailable("the server is draining" if engine.draining else "no worker is ready", retry_after=1.0)
     return answer({"status": "ready"})
 
 
