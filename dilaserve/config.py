@@ -114,7 +114,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Meta(description="seconds after which a step counts as hung, if that is 20 times what was predicted"),
     ] = 20.0
     profile: Annotated[
-        str | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
+        Words | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
     ] = None
     max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
 

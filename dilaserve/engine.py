@@ -19,7 +19,7 @@ from dilaserve.devices import steps_for
 from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
-from dilaserve.options import Options, parse_classes, settle, wanted
+from dilaserve.options import Options, Settled, parse_classes, settle, wanted
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
@@ -277,7 +277,7 @@ class Engine:
         options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
-        self.check_room(settled.canvas_tokens)
+        self.check_room(settled)
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding)
@@ -334,13 +334,14 @@ class Engine:
     async def off_loop(self, size: int, encode: Callable[[T], list[int]], prompt: T) -> list[int]:
         return encode(prompt) if size < LONG_TEXT else await asyncio.to_thread(encode, prompt)
 
-    def check_room(self, canvas_tokens: int) -> None:
+    def check_room(self, settled: Settled) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if self.pools and canvas_tokens > (pool := self.smallest_pool()):
+        if self.pools and settled.canvas_tokens > (pool := self.smallest_pool()):
+            cure = "lower max_tokens" if settled.max_tokens > settled.decoding.block_length else "shorten the prompt"
             raise BadRequest(
-                f"a canvas of {canvas_tokens} tokens exceeds the K/V pool of {pool}; "
-                "lower max_tokens or raise --kv-cache-tokens",
+                f"a canvas of {settled.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
+                f"{cure} or raise --kv-cache-tokens",
                 param="max_tokens",
             )
         if not self.free:

@@ -143,7 +143,8 @@ def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:
     try:
         return parsed(text, devices, degrees)
     except BadRequest as error:
-        raise ConfigError(f"--plan {text}: {error.message}", param="plan") from error
+        reason = "there is one device, whose plan is 1x1; see --devices" if devices == 1 else error.message
+        raise ConfigError(f"--plan {text}: {reason}", param="plan") from error
 
 
 def known(

@@ -103,6 +103,7 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--accuracy-budget", "nan"], "--accuracy-budget 'nan': a number from 0 to 100, or off"),
         (["--host", ""], "--host ''"),
         (["--api-key", ""], "--api-key ''"),
+        (["--profile", ""], "--profile ''"),
         (["--max-num-seqs", "0"], "--max-num-seqs '0'"),
         (["--max-queue", "9" * 30], "--max-queue"),
         (["--cpu-threads", "100000"], "--cpu-threads"),

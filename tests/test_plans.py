@@ -250,6 +250,8 @@ async def test_plans_in_words():
             parsed(wrong, 4, (1, 2, 4))
     with pytest.raises(ConfigError, match="--plan 3x2"):
         first_plan("3x2", 4, (1, 2, 4))
+    with pytest.raises(ConfigError, match="--plan 1x2: there is one device"):
+        first_plan("1x2", 1, (1,))
     assert first_plan("auto", 4, (2, 4)) == Plan(((0, 1), (2, 3)))
 
 
