@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -262,10 +263,10 @@ def folder(text: str) -> Path:
     """A directory to write to, made if it is missing: before hours of work, not after."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=text):
+            pass
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
-    if not os.access(text, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {text}")
     return Path(text)
 
 

@@ -6,6 +6,7 @@ A JSON file beside the model, or in the cache directory where that cannot be wri
 import hashlib
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -96,8 +97,13 @@ def whole_laws(laws: Laws, levels: int) -> bool:
 
 def check_writable(file: Path) -> None:
     """Raises `ConfigError` where a profile could not be written; better before the measurement than after it."""
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ConfigError(f"the profile cannot be written to {file}", param="profile")
+    if file.is_dir():
+        raise ConfigError(f"the profile cannot be written to {file}: it is a directory", param="profile")
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the profile cannot be written to {file}: {error.strerror}", param="profile") from error
 
 
 def write(profile: ModelProfile, directory: Path, given: str | None = None) -> Path:

@@ -1,5 +1,6 @@
 """The command line, as processes: what a user types, and what comes back."""
 
+import argparse
 import json
 import math
 import os
@@ -11,12 +12,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from dilaserve import config, profiles
 from dilaserve.calibrate import questions_from
-from dilaserve.cli import main
+from dilaserve.cli import folder, main
 from dilaserve.errors import ConfigError
 
 
@@ -122,6 +124,17 @@ def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, capsys):
     assert pattern in captured.err
     assert captured.err.startswith("dilaserve: ")
     assert len(captured.err.splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
+    profiles.check_writable(tmp_path / "profile.json")
+    assert not list(tmp_path.iterdir())
+    for place in (tmp_path, tmp_path / "nowhere" / "profile.json", Path("/proc/profile.json")):
+        with pytest.raises(ConfigError, match=f"cannot be written to {place}: "):
+            profiles.check_writable(place)
+    assert folder(str(tmp_path / "new" / "one")).is_dir()
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot write to /proc: "):
+        folder("/proc")
 
 
 @pytest.mark.parametrize("wrong", ["inf", "nan", "-inf", "1e300", math.inf, math.nan, -math.inf])
