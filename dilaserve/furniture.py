@@ -1,5 +1,6 @@
 """What an engine works with: the model as clients see it, its tokenizer, the request table, and who runs the steps."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from dilaserve.terms import Plan
 from dilaserve.text import Text
 from dilaserve.worker import memory
 from dilaserve.worker.loop import Job, Shared
+
+log = logging.getLogger(__name__)
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -89,6 +92,8 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
     mapped = Shared(table, Exchange(len(names)))
     executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
     profile = profiles.find(directory, config.scheduler.profile) if measured else None
+    if profile and profile.model not in (card.name, directory.resolve().name):
+        log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
     laws, quality, note = known(profile, card.name, names[0], degrees)
     planner = Advisor(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
     return Furniture(

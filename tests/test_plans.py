@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 import pytest_asyncio
 from reference import Llada
@@ -18,6 +19,7 @@ from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestF
 from dilaserve.engine import advised
 from dilaserve.furniture import first_plan, real
 from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
+from dilaserve.profiles import guessed
 from dilaserve.server.app import running
 from dilaserve.terms import Plan
 
@@ -82,6 +84,20 @@ async def test_a_change_leaves_the_instances_of_both_plans_alone(engine):
     now = {seat.instance.ranks: id for id, seat in engine.scheduler.house.seats.items()}
     assert now[(0, 1)] == kept[(0, 1)]
     assert len(now) == 2
+
+
+async def test_another_models_profile_is_taken_and_said_once(tmp_path, caplog):
+    file = tmp_path / "profile.json"
+    profile = guessed("somebody-else", "cpu")
+    file.write_bytes(msgspec.json.encode(profile))
+    config = Config.of(devices="cpu", profile=str(file))
+    assert real(config, lambda device, done, total: None).laws == {1: profile.costs["cpu x1"]}
+    assert caplog.messages == ["the profile was measured with 'somebody-else', and the model is 'dilaserve-tiny'"]
+    caplog.clear()
+    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(profile, model="dilaserve-tiny")))
+    real(config, lambda device, done, total: None)
+    real(Config.of(devices="cpu", profile=str(file), served_model_name="another"), lambda device, done, total: None)
+    assert caplog.messages == []
 
 
 async def test_a_plan_that_stands_already_is_answered_and_not_counted(engine):

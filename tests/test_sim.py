@@ -291,8 +291,10 @@ def test_a_profile_with_missing_entries_is_damaged(tmp_path):
     task = known.quality.tasks["any"]
     (key, law), *_ = known.costs.items()
     nothing = msgspec.structs.replace(law, fixed=0.0, token=0.0)
+    endless = [msgspec.structs.replace(law, **wrong) for wrong in ({"fixed": 1e300}, {"fixed": 86401.0}, {"key": 1e4})]
     short = msgspec.structs.replace(known.quality, tasks={"any": msgspec.structs.replace(task, drop=(0.0,))})
-    for changed in ({"costs": {}}, {"costs": {key: nothing}}, {"quality": short}):
+    wrong_costs = [{"costs": {key: wrong}} for wrong in (nothing, *endless)]
+    for changed in ({"costs": {}}, *wrong_costs, {"quality": short}):
         (tmp_path / "profile.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(known, **changed)))
         with pytest.raises(ConfigError, match="damaged"):
             profiles.read(tmp_path / "profile.json")
