@@ -237,6 +237,13 @@ def test_the_command_prints_and_saves(tmp_path, capsys):
     assert {file.name for file in tmp_path.iterdir()} == {"outcomes.json", "report.json", "timeline.png"}
 
 
+def test_where_nothing_arrives_nothing_is_said_of_it(capsys):
+    assert main(["simulate", "--rate", ".0001", "--seconds", "5", "--sim-devices", "1"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "nothing arrived in 5 s after the warm-up; raise --rate or --seconds"
+    assert not any("%" in line or "latency" in line for line in rest)
+
+
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
@@ -255,6 +262,7 @@ def test_the_command_prints_and_saves(tmp_path, capsys):
         (["--sim-devices", "0"], "--sim-devices"),
         (["--out", __file__], "cannot write to"),
         (["--trace", "/"], "cannot read the trace /"),
+        (["--prompt", "1000000"], "--prompt 1000000 and --answer 256 exceed the canvas of 4096 tokens"),
     ],
 )
 def test_impossible_flags_are_one_sentence(words, pattern, capsys):
@@ -278,6 +286,25 @@ def test_damaged_traces_are_named(tmp_path):
         (tmp_path / "trace.csv").write_bytes(text.encode("latin-1"))
         with pytest.raises(ConfigError, match="the trace"):
             workload.trace(tmp_path / "trace.csv")
+
+
+@pytest.mark.parametrize("line", ["1,1000000000,5", "1,5,-1", "1,5,0", "1,0,5", "1,5", "1,x,5", "nan,5,5", "1,1e999,5"])
+def test_what_no_request_can_be_is_named_by_its_line(tmp_path, line):
+    file = tmp_path / "trace.csv"
+    file.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,10,20\n{line}\n2,10,20\n")
+    with pytest.raises(ConfigError, match=f"the trace {file} is not a CSV of .*: line 3: "):
+        workload.trace(file)
+
+
+def test_requests_that_are_cut_to_the_canvas_are_counted(tmp_path, capsys):
+    file = tmp_path / "trace.csv"
+    file.write_text("0,100,20\n1,5000,20\n2,100,5000\n3,100,20\n")
+    words = ["simulate", "--trace", str(file), "--rate", "1", "--seconds", "3", "--sim-devices", "1"]
+    assert main(words) == 0
+    assert "\n2 of 4 requests were cut to the 4096 tokens that the model holds" in capsys.readouterr().out
+    file.write_text("0,100,20\n")
+    assert main(words) == 0
+    assert "cut" not in capsys.readouterr().out
 
 
 def test_a_trace_of_one_moment_and_a_tiny_canvas_still_give_jobs_that_can_be_asked():
