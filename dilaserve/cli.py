@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST = 1_000_000  # of whatever a flag counts
+MOST_DEVICES = 4096  # that a plan is made for
 
 
 class Parser(argparse.ArgumentParser):
@@ -209,7 +210,7 @@ def pretending_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Pretended devices").add_argument
     costs = "a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs (default)"
     add("--costs", default="h200", metavar="FILE", help=costs)
-    add("--sim-devices", type=positive, default=8, metavar="N", help="how many (default: 8)")
+    add("--sim-devices", type=devices, default=8, metavar="N", help="how many (default: 8)")
     add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
 
 
@@ -250,6 +251,12 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
 def positive(text: str) -> int:
     if not 1 <= (number := int(text)) <= MOST:
         raise ValueError
+    return number
+
+
+def devices(text: str) -> int:
+    if (number := positive(text)) > MOST_DEVICES:
+        raise argparse.ArgumentTypeError(f"{number} devices are too many to plan for; at most {MOST_DEVICES}")
     return number
 
 

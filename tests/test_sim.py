@@ -260,6 +260,7 @@ def test_where_nothing_arrives_nothing_is_said_of_it(capsys):
         (["--arrivals", "x"], "unknown arrivals 'x'"),
         (["--task", "x"], "--task 'x'"),
         (["--sim-devices", "0"], "--sim-devices"),
+        (["--sim-devices", "4097"], "--sim-devices: 4097 devices are too many to plan for; at most 4096"),
         (["--out", __file__], "cannot write to"),
         (["--trace", "/"], "cannot read the trace /"),
         (["--prompt", "1000000"], "--prompt 1000000 and --answer 256 exceed the canvas of 4096 tokens"),
