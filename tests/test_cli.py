@@ -276,3 +276,17 @@ def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path
     assert (done.returncode, "the old profile is replaced" in done.stderr) == (0, True), done.stderr
     assert profiles.read(elsewhere).costs.keys() == {"cpu x1"}
     assert (model / profiles.FILE).read_text() == "[]"
+
+
+def test_a_bench_that_is_terminated_leaves_no_checkpoint_behind():
+    code = "import gpu, time\nwith gpu.room(None, 1.0) as place: print(place, flush=True); time.sleep(60)"
+    bench = Path(__file__).parent.parent / "bench"
+    path = {"PYTHONPATH": os.pathsep.join(map(str, (bench, bench.parent)))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | path
+    ) as one:
+        place = Path(one.stdout.readline().strip())
+        assert place.is_dir()
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(60) == 128 + signal.SIGTERM
+    assert not place.exists()
