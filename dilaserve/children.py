@@ -1,6 +1,7 @@
-"""How child processes are started, whoever's program this is."""
+"""How child processes are started, and all ended at once, whoever's program this is."""
 
 import contextlib
+import multiprocessing
 import signal
 import sys
 import threading
@@ -15,6 +16,12 @@ def start(process: Any) -> None:
     """Start a child; it inherits blocked SIGINT and SIGTERM, so that only its engine ends it."""
     with _spawning, blocked(signal.SIGINT, signal.SIGTERM), anonymous_main():
         process.start()
+
+
+def kill() -> None:
+    """End all children of this process, whatever they do."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @contextlib.contextmanager

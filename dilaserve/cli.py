@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST = 1_000_000  # of whatever a flag counts
+MOST_DEVICES = 4096  # that a plan is made for
 
 
 class Parser(argparse.ArgumentParser):
@@ -208,7 +210,7 @@ def pretending_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Pretended devices").add_argument
     costs = "a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs (default)"
     add("--costs", default="h200", metavar="FILE", help=costs)
-    add("--sim-devices", type=positive, default=8, metavar="N", help="how many (default: 8)")
+    add("--sim-devices", type=devices, default=8, metavar="N", help="how many (default: 8)")
     add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
 
 
@@ -252,6 +254,12 @@ def positive(text: str) -> int:
     return number
 
 
+def devices(text: str) -> int:
+    if (number := positive(text)) > MOST_DEVICES:
+        raise argparse.ArgumentTypeError(f"{number} devices are too many to plan for; at most {MOST_DEVICES}")
+    return number
+
+
 def amount(text: str) -> float:
     if not 0.0 < (number := float(text)) < math.inf:
         raise ValueError
@@ -262,10 +270,10 @@ def folder(text: str) -> Path:
     """A directory to write to, made if it is missing: before hours of work, not after."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=text):
+            pass
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
-    if not os.access(text, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {text}")
     return Path(text)
 
 

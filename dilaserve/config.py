@@ -22,7 +22,9 @@ ENVIRONMENT = "DILASERVE_"
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Words = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
-Budget = Annotated[float, Meta(ge=0.0)] | Literal["off"]
+Budget = Annotated[float, Meta(ge=0.0, le=100.0)] | Literal["off"]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+Patience = Annotated[float, Meta(gt=0.0, le=1e9)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,7 +59,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Positive | None, Meta(description="K/V pool of one device, in tokens (default: from free memory)")
     ] = None
     weights_memory: Annotated[
-        Annotated[float, Meta(gt=0.0)] | None,
+        Annotated[float, Meta(gt=0.0, le=2.0**20)] | None,
         Meta(description="GiB of one device that weights may take (default: what is there); more are split up"),
     ] = None
     gpu_memory_utilization: Annotated[Share, Meta(description="share of a GPU's memory to use")] = 0.9
@@ -104,15 +106,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = ""
     guaranteed_rows: Annotated[Positive, Meta(description="rows with a promised deadline on one device, at most")] = 6
     batch_cap: Annotated[Positive | None, Meta(description="rows in one step, at most")] = None
-    best_effort_age: Annotated[
-        Annotated[float, Meta(gt=0.0)], Meta(description="seconds after which late requests go before all others")
-    ] = 30.0
+    best_effort_age: Annotated[Patience, Meta(description="seconds after which late requests go before all others")] = (
+        30.0
+    )
     step_timeout: Annotated[
-        Annotated[float, Meta(gt=0.0)],
+        Patience,
         Meta(description="seconds after which a step counts as hung, if that is 20 times what was predicted"),
     ] = 20.0
     profile: Annotated[
-        str | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
+        Words | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
     ] = None
     max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
 
@@ -128,9 +130,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     admin_key: Annotated[Words | None, Meta(description="bearer token that may change the plan (POST /v1/plan)")] = None
     max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 4 * 2**20
     max_choices: Annotated[Positive, Meta(description="largest n, and most prompts in one request")] = 16
-    grace_period: Annotated[
-        Annotated[float, Meta(ge=0.0)], Meta(description="seconds that running requests get to finish at shutdown")
-    ] = 30.0
+    grace_period: Annotated[Seconds, Meta(description="seconds that running requests get to finish at shutdown")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least level logged")] = "info"
 
 
@@ -223,8 +223,25 @@ def convert(setting: Setting, value: Any, source: str = "") -> Any:
     try:
         return msgspec.convert(value, setting.type, strict=not isinstance(value, str))
     except msgspec.ValidationError as error:
-        reason = f"one of {', '.join(choices)}" if (choices := literals(setting.type)) else error
-        raise ConfigError(f"{setting.flag} {value!r}{source}: {reason}", param=setting.name) from error
+        raise ConfigError(
+            f"{setting.flag} {value!r}{source}: {choice(setting.type) or error}", param=setting.name
+        ) from error
+
+
+def choice(hint: Any) -> str:
+    """What there is to choose from, in words; nothing where a type is no choice."""
+    words = literals(hint)
+    if words[:1] == ["number"]:
+        span = limits(hint)
+        return f"a number from {span.ge:g} to {span.le:g}, or {' or '.join(words[1:])}"
+    return f"one of {', '.join(words)}" if words else ""
+
+
+def limits(hint: Any) -> Any:
+    """Between what a choice's numbers lie."""
+    if get_args(hint)[:1] == (float,) and isinstance(found := get_args(hint)[1], Meta):
+        return found
+    return next(filter(None, map(limits, get_args(hint))), None)
 
 
 def literals(hint: Any) -> list[str]:

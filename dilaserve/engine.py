@@ -19,7 +19,7 @@ from dilaserve.devices import steps_for
 from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
-from dilaserve.options import Options, parse_classes, settle, wanted
+from dilaserve.options import Options, Settled, parse_classes, settle, wanted
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
@@ -109,6 +109,7 @@ class Engine:
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
         self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
+        self.moved = False  # instances have been formed or ended since the last change of plan
         self.planned: list[asyncio.Future[Change]] = []  # those who wait for their plan
         self.inbox: deque[Event] = deque()
         self.main: asyncio.Task[None] | None = None
@@ -125,10 +126,11 @@ class Engine:
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
         self.executor, self.table, self.text = furniture.executor, furniture.table, furniture.text
         self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
-        self.advice = furniture.note
         self.free = list(reversed(range(self.table.rows)))
         self.devices, self.degrees = furniture.devices, furniture.degrees
         self.planner = self.planner or furniture.planner
+        self.unplanned = None if self.planner else furniture.unplanned
+        self.advice = advised(furniture.note, self.unplanned if self.config.device.plan == "auto" else None)
         solves = self.planner is not None and self.config.device.plan == "auto"
         self.told = furniture.laws
         steps = steps_for(self.devices, self.config.device)
@@ -236,7 +238,8 @@ class Engine:
         """
         wanted = None if plan == "auto" else self.possible(plan)
         if wanted is None and self.planner is None:
-            raise BadRequest("there is no planner here; name a plan such as 2x1", param="plan")
+            reason = self.unplanned or "instances of one size are all that there can be"
+            raise BadRequest(f"there is no planner here: {reason}; name a plan such as 2x1", param="plan")
         if self.main is None or self.main.done():
             raise Unavailable("the engine has stopped")
         done: asyncio.Future[Change] = self.loop.create_future()
@@ -274,7 +277,7 @@ class Engine:
         options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
-        self.check_room(settled.canvas_tokens)
+        self.check_room(settled)
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding)
@@ -331,13 +334,14 @@ class Engine:
     async def off_loop(self, size: int, encode: Callable[[T], list[int]], prompt: T) -> list[int]:
         return encode(prompt) if size < LONG_TEXT else await asyncio.to_thread(encode, prompt)
 
-    def check_room(self, canvas_tokens: int) -> None:
+    def check_room(self, settled: Settled) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if self.pools and canvas_tokens > (pool := self.smallest_pool()):
+        if self.pools and settled.canvas_tokens > (pool := self.smallest_pool()):
+            cure = "lower max_tokens" if settled.max_tokens > settled.decoding.block_length else "shorten the prompt"
             raise BadRequest(
-                f"a canvas of {canvas_tokens} tokens exceeds the K/V pool of {pool}; "
-                "lower max_tokens or raise --kv-cache-tokens",
+                f"a canvas of {settled.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
+                f"{cure} or raise --kv-cache-tokens",
                 param="max_tokens",
             )
         if not self.free:
@@ -412,6 +416,7 @@ class Engine:
             case Reshard(moves):
                 for id in moves.ends:
                     self.capacity.pop(id, None)
+                self.moved = True
                 executor.reshard(moves)
             case Reshaped(change):
                 self.reshaped(change)
@@ -437,7 +442,16 @@ class Engine:
                     self.idle.set()
 
     def reshaped(self, change: Change) -> None:
-        """Another plan stands: remember, tell the log, and those who wait for it."""
+        """A plan stands: tell those who wait for it; one that is new, or stands anew, is remembered and logged too."""
+        if self.moved or change.before != change.after:
+            self.remember(change)
+        self.moved = False
+        for waiter in self.planned:
+            if not waiter.done():
+                waiter.set_result(change)
+        self.planned.clear()
+
+    def remember(self, change: Change) -> None:
         if self.history:
             pause = "" if change.pause is None else f", rows paused {1000 * change.pause:.1f} ms"
             plans = f"{spelled(change.before)} to {spelled(change.after)}"
@@ -445,10 +459,6 @@ class Engine:
             self.profile.changes += 1
             self.profile.paused += change.pause or 0.0
         self.history.append(change)
-        for waiter in self.planned:
-            if not waiter.done():
-                waiter.set_result(change)
-        self.planned.clear()
 
     def emit(self, request: Request, prefix: int) -> None:
         stream = self.streams[request.id]
@@ -463,6 +473,11 @@ class Engine:
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
+
+
+def advised(note: str | None, unplanned: str | None) -> str | None:
+    """What the user should hear at the start."""
+    return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None
 
 
 def missed(usage: Usage, retry_after: float | None) -> DeadlineMissed:

@@ -1,5 +1,6 @@
 """What an engine works with: the model as clients see it, its tokenizer, the request table, and who runs the steps."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 
 from dilaserve import models, profiles
 from dilaserve.advisor import Advisor
-from dilaserve.config import Config, DeviceConfig
+from dilaserve.config import BUNDLED, Config, DeviceConfig
 from dilaserve.cost import StepCost
 from dilaserve.devices import backend_for, dtype_for, listed, threads_for
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
@@ -26,6 +27,8 @@ from dilaserve.terms import Plan
 from dilaserve.text import Text
 from dilaserve.worker import memory
 from dilaserve.worker.loop import Job, Shared
+
+log = logging.getLogger(__name__)
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -50,7 +53,8 @@ class Furniture(NamedTuple):
     degrees: tuple[int, ...]
     plan: Plan
     note: str | None = None  # what the user should hear once the engine is up
-    planner: Counsel | None = None  # None: there is nothing to choose
+    planner: Counsel | None = None  # None: there is nothing to choose, or too little is known
+    unplanned: str | None = None  # what would have to be known
 
 
 Furnish = Callable[[Config, Progress], Furniture]
@@ -88,10 +92,25 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
     mapped = Shared(table, Exchange(len(names)))
     executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
     profile = profiles.find(directory, config.scheduler.profile) if measured else None
+    if profile and profile.model not in (card.name, directory.resolve().name):
+        log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
     laws, quality, note = known(profile, card.name, names[0], degrees)
     planner = Advisor(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
     return Furniture(
-        card, spec.mask_id, spec.vocab_size, text, table, executor, laws, quality, names, degrees, plan, note, planner
+        card,
+        spec.mask_id,
+        spec.vocab_size,
+        text,
+        table,
+        executor,
+        laws,
+        quality,
+        names,
+        degrees,
+        plan,
+        note,
+        planner,
+        unplanned(laws, degrees, config, names),
     )
 
 
@@ -129,7 +148,8 @@ def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:
     try:
         return parsed(text, devices, degrees)
     except BadRequest as error:
-        raise ConfigError(f"--plan {text}: {error.message}", param="plan") from error
+        reason = "there is one device, whose plan is 1x1; see --devices" if devices == 1 else error.message
+        raise ConfigError(f"--plan {text}: {reason}", param="plan") from error
 
 
 def known(
@@ -149,6 +169,17 @@ def known(
         note = f"the profile of {name} knows no step costs on {device}; they are learned while serving"
         return {least: guess.costs[profiles.cost_key(device)]}, profile.quality, note
     return laws, profile.quality, None
+
+
+def unplanned(
+    laws: dict[int, StepCost], degrees: tuple[int, ...], config: Config, names: list[str] | None = None
+) -> str | None:
+    """Why there is no planner among several degrees, and what measures what it lacks on devices of these names."""
+    if len(laws) > 1 or len(degrees) < 2:
+        return None
+    model = "" if config.model.model == BUNDLED else f" --model {config.model.model}"
+    cure = f"; `dilaserve calibrate{model} --devices {','.join(names)}` measures the others" if names else ""
+    return f"step costs are known at degree {min(laws)} alone of {', '.join(map(str, degrees))}{cure}"
 
 
 def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -> Job:

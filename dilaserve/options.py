@@ -166,7 +166,10 @@ def parse_classes(text: str) -> dict[str, SloClass]:
         seconds = float(found["ms"]) / 1000 if found["ms"] else None
         if not all(0.0 < value < 1e9 for value in (multiple, seconds) if value is not None):
             raise ConfigError(f"--slo-class {part!r}: a deadline is above 0 and finite", param="slo_class")
-        classes[found["name"]] = SloClass(multiple, seconds, float(found["weight"] or 1.0))
+        weight = float(found["weight"] or 1.0)
+        if not 0.0 < weight < 1e9:
+            raise ConfigError(f"--slo-class {part!r}: a weight is above 0 and finite", param="slo_class")
+        classes[found["name"]] = SloClass(multiple, seconds, weight)
     return classes
 
 

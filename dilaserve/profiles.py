@@ -6,16 +6,19 @@ A JSON file beside the model, or in the cache directory where that cannot be wri
 import hashlib
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import msgspec
 
-from dilaserve.cost import KNOTS, StepCost
+from dilaserve.cost import KNOTS, Features, StepCost
 from dilaserve.errors import ConfigError
 from dilaserve.quality import ANY, BINS, PARTS, Law, Laws, QualityProfile, TaskProfile
 
 FILE = "dilaserve-profile.json"
 NUMBERS = re.compile(rb"\[\s+([-+.\de,\s]+?)\s+\]")  # a list of numbers, which is to stand on one line
+DAY = 86400.0  # seconds, which no step takes
+ROW = Features(32, 32 * 256, 256, 32, 1)
 UNKNOWN_DROPS = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0)  # points by level, for a model that nobody has measured
 UNKNOWN_PACES = (2.5, 2.8, 3.1, 3.5, 4.0, 4.5, 5.5)  # tokens a step by level
 
@@ -65,15 +68,16 @@ def read(file: Path) -> ModelProfile:
     if ANY not in profile.quality.tasks:
         raise ConfigError(f"the profile {file} has no task {ANY!r}; run `dilaserve calibrate`", param="profile")
     if not all(map(whole_cost, profile.costs.values())) or not profile.costs or not whole_quality(profile.quality):
-        reason = "a table has the wrong length, or costs are nothing"
+        reason = "a table has the wrong length, or costs are nothing or more than a day a step"
         raise ConfigError(f"the profile {file} is damaged: {reason}; run `dilaserve calibrate`", param="profile")
     return profile
 
 
 def whole_cost(law: StepCost) -> bool:
-    """Every step costs something, and no coefficient is missing."""
+    """Every step costs something, one of a single row less than a day, and no coefficient is missing."""
     parts = (law.fixed, law.token, law.attention, law.key, law.projection, law.row, *law.bends)
-    return len(law.bends) == len(law.knots) > 0 and min(parts) >= 0.0 and law.fixed + law.token > 0.0
+    sane = 0.0 <= min(parts) <= max(parts) < DAY and law.fixed + law.token > 0.0
+    return len(law.bends) == len(law.knots) > 0 and sane and law.seconds(ROW) < DAY
 
 
 def whole_quality(quality: QualityProfile) -> bool:
@@ -96,8 +100,13 @@ def whole_laws(laws: Laws, levels: int) -> bool:
 
 def check_writable(file: Path) -> None:
     """Raises `ConfigError` where a profile could not be written; better before the measurement than after it."""
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ConfigError(f"the profile cannot be written to {file}", param="profile")
+    if file.is_dir():
+        raise ConfigError(f"the profile cannot be written to {file}: it is a directory", param="profile")
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the profile cannot be written to {file}: {error.strerror}", param="profile") from error
 
 
 def write(profile: ModelProfile, directory: Path, given: str | None = None) -> Path:

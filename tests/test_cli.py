@@ -1,6 +1,8 @@
 """The command line, as processes: what a user types, and what comes back."""
 
+import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -10,12 +12,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from dilaserve import config, profiles
 from dilaserve.calibrate import questions_from
-from dilaserve.cli import main
+from dilaserve.cli import folder, main
 from dilaserve.errors import ConfigError
 
 
@@ -97,9 +100,12 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--port", "70000"], "--port '70000'"),
         (["--cache", "triple"], "--cache 'triple'"),
         (["--cache", "triple"], "one of none, prefix, dual"),
-        (["--accuracy-budget", "some"], "--accuracy-budget 'some': one of number, off"),
+        (["--accuracy-budget", "some"], "--accuracy-budget 'some': a number from 0 to 100, or off"),
+        (["--accuracy-budget", "-1"], "--accuracy-budget '-1': a number from 0 to 100, or off"),
+        (["--accuracy-budget", "nan"], "--accuracy-budget 'nan': a number from 0 to 100, or off"),
         (["--host", ""], "--host ''"),
         (["--api-key", ""], "--api-key ''"),
+        (["--profile", ""], "--profile ''"),
         (["--max-num-seqs", "0"], "--max-num-seqs '0'"),
         (["--max-queue", "9" * 30], "--max-queue"),
         (["--cpu-threads", "100000"], "--cpu-threads"),
@@ -118,6 +124,26 @@ def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, capsys):
     assert pattern in captured.err
     assert captured.err.startswith("dilaserve: ")
     assert len(captured.err.splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
+    profiles.check_writable(tmp_path / "profile.json")
+    assert not list(tmp_path.iterdir())
+    for place in (tmp_path, tmp_path / "nowhere" / "profile.json", Path("/proc/profile.json")):
+        with pytest.raises(ConfigError, match=f"cannot be written to {place}: "):
+            profiles.check_writable(place)
+    assert folder(str(tmp_path / "new" / "one")).is_dir()
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot write to /proc: "):
+        folder("/proc")
+
+
+@pytest.mark.parametrize("wrong", ["inf", "nan", "-inf", "1e300", math.inf, math.nan, -math.inf])
+def test_no_setting_takes_what_is_endless_or_no_number(wrong):
+    numbers = [setting for setting in config.settings().values() if config.takes_numbers(setting.type)]
+    assert {"step_timeout", "grace_period", "accuracy_budget"} < {setting.name for setting in numbers}
+    for setting in numbers:
+        with pytest.raises(ConfigError, match=f"^{setting.flag} "):
+            config.build({setting.name: wrong})
 
 
 def test_flags_go_before_the_environment_before_the_file(tmp_path):
@@ -183,6 +209,43 @@ def test_ctrl_c_ends_a_serving_and_a_loading_server_quietly(served, random_model
     assert "Traceback" not in loading.stderr.read()
 
 
+def workers_of(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return list(map(int, found.stdout.split()))
+
+
+def gone(pid):
+    """Ended, whether or not somebody has asked how."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_second_ctrl_c_ends_the_workers_too_whatever_they_do(served):
+    process, address, _ = served
+    workers = workers_of(process.pid)
+    assert workers
+    with ask(address, max_tokens=200, block_length=4, stream=True):
+        try:
+            for worker in workers:
+                os.kill(worker, signal.SIGSTOP)
+            process.send_signal(signal.SIGINT)
+            while "stopping: " not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 1
+            until = time.monotonic() + 30
+            while not all(map(gone, workers)) and time.monotonic() < until:
+                time.sleep(0.01)
+            assert all(map(gone, workers))
+        finally:
+            for worker in workers:
+                if not gone(worker):
+                    os.kill(worker, signal.SIGKILL)
+
+
 def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(random_model, model)
@@ -213,3 +276,17 @@ def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path
     assert (done.returncode, "the old profile is replaced" in done.stderr) == (0, True), done.stderr
     assert profiles.read(elsewhere).costs.keys() == {"cpu x1"}
     assert (model / profiles.FILE).read_text() == "[]"
+
+
+def test_a_bench_that_is_terminated_leaves_no_checkpoint_behind():
+    code = "import gpu, time\nwith gpu.room(None, 1.0) as place: print(place, flush=True); time.sleep(60)"
+    bench = Path(__file__).parent.parent / "bench"
+    path = {"PYTHONPATH": os.pathsep.join(map(str, (bench, bench.parent)))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | path
+    ) as one:
+        place = Path(one.stdout.readline().strip())
+        assert place.is_dir()
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(60) == 128 + signal.SIGTERM
+    assert not place.exists()

@@ -98,6 +98,10 @@ async def test_bad_requests_touch_nothing(random_model):
         for prompt, options in [*bad, ([1], Options(max_tokens=200))]:
             with pytest.raises(BadRequest):
                 await engine.submit(prompt, options)
+        with pytest.raises(BadRequest, match="K/V pool of 128; shorten the prompt or raise"):
+            await engine.submit([1] * 127, Options(max_tokens=1))  # in a block of 32
+        with pytest.raises(BadRequest, match="K/V pool of 128; lower max_tokens or raise"):
+            await engine.submit([1], Options(max_tokens=200))
         assert len(engine.free) == free
         assert (await engine.generate("a", WISH)).completion_tokens == 64
 

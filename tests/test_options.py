@@ -85,7 +85,7 @@ def test_a_prompt_must_leave_room(prompt_tokens):
     assert caught.value.param == "prompt"
 
 
-@pytest.mark.parametrize("text", ["a=0x", "a=0ms", "a=1e3x", "a", "a=2x,a=3x", "a=" + "9" * 400 + "x", "=2x"])
+@pytest.mark.parametrize("text", ["a=0x", "a=0ms", "a=1e3x", "a", "a=2x,a=3x", "a=" + "9" * 400 + "x", "=2x", "a=2x*0"])
 def test_classes_without_a_deadline_in_time_are_named(text):
     with pytest.raises(ConfigError, match="--slo-class"):
         parse_classes(text)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 import pytest_asyncio
 from reference import Llada
@@ -15,8 +16,10 @@ from test_engine import children, until
 from test_parity import answers, asked, expect, some_requests
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestFailed
-from dilaserve.furniture import first_plan
+from dilaserve.engine import advised
+from dilaserve.furniture import first_plan, real
 from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
+from dilaserve.profiles import guessed
 from dilaserve.server.app import running
 from dilaserve.terms import Plan
 
@@ -59,6 +62,7 @@ async def test_plans_change_under_load_and_no_process_and_no_token_with_them(eng
     workers = {handle.process.pid for handle in engine.executor.workers.values()}
     requests = [request | {"cache": "none"} for request in some_requests(24, seed=12)]
     expected = [(await engine.generate(*asked(**request))).token_ids for request in requests[:8]]
+    await engine.replan("4x1")
     before = engine.profile.changes
     load = [asyncio.create_task(engine.generate(*asked(**request))) for request in requests[:8] * 6]
     for plan in ("1x4", "4x1", "2x2", "1x2+2x1", "2x2") * 2:
@@ -82,6 +86,30 @@ async def test_a_change_leaves_the_instances_of_both_plans_alone(engine):
     assert len(now) == 2
 
 
+async def test_another_models_profile_is_taken_and_said_once(tmp_path, caplog):
+    file = tmp_path / "profile.json"
+    profile = guessed("somebody-else", "cpu")
+    file.write_bytes(msgspec.json.encode(profile))
+    config = Config.of(devices="cpu", profile=str(file))
+    assert real(config, lambda device, done, total: None).laws == {1: profile.costs["cpu x1"]}
+    assert caplog.messages == ["the profile was measured with 'somebody-else', and the model is 'dilaserve-tiny'"]
+    caplog.clear()
+    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(profile, model="dilaserve-tiny")))
+    real(config, lambda device, done, total: None)
+    real(Config.of(devices="cpu", profile=str(file), served_model_name="another"), lambda device, done, total: None)
+    assert caplog.messages == []
+
+
+async def test_a_plan_that_stands_already_is_answered_and_not_counted(engine):
+    await engine.replan("2x2")
+    changes, history = engine.profile.changes, list(engine.history)
+    again = await engine.replan("2x2", "again")
+    assert (spelled(again.before), spelled(again.after), again.reason) == ("2x2", "2x2", "again")
+    assert (engine.profile.changes, list(engine.history)) == (changes, history)
+    await engine.replan("4x1")
+    assert engine.profile.changes == changes + 1
+
+
 async def test_the_plan_over_http(engine):
     async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
 
@@ -102,8 +130,28 @@ async def test_the_plan_over_http(engine):
         assert (shown["plan"], shown["wanted"], shown["degrees"]) == ("1x2+2x1", "1x2+2x1", [1, 2, 4])
         assert shown["groups"] == [[0], [1], [2, 3]]
         assert shown["history"][0]["reason"] == "because"
+        status, answer = await post({"plan": "4x1", "reason": "two\n lines\x1b[31m\u2028red\u202e "}, "a")
+        assert (status, answer["reason"]) == (200, "two lines [31m red")
+        status, answer = await post({"plan": "1x2+2x1", "reason": "\n"}, "a")
+        assert (status, answer["reason"]) == (200, "asked for over HTTP")
         async with client.get("/metrics") as response:
             assert 'dilaserve_plan_instances{degree="2"} 1.0' in await response.text()
+
+
+async def test_where_there_is_no_planner_it_is_said_what_is_missing(engine, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cure = "step costs are known at degree 1 alone of 1, 2, 4; .*`dilaserve calibrate --model .* --devices cpu,cpu,cpu"
+    with pytest.raises(BadRequest, match=f"there is no planner here: {cure}"):
+        await engine.replan("auto")
+    assert "planner" not in engine.advice  # a plan was named
+    furniture = real(Config.of(devices="cpu,cpu"), lambda device, done, total: None)
+    cure = "step costs are known at degree 1 alone of 1, 2; `dilaserve calibrate --devices cpu,cpu` measures the others"
+    assert (furniture.planner, furniture.unplanned) == (None, cure)
+    assert advised(None, cure) == f"no planner changes the plan: {cure}"
+    assert advised("a note", cure) == f"a note; no planner changes the plan: {cure}"
+    assert (advised("a note", None), advised(None, None)) == ("a note", None)
+    alone = real(Config.of(devices="cpu"), lambda device, done, total: None)
+    assert (alone.planner, alone.unplanned) == (None, None)
 
 
 async def test_without_an_admin_key_nobody_changes_the_plan(engine):
@@ -218,6 +266,8 @@ async def test_plans_in_words():
             parsed(wrong, 4, (1, 2, 4))
     with pytest.raises(ConfigError, match="--plan 3x2"):
         first_plan("3x2", 4, (1, 2, 4))
+    with pytest.raises(ConfigError, match="--plan 1x2: there is one device"):
+        first_plan("1x2", 1, (1,))
     assert first_plan("auto", 4, (2, 4)) == Plan(((0, 1), (2, 3)))
 
 

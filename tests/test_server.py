@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
 from dilaserve.server.app import running
+from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import pretended
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -445,3 +447,16 @@ async def test_a_key_is_asked_for_where_one_is_set(engine):
         assert (await post(client, CHAT, HELLO, authorization="Bearer secret"))[0] == 200
         async with client.get("/health") as response:
             assert response.status == 200
+
+
+async def test_a_server_that_shuts_down_says_that_it_is_draining():
+    config = Config.of(port=0)
+    async with (
+        Engine(config, furnish=pretended(llada_8b_h200(), 1, 256)) as engine,
+        running(engine, config) as address,
+        aiohttp.ClientSession(address) as client,
+    ):
+        await engine.drain(0.0)
+        async with client.get("/ready") as response:
+            message = (await response.json())["error"]["message"]
+    assert (response.status, message) == (503, "the server is draining")

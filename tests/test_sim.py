@@ -342,6 +342,13 @@ def test_the_command_prints_and_saves(tmp_path, capsys):
     assert {file.name for file in tmp_path.iterdir()} == {"outcomes.json", "report.json", "timeline.png"}
 
 
+def test_where_nothing_arrives_nothing_is_said_of_it(capsys):
+    assert main(["simulate", "--rate", ".0001", "--seconds", "5", "--sim-devices", "1"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "nothing arrived in 5 s after the warm-up; raise --rate or --seconds"
+    assert not any("%" in line or "latency" in line for line in rest)
+
+
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
@@ -358,8 +365,10 @@ def test_the_command_prints_and_saves(tmp_path, capsys):
         (["--arrivals", "x"], "unknown arrivals 'x'"),
         (["--task", "x"], "--task 'x'"),
         (["--sim-devices", "0"], "--sim-devices"),
+        (["--sim-devices", "4097"], "--sim-devices: 4097 devices are too many to plan for; at most 4096"),
         (["--out", __file__], "cannot write to"),
         (["--trace", "/"], "cannot read the trace /"),
+        (["--prompt", "1000000"], "--prompt 1000000 and --answer 256 exceed the canvas of 4096 tokens"),
     ],
 )
 def test_impossible_flags_are_one_sentence(words, pattern, capsys):
@@ -385,6 +394,25 @@ def test_damaged_traces_are_named(tmp_path):
             workload.trace(tmp_path / "trace.csv")
 
 
+@pytest.mark.parametrize("line", ["1,1000000000,5", "1,5,-1", "1,5,0", "1,0,5", "1,5", "1,x,5", "nan,5,5", "1,1e999,5"])
+def test_what_no_request_can_be_is_named_by_its_line(tmp_path, line):
+    file = tmp_path / "trace.csv"
+    file.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,10,20\n{line}\n2,10,20\n")
+    with pytest.raises(ConfigError, match=f"the trace {file} is not a CSV of .*: line 3: "):
+        workload.trace(file)
+
+
+def test_requests_that_are_cut_to_the_canvas_are_counted(tmp_path, capsys):
+    file = tmp_path / "trace.csv"
+    file.write_text("0,100,20\n1,5000,20\n2,100,5000\n3,100,20\n")
+    words = ["simulate", "--trace", str(file), "--rate", "1", "--seconds", "3", "--sim-devices", "1"]
+    assert main(words) == 0
+    assert "\n2 of 4 requests were cut to the 4096 tokens that the model holds" in capsys.readouterr().out
+    file.write_text("0,100,20\n")
+    assert main(words) == 0
+    assert "cut" not in capsys.readouterr().out
+
+
 def test_a_trace_of_one_moment_and_a_tiny_canvas_still_give_jobs_that_can_be_asked():
     jobs = workload.jobs(workload.scaled([(5.0, 10, 20)] * 4, 2.0), 10.0, 2, (None,), ((None, 1.0),), 0)
     assert len(jobs) == 20
@@ -396,8 +424,10 @@ def test_a_profile_with_missing_entries_is_damaged(tmp_path):
     task = known.quality.tasks["any"]
     (key, law), *_ = known.costs.items()
     nothing = msgspec.structs.replace(law, fixed=0.0, token=0.0)
+    endless = [msgspec.structs.replace(law, **wrong) for wrong in ({"fixed": 1e300}, {"fixed": 86401.0}, {"key": 1e4})]
     short = msgspec.structs.replace(known.quality, tasks={"any": msgspec.structs.replace(task, drop=(0.0,))})
-    for changed in ({"costs": {}}, {"costs": {key: nothing}}, {"quality": short}):
+    wrong_costs = [{"costs": {key: wrong}} for wrong in (nothing, *endless)]
+    for changed in ({"costs": {}}, *wrong_costs, {"quality": short}):
         (tmp_path / "profile.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(known, **changed)))
         with pytest.raises(ConfigError, match="damaged"):
             profiles.read(tmp_path / "profile.json")

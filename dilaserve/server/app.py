@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__
+from dilaserve import __version__, children
 from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import (
@@ -55,6 +55,7 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
 
     def interrupt() -> None:
         if stop.is_set():
+            children.kill()
             os._exit(1)
         stop.set()
         if not listening and me:
@@ -223,8 +224,9 @@ async def health(request: web.Request) -> web.StreamResponse:
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
-    if not request.app[ENGINE].ready:
-        raise Unavailable("no worker is ready", retry_after=1.0)
+    engine = request.app[ENGINE]
+    if not engine.ready:
+        raise Unavailable("the server is draining" if engine.draining else "no worker is ready", retry_after=1.0)
     return answer({"status": "ready"})
 
 
@@ -313,7 +315,7 @@ async def plan(request: web.Request) -> web.StreamResponse:
 
 async def replan(request: web.Request) -> web.StreamResponse:
     asked, engine = openai.decoded(await body(request), plans.PlanRequest), request.app[ENGINE]
-    change = await engine.replan(plans.wanted(asked), asked.reason or "asked for over HTTP")
+    change = await engine.replan(plans.wanted(asked), plans.because(asked))
     return answer(plans.told(engine, change))
 
 

@@ -25,6 +25,12 @@ def wanted(asked: PlanRequest) -> Plan | str:
     return asked.plan if isinstance(asked.plan, str) else Plan(tuple(tuple(group) for group in asked.plan))
 
 
+def because(asked: PlanRequest) -> str:
+    """The caller's reason as one printable line, for it goes into the log."""
+    line = "".join(sign if sign.isprintable() else " " for sign in asked.reason or "")
+    return " ".join(line.split()) or "asked for over HTTP"
+
+
 def shown(engine: Engine) -> dict[str, Any]:
     return {
         "plan": spelled(engine.plan),

@@ -35,14 +35,17 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
     """Lines to print; raises `ConfigError`."""
     profile = costs(extras.costs)
     scales = mix(extras.deadline)
-    jobs = traffic(extras, profile, scales, settings.model.max_model_len or 4096)
+    limit = settings.model.max_model_len or 4096
+    jobs, cut = traffic(extras, profile, scales, limit)
     settings = prepared(settings, scales)
-    furnish = pretended(profile, extras.sim_devices, settings.model.max_model_len or 4096, seed=extras.sim_seed)
+    furnish = pretended(profile, extras.sim_devices, limit, seed=extras.sim_seed)
     began = time.perf_counter()
     run = play(settings, furnish, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
     took = time.perf_counter() - began
     result = report(run, extras.seconds)
     yield from lines(result)
+    if cut:
+        yield f"{cut} of {len(jobs)} requests were cut to the {limit} tokens that the model holds (--max-model-len)"
     yield f"{extras.sim_devices} devices, {extras.seconds:g} s simulated in {took:.1f} s ({extras.seconds / took:.0f}x)"
     if extras.out:
         yield from saved(run, result, extras.out)
@@ -94,7 +97,8 @@ def mix(text: str) -> Scales:
     return tuple(found)
 
 
-def traffic(extras: argparse.Namespace, profile: ModelProfile, scales: Scales, limit: int) -> list[Job]:
+def traffic(extras: argparse.Namespace, profile: ModelProfile, scales: Scales, limit: int) -> tuple[list[Job], int]:
+    """The requests, and how many of them are shorter than asked because the canvas is."""
     if extras.rate * extras.seconds > MOST_REQUESTS:
         raise ConfigError(f"--rate times --seconds is above {MOST_REQUESTS} requests; lower one of them")
     names = tuple(extras.task.split(",")) if extras.task else tuple(profile.quality.tasks)
@@ -106,7 +110,18 @@ def traffic(extras: argparse.Namespace, profile: ModelProfile, scales: Scales, l
     if extras.trace:
         times = workload.scaled(workload.trace(extras.trace), extras.rate)
     else:
+        if extras.prompt + extras.answer > limit:
+            raise ConfigError(
+                f"--prompt {extras.prompt} and --answer {extras.answer} exceed the canvas of {limit} tokens; "
+                "lower them or raise --max-model-len"
+            )
         rng = random.Random(extras.sim_seed)
         arrivals = workload.arrivals(extras.arrivals, extras.rate, rng)
         times = zip(arrivals, itertools.repeat(extras.prompt), itertools.repeat(extras.answer), strict=False)
-    return workload.jobs(times, extras.seconds, limit, names, scales, extras.sim_seed, extras.on_miss)
+    asked, times = itertools.tee(times)
+    jobs = workload.jobs(times, extras.seconds, limit, names, scales, extras.sim_seed, extras.on_miss)
+    cut = sum(
+        job.prompt_tokens < prompt or job.max_tokens < answer
+        for job, (_, prompt, answer) in zip(jobs, asked, strict=False)
+    )
+    return jobs, cut

@@ -43,7 +43,7 @@ def report(run: Run, seconds: float, warm_up: float = 0.1) -> Report:
         requests=len(outcomes),
         seconds=seconds,
         attainment=sum(bool(outcome.met) for outcome in timed) / len(timed) if timed else None,
-        shed=1 - len(served) / max(1, len(outcomes)),
+        shed=1 - len(served) / len(outcomes) if outcomes else 0.0,
         wasted=totals.wasted / totals.device if totals.device else 0.0,
         mean_latency=mean(latencies),
         p50=quantile(latencies, 0.5),
@@ -65,6 +65,8 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def lines(report: Report) -> list[str]:
+    if not report.requests:
+        return [f"nothing arrived in {report.seconds:g} s after the warm-up; raise --rate or --seconds"]
     met = "no deadlines" if report.attainment is None else f"{100 * report.attainment:.1f} % of deadlines met"
     return [
         f"{report.requests} requests in {report.seconds:g} s: {met}, {100 * report.shed:.1f} % declined",

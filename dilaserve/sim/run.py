@@ -14,7 +14,7 @@ from dilaserve.cost import StepCost
 from dilaserve.engine import Engine
 from dilaserve.errors import DilaserveError
 from dilaserve.executor import Progress
-from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan
+from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan, unplanned
 from dilaserve.options import Options
 from dilaserve.planner import Counsel, Planner, Setup
 from dilaserve.profiles import ModelProfile, cost_key
@@ -94,6 +94,7 @@ def pretended(
             degrees,
             plan,
             planner=planner,
+            unplanned=unplanned(laws, degrees, config),
         )
 
     return furnish

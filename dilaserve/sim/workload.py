@@ -12,6 +12,8 @@ from typing import NamedTuple
 from dilaserve.errors import ConfigError
 from dilaserve.terms import OnMiss
 
+MOST_TOKENS = 10_000_000  # in a prompt or an answer that somebody means
+
 
 class Job(NamedTuple):
     """One request to come: seconds after the start, tokens in and out, its task, its deadline and class."""
@@ -74,19 +76,30 @@ def trace(file: Path) -> list[tuple[float, int, int]]:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", newline="") as lines:
-            rows = [row for row in csv.reader(lines) if row and not row[0].startswith("arrival")]
-        found = [(float(row[0]), int(float(row[1])), int(float(row[2]))) for row in rows]
-        if not all(math.isfinite(at) for at, _, _ in found):
-            raise ValueError("an arrival is not a finite number")
+            rows = csv.reader(lines)
+            found = [entry(row, rows.line_num) for row in rows if row and not row[0].startswith("arrival")]
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"cannot read the trace {file}: {getattr(error, 'strerror', None) or error}") from error
-    except (ValueError, IndexError, OverflowError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise ConfigError(
             f"the trace {file} is not a CSV of arrival seconds, prompt and output tokens: {error}"
         ) from error
     if not found:
         raise ConfigError(f"the trace {file} is empty")
     return sorted(found)
+
+
+def entry(row: list[str], line: int) -> tuple[float, int, int]:
+    """One line of a trace; raises `ValueError` for what no request can be."""
+    try:
+        at, prompt, output = float(row[0]), int(float(row[1])), int(float(row[2]))
+    except (ValueError, IndexError, OverflowError) as error:
+        raise ValueError(f"line {line}: {error}") from error
+    if not math.isfinite(at):
+        raise ValueError(f"line {line}: an arrival is not a finite number")
+    if not (1 <= prompt <= MOST_TOKENS and 1 <= output <= MOST_TOKENS):
+        raise ValueError(f"line {line}: {prompt} and {output} do not both lie between 1 and {MOST_TOKENS}")
+    return at, prompt, output
 
 
 def scaled(rows: list[tuple[float, int, int]], rate: float, start: float = 0.0) -> Iterator[tuple[float, int, int]]:
