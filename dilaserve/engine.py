@@ -270,7 +270,7 @@ class Engine:
         """
         if self.main is None:
             raise Unavailable("the engine is not running; enter it with `async with` first")
-        ids = await self.tokenize(prompt)
+        ids = await self.tokenize(prompt, self.model.max_model_len)
         options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
@@ -312,14 +312,17 @@ class Engine:
             async for chunk in stream:
                 yield chunk
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, of a conversation (with the mark that opens the answer), or of checked token ids."""
+    async def tokenize(self, prompt: Prompt, limit: int | None = None) -> list[int]:
+        """Token ids of a text, of a conversation (with the mark that opens the answer), or of checked token ids.
+
+        Raises `BadRequest`, also for a text that has more than `limit` tokens for sure.
+        """
         if isinstance(prompt, str):
-            return await self.off_loop(len(prompt), self.text.encode, prompt)
+            return await self.off_loop(len(prompt), lambda: self.text.encode(prompt, limit))
         if all(isinstance(item, Mapping) for item in prompt) and prompt:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
             size = sum(len(message.get("content", "")) for message in messages)
-            return await self.off_loop(size, self.text.encode_chat, messages)
+            return await self.off_loop(size, lambda: self.text.encode_chat(messages, limit))
         ids: list[int] = list(prompt)  # type: ignore[arg-type]
         if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocab_size:
             raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")
@@ -328,8 +331,8 @@ class Engine:
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.text.decode(ids)
 
-    async def off_loop(self, size: int, encode: Callable[[T], list[int]], prompt: T) -> list[int]:
-        return encode(prompt) if size < LONG_TEXT else await asyncio.to_thread(encode, prompt)
+    async def off_loop(self, size: int, work: Callable[[], T]) -> T:
+        return work() if size < LONG_TEXT else await asyncio.to_thread(work)
 
     def check_room(self, canvas_tokens: int) -> None:
         if self.draining:
