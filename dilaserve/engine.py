@@ -61,7 +61,8 @@ T = TypeVar("T")
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 MAX_HISTORY = 256  # changes of plan that are remembered
-LONG_TEXT = 4096  # characters from which encoding leaves the loop
+LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
+MARKS = 64  # characters that a message costs besides its content
 
 
 class Profile(msgspec.Struct):
@@ -321,8 +322,11 @@ class Engine:
             return await self.off_loop(len(prompt), lambda: self.text.encode(prompt, limit))
         if all(isinstance(item, Mapping) for item in prompt) and prompt:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            size = sum(len(message.get("content", "")) for message in messages)
+            size = sum(MARKS + len(message.get("content", "")) for message in messages)
             return await self.off_loop(size, lambda: self.text.encode_chat(messages, limit))
+        return await self.off_loop(len(prompt), lambda: self.checked(prompt))
+
+    def checked(self, prompt: Sequence[object]) -> list[int]:
         ids: list[int] = list(prompt)  # type: ignore[arg-type]
         if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocab_size:
             raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")

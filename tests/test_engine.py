@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import checkpoints
 import pytest
@@ -100,6 +101,24 @@ async def test_bad_requests_touch_nothing(random_model):
                 await engine.submit(prompt, options)
         assert len(engine.free) == free
         assert (await engine.generate("a", WISH)).completion_tokens == 64
+
+
+async def test_what_takes_long_to_read_leaves_the_loop(random_model):
+    async with Engine(on(random_model)) as engine:
+        loops: list[bool] = []
+
+        def work():
+            loops.append(threading.current_thread() is threading.main_thread())
+            return []
+
+        engine.text.encode = engine.text.encode_chat = lambda prompt, limit: work()
+        message = {"role": "user", "content": ""}
+        for prompt in ("hello", "a" * 4096, [message], [message] * 64, [message | {"content": "a" * 4096}]):
+            await engine.tokenize(prompt)
+        assert loops == [True, False, True, False, False]
+        assert await engine.tokenize([65] * 5000) == [65] * 5000
+        with pytest.raises(BadRequest, match="whole numbers"):
+            await engine.tokenize([65] * 5000 + [-1])
 
 
 async def test_leaving_the_engine_ends_what_runs(random_model):

@@ -164,6 +164,8 @@ async def test_completions_take_every_form_of_prompt(client, engine):
         assert body["usage"]["prompt_tokens"] == 5 * count
         texts += [choice["text"] for choice in body["choices"]]
     assert len(set(texts)) == 1
+    long = {"tokens": ids * 4000}
+    assert (await post(client, "/detokenize", long))[1] == {"prompt": "hello" * 4000}
     chunks = await stream(client, COMPLETE, {"prompt": "hello", "max_tokens": 8, "echo": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello" + texts[0]
 

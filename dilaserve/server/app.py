@@ -280,7 +280,11 @@ async def complete(request: web.Request) -> web.StreamResponse:
 
 
 async def echo(engine: Engine, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else engine.detokenize(await engine.tokenize(prompt))
+    return prompt if isinstance(prompt, str) else await spoken(engine, await engine.tokenize(prompt))
+
+
+async def spoken(engine: Engine, ids: list[int]) -> str:
+    return await engine.off_loop(len(ids), lambda: engine.detokenize(ids))
 
 
 async def respond(
@@ -332,4 +336,4 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
         ids = await engine.tokenize(asked.tokens)
     except BadRequest as error:
         raise BadRequest(error.message, param="tokens") from error
-    return answer({"prompt": engine.detokenize(ids)})
+    return answer({"prompt": await spoken(engine, ids)})

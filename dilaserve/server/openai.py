@@ -259,12 +259,12 @@ def prompts(prompt: str | list[Any]) -> list[str | list[int]]:
         return [prompt]
     if prompt and all(isinstance(item, str) for item in prompt):
         return list(prompt)
-    if prompt and all(is_id(item) for item in prompt):
+    if are_ids(prompt):
         return [list(prompt)]
-    if prompt and all(isinstance(item, list) and item and all(map(is_id, item)) for item in prompt):
+    if prompt and all(isinstance(item, list) and are_ids(item) for item in prompt):
         return [list(item) for item in prompt]
     raise BadRequest("prompt must be a string, token ids, or a list of either", param="prompt")
 
 
-def is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
+def are_ids(items: list[Any]) -> bool:
+    return set(map(type, items)) == {int}  # not bool
