@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
+from dilaserve.server import app
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -363,6 +364,16 @@ async def test_no_body_is_our_fault(client):
             await response.read()
     assert statuses <= {200, 400}
     assert (await post(client, CHAT, HELLO))[0] == 200
+
+
+async def test_a_head_that_never_comes_whole_costs_its_connection(engine, monkeypatch):
+    monkeypatch.setattr(app, "IDLE_WITHIN", 0.05)
+    async with running(engine, engine.config) as address:
+        for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: here\r\nx-slow: "):
+            reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+            writer.write(sent)
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
 
 
 async def test_a_client_that_leaves_frees_its_row(client, engine):

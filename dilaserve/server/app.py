@@ -37,6 +37,7 @@ Announce = Callable[[str, str, bool], None]
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 BODY_WITHIN = 30.0  # seconds to receive a request body
+IDLE_WITHIN = 75.0  # seconds for the whole head of the next request, before a connection is closed; proxies keep 60
 LINGER = 2.0  # seconds that answers get to leave after the engine is done
 PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
@@ -86,7 +87,11 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
 async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
     """The application on its port; gives the address."""
     runner = web.AppRunner(
-        application(engine, config), access_log=None, handler_cancellation=True, shutdown_timeout=LINGER
+        application(engine, config),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=LINGER,
+        keepalive_timeout=IDLE_WITHIN,
     )
     await runner.setup()
     try:
