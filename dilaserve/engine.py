@@ -437,11 +437,20 @@ class Engine:
                     RequestFailed("the request failed twice on our side; it was given up")
                 )
             case Decline(request, usage, retry):
-                self.streams.pop(request.id).fail(missed(usage, retry))
+                self.streams.pop(request.id).fail(missed(usage, retry, retry is not None and self.vain(request, usage)))
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
                     self.idle.set()
+
+    def vain(self, request: Request, usage: Usage) -> bool:
+        """Whether the deadline was too short from the start, whatever else ran; not known before what steps cost is."""
+        promises = self.scheduler.promises
+        if usage.deadline is None or not promises.beliefs.sure(promises.degrees):
+            return False
+        alone = promises.arrived(request)
+        alone.deadline = request.arrived_at + usage.deadline
+        return promises.is_hopeless(alone, request.arrived_at)
 
     def reshaped(self, change: Change) -> None:
         """Another plan stands: remember, tell the log, and those who wait for it."""
@@ -472,8 +481,10 @@ class Engine:
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
 
 
-def missed(usage: Usage, retry_after: float | None) -> DeadlineMissed:
+def missed(usage: Usage, retry_after: float | None, vain: bool) -> DeadlineMissed:
     seconds = f"{usage.deadline:.3g} s" if usage.deadline is not None else "its deadline"
+    if vain:
+        return DeadlineMissed(f"the answer takes longer than {seconds} even if nothing else runs", vain=True)
     if retry_after is not None:
         return DeadlineMissed(f"the server is too busy to answer within {seconds}; try later", retry_after=retry_after)
     return DeadlineMissed(

@@ -10,9 +10,12 @@ import textwrap
 import threading
 
 import checkpoints
+import msgspec
 import pytest
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable, executor
+from dilaserve.engine import missed
+from dilaserve.terms import Usage
 
 
 def on(model, **settings):
@@ -148,6 +151,22 @@ async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(rando
         await engine.drain(30)
         assert not engine.scheduler.requests
         assert len(engine.free) == engine.table.rows
+
+
+async def test_only_a_deadline_that_company_spoils_is_worth_another_try(random_model):
+    async with Engine(on(random_model)) as engine:
+        while not engine.scheduler.promises.admits:
+            await engine.generate(PROMPTS[0], WISH)
+        request = (await engine.submit(PROMPTS[0], WISH)).request
+        usage = Usage(steps=0, refreshes=0, queued=0.0, served=0.0, mean_confidence=None)
+        assert engine.vain(request, msgspec.structs.replace(usage, deadline=1e-5))
+        assert not engine.vain(request, msgspec.structs.replace(usage, deadline=3600.0))
+    late = [missed(usage, retry, vain) for retry, vain in ((1.0, True), (1.0, False), (None, False))]
+    assert [(error.status, error.retry_after, error.vain) for error in late] == [
+        (429, None, True),
+        (429, 1.0, False),
+        (504, None, False),
+    ]
 
 
 async def test_what_outlives_the_grace_period_ends_with_an_error(random_model):

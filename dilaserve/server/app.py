@@ -183,6 +183,8 @@ def refused(error: DilaserveError) -> web.Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if error.vain:
+        headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return answer(failure(error), error.status, headers)
