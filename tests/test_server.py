@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
 from dilaserve.server import app
+from dilaserve.server.answers import Token, Told
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -229,6 +230,42 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
     said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
     assert said == text[: text.index(stop)]
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_the_log_probabilities_end_where_a_stop_string_has_cut_the_text(client):
+    wish = {"prompt": "hello", "max_tokens": 24, "block_length": 4, "logprobs": 0}
+    _, whole, _ = await post(client, COMPLETE, wish)
+    text, probabilities = (whole["choices"][0][name] for name in ("text", "logprobs"))
+    at = next(i for i in range(5, 20) if text[i : i + 6].isascii() and text.find(text[i : i + 6]) == i)
+    for stop in (text[at : at + 6], "never so"):
+        _, cut, _ = await post(client, COMPLETE, wish | {"stop": stop})
+        found = cut["choices"][0]["logprobs"]
+        count = len(found["tokens"])
+        assert found == {name: values and values[:count] for name, values in probabilities.items()}
+        assert (0 < count < 24, count == 24) == (stop in text, stop not in text)
+        chunks = await stream(client, COMPLETE, wish | {"stop": stop})
+        told = [(chunk["choices"][0].get("logprobs") or {}).get("tokens", []) for chunk in chunks]
+        assert sum(told, []) == found["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ([("um", "u", False), ("al", "", True)], ["u", ""]),  # cut at "mal"
+        ([("um", "u", False), ("", "m", True)], ["u", "m"]),
+        ([("é", "é", True)], ["é"]),
+        ([("é!?", "é", True)], ["é"]),
+        ([("a<|eot_id|>", "a", True)], ["a<|eot_id|>"]),
+        ([("a<|eot_id|>!", "a", True)], ["a"]),
+    ],
+)
+async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
+    form = Told(engine.text)
+    shown = [form.shown([Token(id, 1.0) for id in engine.text.encode(ids)], text, ends) for ids, text, ends in pieces]
+    found = [
+        engine.text.tokenizer.decode([token.id for token in tokens], skip_special_tokens=False) for tokens in shown
+    ]
+    assert found == told
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def known(engine: Engine, name: str | None) -> None:
 
 async def chat(request: web.Request) -> web.StreamResponse:
     asked = openai.decoded(await body(request), openai.ChatRequest)
-    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs))
+    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop))
     if asked.top_logprobs is not None and not asked.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     return await respond(request, asked, form, [openai.conversation(asked.messages)], [""])
@@ -282,7 +282,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
     echoes = [await echo(engine, prompt) if asked.echo else "" for prompt in prompts]
-    form = Form(engine, chat=False, logprobs=asked.logprobs is not None)
+    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop))
     return await respond(request, asked, form, prompts, echoes)
 
 
