@@ -245,7 +245,7 @@ async def test_the_log_probabilities_end_where_a_stop_string_has_cut_the_text(cl
         assert (0 < count < 24, count == 24) == (stop in text, stop not in text)
         chunks = await stream(client, COMPLETE, wish | {"stop": stop})
         told = [(chunk["choices"][0].get("logprobs") or {}).get("tokens", []) for chunk in chunks]
-        assert sum(told, []) == found["tokens"]
+        assert [token for tokens in told for token in tokens] == found["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -363,6 +363,41 @@ async def test_broken_requests_get_openais_error_shape(client):
     assert (await error("GET", CHAT))[0] == 405
     assert (await error("GET", "/v1/models/other"))[1]["param"] == "model"
     assert (await post(client, CHAT, HELLO))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: here\r\nx-long: " + b"x" * 20_000 + b"\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-length: many\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        b"transfer-encoding: chunked\r\n\r\nmany\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-encoding: br\r\n"
+        b"content-length: 2\r\n\r\n{}",
+    ],
+)
+async def test_what_is_no_http_gets_openais_error_shape_and_no_traceback(address, caplog, sent):
+    reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+    writer.write(sent)
+    head, _, found = (await asyncio.wait_for(reader.read(), 30)).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))
+    assert b"x-request-id" in head.lower()
+    assert set(json.loads(found)["error"]) == {"message", "type", "param", "code"}
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_client_that_leaves_before_its_stream_begins_leaves_no_traceback(engine, caplog, monkeypatch):
+    async def gone(*_):
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(app.sse, "relay", gone)
+    async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await client.post(CHAT, json=HELLO | {"stream": True})
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 JSON = st.recursive(

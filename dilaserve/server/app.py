@@ -29,6 +29,7 @@ from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, real
 from dilaserve.server import metrics, openai, plans, sse
 from dilaserve.server.answers import Form, Json, failure
+from dilaserve.server.connection import Connection
 from dilaserve.stream import collect
 
 log = logging.getLogger(__name__)
@@ -86,26 +87,35 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
 @contextlib.asynccontextmanager
 async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
     """The application on its port; gives the address."""
-    runner = web.AppRunner(
-        application(engine, config),
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=LINGER,
-        keepalive_timeout=IDLE_WITHIN,
-    )
+    runner = web.AppRunner(application(engine, config), handler_cancellation=True, shutdown_timeout=LINGER)
     await runner.setup()
     try:
-        host, port = config.server.host, config.server.port
-        try:
-            await web.TCPSite(runner, host, port, backlog=1024).start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-        except UnicodeError as error:
-            raise ConfigError(f"--host {host!r} is not a name: {error}") from error
-        bound = runner.addresses[0]
-        yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+        async with listening(runner, config.server.host, config.server.port) as listener:
+            bound = listener.sockets[0].getsockname()
+            yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
     finally:
         await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def listening(runner: web.AppRunner, host: str, port: int) -> AsyncIterator[asyncio.Server]:
+    """What web.TCPSite does, with connections of our own."""
+
+    def connected() -> Connection:
+        assert runner.server
+        return Connection(runner.server, loop=loop, keepalive_timeout=IDLE_WITHIN, access_log=None)  # type: ignore[arg-type]
+
+    loop = asyncio.get_running_loop()
+    try:
+        listener = await loop.create_server(connected, host, port, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    except UnicodeError as error:
+        raise ConfigError(f"--host {host!r} is not a name: {error}") from error
+    try:
+        yield listener
+    finally:
+        listener.close()
 
 
 def application(engine: Engine, config: Config) -> web.Application:
