@@ -172,6 +172,12 @@ async def test_completions_take_every_form_of_prompt(client, engine):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello" + texts[0]
 
 
+async def test_both_endpoints_know_both_names_of_the_answers_length(client):
+    for path, body in ((CHAT, HELLO), (COMPLETE, {"prompt": "hello"})):
+        for wish in ({"max_tokens": 4}, {"max_tokens": 24, "max_completion_tokens": 4}):
+            assert (await post(client, path, body | wish))[1]["usage"]["completion_tokens"] == 4
+
+
 async def test_n_choices_count_the_seed_up(client):
     wish = HELLO | {"temperature": 1.0, "seed": 7}
     _, both, _ = await post(client, CHAT, wish | {"n": 2})
@@ -319,6 +325,10 @@ async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
         (COMPLETE, {"prompt": ["a"] * 2, "n": 3}, 400, "n"),
         (COMPLETE, {"prompt": "a", "logprobs": 2}, 400, "logprobs"),
         (COMPLETE, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        (CHAT, {"suffix": "b"}, 400, "suffix"),
+        (COMPLETE, {"prompt": "a", "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (COMPLETE, {"prompt": "a", "tools": [{"type": "function"}]}, 400, "tools"),
+        (COMPLETE, {"prompt": "a", "top_logprobs": 1}, 400, "top_logprobs"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused_by_name(client, path, change, status, param):

@@ -37,6 +37,7 @@ class Common(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
@@ -61,6 +62,17 @@ class Common(msgspec.Struct, kw_only=True):
     frequency_penalty: Any = None
     presence_penalty: Any = None
     logit_bias: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+    response_format: Any = None
+    suffix: Any = None
+    best_of: Any = None
+    top_logprobs: int | None = None
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -76,25 +88,13 @@ class Message(msgspec.Struct, frozen=True):
 
 class ChatRequest(Common, kw_only=True):
     messages: list[Message]
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: Any = None
-    response_format: Any = None
 
 
 class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
-    suffix: Any = None
-    best_of: Any = None
 
 
 class TokenizeRequest(msgspec.Struct):
@@ -212,8 +212,7 @@ def options(request: Common, choice: int) -> Options:
 
 
 def max_tokens(request: Common) -> int | None:
-    newer = getattr(request, "max_completion_tokens", None)
-    return request.max_tokens if newer is None else newer
+    return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
 
 
 def choices_wanted(request: Common, prompts: int, limit: int) -> int:
