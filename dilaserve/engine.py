@@ -276,6 +276,8 @@ class Engine:
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
         self.check_room(settled.canvas_tokens)
+        if id in self.streams:
+            raise BadRequest(f"a request with the id {id!r} is running; choose another id", param="id")
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding)

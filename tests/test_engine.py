@@ -124,6 +124,21 @@ async def test_what_takes_long_to_read_leaves_the_loop(random_model):
             await engine.tokenize([65] * 5000 + [-1])
 
 
+async def test_an_id_that_runs_is_not_given_again(random_model):
+    async with Engine(on(random_model)) as engine:
+        free = len(engine.free)
+        async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4), id="mine") as stream:
+            with pytest.raises(BadRequest, match="'mine' is running"):
+                await engine.submit(PROMPTS[1], WISH, id="mine")
+            await anext(stream)
+        await engine.drain(30)
+        engine.draining = False
+        async with await engine.submit(PROMPTS[1], WISH, id="mine") as stream:
+            assert stream.id == "mine"
+        await engine.drain(30)
+        assert (engine.alive, len(engine.free)) == (True, free)
+
+
 async def test_leaving_the_engine_ends_what_runs(random_model):
     async with Engine(on(random_model)) as engine:
         stream = await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4))
