@@ -347,6 +347,13 @@ async def test_defaults_nulls_and_unknown_fields_change_nothing(client):
         "n": None,
         "new_field_of_next_month": {"a": 1},
         "user": "u",
+async def test_more_choices_than_the_house_has_places_are_refused_for_good(random_model):
+    config = Config.of(model=str(random_model), devices="cpu", port=0, max_queue=1)
+    async with Engine(config) as engine, running(engine, config) as address, aiohttp.ClientSession(address) as client:
+        status, body, _ = await post(client, CHAT, HELLO | {"n": 2})
+        assert (status, body["error"]["param"], "--max-queue" in body["error"]["message"]) == (400, "n", True)
+
+
         "response_format": {"type": "text"},
     }
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]

@@ -312,7 +312,7 @@ async def respond(
     known(engine, asked.model)
     openai.refuse(asked)
     openai.with_headers(asked, request.headers)
-    n = openai.choices_wanted(asked, len(prompts), limit)
+    n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
     async with contextlib.AsyncExitStack() as stack:
         streams: list[Stream] = []
         for prompt in prompts:

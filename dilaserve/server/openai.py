@@ -215,12 +215,12 @@ def max_tokens(request: Common) -> int | None:
     return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
 
 
-def choices_wanted(request: Common, prompts: int, limit: int) -> int:
+def choices_wanted(request: Common, prompts: int, most: int, places: int) -> int:
     n = 1 if request.n is None else request.n
     if not 1 <= n * prompts <= limit:
         param = "prompt" if prompts > limit else "n"
         raise BadRequest(
-            f"n times the number of prompts must lie between 1 and {limit} (--max-choices), not {n * prompts}",
+            f"n times the number of prompts must lie between 1 and {limit} ({flag}), not {n * prompts}",
             param=param,
         )
     return n
@@ -243,6 +243,7 @@ def content(message: Message, i: int) -> str:
     if message.tool_calls:
         raise BadRequest("tools are not supported", param=f"messages[{i}].tool_calls")
     if isinstance(message.content, str):
+    limit, flag = min((most, "--max-choices"), (places, "--max-queue"))
         return message.content
     if message.content is None:
         raise BadRequest("a message needs content", param=f"messages[{i}].content")
