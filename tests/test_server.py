@@ -282,11 +282,17 @@ async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
-        (CHAT, {"messages": [{"role": "user", "content": "a" * 300}]}, 400, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 300}]}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 90_000}]}, 400, "messages"),
+        (CHAT, {"messages": [{}]}, 400, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, 400, "messages[0].content[0].type"),
+        (CHAT, {"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+        (COMPLETE, {"prompt": "a" * 90_000}, 400, "prompt"),
+        (COMPLETE, {}, 400, "prompt"),
         (CHAT, {"max_tokens": 0}, 400, "max_tokens"),
         (CHAT, {"max_tokens": "many"}, 400, "max_tokens"),
         (CHAT, {"max_tokens": 10**400}, 400, "max_tokens"),
-        (CHAT, {"max_completion_tokens": 10**9}, 400, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 10**9}, 400, "max_completion_tokens"),
         (CHAT, {"temperature": 3}, 400, "temperature"),
         (CHAT, {"top_p": 0}, 400, "top_p"),
         (CHAT, {"n": 0}, 400, "n"),
@@ -309,6 +315,8 @@ async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
         (CHAT, {"slo": {"deadline": 5}}, 400, "slo"),
         (CHAT, {"slo": {"on_miss": "panic"}}, 400, "slo.on_miss"),
         (CHAT, {"priority": 99}, 400, "priority"),
+        (CHAT, {"slo": {"priority": 99}}, 400, "slo.priority"),
+        (CHAT, {"slo": {"min_confidence_threshold": 2}}, 400, "slo.min_confidence_threshold"),
         (CHAT, {"priority": -(10**400)}, 400, "priority"),
         (CHAT, {"user": "u" * 1000}, 400, "user"),
         (CHAT, {"min_confidence_threshold": 2}, 400, "min_confidence_threshold"),
@@ -339,6 +347,13 @@ async def test_what_cannot_be_honoured_is_refused_by_name(client, path, change, 
     assert headers["x-request-id"]
 
 
+async def test_more_choices_than_the_house_has_places_are_refused_for_good(random_model):
+    config = Config.of(model=str(random_model), devices="cpu", port=0, max_queue=1)
+    async with Engine(config) as engine, running(engine, config) as address, aiohttp.ClientSession(address) as client:
+        status, body, _ = await post(client, CHAT, HELLO | {"n": 2})
+        assert (status, body["error"]["param"], "--max-queue" in body["error"]["message"]) == (400, "n", True)
+
+
 async def test_defaults_nulls_and_unknown_fields_change_nothing(client):
     _, plain, _ = await post(client, CHAT, HELLO)
     harmless = {"frequency_penalty": 0, "tools": [], "tool_choice": "none", "modalities": ["text"], "logit_bias": None}
@@ -347,13 +362,6 @@ async def test_defaults_nulls_and_unknown_fields_change_nothing(client):
         "n": None,
         "new_field_of_next_month": {"a": 1},
         "user": "u",
-async def test_more_choices_than_the_house_has_places_are_refused_for_good(random_model):
-    config = Config.of(model=str(random_model), devices="cpu", port=0, max_queue=1)
-    async with Engine(config) as engine, running(engine, config) as address, aiohttp.ClientSession(address) as client:
-        status, body, _ = await post(client, CHAT, HELLO | {"n": 2})
-        assert (status, body["error"]["param"], "--max-queue" in body["error"]["message"]) == (400, "n", True)
-
-
         "response_format": {"type": "text"},
     }
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]

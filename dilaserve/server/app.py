@@ -317,7 +317,8 @@ async def respond(
         streams: list[Stream] = []
         for prompt in prompts:
             for _ in range(n):
-                started = await engine.submit(prompt, openai.options(asked, len(streams)))
+                with openai.spelled(asked):
+                    started = await engine.submit(prompt, openai.options(asked, len(streams)))
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         each = [echo for echo in echoes for _ in range(n)]

@@ -1,7 +1,8 @@
 """OpenAI's wire as structs: what may come in, what is refused and why, and how it becomes the engine's options."""
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -142,7 +143,8 @@ def decoded(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `")
         missing = re.search(r"missing required field `(\w+)`", text)
-        param = missing[1] if missing else path.rstrip("`").removeprefix("$.") or None
+        places = [path.rstrip("`").removeprefix("$").removeprefix("."), missing[1] if missing else ""]
+        param = ".".join(filter(None, places)) or None
         raise BadRequest(f"{param}: {text}" if param else text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
@@ -211,12 +213,37 @@ def options(request: Common, choice: int) -> Options:
     return Options(**{name: value for name, value in given.items() if value is not None})
 
 
+@contextlib.contextmanager
+def spelled(request: Common) -> Iterator[None]:
+    """Errors name the field that the client has sent, where the engine calls it by another name."""
+    try:
+        yield
+    except BadRequest as error:
+        if error.param is None or (name := spellings(request).get(error.param)) is None:
+            raise
+        message = re.sub(rf"\b{error.param}\b", name, error.message) if name != "messages" else error.message
+        raise BadRequest(message, param=name, code=error.code) from error
+
+
+def spellings(request: Common) -> dict[str, str]:
+    slo = request.slo or Slo()
+    other = {
+        "messages": isinstance(request, ChatRequest),
+        "max_completion_tokens": request.max_completion_tokens is not None,
+        "slo.priority": slo.priority is not None,
+        "slo.min_confidence_threshold": slo.min_confidence_threshold is not None,
+    }
+    ours = "prompt", "max_tokens", "priority", "min_confidence_threshold"
+    return {name: theirs for name, (theirs, sent) in zip(ours, other.items(), strict=True) if sent}
+
+
 def max_tokens(request: Common) -> int | None:
     return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
 
 
 def choices_wanted(request: Common, prompts: int, most: int, places: int) -> int:
     n = 1 if request.n is None else request.n
+    limit, flag = min((most, "--max-choices"), (places, "--max-queue"))
     if not 1 <= n * prompts <= limit:
         param = "prompt" if prompts > limit else "n"
         raise BadRequest(
@@ -243,7 +270,6 @@ def content(message: Message, i: int) -> str:
     if message.tool_calls:
         raise BadRequest("tools are not supported", param=f"messages[{i}].tool_calls")
     if isinstance(message.content, str):
-    limit, flag = min((most, "--max-choices"), (places, "--max-queue"))
         return message.content
     if message.content is None:
         raise BadRequest("a message needs content", param=f"messages[{i}].content")
