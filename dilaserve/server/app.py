@@ -90,7 +90,7 @@ async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
     runner = web.AppRunner(application(engine, config), handler_cancellation=True, shutdown_timeout=LINGER)
     await runner.setup()
     try:
-        async with listening(runner, config.server.host, config.server.port) as listener:
+        async with opened(runner.server, config.server.host, config.server.port) as listener:
             bound = listener.sockets[0].getsockname()
             yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
     finally:
@@ -98,12 +98,12 @@ async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def listening(runner: web.AppRunner, host: str, port: int) -> AsyncIterator[asyncio.Server]:
+async def opened(server: web.Server | None, host: str, port: int) -> AsyncIterator[asyncio.Server]:
     """What web.TCPSite does, with connections of our own."""
+    assert server
 
     def connected() -> Connection:
-        assert runner.server
-        return Connection(runner.server, loop=loop, keepalive_timeout=IDLE_WITHIN, access_log=None)  # type: ignore[arg-type]
+        return Connection(server, loop=loop, keepalive_timeout=IDLE_WITHIN, access_log=None)  # type: ignore[arg-type]
 
     loop = asyncio.get_running_loop()
     try:
