@@ -61,7 +61,8 @@ T = TypeVar("T")
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 MAX_HISTORY = 256  # changes of plan that are remembered
-LONG_TEXT = 4096  # characters from which encoding leaves the loop
+LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
+MARKS = 64  # characters that a message costs besides its content
 
 
 class Profile(msgspec.Struct):
@@ -273,11 +274,13 @@ class Engine:
         """
         if self.main is None:
             raise Unavailable("the engine is not running; enter it with `async with` first")
-        ids = await self.tokenize(prompt)
+        ids = await self.tokenize(prompt, self.model.max_model_len)
         options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
         self.check_room(settled)
+        if id in self.streams:
+            raise BadRequest(f"a request with the id {id!r} is running; choose another id", param="id")
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding)
@@ -315,14 +318,20 @@ class Engine:
             async for chunk in stream:
                 yield chunk
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, of a conversation (with the mark that opens the answer), or of checked token ids."""
+    async def tokenize(self, prompt: Prompt, limit: int | None = None) -> list[int]:
+        """Token ids of a text, of a conversation (with the mark that opens the answer), or of checked token ids.
+
+        Raises `BadRequest`, also for a text that has more than `limit` tokens for sure.
+        """
         if isinstance(prompt, str):
-            return await self.off_loop(len(prompt), self.text.encode, prompt)
+            return await self.off_loop(len(prompt), lambda: self.text.encode(prompt, limit))
         if all(isinstance(item, Mapping) for item in prompt) and prompt:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            size = sum(len(message.get("content", "")) for message in messages)
-            return await self.off_loop(size, self.text.encode_chat, messages)
+            size = sum(MARKS + len(message.get("content", "")) for message in messages)
+            return await self.off_loop(size, lambda: self.text.encode_chat(messages, limit))
+        return await self.off_loop(len(prompt), lambda: self.checked(prompt))
+
+    def checked(self, prompt: Sequence[object]) -> list[int]:
         ids: list[int] = list(prompt)  # type: ignore[arg-type]
         if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocab_size:
             raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")
@@ -331,8 +340,8 @@ class Engine:
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.text.decode(ids)
 
-    async def off_loop(self, size: int, encode: Callable[[T], list[int]], prompt: T) -> list[int]:
-        return encode(prompt) if size < LONG_TEXT else await asyncio.to_thread(encode, prompt)
+    async def off_loop(self, size: int, work: Callable[[], T]) -> T:
+        return work() if size < LONG_TEXT else await asyncio.to_thread(work)
 
     def check_room(self, settled: Settled) -> None:
         if self.draining:
@@ -435,11 +444,20 @@ class Engine:
                     RequestFailed("the request failed twice on our side; it was given up")
                 )
             case Decline(request, usage, retry):
-                self.streams.pop(request.id).fail(missed(usage, retry))
+                self.streams.pop(request.id).fail(missed(usage, retry, retry is not None and self.vain(request, usage)))
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
                     self.idle.set()
+
+    def vain(self, request: Request, usage: Usage) -> bool:
+        """Whether the deadline was too short from the start, whatever else ran; not known before what steps cost is."""
+        promises = self.scheduler.promises
+        if usage.deadline is None or not promises.beliefs.sure(promises.degrees):
+            return False
+        alone = promises.arrived(request)
+        alone.deadline = request.arrived_at + usage.deadline
+        return promises.is_hopeless(alone, request.arrived_at)
 
     def reshaped(self, change: Change) -> None:
         """A plan stands: tell those who wait for it; one that is new, or stands anew, is remembered and logged too."""
@@ -480,8 +498,10 @@ def advised(note: str | None, unplanned: str | None) -> str | None:
     return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None
 
 
-def missed(usage: Usage, retry_after: float | None) -> DeadlineMissed:
+def missed(usage: Usage, retry_after: float | None, vain: bool) -> DeadlineMissed:
     seconds = f"{usage.deadline:.3g} s" if usage.deadline is not None else "its deadline"
+    if vain:
+        return DeadlineMissed(f"the answer takes longer than {seconds} even if nothing else runs", vain=True)
     if retry_after is not None:
         return DeadlineMissed(f"the server is too busy to answer within {seconds}; try later", retry_after=retry_after)
     return DeadlineMissed(

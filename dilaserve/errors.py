@@ -14,6 +14,7 @@ class DilaserveError(Exception):
     status = 500
     kind = "server_error"
     code: str | None = None
+    vain = False  # the same request will never be served, though the status reads as if it might
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
@@ -74,14 +75,15 @@ class Overloaded(DilaserveError):
 class DeadlineMissed(DilaserveError):
     """The deadline cannot be met, and the client does not want the answer late.
 
-    429 with `retry_after` when the request never started, else 504.
+    429 when the request never started, with `retry_after` or `vain`, if it could not have made it alone; else 504.
     """
 
     code = "deadline"
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, vain: bool = False) -> None:
         super().__init__(message, retry_after=retry_after)
-        if retry_after is not None:
+        self.vain = vain
+        if vain or retry_after is not None:
             self.status, self.kind = 429, "rate_limit_error"
         else:
             self.status, self.kind = 504, "timeout_error"

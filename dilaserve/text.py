@@ -1,17 +1,19 @@
 """Between text and token ids: encoding, the chat template, and decoding that never takes back what it gave."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dilaserve.errors import BadRequest, CheckpointError
 
 log = logging.getLogger(__name__)
 ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
+LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 
 
 class Text:
@@ -26,6 +28,7 @@ class Text:
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         self.directory = directory
+        self.longest = longest_token(self.tokenizer)
         self.template: Any = None
 
     def load_template(self) -> None:
@@ -48,13 +51,27 @@ class Text:
         found = (self.tokenizer.token_to_id(token) for token in ENDS)
         return tuple(id for id in found if id is not None)
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Raises `BadRequest` for a text that has more than `limit` tokens for sure, before any work."""
+        return self.ids(text, limit, True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> list[int]:
         """The rendered conversation with the mark that opens the assistant's turn; raises `BadRequest`."""
-        return list(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+        return self.ids(self.render(messages), limit, False)
+
+    def ids(self, text: str, limit: int | None, special: bool) -> list[int]:
+        """The library holds the interpreter's lock while it encodes, except in batches. Those wait for its threads,
+        and with them for other long texts, so that short ones do without.
+        """
+        if limit is not None and self.longest is not None and len(text) > limit * self.longest:
+            raise BadRequest(
+                f"a prompt of {len(text)} characters leaves no room for an answer; the canvas holds {limit} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if len(text) < LONG:
+            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         if self.template is None or not self.template.chat_template:
@@ -69,7 +86,35 @@ class Text:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        listed = list(ids)
+        if len(listed) < LONG:
+            return str(self.tokenizer.decode(listed, skip_special_tokens=True))
+        return str(self.tokenizer.decode_batch([listed], skip_special_tokens=True)[0])
+
+
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """Characters of text that one token stands for, at most; None where no such bound is known.
+
+    There is one where every byte of a text comes out in some token: byte-level BPE that has all bytes, so that a token
+    is spelled with one letter a byte, behind nothing that drops, joins or swallows characters.
+    """
+    model, normalizes, cuts = tokenizer.model, tokenizer.normalizer is not None, tokenizer.truncation is not None
+    if normalizes or cuts or not isinstance(model, models.BPE) or tokenizer.pre_tokenizer is None:
+        return None
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    stages = json.loads(tokenizer.pre_tokenizer.__getstate__())
+    stages = stages["pretokenizers"] if stages["type"] == "Sequence" else [stages]
+    kinds = [stage["type"] for stage in stages]
+    if kinds.count("ByteLevel") != 1 or not set(kinds) <= {"ByteLevel", "Split", "Digits"}:
+        return None
+    if any(stage.get("behavior") == "Removed" for stage in stages):
+        return None
+    added = tokenizer.get_added_tokens_decoder().values()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    if any(token.lstrip or token.rstrip for token in added) or not tokenizer.get_vocab(False).keys() >= set(letters):
+        return None
+    return max(map(len, tokenizer.get_vocab()))
 
 
 class Detokenizer:

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import checkpoints
+import msgspec
 import pytest
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable, executor
+from dilaserve.engine import missed
+from dilaserve.terms import Usage
 
 
 def on(model, **settings):
@@ -106,6 +110,39 @@ async def test_bad_requests_touch_nothing(random_model):
         assert (await engine.generate("a", WISH)).completion_tokens == 64
 
 
+async def test_what_takes_long_to_read_leaves_the_loop(random_model):
+    async with Engine(on(random_model)) as engine:
+        loops: list[bool] = []
+
+        def work():
+            loops.append(threading.current_thread() is threading.main_thread())
+            return []
+
+        engine.text.encode = engine.text.encode_chat = lambda prompt, limit: work()
+        message = {"role": "user", "content": ""}
+        for prompt in ("hello", "a" * 4096, [message], [message] * 64, [message | {"content": "a" * 4096}]):
+            await engine.tokenize(prompt)
+        assert loops == [True, False, True, False, False]
+        assert await engine.tokenize([65] * 5000) == [65] * 5000
+        with pytest.raises(BadRequest, match="whole numbers"):
+            await engine.tokenize([65] * 5000 + [-1])
+
+
+async def test_an_id_that_runs_is_not_given_again(random_model):
+    async with Engine(on(random_model)) as engine:
+        free = len(engine.free)
+        async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4), id="mine") as stream:
+            with pytest.raises(BadRequest, match="'mine' is running"):
+                await engine.submit(PROMPTS[1], WISH, id="mine")
+            await anext(stream)
+        await engine.drain(30)
+        engine.draining = False
+        async with await engine.submit(PROMPTS[1], WISH, id="mine") as stream:
+            assert stream.id == "mine"
+        await engine.drain(30)
+        assert (engine.alive, len(engine.free)) == (True, free)
+
+
 async def test_leaving_the_engine_ends_what_runs(random_model):
     async with Engine(on(random_model)) as engine:
         stream = await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4))
@@ -133,6 +170,22 @@ async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(rando
         await engine.drain(30)
         assert not engine.scheduler.requests
         assert len(engine.free) == engine.table.rows
+
+
+async def test_only_a_deadline_that_company_spoils_is_worth_another_try(random_model):
+    async with Engine(on(random_model)) as engine:
+        while not engine.scheduler.promises.admits:
+            await engine.generate(PROMPTS[0], WISH)
+        request = (await engine.submit(PROMPTS[0], WISH)).request
+        usage = Usage(steps=0, refreshes=0, queued=0.0, served=0.0, mean_confidence=None)
+        assert engine.vain(request, msgspec.structs.replace(usage, deadline=1e-5))
+        assert not engine.vain(request, msgspec.structs.replace(usage, deadline=3600.0))
+    late = [missed(usage, retry, vain) for retry, vain in ((1.0, True), (1.0, False), (None, False))]
+    assert [(error.status, error.retry_after, error.vain) for error in late] == [
+        (429, None, True),
+        (429, 1.0, False),
+        (504, None, False),
+    ]
 
 
 async def test_what_outlives_the_grace_period_ends_with_an_error(random_model):

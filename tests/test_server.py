@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
+from dilaserve.server import app
+from dilaserve.server.answers import Token, Told
 from dilaserve.server.app import running
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import pretended
@@ -130,12 +132,12 @@ async def test_a_deadline_that_cannot_be_met_ends_as_the_client_wishes(client, e
     hurried = HELLO | {"slo": {"deadline_ms": 0.01}}
     status, body, _ = await post(client, CHAT, hurried)
     assert (status, body["dilaserve"]["deadline_met"]) == (200, False)
-    for streamed in (False, True):
-        late = hurried | {"slo": {"deadline_ms": 0.01, "on_miss": "reject"}, "stream": streamed}
+    for miss, streamed in (("reject", False), ("reject", True), ("cancel_when_late", False)):
+        late = hurried | {"slo": {"deadline_ms": 0.01, "on_miss": miss}, "stream": streamed}
         status, body, headers = await post(client, CHAT, late)
-        assert (status, body["error"]["code"], int(headers["retry-after"]) > 0) == (429, "deadline", True)
-    status, body, _ = await post(client, CHAT, HELLO | {"slo": {"deadline_ms": 0.01, "on_miss": "cancel_when_late"}})
-    assert (status, body["error"]["code"]) == (429, "deadline")
+        assert (status, body["error"]["code"]) == (429, "deadline")
+        assert "even if nothing else runs" in body["error"]["message"]
+        assert (headers["x-should-retry"], "retry-after" in headers) == ("false", False)
     assert len(engine.free) == engine.table.rows
 
 
@@ -166,8 +168,16 @@ async def test_completions_take_every_form_of_prompt(client, engine):
         assert body["usage"]["prompt_tokens"] == 5 * count
         texts += [choice["text"] for choice in body["choices"]]
     assert len(set(texts)) == 1
+    long = {"tokens": ids * 4000}
+    assert (await post(client, "/detokenize", long))[1] == {"prompt": "hello" * 4000}
     chunks = await stream(client, COMPLETE, {"prompt": "hello", "max_tokens": 8, "echo": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello" + texts[0]
+
+
+async def test_both_endpoints_know_both_names_of_the_answers_length(client):
+    for path, body in ((CHAT, HELLO), (COMPLETE, {"prompt": "hello"})):
+        for wish in ({"max_tokens": 4}, {"max_tokens": 24, "max_completion_tokens": 4}):
+            assert (await post(client, path, body | wish))[1]["usage"]["completion_tokens"] == 4
 
 
 async def test_n_choices_count_the_seed_up(client):
@@ -230,6 +240,42 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+async def test_the_log_probabilities_end_where_a_stop_string_has_cut_the_text(client):
+    wish = {"prompt": "hello", "max_tokens": 24, "block_length": 4, "logprobs": 0}
+    _, whole, _ = await post(client, COMPLETE, wish)
+    text, probabilities = (whole["choices"][0][name] for name in ("text", "logprobs"))
+    at = next(i for i in range(5, 20) if text[i : i + 6].isascii() and text.find(text[i : i + 6]) == i)
+    for stop in (text[at : at + 6], "never so"):
+        _, cut, _ = await post(client, COMPLETE, wish | {"stop": stop})
+        found = cut["choices"][0]["logprobs"]
+        count = len(found["tokens"])
+        assert found == {name: values and values[:count] for name, values in probabilities.items()}
+        assert (0 < count < 24, count == 24) == (stop in text, stop not in text)
+        chunks = await stream(client, COMPLETE, wish | {"stop": stop})
+        told = [(chunk["choices"][0].get("logprobs") or {}).get("tokens", []) for chunk in chunks]
+        assert [token for tokens in told for token in tokens] == found["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ([("um", "u", False), ("al", "", True)], ["u", ""]),  # cut at "mal"
+        ([("um", "u", False), ("", "m", True)], ["u", "m"]),
+        ([("é", "é", True)], ["é"]),
+        ([("é!?", "é", True)], ["é"]),
+        ([("a<|eot_id|>", "a", True)], ["a<|eot_id|>"]),
+        ([("a<|eot_id|>!", "a", True)], ["a"]),
+    ],
+)
+async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
+    form = Told(engine.text)
+    shown = [form.shown([Token(id, 1.0) for id in engine.text.encode(ids)], text, ends) for ids, text, ends in pieces]
+    found = [
+        engine.text.tokenizer.decode([token.id for token in tokens], skip_special_tokens=False) for tokens in shown
+    ]
+    assert found == told
+
+
 @pytest.mark.parametrize(
     ("path", "change", "status", "param"),
     [
@@ -238,11 +284,17 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
-        (CHAT, {"messages": [{"role": "user", "content": "a" * 300}]}, 400, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 300}]}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 90_000}]}, 400, "messages"),
+        (CHAT, {"messages": [{}]}, 400, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, 400, "messages[0].content[0].type"),
+        (CHAT, {"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+        (COMPLETE, {"prompt": "a" * 90_000}, 400, "prompt"),
+        (COMPLETE, {}, 400, "prompt"),
         (CHAT, {"max_tokens": 0}, 400, "max_tokens"),
         (CHAT, {"max_tokens": "many"}, 400, "max_tokens"),
         (CHAT, {"max_tokens": 10**400}, 400, "max_tokens"),
-        (CHAT, {"max_completion_tokens": 10**9}, 400, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 10**9}, 400, "max_completion_tokens"),
         (CHAT, {"temperature": 3}, 400, "temperature"),
         (CHAT, {"top_p": 0}, 400, "top_p"),
         (CHAT, {"n": 0}, 400, "n"),
@@ -265,6 +317,8 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (CHAT, {"slo": {"deadline": 5}}, 400, "slo"),
         (CHAT, {"slo": {"on_miss": "panic"}}, 400, "slo.on_miss"),
         (CHAT, {"priority": 99}, 400, "priority"),
+        (CHAT, {"slo": {"priority": 99}}, 400, "slo.priority"),
+        (CHAT, {"slo": {"min_confidence_threshold": 2}}, 400, "slo.min_confidence_threshold"),
         (CHAT, {"priority": -(10**400)}, 400, "priority"),
         (CHAT, {"user": "u" * 1000}, 400, "user"),
         (CHAT, {"min_confidence_threshold": 2}, 400, "min_confidence_threshold"),
@@ -281,6 +335,10 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
         (COMPLETE, {"prompt": ["a"] * 2, "n": 3}, 400, "n"),
         (COMPLETE, {"prompt": "a", "logprobs": 2}, 400, "logprobs"),
         (COMPLETE, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        (CHAT, {"suffix": "b"}, 400, "suffix"),
+        (COMPLETE, {"prompt": "a", "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (COMPLETE, {"prompt": "a", "tools": [{"type": "function"}]}, 400, "tools"),
+        (COMPLETE, {"prompt": "a", "top_logprobs": 1}, 400, "top_logprobs"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused_by_name(client, path, change, status, param):
@@ -289,6 +347,13 @@ async def test_what_cannot_be_honoured_is_refused_by_name(client, path, change, 
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert len(body["error"]["message"]) > 10
     assert headers["x-request-id"]
+
+
+async def test_more_choices_than_the_house_has_places_are_refused_for_good(random_model):
+    config = Config.of(model=str(random_model), devices="cpu", port=0, max_queue=1)
+    async with Engine(config) as engine, running(engine, config) as address, aiohttp.ClientSession(address) as client:
+        status, body, _ = await post(client, CHAT, HELLO | {"n": 2})
+        assert (status, body["error"]["param"], "--max-queue" in body["error"]["message"]) == (400, "n", True)
 
 
 async def test_defaults_nulls_and_unknown_fields_change_nothing(client):
@@ -327,6 +392,41 @@ async def test_broken_requests_get_openais_error_shape(client):
     assert (await post(client, CHAT, HELLO))[0] == 200
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: here\r\nx-long: " + b"x" * 20_000 + b"\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-length: many\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        b"transfer-encoding: chunked\r\n\r\nmany\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-encoding: br\r\n"
+        b"content-length: 2\r\n\r\n{}",
+    ],
+)
+async def test_what_is_no_http_gets_openais_error_shape_and_no_traceback(address, caplog, sent):
+    reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+    writer.write(sent)
+    head, _, found = (await asyncio.wait_for(reader.read(), 30)).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))
+    assert b"x-request-id" in head.lower()
+    assert set(json.loads(found)["error"]) == {"message", "type", "param", "code"}
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_client_that_leaves_before_its_stream_begins_leaves_no_traceback(engine, caplog, monkeypatch):
+    async def gone(*_):
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(app.sse, "relay", gone)
+    async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await client.post(CHAT, json=HELLO | {"stream": True})
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -363,6 +463,16 @@ async def test_no_body_is_our_fault(client):
             await response.read()
     assert statuses <= {200, 400}
     assert (await post(client, CHAT, HELLO))[0] == 200
+
+
+async def test_a_head_that_never_comes_whole_costs_its_connection(engine, monkeypatch):
+    monkeypatch.setattr(app, "IDLE_WITHIN", 0.05)
+    async with running(engine, engine.config) as address:
+        for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: here\r\nx-slow: "):
+            reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+            writer.write(sent)
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
 
 
 async def test_a_client_that_leaves_frees_its_row(client, engine):

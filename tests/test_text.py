@@ -1,12 +1,16 @@
 """Text out of tokens: once, in order, whole characters, and no piece of a stop string."""
 
+import sys
+import threading
+
 import checkpoints
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dilaserve.errors import BadRequest, CheckpointError
-from dilaserve.text import Detokenizer, StopStrings, Text
+from dilaserve.text import LONG, Detokenizer, StopStrings, Text, longest_token
 
 UNICODE = "plain, ümläut, 漢字, 👩‍👩‍👧, é"
 
@@ -79,3 +83,62 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         Text(tmp_path)
+
+
+def test_a_long_text_lets_other_threads_run_and_is_the_same_tokens(text):
+    long, go, ran = "hello wörld " * LONG, threading.Lock(), []
+    go.acquire()
+    other = threading.Thread(target=lambda: ran.append(go.acquire()))
+    other.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # nobody runs unless somebody lets go
+    try:
+        go.release()
+        ids = text.encode(long)
+        assert ran
+    finally:
+        sys.setswitchinterval(interval)
+    other.join()
+    assert ids == text.encode("hello wörld ") * LONG
+    assert text.decode(ids) == long
+
+
+def test_a_text_that_is_too_long_for_sure_is_refused_before_it_is_encoded(text):
+    longest = len("<|start_header_id|>")
+    assert text.longest == longest
+    assert len(text.encode("a" * 8 * longest, 8)) == 8 * longest
+    assert len(text.encode("a" * 1000)) == 1000
+    with pytest.raises(BadRequest, match="no room") as caught:
+        text.encode("a" * (8 * longest + 1), 8)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(BadRequest, match="no room"):
+        text.encode_chat([{"role": "user", "content": "a" * 8 * longest}], 8)
+
+
+def byte_level(**changes) -> Tokenizer:
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    found = Tokenizer(changes.pop("model", models.BPE(vocab=letters | {"Ġa": 256}, merges=[("Ġ", "a")])))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    for name, value in changes.items():
+        setattr(found, name, value)
+    return found
+
+
+@given(st.text(max_size=40))
+def test_no_token_stands_for_more_characters_than_the_longest(written):
+    tokenizer = byte_level()
+    assert longest_token(tokenizer) == 2
+    assert len(written) <= 2 * len(tokenizer.encode(written).ids)
+
+
+def test_tokenizers_that_swallow_text_have_no_longest_token():
+    stages = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()]
+    assert longest_token(byte_level(pre_tokenizer=pre_tokenizers.Sequence(stages))) is None
+    assert longest_token(byte_level(pre_tokenizer=pre_tokenizers.Whitespace())) is None
+    assert longest_token(byte_level(normalizer=normalizers.NFC())) is None
+    assert longest_token(byte_level(model=models.BPE(vocab={"a": 0}, merges=[]))) is None
+    assert longest_token(byte_level(model=models.WordLevel(vocab={"a": 0}, unk_token="a"))) is None
+    cut, swallowing = byte_level(), byte_level()
+    cut.enable_truncation(8)
+    swallowing.add_tokens([AddedToken("<gap>", rstrip=True)])
+    assert (longest_token(cut), longest_token(swallowing)) == (None, None)

@@ -3,28 +3,34 @@
 import math
 import secrets
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dilaserve import __version__
 from dilaserve.engine import Chunk, Completion, Engine
 from dilaserve.errors import DilaserveError
 from dilaserve.terms import Usage
-from dilaserve.text import UNFINISHED
+from dilaserve.text import UNFINISHED, Detokenizer, Text
 
 Json = dict[str, Any]
 FINGERPRINT = f"dilaserve-{__version__}"
 
 
-class Form:
-    """One endpoint's way of writing answers; `chat` or plain completions."""
+class Token(NamedTuple):
+    id: int
+    confidence: float
 
-    def __init__(self, engine: Engine, chat: bool, logprobs: bool) -> None:
-        self.engine, self.chat, self.logprobs = engine, chat, logprobs
+
+class Form:
+    """One endpoint's way of writing answers; `chat` or plain completions. `stops`: their text may be cut."""
+
+    def __init__(self, engine: Engine, chat: bool, logprobs: bool, stops: bool = False) -> None:
+        self.engine, self.chat, self.logprobs, self.stops = engine, chat, logprobs, stops
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         self.written: Counter[int] = Counter()  # characters by choice, for text_offset
+        self.told: defaultdict[int, Told] = defaultdict(lambda: Told(engine.text))  # by choice
 
     def head(self, streamed: bool) -> Json:
         kind = "text_completion" if not self.chat else "chat.completion.chunk" if streamed else "chat.completion"
@@ -41,9 +47,14 @@ class Form:
     def opening(self, index: int) -> Json:
         return self.piece({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def delta(self, index: int, chunk: Chunk) -> Json:
+    def delta(self, index: int, chunk: Chunk) -> Json | None:
+        """None if there is nothing to say."""
+        tokens = self.tokens(index, chunk)
+        if not chunk.text and not tokens:
+            return None
         said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
-        return self.piece({"index": index, **said, "logprobs": self.probabilities(index, chunk), "finish_reason": None})
+        logprobs = self.probabilities(index, tokens)
+        return self.piece({"index": index, **said, "logprobs": logprobs, "finish_reason": None})
 
     def echo(self, index: int, text: str) -> Json:
         self.written[index] += len(text)
@@ -75,20 +86,27 @@ class Form:
     def choice(self, index: int, completion: Completion, echo: str) -> Json:
         choice: Json = {"index": index, "finish_reason": completion.finish_reason}
         self.written[index] += len(echo)
-        choice["logprobs"] = self.probabilities(index, completion)
+        choice["logprobs"] = self.probabilities(index, self.tokens(index, completion))
         if self.chat:
             return choice | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
         return choice | {"text": echo + completion.text}
 
-    def probabilities(self, index: int, answer: Chunk | Completion) -> Json | None:
+    def tokens(self, index: int, answer: Chunk | Completion) -> list[Token]:
+        """The tokens whose probabilities are told now."""
+        if not self.logprobs:
+            return []
+        tokens = [Token(*pair) for pair in zip(answer.token_ids, answer.confidences, strict=True)]
+        return self.told[index].shown(tokens, answer.text, answer.finish_reason is not None) if self.stops else tokens
+
+    def probabilities(self, index: int, told: Sequence[Token]) -> Json | None:
         """Log probabilities of the chosen tokens, when they were unmasked.
 
         Part of a character has no text of its own, and of its bytes the tokenizer does not tell.
         """
         if not self.logprobs:
             return None
-        tokens = [self.engine.detokenize([id]) for id in answer.token_ids]
-        logs = [math.log(max(confidence, 1e-45)) for confidence in answer.confidences]
+        tokens = [self.engine.detokenize([token.id]) for token in told]
+        logs = [math.log(max(token.confidence, 1e-45)) for token in told]
         if self.chat:
             pairs = zip(tokens, logs, strict=True)
             return {"content": [{"token": t, "logprob": p, "bytes": spelled(t), "top_logprobs": []} for t, p in pairs]}
@@ -97,6 +115,29 @@ class Form:
             offsets.append(self.written[index])
             self.written[index] += len(token)
         return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
+
+
+class Told:
+    """Holds back the tokens of a text that may be cut, until some of their text is shown."""
+
+    def __init__(self, text: Text) -> None:
+        self.detokenizer = Detokenizer(text)
+        self.waiting: deque[tuple[int, Token]] = deque()  # with the character at which they begin
+        self.length = self.seen = 0  # characters of all tokens, and of those what is shown
+
+    def shown(self, tokens: Sequence[Token], text: str, ends: bool) -> list[Token]:
+        """The tokens that `text`, which is shown after what was, begins to show. What it `ends` with is not cut, unless
+        the tokens have more text.
+        """
+        for token in tokens:
+            self.waiting.append((self.length, token))
+            self.length += len(self.detokenizer.push([token.id]))
+        self.seen += len(text)
+        whole = ends and self.length + len(self.detokenizer.flush()) <= self.seen
+        found = []
+        while self.waiting and (whole or self.waiting[0][0] < self.seen):
+            found.append(self.waiting.popleft()[1])
+        return found
 
 
 def spelled(token: str) -> list[int] | None:

@@ -29,6 +29,7 @@ from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, real
 from dilaserve.server import metrics, openai, plans, sse
 from dilaserve.server.answers import Form, Json, failure
+from dilaserve.server.connection import Connection
 from dilaserve.stream import collect
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ Announce = Callable[[str, str, bool], None]
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 BODY_WITHIN = 30.0  # seconds to receive a request body
+IDLE_WITHIN = 75.0  # seconds for the whole head of the next request, before a connection is closed; proxies keep 60
 LINGER = 2.0  # seconds that answers get to leave after the engine is done
 PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
@@ -86,22 +88,35 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
 @contextlib.asynccontextmanager
 async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
     """The application on its port; gives the address."""
-    runner = web.AppRunner(
-        application(engine, config), access_log=None, handler_cancellation=True, shutdown_timeout=LINGER
-    )
+    runner = web.AppRunner(application(engine, config), handler_cancellation=True, shutdown_timeout=LINGER)
     await runner.setup()
     try:
-        host, port = config.server.host, config.server.port
-        try:
-            await web.TCPSite(runner, host, port, backlog=1024).start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-        except UnicodeError as error:
-            raise ConfigError(f"--host {host!r} is not a name: {error}") from error
-        bound = runner.addresses[0]
-        yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+        async with opened(runner.server, config.server.host, config.server.port) as listener:
+            bound = listener.sockets[0].getsockname()
+            yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
     finally:
         await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def opened(server: web.Server | None, host: str, port: int) -> AsyncIterator[asyncio.Server]:
+    """What web.TCPSite does, with connections of our own."""
+    assert server
+
+    def connected() -> Connection:
+        return Connection(server, loop=loop, keepalive_timeout=IDLE_WITHIN, access_log=None)  # type: ignore[arg-type]
+
+    loop = asyncio.get_running_loop()
+    try:
+        listener = await loop.create_server(connected, host, port, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    except UnicodeError as error:
+        raise ConfigError(f"--host {host!r} is not a name: {error}") from error
+    try:
+        yield listener
+    finally:
+        listener.close()
 
 
 def application(engine: Engine, config: Config) -> web.Application:
@@ -179,6 +194,8 @@ def refused(error: DilaserveError) -> web.Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if error.vain:
+        headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return answer(failure(error), error.status, headers)
@@ -265,7 +282,7 @@ def known(engine: Engine, name: str | None) -> None:
 
 async def chat(request: web.Request) -> web.StreamResponse:
     asked = openai.decoded(await body(request), openai.ChatRequest)
-    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs))
+    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop))
     if asked.top_logprobs is not None and not asked.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     return await respond(request, asked, form, [openai.conversation(asked.messages)], [""])
@@ -277,12 +294,16 @@ async def complete(request: web.Request) -> web.StreamResponse:
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
     echoes = [await echo(engine, prompt) if asked.echo else "" for prompt in prompts]
-    form = Form(engine, chat=False, logprobs=asked.logprobs is not None)
+    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop))
     return await respond(request, asked, form, prompts, echoes)
 
 
 async def echo(engine: Engine, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else engine.detokenize(await engine.tokenize(prompt))
+    return prompt if isinstance(prompt, str) else await spoken(engine, await engine.tokenize(prompt))
+
+
+async def spoken(engine: Engine, ids: list[int]) -> str:
+    return await engine.off_loop(len(ids), lambda: engine.detokenize(ids))
 
 
 async def respond(
@@ -293,12 +314,13 @@ async def respond(
     known(engine, asked.model)
     openai.refuse(asked)
     openai.with_headers(asked, request.headers)
-    n = openai.choices_wanted(asked, len(prompts), limit)
+    n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
     async with contextlib.AsyncExitStack() as stack:
         streams: list[Stream] = []
         for prompt in prompts:
             for _ in range(n):
-                started = await engine.submit(prompt, openai.options(asked, len(streams)))
+                with openai.spelled(asked):
+                    started = await engine.submit(prompt, openai.options(asked, len(streams)))
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         each = [echo for echo in echoes for _ in range(n)]
@@ -334,4 +356,4 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
         ids = await engine.tokenize(asked.tokens)
     except BadRequest as error:
         raise BadRequest(error.message, param="tokens") from error
-    return answer({"prompt": engine.detokenize(ids)})
+    return answer({"prompt": await spoken(engine, ids)})

@@ -1,7 +1,8 @@
 """OpenAI's wire as structs: what may come in, what is refused and why, and how it becomes the engine's options."""
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -37,6 +38,7 @@ class Common(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
@@ -61,6 +63,17 @@ class Common(msgspec.Struct, kw_only=True):
     frequency_penalty: Any = None
     presence_penalty: Any = None
     logit_bias: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+    response_format: Any = None
+    suffix: Any = None
+    best_of: Any = None
+    top_logprobs: int | None = None
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -76,25 +89,13 @@ class Message(msgspec.Struct, frozen=True):
 
 class ChatRequest(Common, kw_only=True):
     messages: list[Message]
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: Any = None
-    response_format: Any = None
 
 
 class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
-    suffix: Any = None
-    best_of: Any = None
 
 
 class TokenizeRequest(msgspec.Struct):
@@ -142,7 +143,8 @@ def decoded(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `")
         missing = re.search(r"missing required field `(\w+)`", text)
-        param = missing[1] if missing else path.rstrip("`").removeprefix("$.") or None
+        places = [path.rstrip("`").removeprefix("$").removeprefix("."), missing[1] if missing else ""]
+        param = ".".join(filter(None, places)) or None
         raise BadRequest(f"{param}: {text}" if param else text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
@@ -211,17 +213,41 @@ def options(request: Common, choice: int) -> Options:
     return Options(**{name: value for name, value in given.items() if value is not None})
 
 
+@contextlib.contextmanager
+def spelled(request: Common) -> Iterator[None]:
+    """Errors name the field that the client has sent, where the engine calls it by another name."""
+    try:
+        yield
+    except BadRequest as error:
+        if error.param is None or (name := spellings(request).get(error.param)) is None:
+            raise
+        message = re.sub(rf"\b{error.param}\b", name, error.message) if name != "messages" else error.message
+        raise BadRequest(message, param=name, code=error.code) from error
+
+
+def spellings(request: Common) -> dict[str, str]:
+    slo = request.slo or Slo()
+    other = {
+        "messages": isinstance(request, ChatRequest),
+        "max_completion_tokens": request.max_completion_tokens is not None,
+        "slo.priority": slo.priority is not None,
+        "slo.min_confidence_threshold": slo.min_confidence_threshold is not None,
+    }
+    ours = "prompt", "max_tokens", "priority", "min_confidence_threshold"
+    return {name: theirs for name, (theirs, sent) in zip(ours, other.items(), strict=True) if sent}
+
+
 def max_tokens(request: Common) -> int | None:
-    newer = getattr(request, "max_completion_tokens", None)
-    return request.max_tokens if newer is None else newer
+    return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
 
 
-def choices_wanted(request: Common, prompts: int, limit: int) -> int:
+def choices_wanted(request: Common, prompts: int, most: int, places: int) -> int:
     n = 1 if request.n is None else request.n
+    limit, flag = min((most, "--max-choices"), (places, "--max-queue"))
     if not 1 <= n * prompts <= limit:
         param = "prompt" if prompts > limit else "n"
         raise BadRequest(
-            f"n times the number of prompts must lie between 1 and {limit} (--max-choices), not {n * prompts}",
+            f"n times the number of prompts must lie between 1 and {limit} ({flag}), not {n * prompts}",
             param=param,
         )
     return n
@@ -259,12 +285,12 @@ def prompts(prompt: str | list[Any]) -> list[str | list[int]]:
         return [prompt]
     if prompt and all(isinstance(item, str) for item in prompt):
         return list(prompt)
-    if prompt and all(is_id(item) for item in prompt):
+    if are_ids(prompt):
         return [list(prompt)]
-    if prompt and all(isinstance(item, list) and item and all(map(is_id, item)) for item in prompt):
+    if prompt and all(isinstance(item, list) and are_ids(item) for item in prompt):
         return [list(item) for item in prompt]
     raise BadRequest("prompt must be a string, token ids, or a list of either", param="prompt")
 
 
-def is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
+def are_ids(items: list[Any]) -> bool:
+    return set(map(type, items)) == {int}  # not bool

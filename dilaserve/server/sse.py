@@ -47,9 +47,8 @@ def opening(form: Form, choices: int, echoes: Sequence[str]) -> bytes:
 
 
 def events(form: Form, index: int, chunk: Chunk) -> bytes:
-    data = b""
-    if chunk.text or (form.logprobs and chunk.token_ids):
-        data = event(form.delta(index, chunk))
+    delta = form.delta(index, chunk)
+    data = event(delta) if delta else b""
     return data + (event(form.closing(index, chunk)) if chunk.finish_reason else b"")
 
 
