@@ -54,7 +54,7 @@ from dilaserve.terms import Batch, Decoding, Event, Instance, InstanceReady, Mov
 ANSWER = 32  # tokens of the block that measured rows work on
 REUSE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 REFRESH_ROWS = (1, 2, 3, 4, 8)
-ROUNDS, REPEATS = 4, 2
+ROUNDS, REPEATS = 3, 2
 SIDE = 1.282  # normal quantile of a one-sided 90 % bound
 CHATTER = 16  # requests at once while quality is measured
 FINEST = 64  # kinds of prompts by length that a task is measured by
