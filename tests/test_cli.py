@@ -27,7 +27,7 @@ def run(*words, **environ):
         [sys.executable, "-m", "dilaserve", *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=os.environ | environ,
     )
 

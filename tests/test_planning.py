@@ -13,7 +13,7 @@ from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
 from dilaserve.hindsight import FADING, FEW, Hindsight
 from dilaserve.planner import CLASSES, Planner, Setup, explained, few
 from dilaserve.policy.admission import HOPELESS
-from dilaserve.policy.packing import block, changed, groups, layout
+from dilaserve.policy.packing import block, changed, groups, layout, quick_layout
 from dilaserve.policy.planning import (
     BLUR,
     DOUBT,
@@ -104,6 +104,26 @@ def test_counts_that_do_not_fit_are_an_error():
             layout(counts, alive)
 
 
+def valid(plan, counts):
+    """Whether the groups are aligned and disjoint, and as many as wanted."""
+    ranks = list(itertools.chain(*plan))
+    aligned = all(group == block(group[0], len(group)) and group[0] % len(group) == 0 for group in plan)
+    return aligned and len(ranks) == len(set(ranks)) and Counter(map(len, plan)) == counts
+
+
+@pytest.mark.parametrize("devices", [256, 4096])
+def test_plans_of_thousands_of_devices_keep_what_they_can(devices):
+    alive = set(range(devices)) - {5, 77}
+    twos = tuple(block(start, 2) for start in range(0, devices // 2, 2) if alive.issuperset(block(start, 2)))
+    counts = {8: devices // 64, 4: devices // 32, 2: len(twos)}
+    counts[1] = len(alive) - sum(degree * count for degree, count in counts.items())
+    found = layout(counts, alive, twos)
+    assert valid(found, counts)
+    assert set(twos) <= set(found)
+    with pytest.raises(ValueError, match="do not fit"):
+        layout({8: devices // 8}, alive)
+
+
 ALIVE = st.sets(st.integers(0, 7), min_size=1)
 
 
@@ -114,7 +134,8 @@ def test_layouts_are_aligned_disjoint_and_keep_as_much_as_any_other(alive, befor
     new = chance.choice(full(every_layout(alive, DEGREES), alive))
     found = layout(counts_of(new), alive, old)
     assert sorted(itertools.chain(*found)) == sorted(alive)
-    assert all(group == block(group[0], len(group)) and group[0] % len(group) == 0 for group in found)
+    assert valid(found, counts_of(new))
+    assert valid(quick_layout(counts_of(new), alive, old), counts_of(new))
     rivals = [plan for plan in every_layout(alive, DEGREES) if counts_of(plan) == counts_of(new)]
     score = lambda plan: (len(set(plan) & set(old)), sum(map(len, set(plan) & set(old))))  # noqa: E731
     assert score(found) == max(map(score, rivals))

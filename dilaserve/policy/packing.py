@@ -5,6 +5,7 @@ from functools import cache
 
 Group = tuple[int, ...]  # sorted ranks
 Choice = tuple[int, int, tuple[Group, ...]]  # instances kept, devices kept, the groups
+MOST_EXACT = 64  # ranks for which all layouts are weighed
 
 
 def changed(old: Sequence[Group], new: Sequence[Group]) -> float:
@@ -37,8 +38,11 @@ def aligned(alive: Collection[int], degree: int) -> Iterator[Group]:
 def layout(counts: Mapping[int, int], alive: Collection[int], running: Collection[Group] = ()) -> tuple[Group, ...]:
     """The aligned layout with these counts that keeps the most running instances, then the most of their devices.
 
-    Among equals the larger groups get the lower ranks. Raises `ValueError` if the counts cannot be packed.
+    Among equals the larger groups get the lower ranks; beyond `MOST_EXACT` ranks it is not always the best that is
+    found. Raises `ValueError` if the counts cannot be packed.
     """
+    if len(alive) > MOST_EXACT:
+        return quick_layout(counts, alive, running)
     degrees = tuple(sorted((degree for degree, count in counts.items() if count), reverse=True))
     if not degrees:
         return ()
@@ -67,6 +71,24 @@ def layout(counts: Mapping[int, int], alive: Collection[int], running: Collectio
     if wanted not in best:
         raise ValueError(f"{dict(counts)} do not fit on the ranks {sorted(living)}")
     return best[wanted][2]
+
+
+def quick_layout(
+    counts: Mapping[int, int], alive: Collection[int], running: Collection[Group] = ()
+) -> tuple[Group, ...]:
+    """Group by group, the largest first: running ones, then where the fewest running ones of smaller degrees are.
+
+    As powers of two nest, whatever is taken first leaves as many smaller groups. Raises `ValueError` as `layout` does.
+    """
+    free, there, found = set(alive), set(running), list[Group]()
+    for degree in sorted((degree for degree, count in counts.items() if count), reverse=True):
+        smaller = {rank for group in there if len(group) < degree and counts.get(len(group)) for rank in group}
+        blocks = sorted(aligned(free, degree), key=lambda group: (group not in there, len(smaller & set(group)), group))
+        if len(blocks) < counts[degree]:
+            raise ValueError(f"{dict(counts)} do not fit on the ranks {sorted(alive)}")
+        found += blocks[: counts[degree]]
+        free.difference_update(*blocks[: counts[degree]])
+    return tuple(sorted(found))
 
 
 def joined(
