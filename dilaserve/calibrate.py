@@ -111,16 +111,16 @@ async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = 
             furniture.executor.reshard(Moves(tuple(found), (instance,)))
             await until(inbox, InstanceReady)
             rig = Rig(furniture.executor, furniture.table, instance.kv_tokens, inbox)
-            found[degree] = [sample async for sample in measured(rig, furniture, degree, config, limit, seen)]
+            found[degree] = await measured(rig, furniture, degree, config, limit, seen)
         return found
     finally:
         running.cancel()
         await asyncio.wait([running])
 
 
-async def measured(  # type: ignore[no-untyped-def]
+async def measured(
     rig: Rig, furniture: Furniture, instance: int, config: Config, limit: int, seen: Seen
-):
+) -> list[Sample]:
     """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
     change their speed within seconds, and what a kind takes is told against what that one usually takes.
     """
@@ -140,17 +140,18 @@ async def measured(  # type: ignore[no-untyped-def]
         return batch_features(spans, masks), statistics.median(seconds[unseen:])
 
     yardstick = sorted(plan, key=packed)[len(plan) // 4]
-    found: dict[int, list[Sample]] = {kind: [] for kind in range(len(plan))}
+    rng.shuffle(plan)
+    kinds: dict[int, Features] = {}
+    ratios: list[list[float]] = [[] for _ in plan]
     usual = [(await run(yardstick, 1))[1]]
     for turn in range(ROUNDS):
         for count, kind in enumerate(rng.sample(range(len(plan)), len(plan))):
-            features, seconds = await run(plan[kind], REPEATS, 1)
+            kinds[kind], seconds = await run(plan[kind], REPEATS, 1)
             usual.append((await run(yardstick, 1))[1])
-            found[kind].append(Sample(features, seconds / statistics.fmean(usual[-2:])))
+            ratios[kind].append(seconds / statistics.fmean(usual[-2:]))
             seen("step costs", turn * len(plan) + count + 1, ROUNDS * len(plan))
-    for kind in rng.sample(range(len(plan)), len(plan)):
-        ratio = statistics.median([sample.seconds for sample in found[kind]])
-        yield Sample(found[kind][0].features, ratio * statistics.median(usual))
+    unit = statistics.median(usual)
+    return [Sample(kinds[kind], unit * statistics.median(found)) for kind, found in enumerate(ratios)]
 
 
 def drained(inbox: "asyncio.Queue[Event]") -> Iterator[Event]:

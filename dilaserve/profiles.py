@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from dilaserve.cost import KNOTS, Features, StepCost
+from dilaserve.cost import KNOTS, Features, StepCost, weights_of
 from dilaserve.errors import ConfigError
 from dilaserve.quality import ANY, BINS, PARTS, Law, Laws, QualityProfile, TaskProfile
 
@@ -75,7 +75,7 @@ def read(file: Path) -> ModelProfile:
 
 def whole_cost(law: StepCost) -> bool:
     """Every step costs something, one of a single row less than a day, and no coefficient is missing."""
-    parts = (law.fixed, law.token, law.attention, law.key, law.projection, law.row, *law.bends)
+    parts = weights_of(law).tolist()
     sane = 0.0 <= min(parts) <= max(parts) < DAY and law.fixed + law.token > 0.0
     return len(law.bends) == len(law.knots) > 0 and sane and law.seconds(ROW) < DAY
 

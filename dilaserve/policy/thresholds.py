@@ -52,21 +52,18 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     for wish in wishes:
         left, loads, deepest = wish.left, wish.loads, wish.deepest
         early = deepest if floor else wish.borne
-        level = floor if floor < deepest else deepest
+        level = start = floor if floor < deepest else deepest
         while True:
             load = loads[level]
             joint_steps = load.steps if load.steps > steps else steps
             joint_work = work + load.work
             seconds = joint_steps * fixed + joint_work
-            if level >= deepest or left >= (INFLATED if level < early else NEEDED) * seconds:
+            if start < level == deepest and left * FUTILE < load.steps * fixed + load.work:
+                level = deepest = start
+            elif level >= deepest or left >= (INFLATED if level < early else NEEDED) * seconds:
                 break
-            level += 1
-        if left < seconds and left * FUTILE < load.steps * fixed + load.work:
-            level = floor if floor < deepest else deepest
-            load = loads[level]
-            joint_steps = load.steps if load.steps > steps else steps
-            joint_work = work + load.work
-            seconds = joint_steps * fixed + joint_work
+            else:
+                level += 1
         steps, work = joint_steps, joint_work
         slack = left - SPARED * seconds
         verdicts.append(Verdict(level, slack if slack > 0.0 else 0.0, left < seconds))
