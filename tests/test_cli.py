@@ -165,12 +165,16 @@ def test_flags_go_before_the_environment_before_the_file(tmp_path):
         config.load({}, {}, file)
 
 
-def test_a_model_that_is_not_there_and_a_port_that_is_taken(random_model):
+def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_model):
     assert "there is no model directory /nowhere" in failed(run("--model", "/nowhere"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = run("--model", str(random_model), "--port", port, DILASERVE_DEVICES="cpu")
-        assert f"cannot listen on 127.0.0.1:{port}" in failed(done)
+        assert (told := failed(done)).startswith(f"dilaserve: cannot listen on 127.0.0.1:{port}")
+        assert told.rstrip().endswith("; choose another --port")
+    told = failed(run("--model", str(random_model), "--host", "999.1.1.1", DILASERVE_DEVICES="cpu"))
+    assert told.startswith("dilaserve: cannot listen on 999.1.1.1:")
+    assert told.rstrip().endswith("; is --host an address of this machine?")
 
 
 def test_the_ready_line_has_a_curl_that_works_and_sigterm_finishes_what_runs(served):

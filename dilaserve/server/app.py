@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import logging
 import os
@@ -40,6 +41,7 @@ CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 BODY_WITHIN = 30.0  # seconds to receive a request body
 IDLE_WITHIN = 75.0  # seconds for the whole head of the next request, before a connection is closed; proxies keep 60
 LINGER = 2.0  # seconds that answers get to leave after the engine is done
+TAKEN = {errno.EADDRINUSE, errno.EACCES}  # what another port may cure
 PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
@@ -110,7 +112,8 @@ async def opened(server: web.Server | None, host: str, port: int) -> AsyncIterat
     try:
         listener = await loop.create_server(connected, host, port, backlog=1024)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        cure = "choose another --port" if error.errno in TAKEN else "is --host an address of this machine?"
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {cure}") from error
     except UnicodeError as error:
         raise ConfigError(f"--host {host!r} is not a name: {error}") from error
     try:
