@@ -62,6 +62,7 @@ Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
+NO_CHOICE = "instances of one size are all that there can be"
 MARKS = 64  # characters that a message costs besides its content
 
 
@@ -130,8 +131,9 @@ class Engine:
         self.free = list(reversed(range(self.table.rows)))
         self.devices, self.degrees = furniture.devices, furniture.degrees
         self.planner = self.planner or furniture.planner
-        self.unplanned = None if self.planner else furniture.unplanned
-        self.advice = advised(furniture.note, self.unplanned if self.config.device.plan == "auto" else None)
+        self.unplanned = None if self.planner else furniture.unplanned or NO_CHOICE
+        wants = furniture.unplanned if self.config.device.plan == "auto" and not self.planner else None
+        self.advice = advised(furniture.note, wants)
         solves = self.planner is not None and self.config.device.plan == "auto"
         self.told = furniture.laws
         steps = steps_for(self.devices, self.config.device)
@@ -239,8 +241,7 @@ class Engine:
         """
         wanted = None if plan == "auto" else self.possible(plan)
         if wanted is None and self.planner is None:
-            reason = self.unplanned or "instances of one size are all that there can be"
-            raise BadRequest(f"there is no planner here: {reason}; name a plan such as 2x1", param="plan")
+            raise BadRequest(f"there is no planner here: {self.unplanned}; name a plan such as 2x1", param="plan")
         if self.main is None or self.main.done():
             raise Unavailable("the engine has stopped")
         done: asyncio.Future[Change] = self.loop.create_future()

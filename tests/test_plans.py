@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dilaserve.furniture import first_plan, real
 from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
 from dilaserve.profiles import guessed
 from dilaserve.server.app import running
+from dilaserve.server.plans import shown
 from dilaserve.terms import Plan
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -144,6 +146,7 @@ async def test_where_there_is_no_planner_it_is_said_what_is_missing(engine, monk
     with pytest.raises(BadRequest, match=f"there is no planner here: {cure}"):
         await engine.replan("auto")
     assert "planner" not in engine.advice  # a plan was named
+    assert re.match(cure, shown(engine)["no_planner"])
     furniture = real(Config.of(devices="cpu,cpu"), lambda device, done, total: None)
     cure = "step costs are known at degree 1 alone of 1, 2; `dilaserve calibrate --devices cpu,cpu` measures the others"
     assert (furniture.planner, furniture.unplanned) == (None, cure)

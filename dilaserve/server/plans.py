@@ -37,6 +37,7 @@ def shown(engine: Engine) -> dict[str, Any]:
         "groups": engine.plan.groups,
         "wanted": spelled(engine.wanted_plan),
         "auto": engine.scheduler.solves,
+        "no_planner": engine.unplanned,
         "devices": engine.devices,
         "degrees": engine.degrees,
         "history": [told(engine, change) for change in reversed(engine.history)],
