@@ -444,21 +444,12 @@ class Engine:
                 self.streams.pop(request.id).fail(
                     RequestFailed("the request failed twice on our side; it was given up")
                 )
-            case Decline(request, usage, retry):
-                self.streams.pop(request.id).fail(missed(usage, retry, retry is not None and self.vain(request, usage)))
+            case Decline(request, usage, retry, vain):
+                self.streams.pop(request.id).fail(missed(usage, retry, vain))
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
                     self.idle.set()
-
-    def vain(self, request: Request, usage: Usage) -> bool:
-        """Whether the deadline was too short from the start, whatever else ran; not known before what steps cost is."""
-        promises = self.scheduler.promises
-        if usage.deadline is None or not promises.beliefs.sure(promises.degrees):
-            return False
-        alone = promises.arrived(request)
-        alone.deadline = request.arrived_at + usage.deadline
-        return promises.is_hopeless(alone, request.arrived_at)
 
     def reshaped(self, change: Change) -> None:
         """A plan stands: tell those who wait for it; one that is new, or stands anew, is remembered and logged too."""

@@ -107,6 +107,10 @@ class Promises:
                 return False
         return True
 
+    def is_vain(self, progress: Progress) -> bool:
+        """Whether a row without steps had too little time when it came; not known before what steps cost is."""
+        return self.beliefs.sure(self.degrees) and self.is_hopeless(progress, progress.request.arrived_at)
+
     def is_past(self, progress: Progress, now: float) -> bool:
         return progress.left(now) <= 0.0
 

@@ -284,11 +284,17 @@ class Scheduler:
             self.totals.declined += 1
             if self.solves:
                 self.traffic.ended(now, False, now)
-            wait = retry_after(self.backlog(), len(self.house.seats))
-            yield Decline(request, progress.usage(now), wait)
+            yield self.declined(progress, now)
             yield Release(request.row)
             return
         self.house.enter(progress)
+
+    def declined(self, progress: Progress, now: float) -> Decline:
+        request, usage = progress.request, progress.usage(now)
+        if progress.steps:
+            return Decline(request, usage, None)
+        wait = retry_after(self.backlog(), len(self.house.seats))
+        return Decline(request, usage, wait, self.promises.is_vain(progress))
 
     def seen(self, progress: Progress, now: float) -> Seen:
         """The arrival as planning sees it."""
@@ -428,9 +434,7 @@ class Scheduler:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
             self.totals.declined += 1
-            retry = None if progress.steps else retry_after(self.backlog(), len(self.house.seats))
-            farewell = Decline(progress.request, progress.usage(now), retry)
-            yield from self.gone(progress, farewell, now, "late")
+            yield from self.gone(progress, self.declined(progress, now), now, "late")
             return
         self.house.demote(progress)
 

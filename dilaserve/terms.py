@@ -320,12 +320,14 @@ class Fail(msgspec.Struct, frozen=True, gc=False):
 class Decline(msgspec.Struct, frozen=True, gc=False):
     """The deadline cannot be met and the client does not want the answer late.
 
-    `retry_after` seconds make sense for one that never started; None: it had started and has been given up.
+    `retry_after` seconds make sense for one that never started; None: it had started and has been given up. `vain`: it
+    would not make it even if nothing else ran.
     """
 
     request: Request
     usage: Usage
     retry_after: float | None
+    vain: bool = False
 
 
 class Adjust(msgspec.Struct, frozen=True, gc=False):

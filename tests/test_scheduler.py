@@ -212,6 +212,22 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     assert isinstance(late[0], Decline)
 
 
+@pytest.mark.parametrize("on_miss", ["reject", "cancel_when_late"])
+def test_a_deadline_that_nobody_could_keep_is_told_from_one_that_company_spoils(on_miss):
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    feed(machine, Arrival(request(0, slo=Slo(seconds=0.4))))
+    declined = {}
+    for row, seconds in ((100, 0.0001), (101, 0.7)):
+        late = feed(machine, Arrival(request(row, slo=Slo(seconds=seconds, on_miss=on_miss))))
+        late += list(machine.decide(float(row)))
+        declined |= {one.request.row: one for one in late if isinstance(one, Decline)}
+    assert {row: (one.vain, one.retry_after is not None) for row, one in declined.items()} == {
+        100: (True, True),
+        101: (False, True),
+    }
+
+
 def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
     monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
     machine = scheduler()
