@@ -357,6 +357,8 @@ class Scheduler:
         if progress.state is State.WAITING:
             self.house.leave(progress)
         progress.did(Did.ENDED)
+        if progress.seat and progress.promised:
+            progress.seat.promised.remove(progress)  # it holds its place until the batch is done, and wants no time
         self.account(progress, now, reason)
         yield farewell
         if progress.state is State.GONE:

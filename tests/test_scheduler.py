@@ -193,6 +193,18 @@ def test_a_cancelled_row_is_free_after_its_step_in_flight():
     assert feed(machine, Cancel("r0", "cancelled")) == []
 
 
+def test_a_row_that_has_ended_in_a_batch_that_goes_on_wants_no_time_of_it():
+    machine = scheduler(repeats=8)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0, answer=32, slo=Slo(seconds=1.0))))
+    emit, finish = feed(machine, done(launch.batch, [result(launch.batch.spans[0])], last=False))
+    assert (emit.prefix, finish.reason) == (42, "length")
+    (seat,) = machine.house.seats.values()
+    assert (list(seat.residents), seat.promised) == ([0], [])
+    assert list(machine.decide(0.5)) == []  # a look at the whole house
+    assert feed(machine, done(launch.batch, [result(launch.batch.spans[0])])) == [Release(0)]
+
+
 def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     machine = scheduler(guess=True)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
