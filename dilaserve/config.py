@@ -65,7 +65,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: Annotated[Share, Meta(description="share of a GPU's memory to use")] = 0.9
     steps_per_launch: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | None,
-        Meta(description="reuse steps in a row, at most, while nobody waits (default: 8 on CUDA, 1 on CPU)"),
+        Meta(description="steps of a launch, at most, while nobody waits (default: 8 on CUDA, 1 on CPU)"),
     ] = None
     enforce_eager: Annotated[Switch, Meta(description="on: no CUDA graphs, to find out what is wrong")] = "off"
     cpu_threads: Annotated[

@@ -49,7 +49,7 @@ def backend_for(names: list[str], wanted: str) -> str:
 
 
 def steps_for(names: list[str], config: DeviceConfig) -> int:
-    """Reuse steps that a launch may take: a GPU must not wait for Python between two of them, a CPU never does."""
+    """Steps that a launch may take: a GPU must not wait for Python between two of them, a CPU never does."""
     return config.steps_per_launch or (STEPS if names[0].startswith("cuda") else 1)
 
 

@@ -37,6 +37,7 @@ from dilaserve.terms import (
     Event,
     Fail,
     Finish,
+    Hurry,
     InstanceLost,
     InstanceReady,
     Kill,
@@ -419,6 +420,8 @@ class Engine:
         match command:
             case Launch(batch):
                 executor.launch(batch)
+            case Hurry(batch):
+                executor.hurry(batch)
             case Emit(request, prefix):
                 self.emit(request, prefix)
             case Adjust(row, threshold):

@@ -1,4 +1,4 @@
-"""Memory in which the workers of one box hand tensors to each other: a slot pair, a counter and a flag per rank.
+"""Memory in which the workers of one box hand tensors to each other: a slot pair, a counter and two flags per rank.
 
 Knows the layout and who may write what: a rank writes its own slots and counter, the engine's process writes the flags.
 """
@@ -23,10 +23,12 @@ class Exchange:
     def __init__(self, ranks: int, slot: int | None = None, buffer: torch.Tensor | None = None) -> None:
         slot = slot or min(SLOT, MOST // (2 * ranks) // LINE * LINE)
         self.ranks, self.slot = ranks, slot
-        head = 2 * ranks * LINE
+        head = 3 * ranks * LINE
         self.buffer = shared_bytes(head + (2 * ranks * slot if ranks > 1 else 0)) if buffer is None else buffer
         words = memoryview(self.buffer[:head].numpy()).cast("q")  # type: ignore[arg-type]
-        self.counters, self.flags = words[: ranks * WORDS : WORDS], words[ranks * WORDS :: WORDS]
+        self.counters, self.flags, self.calls = (
+            words[i * ranks * WORDS : (i + 1) * ranks * WORDS : WORDS] for i in range(3)
+        )
         self.slots = self.buffer[head:].view(ranks, 2, slot) if ranks > 1 else self.buffer[:0]
 
     def __reduce__(self) -> tuple[type["Exchange"], tuple[int, int, torch.Tensor]]:
@@ -38,6 +40,13 @@ class Exchange:
 
     def abandoned(self, rank: int, instance: int) -> bool:
         return self.flags[rank] > instance
+
+    def hurry(self, rank: int, batch: int) -> None:
+        """Let the rank begin no other step of this batch."""
+        self.calls[rank] = batch
+
+    def hurried(self, rank: int, batch: int) -> bool:
+        return self.calls[rank] >= batch
 
     def behind(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
         """Those that the others wait for, as far as the counters tell; all of them when they are level."""

@@ -50,6 +50,9 @@ class Executor(Protocol):
     def launch(self, batch: Batch) -> None:
         """Begin a step; its `StepDone` comes by `post`."""
 
+    def hurry(self, batch: Batch) -> None:
+        """Let a batch of several steps end with the one that is under way; it may have ended by itself."""
+
     def reshard(self, moves: Moves) -> None:
         """End instances and form others; an `InstanceReady` comes for each of these."""
 
@@ -93,9 +96,14 @@ class ProcessExecutor:
                     started.set_exception(error)
 
     def launch(self, batch: Batch) -> None:
-        order = wire.Run(batch.id, list(batch.spans), batch.steps)
+        order = wire.Run(batch.id, list(batch.spans), batch.steps, list(batch.then))
         for rank in self.instances[batch.instance].instance.ranks:
             self.workers[rank].send(order)
+
+    def hurry(self, batch: Batch) -> None:
+        if known := self.instances.get(batch.instance):
+            for rank in known.instance.ranks:
+                self.shared.exchange.hurry(rank, batch.id)
 
     def reshard(self, moves: Moves) -> None:
         for id in moves.ends:

@@ -12,7 +12,7 @@ from dilaserve.policy.composition import Candidate
 from dilaserve.policy.demand import load
 from dilaserve.policy.transfer import even, steps_per_block
 from dilaserve.quality import Track
-from dilaserve.terms import Instance, Load, Request, RowResult, Span, Usage
+from dilaserve.terms import Batch, Instance, Load, Request, RowResult, Span, Usage
 
 
 class State(IntEnum):
@@ -56,7 +56,8 @@ class Seat:
         self.promised: list[Progress] = []  # those with a deadline, in order of service
         self.flying: list[Progress] | None = None
         self.resting: set[int] = set()  # rows in flight whose block is done
-        self.batch = -1
+        self.batch: Batch | None = None
+        self.hurried = False  # the batch was told to end with the step that is under way
         self.launched_at = 0.0
         self.overdue_at = math.inf  # when the step in flight counts as hung
         self.features = Features(0, 0, 0, 0, 0)
@@ -190,7 +191,9 @@ class Progress:
         )
 
     def steady(self, most: int) -> int:
-        """How many of its next steps are alike, up to `most`, if they reuse K/V and do not finish the block."""
+        """How many of its next steps are alike, up to `most`, if they do not finish the block and reuse K/V after the
+        first.
+        """
         decoding = self.request.decoding
         if decoding.refresh_interval or decoding.temperature:
             return 1

@@ -9,7 +9,6 @@ from dilaserve.cost import StepCost
 from dilaserve.house import ARRIVAL, House
 from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import beyond_hope, retry_after
-from dilaserve.policy.caching import Work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.demand import alone
 from dilaserve.policy.thresholds import Verdict, Wish, crowding
@@ -29,6 +28,7 @@ from dilaserve.terms import (
     Fail,
     Finish,
     FinishReason,
+    Hurry,
     InstanceLost,
     InstanceReady,
     Kill,
@@ -150,6 +150,8 @@ class Scheduler:
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
+        if self.repeats > 1:
+            yield from self.hurry()
         settled = self.layout.change and not self.house.closing
         if settled and (change := self.layout.settled(self.house.instances(), now)):
             self.traffic.changed(now)
@@ -305,9 +307,9 @@ class Scheduler:
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
         seat = self.house.seats.get(event.instance) or self.house.closing.get(event.instance)
-        if seat is None or seat.batch != event.batch or seat.flying is None:
+        if seat is None or seat.flying is None or seat.batch is None or seat.batch.id != event.batch:
             return  # the instance was lost after it had sent this
-        flying = seat.flying
+        flying, batch = seat.flying, seat.batch
         self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
         seat.launched_at = now
         if event.last:
@@ -328,9 +330,14 @@ class Scheduler:
                     seat.resting.add(result.row)
         if event.last:
             seat.resting.clear()
-        else:
-            masks = sum([result.masks_left for result in event.results])
-            seat.features = seat.features._replace(projected=masks)
+            return
+        seat.features = batch_features(batch.then or batch.spans, sum([result.masks_left for result in event.results]))
+        if batch.then:
+            again = [span.start == 0 for span in batch.then]
+            seat.refreshing = any(again)
+            works = zip(flying, again, strict=True)
+            seconds = [self.beliefs.step_seconds(progress, refresh, seat.degree) for progress, refresh in works]
+            seat.shares = shares(self.beliefs.pace(seat.degree).fixed, seconds)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
@@ -493,36 +500,51 @@ class Scheduler:
         self, seat: Seat, candidates: Sequence[Candidate], chosen: list[Progress], fixed: float, now: float
     ) -> Batch:
         """The step of the chosen rows, noted in their progress and at their seat."""
-        spans, todo, masks, seconds, refreshing = [], [], 0, 0.0, False
+        spans, masks, seconds, refreshing = [], 0, [], False
         for progress, candidate in zip(chosen, candidates, strict=True):
             work = self.ready(progress, seat.degree).work
             spans.append(progress.span(work))
-            todo.append(work)
             masks += progress.masks
-            seconds += candidate.seconds
+            seconds.append(candidate.seconds)
             refreshing |= work.refresh
             progress.launched(work, now)
-        total, even = fixed + seconds, fixed / len(chosen)
-        seat.shares = [(even + candidate.seconds) / total for candidate in candidates]
-        seat.refreshing = refreshing
+        seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
         seat.features = batch_features(spans, masks)
         self.batches += 1
-        seat.flying, seat.batch, seat.launched_at = chosen, self.batches, now
-        steps = self.steps(seat, chosen, todo)
-        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * total * steps))
+        steps = self.steps(seat, chosen)
+        then = [progress.span(progress.next_work()) for progress in chosen] if refreshing and steps > 1 else []
+        batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
+        seat.flying, seat.batch, seat.hurried, seat.launched_at = chosen, batch, False, now
+        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(seconds)) * steps))
         if seat.overdue_at < self.overdue_at:
             self.overdue_at = seat.overdue_at
         if self.layout.stopped:
             self.layout.resumed(seat.instance.ranks, now)
-        return Batch(self.batches, seat.instance.id, tuple(spans), steps)
+        return batch
 
-    def steps(self, seat: Seat, chosen: Sequence[Progress], todo: Sequence[Work]) -> int:
-        """How often the batch may be repeated: while nobody else waits for the instance, and its steps are alike."""
-        if self.repeats == 1 or self.house.queue or self.house.waiting or self.house.moving:
-            return 1
-        if seat.degree > 1 or len(chosen) < len(seat.residents) or any(work.refresh for work in todo):
+    def steps(self, seat: Seat, chosen: Sequence[Progress]) -> int:
+        """How often the batch is stepped at most: until a row changes how, and once if anybody waits."""
+        if self.repeats == 1 or seat.degree > 1 or self.calls(seat, chosen):
             return 1
         return min(progress.steady(self.repeats) for progress in chosen)
+
+    def calls(self, seat: Seat, chosen: Sequence[Progress]) -> bool:
+        """Whether somebody waits for the instance while it works for the chosen."""
+        house = self.house
+        return bool(house.queue or house.waiting or house.moving or len(chosen) < len(seat.residents))
+
+    def hurry(self) -> Iterator[Command]:
+        """Let batches of several steps end soon: somebody waits, a row in them has left, or the instance is to go."""
+        for seats in (self.house.seats, self.house.closing):
+            for seat in seats.values():
+                if seat.flying is None or seat.batch is None or seat.batch.steps == 1:
+                    continue
+                if seat.hurried or seat.resting:  # a row that is done ends it too
+                    continue
+                left = any(progress.state is State.LEAVING for progress in seat.flying)
+                if left or seats is self.house.closing or self.calls(seat, seat.flying):
+                    seat.hurried = True
+                    yield Hurry(seat.batch)
 
     def ready(self, progress: Progress, degree: int) -> Ready:
         """Kept until the row has stepped."""
@@ -552,6 +574,12 @@ class Scheduler:
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)
+
+
+def shares(fixed: float, seconds: Sequence[float]) -> list[float]:
+    """Of a step's time, by row: what each adds, and an even part of what every step takes."""
+    total, even = fixed + sum(seconds), fixed / len(seconds)
+    return [(even + one) / total for one in seconds]
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:

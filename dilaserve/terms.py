@@ -142,14 +142,18 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
-    """The rows that share one forward pass on one instance, which is repeated until one has no mask left in its block,
-    `steps` times at most; there is a `StepDone` for each. Rows without masks then rest in what follows.
+    """The rows that share a forward pass on one instance, and others after it, up to `steps` in all, until one has no
+    mask left in its block, or none before a stop token; there is a `StepDone` for each. Rows without masks then rest in
+    what follows.
+
+    `then` are their spans in all passes but the first, if others: K/V that the first has computed is reused.
     """
 
     id: int
     instance: int
     spans: tuple[Span, ...]
     steps: int = 1
+    then: tuple[Span, ...] = ()
 
 
 class Instance(msgspec.Struct, frozen=True, gc=False):
@@ -360,10 +364,18 @@ class Kill(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+class Hurry(msgspec.Struct, frozen=True, gc=False):
+    """Somebody waits for the instance: its batch ends with the step that is under way."""
+
+    batch: Batch
+
+
 class Solve(msgspec.Struct, frozen=True, gc=False):
     """Ask the planner; `PlanReady` is the answer."""
 
     demand: Demand
 
 
-Command: TypeAlias = Launch | Adjust | Emit | Finish | Fail | Decline | Release | Reshard | Reshaped | Kill | Solve
+Command: TypeAlias = (
+    Launch | Hurry | Adjust | Emit | Finish | Fail | Decline | Release | Reshard | Reshaped | Kill | Solve
+)

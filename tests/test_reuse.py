@@ -1,6 +1,8 @@
 """Steps on buffers that stay where they are, on the CPU, against steps that are laid out anew."""
 
 import asyncio
+import os
+import signal
 from types import SimpleNamespace
 
 import msgspec
@@ -10,7 +12,7 @@ import torch
 from reference import Llada
 from test_parity import expect, some_requests, wishes
 
-from dilaserve import Config, Engine, models
+from dilaserve import Config, Engine, Options, models
 from dilaserve.devices import steps_for
 from dilaserve.models import layers
 from dilaserve.models.checkpoint import Checkpoint
@@ -86,6 +88,48 @@ def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
             list(plain.runner.steps(plain.spans(shapes, refresh=False), 1))
         assert np.array_equal(plain.table.canvas, static.table.canvas)
         assert np.allclose(plain.table.confidence, static.table.confidence, rtol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_steps_that_reuse_follow_a_refresh_in_one_launch(random_model, static):
+    shapes, houses = [(20, 32, 32), (33, 32, 40), (46, 32, 32)], [House(random_model, static) for _ in range(2)]
+    for house in houses:
+        house.fill(shapes)
+    one, other = houses
+    refresh, reuse = (one.spans(shapes, refresh=kind) for kind in (True, False))
+    together = list(one.runner.steps(refresh, 4, reuse))
+    apart = [*other.runner.steps(refresh, 1), *other.runner.steps(reuse, len(together) - 1)]
+    assert len(together) > 2
+    assert [outcome.last for outcome in together] == [False] * (len(together) - 1) + [True]
+    assert [outcome.results for outcome in together] == [outcome.results for outcome in apart]
+    assert np.array_equal(one.table.canvas, other.table.canvas)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_no_step_begins_once_somebody_is_hurried(random_model, static):
+    house, shapes = House(random_model, static), [(20, 32, 32)]
+    house.fill(shapes)
+    house.table.threshold[0] = 1.0
+    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    looks = iter([False, False, True, True, True])
+    outcomes = list(house.runner.steps(house.spans(shapes, refresh=False), 20, (), lambda: next(looks)))
+    assert len(outcomes) == 3 + static  # the next was under way
+    assert [outcome.last for outcome in outcomes] == [False] * (len(outcomes) - 1) + [True]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_steps_end_with_the_answer(random_model, static):
+    house, shapes = House(random_model, static), [(20, 32, 32)]
+    house.fill(shapes)
+    house.table.threshold[0] = 1.0
+    house.runner.stop_ids = np.arange(
+        house.spec.vocab_size
+    )  # any token ends the answer, once those before it are there
+    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    outcomes = list(house.runner.steps(house.spans(shapes, refresh=False), 40))
+    ended = [results[0].stop_at < results[0].prefix for results, *_ in outcomes]
+    assert ended == [False] * (len(outcomes) - 1 - static) + [True] * (1 + static)  # the next was under way
+    assert outcomes[-1].results[0].masks_left
 
 
 def test_a_step_that_might_have_been_the_last_is_followed_by_another(random_model):
@@ -190,3 +234,32 @@ async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
     expect(Llada(random_model), requests[:10], alone)
     expect(Llada(random_model), requests, together)
     assert batches < sum(answer.usage.steps for answer in alone)
+
+
+async def test_who_arrives_need_not_wait_for_all_the_steps_of_a_launch(random_model, monkeypatch):
+    config = Config.of(model=str(random_model), devices="cpu", steps_per_launch=64)
+    long = Options(max_tokens=250, block_length=250, confidence_threshold=1.0, ignore_eos=True)
+    async with Engine(config) as engine, await engine.submit([5, 6, 7], long) as stream:
+        (worker,), seen = engine.executor.workers.values(), {}
+        launch, hurry = engine.executor.launch, engine.executor.hurry
+
+        def note(what, call):
+            def noted(batch):
+                seen[what, len(batch.spans)] = engine.scheduler.requests[stream.request.id].steps
+                call(batch)
+
+            return noted
+
+        monkeypatch.setattr(engine.executor, "launch", note("launch", launch))
+        monkeypatch.setattr(engine.executor, "hurry", note("hurry", hurry))
+        await anext(stream)
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        os.waitpid(worker.process.pid, os.WUNTRACED)  # noqa: ASYNC222
+        for _ in range(100):
+            await asyncio.sleep(0)  # all that it has said is read
+        other = asyncio.create_task(engine.generate([8, 9], Options(max_tokens=1, ignore_eos=True)))
+        while ("hurry", 1) not in seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        os.kill(worker.process.pid, signal.SIGCONT)
+        await other
+    assert seen["launch", 2] - seen["hurry", 1] <= 2

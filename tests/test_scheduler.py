@@ -21,6 +21,7 @@ from dilaserve.terms import (
     Emit,
     Fail,
     Finish,
+    Hurry,
     Instance,
     InstanceLost,
     InstanceReady,
@@ -93,48 +94,67 @@ def test_a_request_goes_from_refresh_to_reuse_to_the_next_block_and_ends():
     assert (usage.steps, usage.refreshes, usage.queued, usage.served) == (3, 2, 1.0, 3.0)
 
 
-def test_a_batch_is_repeated_while_nobody_waits_and_its_steps_are_alike():
+def test_a_batch_goes_on_while_nobody_waits_and_ends_soon_when_somebody_does():
     machine = scheduler(repeats=8, max_num_seqs=2)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0)))
-    assert launch.batch.steps == 1  # it refreshes
-    emit, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
+    (first,), (then,) = launch.batch.spans, launch.batch.then
     assert launch.batch.steps == 8
-    (emit,) = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=24, prefix=13)], last=False))
-    assert emit.prefix == 13
-    assert feed(machine, Arrival(request(1, rule="steps", num_denoising_steps=64))) == []
-    emit, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=20, prefix=14)]))
-    assert (len(launch.batch.spans), launch.batch.steps) == (2, 1)
+    assert (first.start, first.length, then.start, then.length) == (0, 74, 10, 32)  # the refresh, and what reuses it
+    (emit,) = feed(machine, done(launch.batch, [result(first, masks_left=28, prefix=12)], last=False))
+    assert emit.prefix == 12
+    seat = machine.house.seats[0]
+    assert (seat.features.tokens, seat.features.projected, seat.refreshing) == (32, 28, False)
+    assert feed(machine, Arrival(request(1, rule="steps", num_denoising_steps=64))) == [Hurry(launch.batch)]
+    assert feed(machine, done(launch.batch, [result(first, masks_left=24, prefix=13)], last=False))[1:] == []
+    emit, launch = feed(machine, done(launch.batch, [result(first, masks_left=20, prefix=14)]))
+    assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
+    assert [span.start for span in launch.batch.then] == [10, 10]
+    assert feed(machine, Arrival(request(2))) == [Hurry(launch.batch)]  # it waits for a place
     states = {span.row: result(span, masks_left=16, prefix=span.block_start + 3) for span in launch.batch.spans}
     *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
-    assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
-    assert feed(machine, Arrival(request(2))) == []
-    states = {span.row: result(span, masks_left=12, prefix=span.block_start + 4) for span in launch.batch.spans}
-    *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
-    assert launch.batch.steps == 1  # the third waits for a place
+    assert (launch.batch.steps, launch.batch.then) == (1, ())
 
 
-def test_rows_that_count_or_draw_by_the_step_are_not_repeated_past_a_change():
+def test_a_batch_of_several_steps_ends_soon_when_a_row_in_it_leaves_or_the_instance_is_to_go():
+    for event in (Cancel("r1", "cancelled"), Replan(Plan(((0, 1),)), "asked for")):
+        machine = scheduler(repeats=8, plan=Plan(((0,),)))
+        (reshard,) = feed(machine, WorkerUp(0, 4096))
+        feed(machine, InstanceReady(reshard.moves.begins[0]))
+        (launch,) = feed(machine, Arrival(request(0)))
+        feed(machine, Arrival(request(1)))
+        *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
+        assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
+        list(machine.observe(WorkerUp(1, 4096), 0.0))
+        assert Hurry(launch.batch) in feed(machine, event)
+        assert not any(isinstance(command, Hurry) for command in machine.decide(1.0))
+
+
+@pytest.mark.parametrize(
+    ("how", "steps", "queries"),
+    [
+        (dict(rule="steps", num_denoising_steps=20), [2, 1], 32),  # quotas 4, 4, 3, 3, …
+        (dict(refresh_interval=4), [1, 1], None),
+        (dict(temperature=0.5), [1, 1], None),
+        (dict(rule="factor"), [8, 8], 32),
+        (dict(cache="prefix"), [8, 8], 64),
+        (dict(cache="none"), [8, 8], 74),
+    ],
+)
+def test_rows_that_count_or_draw_by_the_step_are_not_repeated_past_a_change(how, steps, queries):
     machine = scheduler(repeats=8)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
-    for how, steps in (
-        (dict(rule="steps", num_denoising_steps=20), 1),  # quotas 4, 4, 3, 3, …: the refresh took the first 4
-        (dict(refresh_interval=4), 1),
-        (dict(temperature=0.5), 1),
-        (dict(rule="factor"), 8),
-    ):
-        (launch,) = feed(machine, Arrival(request(0, **how)))
-        *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
-        assert launch.batch.steps == steps
-        feed(machine, Cancel("r0", "cancelled"))
-        feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=24, prefix=13)]))
+    (launch,) = feed(machine, Arrival(request(0, **how)))
+    *_, other = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
+    assert [launch.batch.steps, other.batch.steps] == steps
+    assert [span.length for span in launch.batch.then] == ([queries] if queries else [])
 
 
 def test_a_row_that_is_done_rests_until_the_batch_is():
     machine = scheduler(repeats=8)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0, answer=32)))
-    assert feed(machine, Arrival(request(1))) == []
+    assert feed(machine, Arrival(request(1))) == [Hurry(launch.batch)]
     *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
     both = [result(span, masks_left=20, prefix=15) for span in launch.batch.spans]
     *_, launch = feed(machine, done(launch.batch, both))
@@ -522,7 +542,8 @@ class World:
             "accuracy_budget": self.rng.choice(("off", 0.9)),
             "guaranteed_rows": self.rng.randint(1, 4),
         }
-        self.machine = scheduler(plan=SINGLES, **self.settings)
+        self.machine = scheduler(plan=SINGLES, repeats=self.rng.choice((1, 8)), **self.settings)
+        self.steps, self.hurried = {}, set()  # taken by the batch of an instance; instances that were told to hurry
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
@@ -537,6 +558,10 @@ class World:
             match command:
                 case Launch(batch):
                     self.launched(batch)
+                case Hurry(batch):
+                    assert self.flying[batch.instance] == batch
+                    assert batch.instance not in self.hurried
+                    self.hurried.add(batch.instance)
                 case Finish(wanted) | Fail(wanted) | Decline(wanted):
                     assert wanted.id not in self.ended
                     self.ended.add(wanted.id)
@@ -563,6 +588,8 @@ class World:
         places = sorted((span.kv_start, span.kv_start + span.keys) for span in batch.spans)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
         self.flying[batch.instance] = batch
+        self.steps[batch.instance] = 0
+        self.hurried.discard(batch.instance)
 
     def act(self):
         choice = self.rng.random()
@@ -610,14 +637,20 @@ class World:
         self.feed(InstanceReady(self.instances[id]))
 
     def finish(self, instance):
-        batch, results = self.flying.pop(instance), []
+        """One step; the batch may go on for one more than it should, as a worker that has begun it does."""
+        batch, results = self.flying[instance], []
         for span in batch.spans:
             key = (span.row, span.block_start)
             before = self.masks.get(key, span.block_end - span.block_start)
             left = self.masks[key] = max(0, before - self.rng.randint(1, 8))
             stop_at = self.rng.randrange(span.block_start, span.block_end) if self.rng.random() < 0.1 else -1
             results.append(result(span, left, span.block_end - left, stop_at, before - left))
-        self.feed(done(batch, results))
+        self.steps[instance] += 1
+        over = instance in self.hurried or not all(one.masks_left for one in results)
+        last = self.steps[instance] == batch.steps or (over and self.rng.random() < 0.5)
+        if last:
+            del self.flying[instance]
+        self.feed(done(batch, results, last))
 
     def settle(self):
         """Bring up every instance and let everything end."""

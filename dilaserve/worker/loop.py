@@ -95,6 +95,10 @@ class Worker:
         self.groups = Groups(job.backend, shared.exchange, rank, job.store)
         self.turns: torch.Tensor | None = None
 
+    def hurried(self, batch: int) -> Callable[[], bool]:
+        """Tells whether somebody waits for the batch to end."""
+        return lambda: self.shared.exchange.hurried(self.groups.me, batch)
+
     def form(self, order: wire.Form) -> Runner:
         """Join an instance; no weight is copied. Raises `Abandoned`."""
         ranks = sorted(order.ranks, key=lambda rank: (rank % self.job.shards, rank))  # in the order of what they hold
@@ -175,5 +179,5 @@ def serve(worker: Worker, line: socket.socket) -> None:
                 runner = worker.form(order)
                 wire.send(line, wire.Formed(order.instance))
             elif runner:
-                for outcome in runner.steps(order.spans, order.steps):
+                for outcome in runner.steps(order.spans, order.steps, order.then, worker.hurried(order.batch)):
                     wire.send(line, wire.Done(order.batch, *outcome))

@@ -1,7 +1,7 @@
 """One step on one device: rows from the table, one forward pass over their spans, unmasked tokens back to the table."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,11 @@ class Outcome(NamedTuple):
     last: bool = True
 
 
+def never() -> bool:
+    """Nobody waits."""
+    return False
+
+
 class Runner:
     """Runs an instance's batches as one rank of its TP group, with one model and one K/V pool.
 
@@ -53,24 +58,31 @@ class Runner:
         self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
 
-    def steps(self, spans: list[Span], most: int) -> Iterator[Outcome]:
-        """The step, and again until a row has finished its block, `most` times at most; ranks other than 0 say nothing.
+    def steps(
+        self, spans: list[Span], most: int, then: Sequence[Span] = (), hurried: Callable[[], bool] = never
+    ) -> Iterator[Outcome]:
+        """The step, and again until a row has finished its block or its answer, `most` times at most.
 
-        Steps whose spans do not change are enough for that: a row that is done rests. Raises `Abandoned`.
+        Ranks other than 0 say nothing. `then` are the spans of all but the first, if others; they do not change, as a
+        row that is done rests. No step begins once somebody is `hurried`. Raises `Abandoned`.
         """
-        columns = columns_of(spans)
-        if self.reuse is not None and self.reuse.takes(columns, self.table):
-            yield from self.pipelined(self.reuse, columns, most)
-            return
-        for count in range(1, most + 1):
-            if (outcome := self.step(spans)) is None:
+        count = 0
+        while count < most:
+            columns = columns_of(then if then and count else spans)
+            if self.reuse is not None and self.reuse.takes(columns, self.table):
+                yield from self.pipelined(self.reuse, columns, most - count, hurried)
                 return
-            last = count == most or finished(outcome.results)
+            if (outcome := self.step(columns)) is None:
+                return
+            count += 1
+            last = count == most or finished(outcome.results) or hurried()
             yield outcome._replace(last=last)
             if last:
                 return
 
-    def pipelined(self, reuse: ReuseSteps, columns: Columns, most: int) -> Iterator[Outcome]:
+    def pipelined(
+        self, reuse: ReuseSteps, columns: Columns, most: int, hurried: Callable[[], bool]
+    ) -> Iterator[Outcome]:
         """`steps` where the next is begun before the last is read, unless that has probably finished all rows."""
         mark = time.perf_counter()
         blocks = active_blocks(columns)
@@ -92,7 +104,7 @@ class Runner:
             taken = token[:, :width] >= 0
             spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
             results = self.results(columns, blocks, taken, spent)
-            over = over or finished(results)
+            over = over or finished(results) or hurried()
             ahead = any(result.masks_left > result.unmasked for result in results)
             last = read == launched and (over or launched == most)
             now = time.perf_counter()
@@ -100,13 +112,12 @@ class Runner:
             mark = entered = now
 
     @torch.inference_mode()
-    def step(self, spans: list[Span]) -> Outcome | None:
-        """Denoise once. Results come in the order of `spans`; ranks other than 0 have none.
+    def step(self, columns: Columns) -> Outcome | None:
+        """Denoise once. Results come in the order of the spans; ranks other than 0 have none.
 
         Raises `Abandoned` when a peer is gone.
         """
         began = time.perf_counter()
-        columns = columns_of(spans)
         blocks = active_blocks(columns)
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
@@ -218,8 +229,8 @@ class Runner:
 
 
 def finished(results: list[RowResult]) -> bool:
-    """Whether a row has no mask left in its block."""
-    return any(not result.masks_left for result in results)
+    """Whether a row has no mask left in its block, or none before a stop token."""
+    return any(not result.masks_left or 0 <= result.stop_at < result.prefix for result in results)
 
 
 def packed_spans(offsets: Array, lengths: Array, columns: Columns) -> list[PackedSpan]:
