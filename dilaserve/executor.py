@@ -96,7 +96,7 @@ class ProcessExecutor:
                     started.set_exception(error)
 
     def launch(self, batch: Batch) -> None:
-        order = wire.Run(batch.id, list(batch.spans), batch.steps, list(batch.then))
+        order = wire.Run(batch.id, list(batch.spans), batch.steps, [list(spans) for spans in batch.then])
         for rank in self.instances[batch.instance].instance.ranks:
             self.workers[rank].send(order)
 

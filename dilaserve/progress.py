@@ -55,8 +55,9 @@ class Seat:
         self.residents: dict[int, Progress] = {}
         self.promised: list[Progress] = []  # those with a deadline, in order of service
         self.flying: list[Progress] | None = None
-        self.resting: set[int] = set()  # rows in flight whose block is done
         self.batch: Batch | None = None
+        self.spans: list[Span] = []  # of its last step that is known
+        self.went_on = False  # it has taken more steps than its first
         self.hurried = False  # the batch was told to end with the step that is under way
         self.launched_at = 0.0
         self.overdue_at = math.inf  # when the step in flight counts as hung
@@ -190,10 +191,21 @@ class Progress:
             self.steps,
         )
 
+    def stages(self, first: Span, blocks: int) -> tuple[Span, ...]:
+        """What follows a step that has been launched, as `Batch.then` has it, up to so many blocks after this one."""
+        request, cache, start = self.request, self.request.decoding.cache, self.block_start
+        spans = []
+        for length in self.blocks[self.block : self.block + 1 + (0 if self.quotas else blocks)]:
+            end = start + length
+            works = [work(cache, View(request.canvas_tokens, start, end, fresh)) for fresh in (False, True)]
+            for todo in dict.fromkeys(works):
+                place = self.kv_start, todo.start, todo.length, request.canvas_tokens, start, end
+                spans.append(Span(request.row, request.generation, *place, first.quota, first.step))
+            start = end
+        return tuple(spans[1:] if spans[0].start == first.start else spans[2:])
+
     def steady(self, most: int) -> int:
-        """How many of its next steps are alike, up to `most`, if they do not finish the block and reuse K/V after the
-        first.
-        """
+        """How many of its next steps may be of one launch, up to `most`, as far as the request alone tells."""
         decoding = self.request.decoding
         if decoding.refresh_interval or decoding.temperature:
             return 1
@@ -206,6 +218,10 @@ class Progress:
         self.did(Did.LAUNCHED)
         if self.started_at is None:
             self.started_at = now
+        self.goes_on(todo)
+
+    def goes_on(self, todo: Work) -> None:
+        """Take a step, of a batch of several perhaps."""
         self.ready = None
         self.since_refresh = 1 if todo.refresh else self.since_refresh + 1
         self.refreshes += todo.refresh

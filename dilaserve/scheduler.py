@@ -52,6 +52,7 @@ TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
+AHEAD = 16  # blocks that the rows of a launch may begin in it after their first, all together
 NEVER = float("inf")
 
 
@@ -309,9 +310,11 @@ class Scheduler:
         seat = self.house.seats.get(event.instance) or self.house.closing.get(event.instance)
         if seat is None or seat.flying is None or seat.batch is None or seat.batch.id != event.batch:
             return  # the instance was lost after it had sent this
-        flying, batch = seat.flying, seat.batch
+        flying = seat.flying
+        if seat.went_on:
+            self.went_on(seat, flying, event.results)
         self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
-        seat.launched_at = now
+        seat.launched_at, seat.went_on = now, True
         if event.last:
             seat.flying, seat.overdue_at = None, NEVER
             self.layout.moot |= event.instance in self.house.closing
@@ -324,20 +327,26 @@ class Scheduler:
             if leaving:
                 if event.last:
                     yield self.release(progress)
-            elif result.row not in seat.resting:
+            elif not rested(progress, result):
                 yield from self.returned(progress, result, now)
-                if not event.last and not result.masks_left:
-                    seat.resting.add(result.row)
-        if event.last:
-            seat.resting.clear()
-            return
-        seat.features = batch_features(batch.then or batch.spans, sum([result.masks_left for result in event.results]))
-        if batch.then:
-            again = [span.start == 0 for span in batch.then]
-            seat.refreshing = any(again)
-            works = zip(flying, again, strict=True)
-            seconds = [self.beliefs.step_seconds(progress, refresh, seat.degree) for progress, refresh in works]
-            seat.shares = shares(self.beliefs.pace(seat.degree).fixed, seconds)
+
+    def went_on(self, seat: Seat, flying: Sequence[Progress], results: Sequence[RowResult]) -> None:
+        """Note what a step was that a batch took after its first: rows go to another block, or come to reuse; one whose
+        block is done may have rested before.
+        """
+        masks, seconds, refreshing = 0, [], False
+        for place, (progress, result) in enumerate(zip(flying, results, strict=True)):
+            refresh = False
+            if progress.state is State.STEPPING and not rested(progress, result):
+                work = progress.next_work()
+                progress.goes_on(work)
+                seat.spans[place] = progress.span(work)
+                masks += progress.masks
+                refresh = work.refresh
+                refreshing |= refresh
+            seconds.append(self.beliefs.step_seconds(progress, refresh, seat.degree))
+        seat.features, seat.refreshing = batch_features(seat.spans, masks), refreshing
+        seat.shares = shares(self.beliefs.pace(seat.degree).fixed, seconds)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
@@ -511,10 +520,14 @@ class Scheduler:
         seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
         seat.features = batch_features(spans, masks)
         self.batches += 1
-        steps = self.steps(seat, chosen)
-        then = [progress.span(progress.next_work()) for progress in chosen] if refreshing and steps > 1 else []
+        steps, then = self.steps(seat, chosen), []
+        if steps > 1:
+            seconds = [self.beliefs.step_seconds(progress, True, seat.degree) for progress in chosen]  # at most
+            ahead = self.ahead(candidates, chosen, seconds, steps)
+            then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
-        seat.flying, seat.batch, seat.hurried, seat.launched_at = chosen, batch, False, now
+        seat.flying, seat.batch, seat.spans = chosen, batch, spans
+        seat.went_on, seat.hurried, seat.launched_at = False, False, now
         seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(seconds)) * steps))
         if seat.overdue_at < self.overdue_at:
             self.overdue_at = seat.overdue_at
@@ -528,6 +541,22 @@ class Scheduler:
             return 1
         return min(progress.steady(self.repeats) for progress in chosen)
 
+    def ahead(
+        self, candidates: Sequence[Candidate], chosen: Sequence[Progress], refreshes: Sequence[float], steps: int
+    ) -> int:
+        """Blocks that a row may begin in a launch after its present one: none where a step would not take all rows if
+        each of them refreshed as often. `refreshes`: seconds of one.
+        """
+        blocks = min(steps - 1, AHEAD // len(chosen))
+        if not blocks or len(chosen) == 1:
+            return blocks
+        worst = [
+            Candidate(candidate.key, progress.request.canvas_tokens, blocks * seconds, candidate.slack)
+            for candidate, progress, seconds in zip(candidates, chosen, refreshes, strict=True)
+        ]
+        worst.sort(key=lambda one: math.inf if one.slack is None else one.slack)
+        return blocks if len(self.compose(worst, self.max_tokens, self.cap)) == len(worst) else 0
+
     def calls(self, seat: Seat, chosen: Sequence[Progress]) -> bool:
         """Whether somebody waits for the instance while it works for the chosen."""
         house = self.house
@@ -539,7 +568,7 @@ class Scheduler:
             for seat in seats.values():
                 if seat.flying is None or seat.batch is None or seat.batch.steps == 1:
                     continue
-                if seat.hurried or seat.resting:  # a row that is done ends it too
+                if seat.hurried:
                     continue
                 left = any(progress.state is State.LEAVING for progress in seat.flying)
                 if left or seats is self.house.closing or self.calls(seat, seat.flying):
@@ -574,6 +603,11 @@ class Scheduler:
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)
+
+
+def rested(progress: Progress, result: RowResult) -> bool:
+    """Whether the row took no part in a step that had begun when its block was done."""
+    return not result.masks_left and result.prefix == progress.block_start
 
 
 def shares(fixed: float, seconds: Sequence[float]) -> list[float]:

@@ -37,6 +37,7 @@ COLUMNS = (
     Column("temperature", "float32", False),
     Column("top_p", "float32", False),
     Column("seed", "int64", False),
+    Column("ignore_eos", "bool", False),
 )
 
 
@@ -55,6 +56,7 @@ class RequestTable:
     temperature: np.ndarray[Any, np.dtype[np.float32]]
     top_p: np.ndarray[Any, np.dtype[np.float32]]
     seed: np.ndarray[Any, np.dtype[np.int64]]
+    ignore_eos: np.ndarray[Any, np.dtype[np.bool_]]
 
     def __init__(self, rows: int, length: int, buffer: torch.Tensor | None = None) -> None:
         self.rows, self.length = rows, length
@@ -68,7 +70,15 @@ class RequestTable:
     def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, torch.Tensor]]:
         return RequestTable, (self.rows, self.length, self.buffer)
 
-    def fill(self, row: int, prompt: np.ndarray[Any, Any], canvas_tokens: int, mask_id: int, decoding: Decoding) -> int:
+    def fill(
+        self,
+        row: int,
+        prompt: np.ndarray[Any, Any],
+        canvas_tokens: int,
+        mask_id: int,
+        decoding: Decoding,
+        ignore_eos: bool = False,
+    ) -> int:
         """Lay out a new request in a free row; returns the row's new generation number."""
         self.canvas[row, : len(prompt)] = prompt
         self.canvas[row, len(prompt) : canvas_tokens] = mask_id
@@ -79,6 +89,7 @@ class RequestTable:
         self.temperature[row] = decoding.temperature
         self.top_p[row] = decoding.top_p
         self.seed[row] = decoding.seed
+        self.ignore_eos[row] = ignore_eos
         self.generation[row] += 1
         return int(self.generation[row])
 

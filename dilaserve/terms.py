@@ -129,7 +129,7 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What one step did to one row.
 
     `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token
-    in the block (-1 if none), `confidence` the sum over the tokens unmasked.
+    in the block (-1 if none counts), `confidence` the sum over the tokens unmasked.
     """
 
     row: int
@@ -142,18 +142,19 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
-    """The rows that share a forward pass on one instance, and others after it, up to `steps` in all, until one has no
-    mask left in its block, or none before a stop token; there is a `StepDone` for each. Rows without masks then rest in
-    what follows.
+    """The rows that share a forward pass on one instance, and others after it, up to `steps` in all; there is a
+    `StepDone` for each.
 
-    `then` are their spans in all passes but the first, if others: K/V that the first has computed is reused.
+    `then` are the spans that follow each row's first, if `steps` is more than 1: the next one is taken up after a step,
+    or when the block is done if it is of another block. The batch ends with a step after which a row has none, or no
+    mask before a stop token. A step may have begun by then, in which a row whose block is done rests.
     """
 
     id: int
     instance: int
     spans: tuple[Span, ...]
     steps: int = 1
-    then: tuple[Span, ...] = ()
+    then: tuple[tuple[Span, ...], ...] = ()
 
 
 class Instance(msgspec.Struct, frozen=True, gc=False):

@@ -22,15 +22,12 @@ class Form(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
 
 
 class Run(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Engine to worker: step with these rows, and again until one has finished its block or its answer.
-
-    At most `steps` times; `then` are the spans of all steps but the first, if others.
-    """
+    """Engine to worker: step with these rows, `steps` times at most, as `terms.Batch` tells."""
 
     batch: int
     spans: list[Span]
     steps: int = 1
-    then: list[Span] = []
+    then: list[list[Span]] = []
 
 
 class Stop(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):

@@ -97,7 +97,7 @@ def test_steps_that_reuse_follow_a_refresh_in_one_launch(random_model, static):
         house.fill(shapes)
     one, other = houses
     refresh, reuse = (one.spans(shapes, refresh=kind) for kind in (True, False))
-    together = list(one.runner.steps(refresh, 4, reuse))
+    together = list(one.runner.steps(refresh, 4, [(span,) for span in reuse]))
     apart = [*other.runner.steps(refresh, 1), *other.runner.steps(reuse, len(together) - 1)]
     assert len(together) > 2
     assert [outcome.last for outcome in together] == [False] * (len(together) - 1) + [True]
@@ -122,14 +122,15 @@ def test_steps_end_with_the_answer(random_model, static):
     house, shapes = House(random_model, static), [(20, 32, 32)]
     house.fill(shapes)
     house.table.threshold[0] = 1.0
-    house.runner.stop_ids = np.arange(
-        house.spec.vocab_size
-    )  # any token ends the answer, once those before it are there
+    house.runner.stop_ids = np.arange(house.spec.vocab_size)  # the first token ends the answer
     list(house.runner.steps(house.spans(shapes, refresh=True), 1))
     outcomes = list(house.runner.steps(house.spans(shapes, refresh=False), 40))
     ended = [results[0].stop_at < results[0].prefix for results, *_ in outcomes]
     assert ended == [False] * (len(outcomes) - 1 - static) + [True] * (1 + static)  # the next was under way
     assert outcomes[-1].results[0].masks_left
+    house.table.ignore_eos[0] = True
+    *_, outcome = house.runner.steps(house.spans(shapes, refresh=False), 40)
+    assert (outcome.results[0].masks_left, outcome.results[0].stop_at) == (0, -1)
 
 
 def test_a_step_that_might_have_been_the_last_is_followed_by_another(random_model):
@@ -234,6 +235,27 @@ async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
     expect(Llada(random_model), requests[:10], alone)
     expect(Llada(random_model), requests, together)
     assert batches < sum(answer.usage.steps for answer in alone)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_launch_goes_on_into_the_next_block(random_model, static):
+    one, other = houses = [House(random_model, static) for _ in range(2)]
+    shapes = [(20, 32, 64), (45, 24, 96)]
+    for house in houses:
+        house.fill(shapes)
+        house.table.threshold[:2] = 0.0  # all masks in a step
+        house.table.rule[:2] = 0
+    (*first,) = one.spans(shapes, refresh=True)
+    then = [[span._replace(start=span.block_start, length=span.block_end - span.block_start)] for span in first]
+    for course, span in zip(then, first, strict=True):
+        length = span.block_end - span.block_start
+        later = span._replace(block_start=span.block_end, block_end=span.block_end + length)
+        course += [later, later._replace(start=later.block_start, length=length)]
+    together = list(one.runner.steps(first, 8, then))
+    assert [[result.masks_left for result in outcome.results] for outcome in together] == [[0, 0], [0, 0]]
+    apart = [list(other.runner.steps(spans, 1)) for spans in (first, [course[1] for course in then])]
+    assert [outcome.results for outcome in together] == [outcome.results for (outcome,) in apart]
+    assert np.array_equal(one.table.canvas, other.table.canvas)
 
 
 async def test_who_arrives_need_not_wait_for_all_the_steps_of_a_launch(random_model, monkeypatch):

@@ -41,6 +41,7 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
+from dilaserve.worker.runner import answered, follow
 
 
 def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: B008
@@ -98,18 +99,16 @@ def test_a_batch_goes_on_while_nobody_waits_and_ends_soon_when_somebody_does():
     machine = scheduler(repeats=8, max_num_seqs=2)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0)))
-    (first,), (then,) = launch.batch.spans, launch.batch.then
+    (first,), ((then, *_),) = launch.batch.spans, launch.batch.then
     assert launch.batch.steps == 8
     assert (first.start, first.length, then.start, then.length) == (0, 74, 10, 32)  # the refresh, and what reuses it
     (emit,) = feed(machine, done(launch.batch, [result(first, masks_left=28, prefix=12)], last=False))
     assert emit.prefix == 12
-    seat = machine.house.seats[0]
-    assert (seat.features.tokens, seat.features.projected, seat.refreshing) == (32, 28, False)
     assert feed(machine, Arrival(request(1, rule="steps", num_denoising_steps=64))) == [Hurry(launch.batch)]
     assert feed(machine, done(launch.batch, [result(first, masks_left=24, prefix=13)], last=False))[1:] == []
     emit, launch = feed(machine, done(launch.batch, [result(first, masks_left=20, prefix=14)]))
     assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
-    assert [span.start for span in launch.batch.then] == [10, 10]
+    assert [[span.start for span in then] for then in launch.batch.then] == [[0, 42], [10]]
     assert feed(machine, Arrival(request(2))) == [Hurry(launch.batch)]  # it waits for a place
     states = {span.row: result(span, masks_left=16, prefix=span.block_start + 3) for span in launch.batch.spans}
     *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
@@ -147,7 +146,56 @@ def test_rows_that_count_or_draw_by_the_step_are_not_repeated_past_a_change(how,
     (launch,) = feed(machine, Arrival(request(0, **how)))
     *_, other = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
     assert [launch.batch.steps, other.batch.steps] == steps
-    assert [span.length for span in launch.batch.then] == ([queries] if queries else [])
+    assert [then[0].length for then in launch.batch.then] == ([queries] if queries else [])
+
+
+def test_a_launch_goes_on_into_the_next_blocks():
+    machine = scheduler(repeats=8)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0, answer=96)))
+    (first,), (then,) = launch.batch.spans, launch.batch.then
+    reuse, refresh, again, *_ = then
+    places = [(10, 32, 10), (0, 106, 42), (42, 32, 42), (0, 106, 74), (74, 32, 74)]
+    assert [(span.start, span.length, span.block_start) for span in then] == places
+    row, (seat,) = machine.requests["r0"], machine.house.seats.values()
+
+    def step(span, last=False, **how):
+        prefixes = [command.prefix for command in feed(machine, done(launch.batch, [result(span, **how)], last))[:1]]
+        return prefixes, row.steps, row.refreshes, seat.features.tokens, seat.refreshing
+
+    assert step(first, masks_left=28, prefix=12) == ([12], 1, 1, 106, True)
+    assert step(reuse) == ([42], 2, 1, 32, False)
+    assert step(reuse, unmasked=0) == ([], 2, 1, 32, False)  # it had begun: the row rested
+    assert step(refresh, masks_left=30, prefix=43) == ([43], 3, 2, 106, True)
+    assert step(again, masks_left=29, prefix=44) == ([44], 4, 2, 32, False)
+    emit, launch = feed(machine, done(launch.batch, [result(again)]))
+    (span,) = launch.batch.spans
+    assert (emit.prefix, span.start, span.block_start) == (74, 0, 74)
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "house", "now", "blocks"),
+    [
+        (1, {}, {}, 0.0, 6),
+        (2, {}, {}, 0.0, 6),
+        (8, {}, {}, 0.0, 2),
+        (17, {}, {}, 0.0, 0),
+        (2, {}, dict(max_num_batched_tokens=300), 0.0, 0),  # both could not refresh at once
+        (2, dict(rule="steps", num_denoising_steps=224), {}, 0.0, 0),  # another block has other quotas
+        (2, dict(slo=Slo(seconds=6.0)), {}, 2.0, 6),
+        (2, dict(slo=Slo(seconds=6.0)), {}, 3.0, 0),  # each would take time that the other does not have
+    ],
+)
+def test_a_launch_goes_into_as_many_blocks_as_all_its_rows_could_bear(rows, how, house, now, blocks):
+    machine = scheduler(repeats=7, **house)
+    feed(machine, InstanceReady(Instance(0, (0,), 65536)))
+    *_, launch = feed(machine, Arrival(request(0, answer=224, **how)))
+    for row in range(1, rows):
+        feed(machine, Arrival(request(row, answer=224, **how)))
+    *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]), now)
+    assert len(launch.batch.spans) == rows
+    for span, then in zip(launch.batch.spans, launch.batch.then, strict=True):
+        assert len({span.block_start for span in then} - {span.block_start}) == blocks
 
 
 def test_a_row_that_is_done_rests_until_the_batch_is():
@@ -163,7 +211,7 @@ def test_a_row_that_is_done_rests_until_the_batch_is():
     assert (one.row, other.row) == (0, 1)
     first = [result(one), result(other, masks_left=16, prefix=16)]
     after = feed(machine, done(launch.batch, first, last=False))
-    assert [type(command) for command in after if getattr(command, "request", request(0)).row == 0] == [Emit, Finish]
+    assert [type(command) for command in after] == [Emit, Finish, Emit, Hurry]
     finish = next(command for command in after if isinstance(command, Finish))
     rest = [result(one, unmasked=0), result(other, masks_left=12, prefix=17)]
     after = feed(machine, done(launch.batch, rest))
@@ -217,7 +265,7 @@ def test_a_row_that_has_ended_in_a_batch_that_goes_on_wants_no_time_of_it():
     machine = scheduler(repeats=8)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0, answer=32, slo=Slo(seconds=1.0))))
-    emit, finish = feed(machine, done(launch.batch, [result(launch.batch.spans[0])], last=False))
+    emit, finish, _ = feed(machine, done(launch.batch, [result(launch.batch.spans[0])], last=False))
     assert (emit.prefix, finish.reason) == (42, "length")
     (seat,) = machine.house.seats.values()
     assert (list(seat.residents), seat.promised) == ([0], [])
@@ -543,7 +591,8 @@ class World:
             "guaranteed_rows": self.rng.randint(1, 4),
         }
         self.machine = scheduler(plan=SINGLES, repeats=self.rng.choice((1, 8)), **self.settings)
-        self.steps, self.hurried = {}, set()  # taken by the batch of an instance; instances that were told to hurry
+        self.steps, self.courses = {}, {}  # by instance: taken by its batch, and what its rows do now and next
+        self.hurried, self.begun = set(), set()  # instances told to hurry; those a step ahead of what they know
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
@@ -588,8 +637,11 @@ class World:
         places = sorted((span.kv_start, span.kv_start + span.keys) for span in batch.spans)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
         self.flying[batch.instance] = batch
+        rest = batch.then or [()] * len(batch.spans)
+        self.courses[batch.instance] = [[span, *others] for span, others in zip(batch.spans, rest, strict=True)]
         self.steps[batch.instance] = 0
         self.hurried.discard(batch.instance)
+        self.begun.discard(batch.instance)
 
     def act(self):
         choice = self.rng.random()
@@ -637,20 +689,34 @@ class World:
         self.feed(InstanceReady(self.instances[id]))
 
     def finish(self, instance):
-        """One step; the batch may go on for one more than it should, as a worker that has begun it does."""
-        batch, results = self.flying[instance], []
-        for span in batch.spans:
+        """One step; where all rows reuse, another may have begun before this one's result was known."""
+        batch, courses, results = self.flying[instance], self.courses[instance], []
+        spans = [course[0] for course in courses]
+        for span in spans:
             key = (span.row, span.block_start)
             before = self.masks.get(key, span.block_end - span.block_start)
             left = self.masks[key] = max(0, before - self.rng.randint(1, 8))
             stop_at = self.rng.randrange(span.block_start, span.block_end) if self.rng.random() < 0.1 else -1
             results.append(result(span, left, span.block_end - left, stop_at, before - left))
         self.steps[instance] += 1
-        over = instance in self.hurried or not all(one.masks_left for one in results)
-        last = self.steps[instance] == batch.steps or (over and self.rng.random() < 0.5)
+        last = self.steps[instance] == batch.steps
+        over = answered(results) or instance in self.hurried
+        ends = over or not all(one.masks_left for one in results)
+        begins = not last and instance not in self.begun and all(span.start for span in spans)
+        if ends and begins and self.rng.random() < 0.5:
+            self.begun.add(instance)
+            self.feed(done(batch, results, last=False))
+            return
+        self.begun.discard(instance)
+        last = last or over or not follow(courses, results)
+        seat = self.machine.house.seats.get(instance) or self.machine.house.closing[instance]
+        there = [progress.state is not State.LEAVING for progress in seat.flying]
         if last:
             del self.flying[instance]
         self.feed(done(batch, results, last))
+        if seat.batch is batch:  # the house knows what its rows have done
+            for known, span, here in zip(seat.spans, spans, there, strict=True):
+                assert not here or known[3:8] == span[3:8]
 
     def settle(self):
         """Bring up every instance and let everything end."""

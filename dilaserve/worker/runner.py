@@ -1,7 +1,7 @@
 """One step on one device: rows from the table, one forward pass over their spans, unmasked tokens back to the table."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,31 +59,40 @@ class Runner:
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
 
     def steps(
-        self, spans: list[Span], most: int, then: Sequence[Span] = (), hurried: Callable[[], bool] = never
+        self,
+        spans: Sequence[Span],
+        most: int,
+        then: Sequence[Sequence[Span]] = (),
+        hurried: Callable[[], bool] = never,
     ) -> Iterator[Outcome]:
-        """The step, and again until a row has finished its block or its answer, `most` times at most.
+        """Up to `most` steps as `terms.Batch` tells; none begins once somebody is `hurried`.
 
-        Ranks other than 0 say nothing. `then` are the spans of all but the first, if others; they do not change, as a
-        row that is done rests. No step begins once somebody is `hurried`. Raises `Abandoned`.
+        Ranks other than 0 take one and say nothing. Raises `Abandoned`.
         """
-        count = 0
-        while count < most:
-            columns = columns_of(then if then and count else spans)
+        courses = [[span, *others] for span, others in zip(spans, then or [()] * len(spans), strict=True)]
+        count, last = 0, False
+        while not last:
+            columns = columns_of([course[0] for course in courses])
+            stretch: Iterable[Outcome]
             if self.reuse is not None and self.reuse.takes(columns, self.table):
-                yield from self.pipelined(self.reuse, columns, most - count, hurried)
+                stretch = self.pipelined(self.reuse, columns, most - count, hurried)
+            elif (outcome := self.step(columns)) is not None:
+                stretch = [outcome]
+            else:
                 return
-            if (outcome := self.step(columns)) is None:
-                return
-            count += 1
-            last = count == most or finished(outcome.results) or hurried()
-            yield outcome._replace(last=last)
-            if last:
-                return
+            for outcome in stretch:
+                count += 1
+                if outcome.last:
+                    over = count == most or answered(outcome.results) or hurried()
+                    last = over or not follow(courses, outcome.results)
+                yield outcome._replace(last=last)
 
     def pipelined(
         self, reuse: ReuseSteps, columns: Columns, most: int, hurried: Callable[[], bool]
     ) -> Iterator[Outcome]:
-        """`steps` where the next is begun before the last is read, unless that has probably finished all rows."""
+        """Steps alike until a block or an answer is done; the next is begun before the last is read, unless that has
+        probably finished all rows.
+        """
         mark = time.perf_counter()
         blocks = active_blocks(columns)
         with torch.inference_mode():
@@ -104,7 +113,7 @@ class Runner:
             taken = token[:, :width] >= 0
             spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
             results = self.results(columns, blocks, taken, spent)
-            over = over or finished(results) or hurried()
+            over = over or any(not one.masks_left for one in results) or answered(results) or hurried()
             ahead = any(result.masks_left > result.unmasked for result in results)
             last = read == launched and (over or launched == most)
             now = time.perf_counter()
@@ -218,7 +227,8 @@ class Runner:
     ) -> list[RowResult]:
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
-        stops = (canvas[..., None] == self.stop_ids).any(-1) & blocks.valid
+        heeds = ~self.table.ignore_eos[columns.row, None]
+        stops = (canvas[..., None] == self.stop_ids).any(-1) & blocks.valid & heeds
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
         fields = (columns.row, columns.generation, taken.sum(1), masked.sum(1), prefix, stop_at, confidence)
@@ -228,9 +238,24 @@ class Runner:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def finished(results: list[RowResult]) -> bool:
-    """Whether a row has no mask left in its block, or none before a stop token."""
-    return any(not result.masks_left or 0 <= result.stop_at < result.prefix for result in results)
+def answered(results: list[RowResult]) -> bool:
+    """Whether a row has no mask before a stop token."""
+    return any(0 <= result.stop_at < result.prefix for result in results)
+
+
+def follow(courses: list[list[Span]], results: list[RowResult]) -> bool:
+    """Take each row from what it has done to what follows; whether all have something to do."""
+    for course, result in zip(courses, results, strict=True):
+        block = course[0].block_start
+        if result.masks_left:
+            if len(course) > 1 and course[1].block_start == block:
+                del course[0]
+            continue
+        while course and course[0].block_start == block:
+            del course[0]
+        if not course:
+            return False
+    return True
 
 
 def packed_spans(offsets: Array, lengths: Array, columns: Columns) -> list[PackedSpan]:
