@@ -493,8 +493,8 @@ async def served(bench: Bench, base: float, wanted: int) -> list[str]:
         first = time.perf_counter() - began
         lines.append(f"- start: ready after {ready:.1f} s, first token after {first:.1f} s; pool {engine.pools} tokens")
         bench.goal("start to first token, from page cache", first, 20.0, " s")
-        for concurrent in (1, 32, 64):
-            count = {1: 3, 32: wanted, 64: max(64, wanted)}[concurrent]
+        for concurrent in (1, 8, 32, 64):
+            count = {1: 3, 8: 24, 32: wanted, 64: max(64, wanted)}[concurrent]
             await crowd(engine, options, prompts_for(bench, min(count, concurrent)), concurrent)
             before = msgspec.structs.replace(engine.profile)
             spent = await crowd(engine, options, prompts_for(bench, count), concurrent)
@@ -508,6 +508,8 @@ async def served(bench: Bench, base: float, wanted: int) -> list[str]:
                 f"steps of {rows / steps:.1f} rows; {forward:.1f} % of the wall outside the model, {deciding:.2f} % in "
                 "decisions"
             )
+            if concurrent <= 8:
+                bench.goal(f"wall outside the model, {concurrent} at once", forward, 3.0, " %")
             if concurrent == 1:
                 bench.goal("tokens/s, 1 at once, over the published loop", speed / base, 1.5, most=False)
             if concurrent == 32:

@@ -194,13 +194,15 @@ class Progress:
     def stages(self, first: Span, blocks: int) -> tuple[Span, ...]:
         """What follows a step that has been launched, as `Batch.then` has it, up to so many blocks after this one."""
         request, cache, start = self.request, self.request.decoding.cache, self.block_start
+        blocks = self.even_blocks(blocks) if self.quotas else blocks
         spans = []
-        for length in self.blocks[self.block : self.block + 1 + (0 if self.quotas else blocks)]:
-            end = start + length
+        for block in range(self.block, min(self.block + 1 + blocks, len(self.blocks))):
+            end = start + self.blocks[block]
+            quota = self.quotas[block][0] if self.quotas and block > self.block else first.quota
             works = [work(cache, View(request.canvas_tokens, start, end, fresh)) for fresh in (False, True)]
             for todo in dict.fromkeys(works):
                 place = self.kv_start, todo.start, todo.length, request.canvas_tokens, start, end
-                spans.append(Span(request.row, request.generation, *place, first.quota, first.step))
+                spans.append(Span(request.row, request.generation, *place, quota, first.step))
             start = end
         return tuple(spans[1:] if spans[0].start == first.start else spans[2:])
 
@@ -211,8 +213,14 @@ class Progress:
             return 1
         if not self.quotas:
             return most
-        shares = self.quotas[self.block][self.block_step : self.block_step + most]
-        return next((count for count, share in enumerate(shares) if share != shares[0]), len(shares)) or 1
+        shares = self.quotas[self.block][self.block_step :]
+        alike = next((count for count, share in enumerate(shares) if share != shares[0]), len(shares))
+        return min(most, most if alike == len(shares) and self.even_blocks(1) else max(1, alike))
+
+    def even_blocks(self, most: int) -> int:
+        """How many blocks after its present one unmask as much in each of their steps, up to `most`."""
+        later = self.quotas[self.block + 1 : self.block + 1 + most]
+        return next((count for count, shares in enumerate(later) if len(set(shares)) > 1), len(later))
 
     def launched(self, todo: Work, now: float) -> None:
         self.did(Did.LAUNCHED)

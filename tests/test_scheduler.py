@@ -108,7 +108,7 @@ def test_a_batch_goes_on_while_nobody_waits_and_ends_soon_when_somebody_does():
     assert feed(machine, done(launch.batch, [result(first, masks_left=24, prefix=13)], last=False))[1:] == []
     emit, launch = feed(machine, done(launch.batch, [result(first, masks_left=20, prefix=14)]))
     assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
-    assert [[span.start for span in then] for then in launch.batch.then] == [[0, 42], [10]]
+    assert [[span.start for span in then] for then in launch.batch.then] == [[0, 42], [10, 0, 42]]
     assert feed(machine, Arrival(request(2))) == [Hurry(launch.batch)]  # it waits for a place
     states = {span.row: result(span, masks_left=16, prefix=span.block_start + 3) for span in launch.batch.spans}
     *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
@@ -181,7 +181,9 @@ def test_a_launch_goes_on_into_the_next_blocks():
         (8, {}, {}, 0.0, 2),
         (17, {}, {}, 0.0, 0),
         (2, {}, dict(max_num_batched_tokens=300), 0.0, 0),  # both could not refresh at once
-        (2, dict(rule="steps", num_denoising_steps=224), {}, 0.0, 0),  # another block has other quotas
+        (2, dict(rule="steps", num_denoising_steps=112), {}, 0.0, 6),  # 2 each
+        (2, dict(rule="steps", num_denoising_steps=140), {}, 0.0, 0),  # 2 and then 1
+        (2, dict(rule="steps", num_denoising_steps=111), {}, 0.0, 5),  # the last one in 15 steps, of 3 and then 2
         (2, dict(slo=Slo(seconds=6.0)), {}, 2.0, 6),
         (2, dict(slo=Slo(seconds=6.0)), {}, 3.0, 0),  # each would take time that the other does not have
     ],
