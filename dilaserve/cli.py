@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dilaserve.profiles import ModelProfile
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+log = logging.getLogger(__name__)
+DESCRIPTORS = 65536  # open files, so also connections, that a server asks for
 MOST = 1_000_000  # of whatever a flag counts
 MOST_DEVICES = 4096  # that a plan is made for
 
@@ -121,6 +123,7 @@ def listen(settings: Config, furnish: "Furnish") -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    allow_connections()
     import uvloop
 
     from dilaserve.display import loading
@@ -128,6 +131,20 @@ def listen(settings: Config, furnish: "Furnish") -> int:
 
     with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run(settings, progress, announce, furnish))
+
+
+def allow_connections() -> None:
+    """Each takes a file descriptor, and what a process may have at first is often 1024 or fewer."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:
+        log.warning("more than %d open files are not allowed (%s): connections past that wait", soft, error)
 
 
 def quiet() -> None:

@@ -177,6 +177,19 @@ def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_mode
     assert told.rstrip().endswith("; is --host an address of this machine?")
 
 
+def test_a_server_may_have_as_many_connections_as_the_system_allows():
+    script = """
+import resource
+from dilaserve import cli
+for hard, soft in ((90, 64), (90, 90)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    cli.allow_connections()
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.splitlines(), done.stderr) == (["(90, 90)", "(90, 90)"], "")
+
+
 def test_the_ready_line_has_a_curl_that_works_and_sigterm_finishes_what_runs(served):
     process, address, line = served
     command = line[line.index("curl") :]
