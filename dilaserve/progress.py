@@ -199,8 +199,8 @@ class Progress:
         for block in range(self.block, min(self.block + 1 + blocks, len(self.blocks))):
             end = start + self.blocks[block]
             quota = self.quotas[block][0] if self.quotas and block > self.block else first.quota
-            works = [work(cache, View(request.canvas_tokens, start, end, fresh)) for fresh in (False, True)]
-            for todo in dict.fromkeys(works):
+            once, again = [work(cache, View(request.canvas_tokens, start, end, fresh)) for fresh in (False, True)]
+            for todo in (once,) if once.start == again.start else (once, again):
                 place = self.kv_start, todo.start, todo.length, request.canvas_tokens, start, end
                 spans.append(Span(request.row, request.generation, *place, quota, first.step))
             start = end

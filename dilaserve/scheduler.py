@@ -52,7 +52,8 @@ TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
-AHEAD = 16  # blocks that the rows of a launch may begin in it after their first, all together
+AHEAD = 8  # blocks that the rows of a launch may begin in it after their first, all together, but at least one each
+MOST_AHEAD = 32  # rows; among more there is always one whose answer ends
 NEVER = float("inf")
 
 
@@ -523,7 +524,7 @@ class Scheduler:
         steps, then = self.steps(seat, chosen), []
         if steps > 1:
             seconds = [self.beliefs.step_seconds(progress, True, seat.degree) for progress in chosen]  # at most
-            ahead = self.ahead(candidates, chosen, seconds, steps)
+            ahead = self.ahead(candidates, seconds, steps)
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
@@ -541,18 +542,17 @@ class Scheduler:
             return 1
         return min(progress.steady(self.repeats) for progress in chosen)
 
-    def ahead(
-        self, candidates: Sequence[Candidate], chosen: Sequence[Progress], refreshes: Sequence[float], steps: int
-    ) -> int:
-        """Blocks that a row may begin in a launch after its present one: none where a step would not take all rows if
-        each of them refreshed as often. `refreshes`: seconds of one.
+    def ahead(self, candidates: Sequence[Candidate], refreshes: Sequence[float], steps: int) -> int:
+        """Blocks that a row may begin in a launch after its present one: none where deadlines would not bear it that
+        all rows refresh as often. `refreshes`: seconds of one, by row.
         """
-        blocks = min(steps - 1, AHEAD // len(chosen))
-        if not blocks or len(chosen) == 1:
+        rows = len(candidates)
+        blocks = min(steps - 1, max(1, AHEAD // rows)) if rows <= MOST_AHEAD else 0
+        if rows == 1 or not blocks:
             return blocks
         worst = [
-            Candidate(candidate.key, progress.request.canvas_tokens, blocks * seconds, candidate.slack)
-            for candidate, progress, seconds in zip(candidates, chosen, refreshes, strict=True)
+            Candidate(candidate.key, 0, blocks * seconds, candidate.slack)
+            for candidate, seconds in zip(candidates, refreshes, strict=True)
         ]
         worst.sort(key=lambda one: math.inf if one.slack is None else one.slack)
         return blocks if len(self.compose(worst, self.max_tokens, self.cap)) == len(worst) else 0

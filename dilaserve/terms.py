@@ -147,7 +147,8 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
 
     `then` are the spans that follow each row's first, if `steps` is more than 1: the next one is taken up after a step,
     or when the block is done if it is of another block. The batch ends with a step after which a row has none, or no
-    mask before a stop token. A step may have begun by then, in which a row whose block is done rests.
+    mask before a stop token, or all together too many tokens for a step. Another may have begun by then, in which a row
+    whose block is done rests.
     """
 
     id: int

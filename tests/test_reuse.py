@@ -241,10 +241,14 @@ async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
 def test_a_launch_goes_on_into_the_next_block(random_model, static):
     one, other = houses = [House(random_model, static) for _ in range(2)]
     shapes = [(20, 32, 64), (45, 24, 96)]
-    for house in houses:
+
+    def fill(house):
         house.fill(shapes)
         house.table.threshold[:2] = 0.0  # all masks in a step
         house.table.rule[:2] = 0
+
+    for house in houses:
+        fill(house)
     (*first,) = one.spans(shapes, refresh=True)
     then = [[span._replace(start=span.block_start, length=span.block_end - span.block_start)] for span in first]
     for course, span in zip(then, first, strict=True):
@@ -256,6 +260,10 @@ def test_a_launch_goes_on_into_the_next_block(random_model, static):
     apart = [list(other.runner.steps(spans, 1)) for spans in (first, [course[1] for course in then])]
     assert [outcome.results for outcome in together] == [outcome.results for (outcome,) in apart]
     assert np.array_equal(one.table.canvas, other.table.canvas)
+    fill(one)
+    one.runner.max_tokens = sum(span.length for span in first) - 1
+    (outcome,) = one.runner.steps(first, 8, then)
+    assert (outcome.results, outcome.last) == (together[0].results, True)
 
 
 async def test_who_arrives_need_not_wait_for_all_the_steps_of_a_launch(random_model, monkeypatch):

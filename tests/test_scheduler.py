@@ -174,22 +174,22 @@ def test_a_launch_goes_on_into_the_next_blocks():
 
 
 @pytest.mark.parametrize(
-    ("rows", "how", "house", "now", "blocks"),
+    ("rows", "how", "now", "blocks"),
     [
-        (1, {}, {}, 0.0, 6),
-        (2, {}, {}, 0.0, 6),
-        (8, {}, {}, 0.0, 2),
-        (17, {}, {}, 0.0, 0),
-        (2, {}, dict(max_num_batched_tokens=300), 0.0, 0),  # both could not refresh at once
-        (2, dict(rule="steps", num_denoising_steps=112), {}, 0.0, 6),  # 2 each
-        (2, dict(rule="steps", num_denoising_steps=140), {}, 0.0, 0),  # 2 and then 1
-        (2, dict(rule="steps", num_denoising_steps=111), {}, 0.0, 5),  # the last one in 15 steps, of 3 and then 2
-        (2, dict(slo=Slo(seconds=6.0)), {}, 2.0, 6),
-        (2, dict(slo=Slo(seconds=6.0)), {}, 3.0, 0),  # each would take time that the other does not have
+        (1, {}, 0.0, 6),
+        (2, {}, 0.0, 4),
+        (3, {}, 0.0, 2),
+        (32, {}, 0.0, 1),
+        (33, {}, 0.0, 0),
+        (2, dict(rule="steps", num_denoising_steps=112), 0.0, 4),  # 2 each
+        (2, dict(rule="steps", num_denoising_steps=140), 0.0, 0),  # 2 and then 1
+        (1, dict(rule="steps", num_denoising_steps=111), 0.0, 5),  # the last one in 15 steps, of 3 and then 2
+        (2, dict(slo=Slo(seconds=6.0)), 2.0, 4),
+        (2, dict(slo=Slo(seconds=6.0)), 3.0, 0),  # each would take time that the other does not have
     ],
 )
-def test_a_launch_goes_into_as_many_blocks_as_all_its_rows_could_bear(rows, how, house, now, blocks):
-    machine = scheduler(repeats=7, **house)
+def test_a_launch_goes_into_as_many_blocks_as_all_its_rows_could_bear(rows, how, now, blocks):
+    machine = scheduler(repeats=7, max_num_batched_tokens=16384)
     feed(machine, InstanceReady(Instance(0, (0,), 65536)))
     *_, launch = feed(machine, Arrival(request(0, answer=224, **how)))
     for row in range(1, rows):
@@ -711,6 +711,8 @@ class World:
             return
         self.begun.discard(instance)
         last = last or over or not follow(courses, results)
+        tokens = sum(course[0].length for course in courses if course)
+        last = last or (tokens > self.machine.max_tokens and len(courses) > 1)
         seat = self.machine.house.seats.get(instance) or self.machine.house.closing[instance]
         there = [progress.state is not State.LEAVING for progress in seat.flying]
         if last:

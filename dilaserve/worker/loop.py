@@ -110,7 +110,9 @@ class Worker:
         self.turns = model.turns
         pool = KVPool(self.spec, shard, self.flat)
         reuse = self.reuse_steps(model, pool) if group.size == 1 else None
-        return Runner(self.spec, model, pool, self.shared.table, self.job.stop_ids, group, reuse)
+        return Runner(
+            self.spec, model, pool, self.shared.table, self.job.stop_ids, group, reuse, self.job.batched_tokens
+        )
 
     def reuse_steps(self, model: Model, pool: KVPool) -> ReuseSteps | None:
         """The same ones whenever the device is alone, as they read the same memory; None where they would not pay."""

@@ -39,7 +39,8 @@ class Runner:
     """Runs an instance's batches as one rank of its TP group, with one model and one K/V pool.
 
     All ranks read the same rows and have read them before the last collective of a step; behind it rank 0 alone judges
-    and writes. Batches that `reuse` takes go through it, the others are laid out anew.
+    and writes. Batches that `reuse` takes go through it, the others are laid out anew. A launch does not go on into a
+    step of more than `max_tokens` (None: no limit).
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Runner:
         stop_ids: tuple[int, ...],
         group: Group = Alone(),  # noqa: B008 - has no state
         reuse: ReuseSteps | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
-        self.reuse = reuse
+        self.reuse, self.max_tokens = reuse, max_tokens
         self.device = pool.keys[0].device
         self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
@@ -84,8 +86,12 @@ class Runner:
                 count += 1
                 if outcome.last:
                     over = count == most or answered(outcome.results) or hurried()
-                    last = over or not follow(courses, outcome.results)
+                    last = over or not follow(courses, outcome.results) or not self.fits(courses)
                 yield outcome._replace(last=last)
+
+    def fits(self, courses: Sequence[Sequence[Span]]) -> bool:
+        tokens = sum(course[0].length for course in courses)
+        return self.max_tokens is None or tokens <= self.max_tokens or len(courses) == 1
 
     def pipelined(
         self, reuse: ReuseSteps, columns: Columns, most: int, hurried: Callable[[], bool]
