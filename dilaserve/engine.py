@@ -285,8 +285,9 @@ class Engine:
             raise BadRequest(f"a request with the id {id!r} is running; choose another id", param="id")
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
-        shape = settled.canvas_tokens, self.mask_id, settled.decoding, options.ignore_eos
-        generation = self.table.fill(row, canvas, *shape)
+        generation = self.table.fill(
+            row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, options.ignore_eos
+        )
         request = Request(
             id=id or secrets.token_hex(12),
             row=row,

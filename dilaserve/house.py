@@ -111,9 +111,12 @@ class House:
             self.waiting.append(progress)
 
     def leave(self, progress: Progress) -> None:
-        """Wait no longer."""
-        home = self.queue if progress.promised else self.waiting
-        (self.moving if progress in self.moving else home).remove(progress)
+        """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""
+        if progress.seat is None:
+            home = self.queue if progress.promised else self.waiting
+            (self.moving if progress in self.moving else home).remove(progress)
+        elif progress.promised:
+            progress.seat.promised.remove(progress)
 
     def seat_for_hopeless(self, progress: Progress, now: float) -> Seat | None:
         """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches.

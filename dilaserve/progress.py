@@ -193,16 +193,16 @@ class Progress:
 
     def stages(self, first: Span, blocks: int) -> tuple[Span, ...]:
         """What follows a step that has been launched, as `Batch.then` has it, up to so many blocks after this one."""
-        request, cache, start = self.request, self.request.decoding.cache, self.block_start
+        cache, start = self.request.decoding.cache, self.block_start
         blocks = self.even_blocks(blocks) if self.quotas else blocks
         spans = []
         for block in range(self.block, min(self.block + 1 + blocks, len(self.blocks))):
             end = start + self.blocks[block]
             quota = self.quotas[block][0] if self.quotas and block > self.block else first.quota
-            once, again = [work(cache, View(request.canvas_tokens, start, end, fresh)) for fresh in (False, True)]
+            once, again = [work(cache, View(first.keys, start, end, fresh)) for fresh in (False, True)]
             for todo in (once,) if once.start == again.start else (once, again):
-                place = self.kv_start, todo.start, todo.length, request.canvas_tokens, start, end
-                spans.append(Span(request.row, request.generation, *place, quota, first.step))
+                place = dict(start=todo.start, length=todo.length, block_start=start, block_end=end)
+                spans.append(first._replace(**place, quota=quota))
             start = end
         return tuple(spans[1:] if spans[0].start == first.start else spans[2:])
 
@@ -215,7 +215,9 @@ class Progress:
             return most
         shares = self.quotas[self.block][self.block_step :]
         alike = next((count for count, share in enumerate(shares) if share != shares[0]), len(shares))
-        return min(most, most if alike == len(shares) and self.even_blocks(1) else max(1, alike))
+        if alike == len(shares) and self.even_blocks(1):
+            return most
+        return min(most, alike) or 1
 
     def even_blocks(self, most: int) -> int:
         """How many blocks after its present one unmask as much in each of their steps, up to `most`."""

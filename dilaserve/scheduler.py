@@ -371,11 +371,8 @@ class Scheduler:
     def gone(self, progress: Progress, farewell: Command, now: float, reason: str) -> Iterator[Command]:
         """The request leaves the house, now or after its step in flight."""
         del self.requests[progress.request.id]
-        if progress.state is State.WAITING:
-            self.house.leave(progress)
+        self.house.leave(progress)
         progress.did(Did.ENDED)
-        if progress.seat and progress.promised:
-            progress.seat.promised.remove(progress)  # it holds its place until the batch is done, and wants no time
         self.account(progress, now, reason)
         yield farewell
         if progress.state is State.GONE:
@@ -521,15 +518,15 @@ class Scheduler:
         seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
         seat.features = batch_features(spans, masks)
         self.batches += 1
-        steps, then = self.steps(seat, chosen), []
+        steps, longest, then = self.steps(seat, chosen), seconds, []
         if steps > 1:
-            seconds = [self.beliefs.step_seconds(progress, True, seat.degree) for progress in chosen]  # at most
-            ahead = self.ahead(candidates, seconds, steps)
+            longest = [self.beliefs.step_seconds(progress, True, seat.degree) for progress in chosen]
+            ahead = self.ahead(candidates, longest, steps)
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
         seat.went_on, seat.hurried, seat.launched_at = False, False, now
-        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(seconds)) * steps))
+        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))
         if seat.overdue_at < self.overdue_at:
             self.overdue_at = seat.overdue_at
         if self.layout.stopped:
@@ -547,15 +544,15 @@ class Scheduler:
         all rows refresh as often. `refreshes`: seconds of one, by row.
         """
         rows = len(candidates)
-        blocks = min(steps - 1, max(1, AHEAD // rows)) if rows <= MOST_AHEAD else 0
-        if rows == 1 or not blocks:
-            return blocks
+        if rows > MOST_AHEAD:
+            return 0
+        blocks = min(steps - 1, max(1, AHEAD // rows))
         worst = [
             Candidate(candidate.key, 0, blocks * seconds, candidate.slack)
             for candidate, seconds in zip(candidates, refreshes, strict=True)
         ]
         worst.sort(key=lambda one: math.inf if one.slack is None else one.slack)
-        return blocks if len(self.compose(worst, self.max_tokens, self.cap)) == len(worst) else 0
+        return blocks if len(self.compose(worst, self.max_tokens, self.cap)) == rows else 0
 
     def calls(self, seat: Seat, chosen: Sequence[Progress]) -> bool:
         """Whether somebody waits for the instance while it works for the chosen."""
@@ -566,9 +563,7 @@ class Scheduler:
         """Let batches of several steps end soon: somebody waits, a row in them has left, or the instance is to go."""
         for seats in (self.house.seats, self.house.closing):
             for seat in seats.values():
-                if seat.flying is None or seat.batch is None or seat.batch.steps == 1:
-                    continue
-                if seat.hurried:
+                if seat.flying is None or seat.batch is None or seat.batch.steps == 1 or seat.hurried:
                     continue
                 left = any(progress.state is State.LEAVING for progress in seat.flying)
                 if left or seats is self.house.closing or self.calls(seat, seat.flying):

@@ -90,6 +90,7 @@ class Runner:
                 yield outcome._replace(last=last)
 
     def fits(self, courses: Sequence[Sequence[Span]]) -> bool:
+        """Whether what follows is within the largest step; one row alone always is."""
         tokens = sum(course[0].length for course in courses)
         return self.max_tokens is None or tokens <= self.max_tokens or len(courses) == 1
 
