@@ -54,7 +54,7 @@ from dilaserve.table import RequestTable
 from dilaserve.terms import Decoding, Span
 from dilaserve.worker import statistics as row_statistics
 from dilaserve.worker.batch import columns_of
-from dilaserve.worker.reuse import ReuseSteps
+from dilaserve.worker.reuse import DEPTH, ReuseSteps
 from dilaserve.worker.runner import Runner
 
 BLOCK = 32
@@ -377,12 +377,8 @@ def reuse(bench: Bench) -> Iterator[str]:
         with torch.inference_mode():
             rig.reuse.load(columns_of(spans), blocks_of(spans), rig.table)
 
-        def run() -> None:
-            with torch.inference_mode():
-                rig.reuse.launch()
-
-        spent = bench.seconds(run)
-        drain(bench, rig)
+        spent = bench.seconds(lambda: onward(rig.reuse))
+        drain(rig.reuse)
         kv = rows * canvas * rig.spec.kv_elements * bench.dtype.itemsize
         work = 2 * rows * BLOCK * (rig.products + rig.weights.head.numel()) / bench.rate
         floor = max((rig.nbytes + kv) / bench.bandwidth, work)
@@ -394,11 +390,18 @@ def reuse(bench: Bench) -> Iterator[str]:
     yield from gaps(bench, rig, canvas)
 
 
-def drain(bench: Bench, rig: Rig) -> None:
-    """Forget results that nobody read."""
-    bench.wait()
-    rig.reuse.launched = rig.reuse.seen = 0
-    rig.reuse.turn.zero_()
+def onward(steps: ReuseSteps) -> None:
+    """Begin a step, with as many before it under way as there may be."""
+    if steps.launched - steps.seen == DEPTH:
+        steps.read()
+    with torch.inference_mode():
+        steps.launch()
+
+
+def drain(steps: ReuseSteps) -> None:
+    """Read what is under way."""
+    while steps.launched > steps.seen:
+        steps.read()
 
 
 def blocks_of(spans: list[Span]) -> Any:
@@ -423,12 +426,8 @@ def gaps(bench: Bench, rig: Rig, canvas: int) -> Iterator[str]:
                 bench.wait()
                 mine.append((time.perf_counter() - began) / count)
 
-            def run() -> None:
-                with torch.inference_mode():
-                    rig.reuse.launch()
-
-            alone = bench.seconds(run)
-            drain(bench, rig)
+            alone = bench.seconds(lambda: onward(rig.reuse))
+            drain(rig.reuse)
             gap = 100 * (1 - alone / statistics.median(mine))
             yield f"- {rows} rows, {most} steps a launch: idle {gap:.1f} % of a step of {1e3 * alone:.2f} ms"
             if most == 8:
@@ -570,7 +569,8 @@ def pair(bench: Bench) -> Iterator[str]:
         yield from lines
         bench.goals.append(Goal("tokens after changes of plan, float32", "right" if right else "wrong", "right", right))
     if bench.cuda and bench.left() > 60:
-        settings = dict(kv_cache_tokens=16 * 1024, max_model_len=1024)
+        length = min(1024, bench.shape.length)
+        settings = dict(kv_cache_tokens=16 * length, max_model_len=length)
         lines, _ = asyncio.run(replanned(bench, settings, bench.shape, "bfloat16, large model"))
         yield from lines
 

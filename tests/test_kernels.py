@@ -1,10 +1,16 @@
 """Triton's kernels, interpreted on the CPU, against their twins in plain torch."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make
+from pretended import pretend
+from test_cuda import GPU, House
+from test_reuse import shapes_of
 from test_unmask import MASK
 
 from dilaserve.models import layers
@@ -102,3 +108,37 @@ def test_gates_agree(groups, width, dtype):
     fused = random(4, groups, 2, width, dtype=dtype, scale=2.0)
     found, expected = of_layers.gated(fused.clone()), layers.gated(fused.clone())
     assert close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
+    """On a device that is pretended."""
+    directory, shapes = make(tmp_path / "model", layers=1, heads=2), shapes_of(1)
+    with pretend():
+        expected = House(directory, GPU).denoised(shapes, launches=2, most=2)
+    forget()
+    with pretend(kernels=True):
+        house = House(directory, GPU, rows=1)
+        found = house.denoised(shapes, launches=2, most=2)
+    forget()
+    assert house.model.kit is of_layers.KIT
+    assert len(house.reuse.graphs) == 1
+    assert ((found[0] == MASK) == (expected[0] == MASK)).all()
+    assert (found[0] == expected[0]).mean() > 0.95
+
+
+def forget():
+    """What was found out about a device must not outlive it."""
+    layers.has_kernels.cache_clear()
+    layers.varlen_for.cache_clear()
+
+
+def test_kernels_compile_for_gpus_and_keep_to_their_registers(tmp_path):
+    """To the processor's own code, for which it need not be there."""
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    known = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    del known["TRITON_INTERPRET"]
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), "80", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, env=known, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" 0 bytes spilt") == len(done.stdout.splitlines()) == 2 * 4 * 3

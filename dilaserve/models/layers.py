@@ -158,7 +158,8 @@ def has_kernels(device: torch.device) -> bool:
     try:
         kernels.gated(torch.ones(1, 1, 2, 16, dtype=torch.bfloat16, device=device))
     except Exception as error:  # whatever is missing, steps go on without
-        log.warning("Triton's kernels do not run on %s (%s); steps will be slower", device, error)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        log.warning("Triton's kernels do not run on %s (%s); steps will be slower", device, reason)
         return False
     return True
 

@@ -1,0 +1,297 @@
+"""The roads of a GPU, on a device that is pretended (see pretended.py), against the same work on the CPU."""
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make
+from pretended import Event, Race, Stream, for_workers, pretend
+from test_parity import some_requests, wishes
+from test_reuse import ROWS, RULES, TOKENS, shapes_of
+
+from dilaserve import Config, Engine, models
+from dilaserve.models import layers
+from dilaserve.models.checkpoint import Checkpoint
+from dilaserve.models.kvcache import KVPool
+from dilaserve.models.spec import Shard
+from dilaserve.pages import PAGE
+from dilaserve.table import RequestTable
+from dilaserve.terms import Decoding, Span
+from dilaserve.worker import loop, rehearsal
+from dilaserve.worker.batch import active_blocks, columns_of
+from dilaserve.worker.reuse import DEPTH, ReuseSteps
+from dilaserve.worker.runner import Runner
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """What was found out about a device must not outlive it."""
+    yield
+    layers.has_kernels.cache_clear()
+    layers.varlen_for.cache_clear()
+
+
+@pytest.fixture
+def machine():
+    with pretend() as machine:
+        yield machine
+
+
+def weights_on(device, directory, max_length=None):
+    checkpoint = Checkpoint(directory)
+    spec = models.describe(checkpoint)
+    family = models.FAMILIES[spec.architecture]
+    return spec, family, family.load(spec, checkpoint.tensors(), device, torch.bfloat16, lambda nbytes: None, Shard())
+
+
+class House:
+    """A runner with its own table and pool in bfloat16, whose reuse steps are on fixed buffers."""
+
+    def __init__(self, directory, device, eager=False, tokens=TOKENS, rows=ROWS):
+        self.spec, family, weights = weights_on(device, directory)
+        self.model = family.Model(self.spec, weights)
+        flat = torch.zeros((tokens + PAGE) * self.spec.kv_elements, dtype=torch.bfloat16, device=device)
+        self.pool, self.table = KVPool(self.spec, Shard(), flat), RequestTable(rows, self.spec.max_length)
+        self.reuse = ReuseSteps(self.spec, self.model, self.pool, rows, eager)
+        self.runner = Runner(self.spec, self.model, self.pool, self.table, (), reuse=self.reuse)
+
+    def fill(self, shapes):
+        """Lay out rows of (prompt, block, answer); returns their spans, for a refresh and to reuse it."""
+        rng, kv_start, refresh, reuse = np.random.default_rng(0), 0, [], []
+        for row, (prompt, block, length) in enumerate(shapes):
+            canvas = prompt + length
+            ids = rng.integers(0, 256, prompt).astype(np.int32)
+            self.table.fill(row, ids, canvas, self.spec.mask_id, Decoding(**RULES[row % 3]))
+            quota = 3 if row % 3 == 1 else 0
+            span = Span(row, 1, kv_start, 0, canvas, canvas, prompt, prompt + block, quota, 0)
+            refresh.append(span)
+            reuse.append(span._replace(start=prompt, length=block))
+            kv_start += -(-canvas // PAGE) * PAGE
+        return refresh, reuse
+
+    def denoised(self, shapes, launches=6, most=4):
+        """The canvases after a refresh and launches of several steps."""
+        refresh, reuse = self.fill(shapes)
+        list(self.runner.steps(refresh, 1))
+        for _ in range(launches):
+            list(self.runner.steps(reuse, most))
+        return self.table.canvas.copy()
+
+
+# what the pretended device finds
+
+
+def test_it_computes_as_the_cpu_does(machine):
+    x = torch.arange(12.0, device=GPU).view(3, 4)
+    x[1] = torch.tensor([7.0, 8.0, 9.0, 1.0], device=GPU)
+    x[x > 8] = 0.5
+    assert (x.device, x.T.contiguous().shape) == (GPU, (4, 3))
+    assert x.tolist() == [[0, 1, 2, 3], [7, 8, 0.5, 1], [8, 0.5, 0.5, 0.5]]
+    assert int(x.argmax()) == 5
+    assert torch.from_numpy(np.ones(3)).to(GPU).float().cpu().tolist() == [1, 1, 1]
+    with torch.inference_mode():
+        assert torch.nn.functional.linear(x, x).cpu()[0, 0] == 14
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+
+
+def test_devices_do_not_mix(machine):
+    x = torch.ones(3, device=GPU)
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(3)
+    assert (x + torch.tensor(1.0)).tolist() == [2, 2, 2]
+
+
+def test_a_stream_must_wait_for_another(machine):
+    x, side, written = torch.zeros(3, device=GPU), torch.cuda.Stream(), torch.cuda.Event()
+    x.add_(1)
+    with torch.cuda.stream(side), pytest.raises(Race):
+        x + 1
+    written.record()
+    with torch.cuda.stream(side):
+        side.wait_event(written)
+        y = x + 1
+    with pytest.raises(Race):
+        x.add_(1)
+    torch.cuda.synchronize()
+    assert (x.add_(1) + y).tolist() == [4, 4, 4]
+
+
+def test_memory_in_use_must_not_be_freed(machine):
+    x, side = torch.ones(3, device=GPU), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = x + 1
+    del x
+    with pytest.raises(Race, match="freed"):
+        y + 1
+
+
+def test_pinned_memory_is_looked_at_after_a_wait_and_left_alone_before(machine):
+    x, host = torch.ones(3, device=GPU), torch.zeros(3, pin_memory=True)
+    arrived = torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    arrived.record()
+    assert host.isnan().all()
+    arrived.synchronize()
+    assert host.tolist() == [1, 1, 1]
+    x.copy_(host, non_blocking=True)
+    host[1] = 5
+    with pytest.raises(Race, match="changed"):
+        torch.cuda.synchronize()
+
+
+def test_a_graph_is_captured_without_running_and_replayed_on_the_same_memory(machine):
+    total, graph = torch.zeros(2, device=GPU), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = total.add_(1) * 2
+    assert total.tolist() == [0, 0]
+    for _ in range(3):
+        graph.replay()
+    assert total.tolist() == [3, 3]
+    assert torch.isnan(inside).all()
+    for waits in (lambda: total.tolist(), lambda: total.cpu(), lambda: bool(total.any()), torch.cuda.synchronize):
+        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            waits()
+
+
+def test_memory_ends():
+    with pretend(memory=1000) as machine:
+        kept = torch.zeros(200, device=GPU)
+        with pytest.raises(torch.OutOfMemoryError):
+            kept + 1
+        assert torch.cuda.mem_get_info() == (200, 1000)
+        del kept
+        assert machine.allocated == [0]
+
+
+# steps
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 17])
+def test_steps_of_a_gpu_do_what_those_of_a_cpu_do(random_model, machine, count):
+    shapes = shapes_of(count)
+    graphs, eager = House(random_model, GPU), House(random_model, GPU, eager=True)
+    canvases = graphs.denoised(shapes)
+    assert np.array_equal(canvases, eager.denoised(shapes))
+    assert (len(graphs.reuse.graphs), len(eager.reuse.graphs)) == (0 if count > 16 else 1 if count > 8 else 2, 0)
+    here = House(random_model, torch.device("cpu")).denoised(shapes)
+    masks = canvases == graphs.spec.mask_id
+    assert np.mean(here == canvases) > 0.95  # attention rounds once there and more often here
+    assert np.array_equal(masks.sum(), (here == graphs.spec.mask_id).sum()) or masks.sum() < 3 * count
+
+
+def test_rows_come_and_go_between_launches(random_model, machine):
+    """Batches of all sizes on the same buffers, in any order, say the same with graphs and without."""
+    houses, rng = [House(random_model, GPU, eager) for eager in (False, True)], np.random.default_rng(3)
+    for count in rng.integers(1, ROWS + 1, 12):
+        shapes = shapes_of(int(count))[::-1]
+        one, other = (house.denoised(shapes, launches=2) for house in houses)
+        assert np.array_equal(one, other)
+    assert len(houses[0].reuse.graphs) > 3
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(Stream, "wait_event"), (Event, "synchronize"), (Event, "record")]
+)
+def test_no_wait_is_one_too_many(random_model, machine, monkeypatch, where, name):
+    """Without any one of its waits the road would be caught."""
+    house, shapes = House(random_model, GPU), shapes_of(4)
+    expected = House(random_model, GPU).denoised(shapes)
+    monkeypatch.setattr(where, name, lambda *_: None)
+    try:
+        found = house.denoised(shapes)
+    except (Race, RuntimeError, OverflowError, IndexError):
+        return
+    assert not np.array_equal(found, expected)
+
+
+def test_more_steps_than_there_are_places_for_results_are_caught(random_model, machine):
+    house = House(random_model, GPU)
+    refresh, reuse = house.fill(shapes_of(3))
+    list(house.runner.steps(refresh, 1))
+    columns = columns_of(reuse)
+    house.reuse.load(columns, active_blocks(columns), house.table)
+    for _ in range(DEPTH):
+        house.reuse.launch()
+    with pytest.raises(Race):
+        house.reuse.launch()
+
+
+def test_steps_go_on_where_no_graph_can_be_captured(random_model, machine, monkeypatch, caplog):
+    expected = House(random_model, GPU, eager=True).denoised(shapes_of(3))
+
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    house = House(random_model, GPU)
+    assert np.array_equal(house.denoised(shapes_of(3)), expected)
+    assert house.reuse.eager
+    assert "no CUDA graph of 4 rows (CUDA error: operation not permitted when stream is capturing)" in caplog.text
+
+
+# memory
+
+
+def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
+    """All memory is given to K/V; then the largest refresh, the most reuse rows and all graphs run on what is left."""
+    directory, rows, tokens = make(tmp_path / "model", width=128, mlp=1024, layers=3), 40, 4096
+    monkeypatch.setattr(rehearsal, "SLACK", 2**16)
+    job = SimpleNamespace(kv_tokens=None, memory_share=1.0, batched_tokens=tokens, max_rows=rows, kv_wanted=2**40)
+    with pretend(memory=96 * 2**20) as machine:
+        spec, _, weights = weights_on(GPU, directory)
+        pool = loop.kv_tokens(job, spec, weights)
+        del weights
+        house = House(directory, GPU, tokens=pool, rows=rows)
+        left = machine.memory - machine.allocated[0]
+        machine.peak[0] = 0
+        canvas = spec.max_length
+        refresh, _ = house.fill([(canvas - 32, 32, 32)] * (tokens // canvas))
+        list(house.runner.steps(refresh, 1))
+        for count in (40, 17, 16, 12, 8, 6, 4, 2, 1):
+            _, reuse = house.fill([(100, 32, 64)] * count)
+            list(house.runner.steps(reuse, 4))
+    assert len(house.reuse.graphs) == 7
+    assert machine.peak[0] > machine.memory - left / 2  # and the room was no waste
+
+
+# engines
+
+
+async def answers(directory, requests, **settings):
+    config = Config.of(model=str(directory), **settings)
+    async with Engine(config) as engine:
+        assert (await engine.generate(*wishes(requests)[0])).token_ids
+        return [(await engine.generate(*wish)).token_ids for wish in wishes(requests)]
+
+
+async def test_an_engine_serves_on_gpus_and_changes_its_plan(random_model, monkeypatch):
+    """In float32 all plans and all devices say the same; the weights and the pool lie on devices that are pretended."""
+    for name, value in for_workers(2).items():
+        monkeypatch.setenv(name, value)
+    requests = [request | {"cache": "none"} for request in some_requests(12, seed=5)]
+    expected = await answers(random_model, requests, devices="cpu")
+    with pretend(2):
+        config = Config.of(model=str(random_model), dtype="float32", devices="cuda:0,cuda:1", group_backend="shm")
+        async with Engine(config) as engine:
+            running = asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
+            for plan in ("1x2", "2x1", "1x2"):
+                await asyncio.sleep(0.1)
+                await engine.replan(plan)
+            assert [answer.token_ids for answer in await running] == expected
+            assert [(await engine.generate(*wish)).token_ids for wish in wishes(requests[:3])] == expected[:3]
+
+
+async def test_an_engine_says_the_same_with_graphs_and_without(random_model, monkeypatch):
+    for name, value in for_workers(1).items():
+        monkeypatch.setenv(name, value)
+    requests = some_requests(8, seed=6)
+    with pretend(1):
+        graphs = await answers(random_model, requests, devices="auto")
+        eager = await answers(random_model, requests, devices="cuda:0", enforce_eager="on")
+    assert graphs == eager
