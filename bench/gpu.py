@@ -54,7 +54,8 @@ from dilaserve.table import RequestTable
 from dilaserve.terms import Decoding, Span
 from dilaserve.worker import statistics as row_statistics
 from dilaserve.worker.batch import columns_of
-from dilaserve.worker.reuse import DEPTH, ReuseSteps
+from dilaserve.worker.ends import DEPTH
+from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 
 BLOCK = 32

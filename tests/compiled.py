@@ -19,10 +19,14 @@ from dilaserve.worker import kernels as of_logits
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 KERNELS = {  # the types of what a kernel is given, "*" of the model's; the program's sizes; warps
     of_logits.sweep: ("* *i64 *fp32 i32 i32 fp32", {"VOCAB": 126464, "BLOCK": 8192}, 8),
+    of_logits.lay_out_row: ("*i64 *i64 *i64 *i64 *i64 *i32 *i32 i32 i32", {"WIDTH": 32, "DEPTH": 2}, 1),
+    of_logits.unmask_row: ("*i64 *fp64 *i32 *fp32 *i64 *i64 *fp32 i32 i32 i32 i32", {"WIDTH": 32}, 1),
     of_layers.add_norm_rows: ("* * * * * i32 fp32", {"BLOCK": 4096}, 8),
     of_layers.place_heads: ("* *fp32 *i64 * * * i32", {"Q": 4, "KV": 4, "DIM": 128, "HALF": 64}, 1),
     of_layers.gate_rows: ("* * i32 i32", {"BLOCK": 2048}, 4),
 }
+
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def compiled(kernel, dtype, capability):
@@ -50,7 +54,7 @@ def takes(ptx, capability):
 def main():
     for capability in map(int, sys.argv[1:]):
         for kernel in KERNELS:
-            for dtype in ("bf16", "fp16", "fp32"):
+            for dtype in DTYPES if "*" in KERNELS[kernel][0].split() else DTYPES[:1]:
                 registers, spilt = takes(compiled(kernel, dtype, capability).asm["ptx"], capability)
                 print(f"{kernel.__name__} {dtype} sm_{capability}: {registers} registers, {spilt} bytes spilt")
 

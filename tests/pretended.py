@@ -10,8 +10,8 @@ real device would have to have done it (happens-before, by vector clocks of stre
   lies in the memory of a graph is garbage to everybody else;
 - there is only so much memory.
 
-`pretend(devices)` does it for a block of one process, `install(devices)` for the rest of a process's life. A program and
-the worker processes that it starts:
+`pretend(devices)` does it for a block of one process, `install(devices)` for the rest of a process's life. This does it
+for a program and the worker processes that it starts:
 
     python tests/pretended.py 2 -m dilaserve --devices cuda:0,cuda:1
 """
@@ -146,11 +146,8 @@ class Graph:
     @torch.inference_mode()
     def replay(self):
         self.machine.outside_capture("a replay")
-        for func, args, kwargs, out in self.calls:
-            self.machine.account(func, args, kwargs)
-            for target, value in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                if target.data_ptr() != value.data_ptr():
-                    target.copy_(value)
+        for call, *given in self.calls:
+            call(*given)
         spoil(self.made)
 
 
@@ -335,7 +332,7 @@ class Machine:
         for inner in made:
             self.touch(inner, self.stream.clock[self.stream], writes=True)
         if self.graph is not None and (made or not looks):
-            self.graph.calls.append((func, args, kwargs, out))
+            self.graph.calls.append((self.done_again, func, args, kwargs, out))
             self.graph.made += made
 
         def face(leaf):
@@ -345,15 +342,34 @@ class Machine:
 
         return pytree.tree_map(face, out)
 
+    def done_again(self, func, args, kwargs, out):
+        """An operation of a graph that is replayed; its results go where they went when it was captured."""
+        self.account(func, args, kwargs)
+        for target, value in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+            if target.data_ptr() != value.data_ptr():
+                target.copy_(value)
+
     @torch.inference_mode()
     def launched(self, kernel, args):
-        """A kernel of Triton, interpreted; whatever it is given it may write."""
+        """A kernel of Triton, interpreted."""
         args = pytree.tree_map(inner_of, args)
         if self.graph is not None:
             self.graph.before += [(inner, inner.clone()) for inner in tensors(args)]
-            self.graph.calls.append((kernel, args, {}, None))
-        self.account(kernel, args, {})
+            self.graph.calls.append((self.ran, kernel, args))
+        self.ran(kernel, args)
+
+    def ran(self, kernel, args):
+        """What it wrote is where its tensors are others than before."""
+        count, inners = self.stream.begin(), tensors(args)
+        before = [bits(inner).clone() for inner in inners]
+        for inner in inners:
+            self.touch(inner, count, writes=False)
         kernel(*args)
+        for inner, old in zip(inners, before, strict=True):
+            changed = (bits(inner) != old).flatten().nonzero().flatten()
+            if len(changed):
+                flat = bits(inner).flatten()[int(changed[0]) : int(changed[-1]) + 1]
+                self.touch(flat if inner.is_contiguous() else inner, count, writes=True)
 
     @torch.inference_mode()
     def moved(self, func, args, kwargs):
@@ -443,8 +459,6 @@ def spoil(inners):
 
 def writes_of(func, args, kwargs):
     """The tensors among its arguments that an operation changes."""
-    if not isinstance(func, torch._ops.OpOverload):
-        return tensors(args)
     arguments = func._schema.arguments
     said = dict(zip([argument.name for argument in arguments], args, strict=False)) | kwargs
     changed = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
@@ -465,7 +479,7 @@ def parts_written(func, args, inner):
 
 def flash(q, k, v, starts_q, starts_k, most_q, most_k, dropout, causal, debug, *, scale=None, seqused_k=None, **other):
     """aten::_flash_attention_forward over runs of different lengths, as CUDA's kernel reads its arguments."""
-    assert not (dropout or causal or debug)
+    assert (dropout, causal, debug) == (0.0, False, False)
     assert q.dtype == k.dtype == v.dtype
     assert q.dtype in (torch.bfloat16, torch.float16)
     numbers = [starts_q, starts_k] + ([] if seqused_k is None else [seqused_k])

@@ -21,7 +21,8 @@ from dilaserve.table import RequestTable
 from dilaserve.terms import Decoding, Span
 from dilaserve.worker import loop, rehearsal
 from dilaserve.worker.batch import active_blocks, columns_of
-from dilaserve.worker.reuse import DEPTH, ReuseSteps
+from dilaserve.worker.ends import DEPTH
+from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 
 GPU = torch.device("cuda:0")
@@ -195,9 +196,7 @@ def test_rows_come_and_go_between_launches(random_model, machine):
     assert len(houses[0].reuse.graphs) > 3
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [(Stream, "wait_event"), (Event, "synchronize"), (Event, "record")]
-)
+@pytest.mark.parametrize(("where", "name"), [(Stream, "wait_event"), (Event, "synchronize"), (Event, "record")])
 def test_no_wait_is_one_too_many(random_model, machine, monkeypatch, where, name):
     """Without any one of its waits the road would be caught."""
     house, shapes = House(random_model, GPU), shapes_of(4)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import make
@@ -14,7 +15,7 @@ from test_reuse import shapes_of
 from test_unmask import MASK
 
 from dilaserve.models import layers
-from dilaserve.worker import statistics
+from dilaserve.worker import ends, statistics
 
 if "triton" in sys.modules:
     pytest.skip("Triton was imported before it could be told to interpret", allow_module_level=True)
@@ -110,6 +111,40 @@ def test_gates_agree(groups, width, dtype):
     assert close(found, expected)
 
 
+def some_rows(rows, seed):
+    """Buffers of rows under all rules, some with few or no masks, and a guess for them with many equal odds."""
+    rng = np.random.default_rng(seed)
+    batch = torch.from_numpy(rng.integers(0, 40, (rows + 2, ends.WIDTH + len(ends.FIELDS))))
+    masks = torch.from_numpy(rng.random((rows + 2, ends.WIDTH)) < rng.choice([0, 0.1, 0.6, 1.0], (rows + 2, 1)))
+    batch[:, : ends.WIDTH][masks] = MASK
+    fields, reals = batch[:, ends.WIDTH :], batch.view(torch.float64)
+    fields[:, 0] *= 64
+    fields[:, 3] = torch.from_numpy(rng.integers(1, ends.WIDTH + 1, rows + 2))
+    fields[:, 4] = torch.arange(rows + 2) % 3
+    fields[:, 5] = torch.from_numpy(rng.integers(0, 9, rows + 2))
+    reals[:, -2] = torch.from_numpy(rng.choice([0.0, 0.3, 0.5, 0.9, 1.0], rows + 2))
+    reals[:, -1] = torch.from_numpy(rng.choice([0.0, 0.5, 1.0, 1.5, 30.0], rows + 2))
+    found = torch.full((ends.DEPTH, rows + 2, 2, ends.WIDTH), 77, dtype=torch.int32)
+    odds = rng.choice([0.0, 1e-9, 0.01, 0.2, 1.0, 1.0, 7.0, float(statistics.HOPELESS)], rows * ends.WIDTH)
+    guess = statistics.Guess(torch.from_numpy(rng.integers(0, 40, rows * ends.WIDTH)), torch.from_numpy(odds).float())
+    return ends.Buffers(batch, found, torch.tensor([seed % ends.DEPTH])), guess
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_are_laid_out_and_unmasked_alike(seed):
+    rows = 1 + 3 * seed
+    (mine, guess), (theirs, _) = (some_rows(rows, seed) for _ in range(2))
+    for one, other in zip(of_logits.lay_out(mine, rows, 5000), ends.lay_out(theirs, rows, 5000), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    of_logits.unmask(mine, rows, MASK, guess)
+    ends.unmask(theirs, rows, MASK, guess)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other)
+    assert (mine.found[mine.turn.item(), :rows, 0] != 77).all()
+    assert (mine.found[1 - mine.turn.item()] == 77).all()
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     """On a device that is pretended."""
@@ -141,4 +176,4 @@ def test_kernels_compile_for_gpus_and_keep_to_their_registers(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("compiled.py")), "80", "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=known, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" 0 bytes spilt") == len(done.stdout.splitlines()) == 2 * 4 * 3
+    assert done.stdout.count(" 0 bytes spilt") == len(done.stdout.splitlines()) == 2 * (4 * 3 + 2)

@@ -24,7 +24,8 @@ from dilaserve.table import RequestTable
 from dilaserve.terms import Decoding, Span
 from dilaserve.worker import rehearsal
 from dilaserve.worker.batch import columns_of
-from dilaserve.worker.reuse import WIDTH, ReuseSteps, buckets
+from dilaserve.worker.ends import WIDTH
+from dilaserve.worker.reuse import ReuseSteps, buckets
 from dilaserve.worker.runner import Runner
 
 TOKENS, ROWS = 4096, 20

@@ -1,9 +1,13 @@
-"""The row statistics as a Triton kernel: every logit is read once and nothing of the vocabulary's width is written."""
+"""What is done around the forward pass, as Triton kernels: laying rows out, judging their logits, unmasking.
+
+Every logit is read once and nothing of the vocabulary's width is written.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
+from dilaserve.worker.ends import DEPTH, WIDTH, Buffers, Ends, Laid
 from dilaserve.worker.statistics import HOPELESS, Guess
 
 MOST = 8192  # logits that a program looks at together
@@ -18,6 +22,85 @@ def best(logits: torch.Tensor, mask_id: int) -> Guess:
         block = min(MOST, triton.next_power_of_2(vocab))
         sweep[(rows,)](logits, token, odds, logits.stride(0), mask_id, HOPELESS, vocab, block, num_warps=8)
     return Guess(token, odds)
+
+
+def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
+    """See `ends.lay_out`."""
+    batch, device = buffers.batch, buffers.batch.device
+    ids, positions, slots = (torch.empty(rows * WIDTH, dtype=torch.int64, device=device) for _ in range(3))
+    starts, keys = (torch.empty(size, dtype=torch.int32, device=device) for size in (rows + 1, rows))
+    lay_out_row[(rows,)](
+        batch, buffers.turn, ids, positions, slots, starts, keys, batch.stride(0), spare, WIDTH, DEPTH, num_warps=1
+    )
+    return Laid(ids, positions, slots, starts, keys)
+
+
+def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
+    """See `ends.unmask`."""
+    batch, found = buffers.batch, buffers.found
+    reals, bits = batch.view(torch.float64), found.view(torch.float32)
+    sizes = batch.stride(0), found.stride(0), found.stride(1)
+    unmask_row[(rows,)](
+        batch, reals, found, bits, buffers.turn, guess.token, guess.odds, *sizes, mask_id, WIDTH, num_warps=1
+    )
+
+
+ENDS = Ends(lay_out, unmask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def lay_out_row(  # type: ignore[no-untyped-def]
+    batch, turn, ids, positions, slots, starts, keys, stride, spare, WIDTH: tl.constexpr, DEPTH: tl.constexpr
+):
+    """One row; the first program takes the turn, the last one ends `starts`."""
+    row = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    fields = batch + row * stride + WIDTH
+    kv_start, block_start, length = tl.load(fields), tl.load(fields + 2), tl.load(fields + 3)
+    valid = column < length
+    position = tl.where(valid, block_start + column, column)
+    here = row * WIDTH + column
+    tl.store(ids + here, tl.load(batch + row * stride + column))
+    tl.store(positions + here, position)
+    tl.store(slots + here, tl.where(valid, kv_start + position, spare + column))
+    tl.store(starts + row, kv_start.to(tl.int32))
+    tl.store(keys + row, tl.load(fields + 1).to(tl.int32))
+    if row == 0:
+        tl.store(turn, (tl.load(turn) + 1) % DEPTH)
+    if row == tl.num_programs(0) - 1:
+        tl.store(starts + row + 1, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def unmask_row(  # type: ignore[no-untyped-def]
+    batch, reals, found, bits, turn, token, odds, stride, turn_stride, row_stride, mask_id, WIDTH: tl.constexpr
+):
+    """One row. A position's rank is how many are surer, or as sure and further left: nothing needs to be sorted."""
+    row = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    canvas, fields = batch + row * stride + column, row * stride + WIDTH
+    length, rule, quota = tl.load(batch + fields + 3), tl.load(batch + fields + 4), tl.load(batch + fields + 5)
+    threshold, factor = tl.load(reals + fields + 6), tl.load(reals + fields + 7)
+    id = tl.load(canvas)
+    masked = (id == mask_id) & (column < length)
+    doubt = tl.where(masked, tl.load(odds + row * WIDTH + column), float("inf"))
+    surer = (doubt[None, :] < doubt[:, None]) | (
+        (doubt[None, :] == doubt[:, None]) & (column[None, :] < column[:, None])
+    )
+    rank = tl.sum(surer.to(tl.int64), axis=1)
+    confidence = 1.0 / (1.0 + doubt.to(tl.float64))
+    masks = tl.sum(masked.to(tl.int64), axis=0)
+    above = tl.sum((confidence >= threshold).to(tl.int64), axis=0)
+    failed = ((confidence < 1.0 - factor / (rank + 2).to(tl.float64)) & (rank > 0)) | (rank >= masks)
+    passed = tl.min(tl.where(failed, rank, WIDTH), axis=0)
+    passed = tl.where(passed == masks - 1, masks, passed)
+    count = tl.where(rule == 0, above, tl.where(rule == 1, quota, passed))  # in the order of table.RULES
+    chosen = rank < tl.minimum(tl.maximum(count, 1), masks)
+    new = tl.load(token + row * WIDTH + column)
+    tl.store(canvas, tl.where(chosen, new, id))
+    out = tl.load(turn) * turn_stride + row * row_stride + column
+    tl.store(found + out, tl.where(chosen, new, -1).to(tl.int32))
+    tl.store(bits + out + WIDTH, confidence.to(tl.float32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -11,7 +11,8 @@ from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.worker.batch import Array
-from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, WIDTH, ReuseSteps
+from dilaserve.worker.ends import WIDTH
+from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, ReuseSteps
 from dilaserve.worker.unmask import guess
 
 SLACK = 2**28  # bytes, for what the allocator cannot use

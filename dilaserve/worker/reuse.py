@@ -10,26 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dilaserve.models.kvcache import KVPool
 from dilaserve.models.layers import Packed, Runs
 from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
-from dilaserve.pages import PAGE
 from dilaserve.table import RequestTable
 from dilaserve.worker.batch import Blocks, Columns
+from dilaserve.worker.ends import DEPTH, FIELDS, WIDTH, Buffers, ends_for
 from dilaserve.worker.statistics import Guess, best
-from dilaserve.worker.unmask import Rules, taken
 
 log = logging.getLogger(__name__)
-WIDTH = PAGE  # positions of a row; longer blocks take the other way
-DEPTH = 2  # steps whose results are not read yet, at most
 MAX_LOGITS = 2**26  # elements of [positions, vocab] at a time
 GRAPHS = (1, 2, 4, 6, 8, 12, 16)  # rows; beyond, a step computes for longer than it takes to begin
 STRIDE = 4  # of the counts beyond
-FIELDS = ("kv_start", "keys", "block_start", "length", "rule", "quota", "threshold", "factor")
-REALS = 2  # of the fields, at the end
 
 
 class Found(NamedTuple):
@@ -56,8 +50,8 @@ class ReuseSteps:
         self.landed = torch.zeros(DEPTH, most, 2, WIDTH, dtype=torch.int32, pin_memory=self.cuda)
         self.batch = torch.zeros(self.staged.shape, dtype=torch.int64, device=device)
         self.found = torch.zeros(self.landed.shape, dtype=torch.int32, device=device)
-        self.turn = torch.zeros(1, dtype=torch.int64, device=device)  # where in `found` the next result goes
-        self.column = torch.arange(WIDTH, device=device)
+        self.turn = torch.full((1,), DEPTH - 1, dtype=torch.int64, device=device)
+        self.buffers, self.ends = Buffers(self.batch, self.found, self.turn), ends_for(device)
         self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.memory: Any = None  # that all graphs share: one runs at a time
@@ -132,24 +126,11 @@ class ReuseSteps:
 
     def step(self, rows: int) -> None:
         """Denoise the first `rows` rows of the batch once: a function of the buffers, without a look at the host."""
-        ids, fields = self.batch[:rows, :WIDTH], self.batch[:rows, WIDTH:]
-        kv_start, keys, block_start, length, rule, quota = fields[:, :-REALS].unbind(1)
-        threshold, factor = fields[:, -REALS:].view(torch.float64).unbind(1)
-        valid = self.column < length[:, None]
-        masked = (ids == self.spec.mask_id) & valid
-        positions = torch.where(valid, block_start[:, None] + self.column, self.column)
-        slots = torch.where(valid, kv_start[:, None] + positions, self.pool.spare + self.column)
-        starts = F.pad(kv_start, (0, 1)).int()
-        runs = Runs(self.offsets[: rows + 1], starts, keys.int().contiguous(), WIDTH, self.spec.max_length)
-        packed = Packed(ids.flatten(), positions.flatten(), slots.flatten(), runs, None, [])
-        token, odds = self.guess(self.model.hidden(packed, self.pool))
-        token, odds = token.view(rows, WIDTH), odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
-        chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
-        ids.copy_(torch.where(chosen, token, ids))
-        confidence = (1.0 / (1.0 + odds.double())).float().view(torch.int32)
-        found = torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)
-        self.found[:, :rows].index_copy_(0, self.turn, found[None])
-        self.turn.add_(1).remainder_(DEPTH)
+        ids, positions, slots, starts, keys = self.ends.lay_out(self.buffers, rows, self.pool.spare)
+        runs = Runs(self.offsets[: rows + 1], starts, keys, WIDTH, self.spec.max_length)
+        packed = Packed(ids, positions, slots, runs, None, [])
+        guess = self.guess(self.model.hidden(packed, self.pool))
+        self.ends.unmask(self.buffers, rows, self.spec.mask_id, guess)
 
     def guess(self, hidden: torch.Tensor) -> Guess:
         """The candidate of each position, a slice of the logits at a time."""
@@ -172,7 +153,7 @@ class ReuseSteps:
             log.warning("no CUDA graph of %d rows (%s); steps go on without graphs", rows, str(error).splitlines()[0])
             self.eager = True
             self.graphs.clear()
-        self.turn.zero_()
+        self.turn.fill_(DEPTH - 1)
         self.launched = self.seen = 0
 
     def captured(self, rows: int) -> torch.cuda.CUDAGraph:

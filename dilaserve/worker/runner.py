@@ -15,8 +15,9 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.table import RULES, RequestTable
 from dilaserve.terms import RowResult, Span
 from dilaserve.worker.batch import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
+from dilaserve.worker.ends import DEPTH
 from dilaserve.worker.groups import Alone, Group
-from dilaserve.worker.reuse import DEPTH, MAX_LOGITS, ReuseSteps
+from dilaserve.worker.reuse import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.statistics import Guess
 from dilaserve.worker.unmask import Rules, Sampling, accepted, guess, guess_part
 

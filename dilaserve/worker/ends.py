@@ -1,0 +1,87 @@
+"""The two ends of a step on fixed buffers, before and behind the forward pass; by a kernel each where there is one.
+
+`lay_out` and `unmask` define the results. In plain torch they are some sixty launches for a few hundred numbers, which
+beside a small step is time; the kernels of a GPU must give the same.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dilaserve.models.layers import has_kernels
+from dilaserve.pages import PAGE
+from dilaserve.worker.statistics import Guess
+from dilaserve.worker.unmask import Rules, taken
+
+WIDTH = PAGE  # positions of a row; longer blocks take the other way
+DEPTH = 2  # steps whose results are not read yet, at most
+FIELDS = ("kv_start", "keys", "block_start", "length", "rule", "quota", "threshold", "factor")
+REALS = 2  # of the fields, at the end
+
+
+class Buffers(NamedTuple):
+    """Where a step finds its rows and leaves what it did, all on the device."""
+
+    batch: torch.Tensor  # int64 [rows, WIDTH + fields]; of each row the canvas of its active block, then `FIELDS`
+    found: torch.Tensor  # int32 [DEPTH, rows, 2, WIDTH]: the token or -1, and the bits of its confidence in float32
+    turn: torch.Tensor  # int64 [1], where in `found` the result of the last step lies
+
+
+class Laid(NamedTuple):
+    """The tokens of a step one after the other, and the runs of keys that its rows see."""
+
+    ids: torch.Tensor  # int64 [rows · WIDTH]
+    positions: torch.Tensor  # int64 [rows · WIDTH]
+    slots: torch.Tensor  # int64 [rows · WIDTH], pool token of each
+    starts: torch.Tensor  # int32 [rows + 1], pool token of each row's first key; the last says nothing
+    keys: torch.Tensor  # int32 [rows]
+
+
+class Ends(NamedTuple):
+    """See the functions of these names."""
+
+    lay_out: Callable[[Buffers, int, int], Laid]
+    unmask: Callable[[Buffers, int, int, Guess], None]
+
+
+def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
+    """The first `rows` rows of the batch, and the next turn. What pads a block goes to the pool's tokens from `spare`
+    on.
+    """
+    ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
+    kv_start, keys, block_start, length, *_ = fields.unbind(1)
+    column = torch.arange(WIDTH, device=ids.device)
+    valid = column < length[:, None]
+    positions = torch.where(valid, block_start[:, None] + column, column)
+    slots = torch.where(valid, kv_start[:, None] + positions, spare + column)
+    buffers.turn.add_(1).remainder_(DEPTH)
+    starts = F.pad(kv_start, (0, 1)).int()
+    return Laid(ids.flatten(), positions.flatten(), slots.flatten(), starts, keys.int())
+
+
+def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
+    """Put what each row's rule accepts of the guess, [rows · WIDTH], on its canvas, and say so in `found`."""
+    ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
+    _, _, _, length, rule, quota = fields[:, :-REALS].unbind(1)
+    threshold, factor = fields[:, -REALS:].view(torch.float64).unbind(1)
+    masked = (ids == mask_id) & (torch.arange(WIDTH, device=ids.device) < length[:, None])
+    token, odds = guess.token.view(rows, WIDTH), guess.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
+    chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
+    ids.copy_(torch.where(chosen, token, ids))
+    confidence = (1.0 / (1.0 + odds.double())).float().view(torch.int32)
+    found = torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)
+    buffers.found[:, :rows].index_copy_(0, buffers.turn, found[None])
+
+
+PLAIN = Ends(lay_out, unmask)
+
+
+def ends_for(device: torch.device) -> Ends:
+    """The kernels where they can run, else plain torch."""
+    if not has_kernels(device):
+        return PLAIN
+    from dilaserve.worker import kernels
+
+    return kernels.ENDS
