@@ -18,6 +18,7 @@ for a program and the worker processes that it starts:
 
 import contextlib
 import ctypes
+import datetime
 import os
 import runpy
 import sys
@@ -524,6 +525,16 @@ class Gloo:
         return [inner_of(one) for one in given]
 
 
+class Nccl(Gloo):
+    """NCCL's process group as far as it can be told apart from here: it is made otherwise, and can be aborted."""
+
+    def __init__(self, store, rank, size):
+        super().__init__(store, rank, size, datetime.timedelta(minutes=30))
+
+    def abort(self):
+        self.group.abort()
+
+
 @contextlib.contextmanager
 def pretend(devices=1, memory=64 * GIB, kernels=False):
     """Whatever torch does in the block, in this thread, it does as if there were so many GPUs.
@@ -537,8 +548,10 @@ def pretend(devices=1, memory=64 * GIB, kernels=False):
             for name, value in faces(machine).items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
             stack.enter_context(interpreted(machine) if kernels else hidden("triton"))
-            if Gloo.real is not None:
-                stack.enter_context(mock.patch.object(torch.distributed, "ProcessGroupGloo", Gloo))
+            for name, value in dict(
+                ProcessGroupGloo=Gloo, ProcessGroupNCCL=Nccl, is_nccl_available=lambda: True
+            ).items():
+                stack.enter_context(mock.patch.object(torch.distributed, name, value, create=True))
             torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(…, device=…) asks to be moved there
             guard_nothing()
             stack.enter_context(Mode())

@@ -1,6 +1,8 @@
 """The roads of a GPU, on a device that is pretended (see pretended.py), against the same work on the CPU."""
 
 import asyncio
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 import torch
 from checkpoints import make
 from pretended import Event, Race, Stream, for_workers, pretend
-from test_parity import some_requests, wishes
+from reference import Llada
+from test_parity import expect, some_requests, wishes
+from test_plans import crowd, whole
 from test_reuse import ROWS, RULES, TOKENS, shapes_of
 
 from dilaserve import Config, Engine, models
@@ -17,6 +21,7 @@ from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kvcache import KVPool
 from dilaserve.models.spec import Shard
 from dilaserve.pages import PAGE
+from dilaserve.policy.layouts import spelled
 from dilaserve.table import RequestTable
 from dilaserve.terms import Decoding, Span
 from dilaserve.worker import loop, rehearsal
@@ -269,27 +274,30 @@ async def answers(directory, requests, **settings):
         return [(await engine.generate(*wish)).token_ids for wish in wishes(requests)]
 
 
-async def test_an_engine_serves_on_gpus_and_changes_its_plan(random_model, monkeypatch):
-    """In float32 all plans and all devices say the same; the weights and the pool lie on devices that are pretended."""
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(random_model, monkeypatch, backend):
+    """In float32 all plans and all devices say the same."""
     for name, value in for_workers(2).items():
         monkeypatch.setenv(name, value)
-    requests = [request | {"cache": "none"} for request in some_requests(12, seed=5)]
-    expected = await answers(random_model, requests, devices="cpu")
+    requests = [request | {"cache": "none"} for request in some_requests(8, seed=5)]
     with pretend(2):
-        config = Config.of(model=str(random_model), dtype="float32", devices="cuda:0,cuda:1", group_backend="shm")
+        config = Config.of(model=str(random_model), dtype="float32", devices="auto", group_backend=backend)
         async with Engine(config) as engine:
             running = asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
             for plan in ("1x2", "2x1", "1x2"):
                 await asyncio.sleep(0.1)
                 await engine.replan(plan)
-            assert [answer.token_ids for answer in await running] == expected
-            assert [(await engine.generate(*wish)).token_ids for wish in wishes(requests[:3])] == expected[:3]
+            expect(Llada(random_model), requests, await running)
+            await crowd(engine, lambda: os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL))
+            await whole(engine)
+            assert spelled(engine.plan) == "1x2"
+            expect(Llada(random_model), requests[:3], [await engine.generate(*wish) for wish in wishes(requests[:3])])
 
 
 async def test_an_engine_says_the_same_with_graphs_and_without(random_model, monkeypatch):
     for name, value in for_workers(1).items():
         monkeypatch.setenv(name, value)
-    requests = some_requests(8, seed=6)
+    requests = some_requests(5, seed=6)
     with pretend(1):
         graphs = await answers(random_model, requests, devices="auto")
         eager = await answers(random_model, requests, devices="cuda:0", enforce_eager="on")
