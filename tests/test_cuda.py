@@ -275,7 +275,9 @@ async def answers(directory, requests, **settings):
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(random_model, monkeypatch, backend):
+async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(
+    random_model, monkeypatch, backend, capfd
+):
     """In float32 all plans and all devices say the same."""
     for name, value in for_workers(2).items():
         monkeypatch.setenv(name, value)
@@ -292,6 +294,7 @@ async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(ran
             await whole(engine)
             assert spelled(engine.plan) == "1x2"
             expect(Llada(random_model), requests[:3], [await engine.generate(*wish) for wish in wishes(requests[:3])])
+    assert "terminate" not in capfd.readouterr().err  # threads that outlived their interpreter
 
 
 async def test_an_engine_says_the_same_with_graphs_and_without(random_model, monkeypatch):

@@ -159,6 +159,7 @@ class Groups:
         self.backend, self.exchange, self.me, self.store = backend, exchange, rank, store
         self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
         self.current = -1  # the instance that was joined last
+        self.guards: list[threading.Thread] = []
 
     def join(self, instance: int, ranks: Sequence[int], lives: Sequence[int]) -> Group:
         position = list(ranks).index(self.me)
@@ -190,7 +191,19 @@ class Groups:
             if self.current == instance and self.known.pop(key, None) is not None:
                 group.abort()
 
-        threading.Thread(target=watch, daemon=True).start()
+        self.guards = [guard for guard in self.guards if guard.is_alive()]
+        self.guards.append(threading.Thread(target=watch, daemon=True))
+        self.guards[-1].start()
+
+    def leave(self) -> None:
+        """Part from all groups before the process ends: none of their threads may outlive the interpreter."""
+        self.current = -1
+        for guard in self.guards:
+            guard.join()
+        if self.backend == "nccl":
+            for group in self.known.values():
+                group.abort()
+        self.known.clear()
 
 
 def made(backend: str, file: str, key: tuple[tuple[int, ...], tuple[int, ...]], position: int) -> Any:

@@ -69,7 +69,11 @@ def main(job: Job, rank: int, shared: Shared, line: socket.socket) -> None:
     if torch.device(job.device).type == "cpu":
         os.nice(NICE)
     try:
-        serve(prepare(job, rank, shared, line), line)
+        worker = prepare(job, rank, shared, line)
+        try:
+            serve(worker, line)
+        finally:
+            worker.groups.leave()
     except (BrokenPipeError, ConnectionResetError):
         return  # the engine is gone, and so is the reason to be here
     except Exception as error:
