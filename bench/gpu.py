@@ -213,7 +213,7 @@ class Rig:
     @torch.inference_mode()
     def block_logits(self, spans: list[Span]) -> list[torch.Tensor]:
         """Logits of each span's active block, [block, vocab] in float32, through the runner's own packing."""
-        packed = self.plain.pack(columns_of(spans))
+        packed, _ = self.plain.pack(columns_of(spans))
         logits = self.model.logits(self.model.hidden(packed, self.pool)).float()
         widths = [span.block_end - span.block_start for span in spans]
         return list(torch.split(logits, widths))

@@ -29,6 +29,7 @@ from dilaserve.worker.batch import active_blocks, columns_of
 from dilaserve.worker.ends import DEPTH
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
+from dilaserve.worker.staging import Staging
 
 GPU = torch.device("cuda:0")
 
@@ -239,6 +240,52 @@ def test_steps_go_on_where_no_graph_can_be_captured(random_model, machine, monke
     assert "no CUDA graph of 4 rows (CUDA error: operation not permitted when stream is capturing)" in caplog.text
 
 
+def test_a_step_laid_out_anew_sends_once_and_waits_once(random_model, machine, monkeypatch):
+    """The host runs ahead of the device until it needs the result."""
+    house, shapes = House(random_model, GPU), shapes_of(6)
+    refresh, reuse = house.fill(shapes)
+    waits, sent = [], []
+    wait, copied = machine.wait, machine.copied
+    monkeypatch.setattr(machine, "wait", lambda clock: (waits.append(clock), wait(clock)))
+    monkeypatch.setattr(machine, "copied", lambda *given: (sent.append(given), copied(*given))[1])
+    assert house.runner.step(columns_of([*refresh[:3], *reuse[3:]])).results
+    assert len(waits) == 2  # for what the last step sent, long gone, and for the result
+    assert len(sent) == 2  # there and back
+
+
+@pytest.mark.parametrize("cold", [0.0, 0.7])
+def test_rows_that_sample_do_on_a_gpu_what_they_do_on_a_cpu(random_model, machine, cold):
+    shapes, canvases = shapes_of(5), []
+    for device in (GPU, torch.device("cpu")):
+        house = House(random_model, device)
+        refresh, _ = house.fill(shapes)
+        house.table.temperature[:5] = [cold, 0.5, 1.0, 0.0, 2.0]
+        house.table.top_p[:5] = [1.0, 0.9, 1.0, 1.0, 0.5]
+        for step in range(4):
+            list(house.runner.steps([span._replace(step=step) for span in refresh], 1))
+        canvases.append(house.table.canvas.copy())
+    assert np.mean(canvases[0] == canvases[1]) > 0.95
+
+
+def test_arrays_are_sent_together_as_they_are(machine):
+    staging, rng = Staging(GPU), np.random.default_rng(0)
+    for size in (0, 3, 200, 7):
+        arrays = [
+            rng.integers(0, 9, (size, 2)),
+            None,
+            rng.random(size),
+            np.arange(2 * size, dtype=np.int32)[::2],
+            np.zeros(0, dtype=np.float32),
+            rng.random(5) > 0.5,
+        ]
+        found = staging.send(arrays)
+        assert found[1] is None
+        for array, tensor in zip(arrays, found, strict=True):
+            assert array is None or (tensor.device, tensor.shape) == (GPU, array.shape)
+            assert array is None or np.array_equal(tensor.cpu().numpy(), array)
+            assert array is None or tensor.cpu().numpy().dtype == array.dtype
+
+
 # memory
 
 
@@ -275,9 +322,7 @@ async def answers(directory, requests, **settings):
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(
-    random_model, monkeypatch, backend, capfd
-):
+async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(random_model, monkeypatch, backend, capfd):
     """In float32 all plans and all devices say the same."""
     for name, value in for_workers(2).items():
         monkeypatch.setenv(name, value)

@@ -83,7 +83,7 @@ class House:
         model = llada.Model(self.spec, self.weights, shard, reduce)
         pool = KVPool(self.spec, shard, self.flats[shard.rank])
         runner = Runner(self.spec, model, pool, self.table, ())
-        return model.logits(model.hidden(runner.pack(columns), pool))
+        return model.logits(model.hidden(runner.pack(columns)[0], pool))
 
 
 def together(size, work):

@@ -10,7 +10,7 @@ from reference import factor_count as reference_factor_count
 
 from dilaserve.table import RULES
 from dilaserve.worker.statistics import Guess
-from dilaserve.worker.unmask import Rules, Sampling, accepted, factor_count, guess, gumbel, nucleus
+from dilaserve.worker.unmask import Rules, Sampling, decided, factor_count, guess, gumbel, nucleus
 
 MASK = 7
 
@@ -27,6 +27,12 @@ def rules(rows, rule="threshold", threshold=0.9, factor=1.0, quota=1):
 def guessed(confidences):
     p = torch.tensor(confidences, dtype=torch.float64)
     return Guess(torch.zeros(len(confidences), dtype=torch.int64), ((1 - p) / p).float())
+
+
+def accepted(found, masked, knobs):
+    """Which masked positions are unmasked, of a guess that lists them row by row."""
+    where = masked.flatten().nonzero().squeeze(1)
+    return decided(found, where, masked.shape, knobs)[:, 0] >= 0
 
 
 def test_statistics_agree_with_a_float64_softmax():

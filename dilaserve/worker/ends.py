@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dilaserve.models.layers import has_kernels
 from dilaserve.pages import PAGE
 from dilaserve.worker.statistics import Guess
-from dilaserve.worker.unmask import Rules, taken
+from dilaserve.worker.unmask import Rules, taken, told
 
 WIDTH = PAGE  # positions of a row; longer blocks take the other way
 DEPTH = 2  # steps whose results are not read yet, at most
@@ -25,7 +25,7 @@ class Buffers(NamedTuple):
     """Where a step finds its rows and leaves what it did, all on the device."""
 
     batch: torch.Tensor  # int64 [rows, WIDTH + fields]; of each row the canvas of its active block, then `FIELDS`
-    found: torch.Tensor  # int32 [DEPTH, rows, 2, WIDTH]: the token or -1, and the bits of its confidence in float32
+    found: torch.Tensor  # int32 [DEPTH, rows, 2, WIDTH], as `unmask.told` says it
     turn: torch.Tensor  # int64 [1], where in `found` the result of the last step lies
 
 
@@ -70,9 +70,7 @@ def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
     token, odds = guess.token.view(rows, WIDTH), guess.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
     chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
     ids.copy_(torch.where(chosen, token, ids))
-    confidence = (1.0 / (1.0 + odds.double())).float().view(torch.int32)
-    found = torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)
-    buffers.found[:, :rows].index_copy_(0, buffers.turn, found[None])
+    buffers.found[:, :rows].index_copy_(0, buffers.turn, told(chosen, token, odds)[None])
 
 
 PLAIN = Ends(lay_out, unmask)

@@ -18,8 +18,11 @@ from dilaserve.worker.batch import Array, Blocks, Columns, active_blocks, column
 from dilaserve.worker.ends import DEPTH
 from dilaserve.worker.groups import Alone, Group
 from dilaserve.worker.reuse import MAX_LOGITS, ReuseSteps
+from dilaserve.worker.staging import Staging
 from dilaserve.worker.statistics import Guess
-from dilaserve.worker.unmask import Rules, Sampling, accepted, guess, guess_part
+from dilaserve.worker.unmask import Rules, Sampling, decided, guess, guess_part
+
+RULE_KNOBS = len(Rules._fields)
 
 
 class Outcome(NamedTuple):
@@ -59,6 +62,7 @@ class Runner:
         self.reuse, self.max_tokens = reuse, max_tokens
         self.device = pool.keys[0].device
         self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
+        self.staging = Staging(self.device)
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
 
     def steps(
@@ -138,17 +142,18 @@ class Runner:
         blocks = active_blocks(columns)
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
-        packed = self.pack(columns)
+        wanted, where = np.flatnonzero(masked[blocks.valid]), np.flatnonzero(masked)
+        others = [wanted, where, *self.rules(columns), *self.sampling(columns, blocks, masked)]
+        packed, (kept, places, *knobs) = self.pack(columns, others)
         entered = time.perf_counter()
-        hidden = self.model.hidden(packed, self.pool)
-        hidden = hidden[self.on_device(np.flatnonzero(masked[blocks.valid]))]
-        guessed = self.guess(hidden, self.sampling(columns, blocks, masked))
+        hidden = self.model.hidden(packed, self.pool)[kept]
+        guessed = self.guess(hidden, Sampling(*knobs[RULE_KNOBS:]) if knobs[RULE_KNOBS:] else None)
         if self.group.rank:
             return None
-        taken = accepted(guessed, self.on_device(masked), self.rules(columns)).cpu().numpy()
+        found = decided(guessed, places, masked.shape, Rules(*knobs[:RULE_KNOBS])).cpu().numpy()
         left = time.perf_counter()
-        token, sure = np.zeros(taken.shape, dtype=np.int64), np.zeros(taken.shape)
-        token[masked], sure[masked] = guessed.token.cpu().numpy(), guessed.confidence.cpu().numpy()
+        token, sure = found[:, 0], found[:, 1].view(np.float32)
+        taken = token >= 0
         confidence = self.write(columns, blocks, taken, token, sure)
         results = self.results(columns, blocks, taken, confidence)
         return Outcome(results, time.perf_counter() - began, left - entered)
@@ -170,50 +175,51 @@ class Runner:
             return guess(logits, mask_id, sampling)
         return guess_part(logits, self.group, self.model.vocabulary, self.spec.vocab_size, mask_id, sampling)
 
-    def pack(self, columns: Columns) -> Packed:
-        """Lay the spans' tokens one after the other, and say which of them the last layer must finish."""
+    def pack(
+        self, columns: Columns, others: Sequence[np.ndarray[Any, Any] | None] = ()
+    ) -> tuple[Packed, list[torch.Tensor]]:
+        """Lay the spans' tokens one after the other, and say which of them the last layer must finish; other arrays
+        come along.
+        """
         positions = ranges(columns.start, columns.length)
         ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
         slots = positions + np.repeat(columns.kv_start, columns.length)
-        offsets = starts(columns.length)
-        widths = columns.block_end - columns.block_start
+        offsets, widths = starts(columns.length), columns.block_end - columns.block_start
         kept = None
         if bool((widths < columns.length).any()):
-            kept = self.on_device(ranges(offsets + columns.block_start - columns.start, widths))
-        return Packed(
-            ids=self.on_device(ids.astype(np.int64)),
-            positions=self.on_device(positions),
-            slots=self.on_device(slots),
-            groups=self.spans(offsets, columns.length, columns),
-            kept=kept,
-            kept_groups=self.spans(starts(widths), widths, columns) if kept is not None else [],
-        )
+            kept = ranges(offsets + columns.block_start - columns.start, widths)
+        runs = self.runs(columns, widths) if self.varlen else [None] * 4
+        arrays = [ids.astype(np.int64), positions, slots, kept, *runs, *others]
+        tokens, places, targets, there, ends, kept_ends, first, keys, *rest = self.staging.send(arrays)
 
-    def spans(self, offsets: Array, lengths: Array, columns: Columns) -> list[SpanGroup] | Runs:
-        """The spans as attention wants them here: for one call, or for one for each group of alike ones."""
-        if not self.varlen:
-            return grouped(packed_spans(offsets, lengths, columns), self.device)
-        ends = np.append(offsets, lengths.sum()).astype(np.int32)
-        first = np.append(columns.kv_start, 0).astype(np.int32)
-        keys = columns.keys.astype(np.int32)
-        most = int(lengths.max()), int(keys.max())
-        return Runs(self.on_device(ends), self.on_device(first), self.on_device(keys), *most)
+        def spans(ends: torch.Tensor | None, lengths: Array) -> list[SpanGroup] | Runs:
+            """As attention wants them here: for one call, or for one for each group of alike ones."""
+            if ends is None:
+                return grouped(packed_spans(starts(lengths), lengths, columns), self.device)
+            return Runs(ends, first, keys, int(lengths.max()), int(columns.keys.max()))
 
-    def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> Sampling | None:
-        """The sampling knobs of each mask, or None when every row is greedy."""
+        groups, kept_groups = spans(ends, columns.length), spans(kept_ends, widths) if kept is not None else []
+        return Packed(tokens, places, targets, groups, there, kept_groups), rest
+
+    def runs(self, columns: Columns, widths: Array) -> list[np.ndarray[Any, Any] | None]:
+        """See `layers.Runs`: where the spans end, where their kept parts do, where their keys begin, and how many."""
+        ends = [np.append(0, lengths.cumsum()) for lengths in (columns.length, widths)]
+        return [array.astype(np.int32) for array in (*ends, np.append(columns.kv_start, 0), columns.keys)]
+
+    def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """The knobs of `unmask.Sampling` of each mask; none when every row is greedy."""
         temperature = self.table.temperature[columns.row]
         if not temperature.any():
-            return None
-        masks = masked.sum(1)
+            return []
         knobs = (temperature, self.table.top_p[columns.row], self.table.seed[columns.row], columns.step)
-        each = [np.repeat(knob, masks) for knob in knobs]
-        return Sampling(*(self.on_device(knob) for knob in (*each, blocks.positions[masked])))
+        return [*(np.repeat(knob, masked.sum(1)) for knob in knobs), blocks.positions[masked]]
 
-    def rules(self, columns: Columns) -> Rules:
+    def rules(self, columns: Columns) -> list[np.ndarray[Any, Any] | None]:
+        """The knobs of `unmask.Rules` of each row."""
         table, row = self.table, columns.row
         rule = table.rule[row]
-        factor = self.on_device(table.factor[row]) if (rule == RULES["factor"]).any() else None
-        return Rules(self.on_device(rule), self.on_device(table.threshold[row]), factor, self.on_device(columns.quota))
+        factor = table.factor[row] if (rule == RULES["factor"]).any() else None
+        return [rule, table.threshold[row], factor, columns.quota]
 
     def write(
         self,
@@ -241,9 +247,6 @@ class Runner:
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
         fields = (columns.row, columns.generation, taken.sum(1), masked.sum(1), prefix, stop_at, confidence)
         return [RowResult(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
-
-    def on_device(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
 def answered(results: list[RowResult]) -> bool:

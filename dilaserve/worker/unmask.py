@@ -142,19 +142,29 @@ class Rules(NamedTuple):
     quota: torch.Tensor  # int
 
 
-def accepted(guessed: Guess, masked: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """Which masked positions are unmasked in this step, bool [rows, width]; at least one where a row has any.
-
-    `masked` is [rows, width]; `guessed` lists its true entries row by row. The most confident go first, the leftmost
-    of equals before the others. (Fast-dLLM, arXiv 2505.22618, section 3.3)
+def decided(guessed: Guess, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
+    """What each row's rule takes of a guess, as `told` says it; its entries are of the places `where`, [masks], of
+    `shape` [rows, width], and all others have no mask. No value is looked at, so that no host waits.
     """
-    odds = torch.full(masked.shape, torch.inf, dtype=guessed.odds.dtype, device=masked.device)
-    odds[masked] = guessed.odds
-    return taken(odds, masked, rules)
+    places = shape[0] * shape[1]
+    odds = torch.full((places,), torch.inf, dtype=guessed.odds.dtype, device=where.device)
+    odds = odds.index_copy_(0, where, guessed.odds).view(shape)
+    token = torch.zeros_like(odds, dtype=torch.int64).view(-1).index_copy_(0, where, guessed.token).view(shape)
+    return told(taken(odds, odds < torch.inf, rules), token, odds)
+
+
+def told(chosen: torch.Tensor, token: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
+    """For the host, int32 [rows, 2, width]: the token that is chosen, or -1, and its confidence's bits in float32."""
+    confidence = (1.0 / (1.0 + odds.double())).float().view(torch.int32)
+    return torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)
 
 
 def taken(odds: torch.Tensor, masked: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """`accepted` from odds [rows, width] that are inf where nothing is masked; its shapes depend on nothing."""
+    """Which masked positions are unmasked in this step, bool [rows, width]; at least one where a row has any.
+
+    `odds` [rows, width] are inf where nothing is masked. The most confident go first, the leftmost of equals before the
+    others. (Fast-dLLM, arXiv 2505.22618, section 3.3)
+    """
     odds, order = odds.sort(dim=1, stable=True)
     confidence = 1.0 / (1.0 + odds.double())  # falls along the row, 0 past its masks
     masks = masked.sum(1)
