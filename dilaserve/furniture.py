@@ -136,7 +136,7 @@ def weights_room(name: str, names: list[str], config: DeviceConfig) -> float:
     if config.weights_memory is not None:
         return config.weights_memory * 2**30
     if name == "cpu":
-        return memory.available(torch.device(name), 1.0 / names.count(name))
+        return memory.available(torch.device(name), memory.Claim()) / names.count(name)
     total: int = torch.cuda.get_device_properties(name).total_memory
     return total * config.gpu_memory_utilization / names.count(name)
 
@@ -184,6 +184,7 @@ def unplanned(
 
 def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -> Job:
     """What the worker of one device is started with."""
+    used = config.device.gpu_memory_utilization
     fields = {
         "device": device,
         "dtype": dtype_for(device, config.model.dtype),
@@ -194,6 +195,6 @@ def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -
         "batched_tokens": config.device.max_num_batched_tokens,
         "max_rows": config.device.max_num_seqs,
         "eager": config.device.enforce_eager == "on",
-        "memory_share": (1.0 if device == "cpu" else config.device.gpu_memory_utilization) / names.count(device),
+        "claim": memory.Claim(used / names.count(device), 1 - used),
     }
     return msgspec.convert({**shared, **fields}, Job)

@@ -183,6 +183,7 @@ class Machine:
         self.users = Counter()  # tensors of each storage
         self.owners = {}  # the stream for which each storage was allocated
         self.allocated, self.peak = [0] * devices, [0] * devices
+        self.elsewhere = 0  # bytes of each device that other processes have
         self.reserved = Counter()  # bytes of each memory of graphs
         self.pinned, self.kept = [], []  # extents of memory, and what must not go so that they stay nobody else's
         self.landing, self.leaving = [], []  # copies to the host and from it
@@ -211,7 +212,7 @@ class Machine:
     def new(self, inner, index):
         """A pretended tensor; raises `OutOfMemoryError` where there is no room for it."""
         more = 0 if self.users[storage_of(inner)] else inner.untyped_storage().nbytes()
-        if self.allocated[index] + more > self.memory:
+        if self.allocated[index] + more > self.memory - self.elsewhere:
             raise torch.OutOfMemoryError(f"CUDA out of memory: {self.allocated[index]} bytes and {more} more")
         return Pretended(inner, index, self)
 
@@ -649,6 +650,9 @@ def faces(machine):
     def forget_peak(device=None):
         machine.peak[index_of(device)] = machine.allocated[index_of(device)]
 
+    def free(device=None):
+        return machine.memory - machine.elsewhere - machine.allocated[index_of(device)]
+
     properties = SimpleNamespace(name="Pretended GPU", total_memory=machine.memory, major=9, minor=0)
     return dict(
         _lazy_init=lambda: None,
@@ -660,8 +664,9 @@ def faces(machine):
         get_device_capability=lambda device=None: (properties.major, properties.minor),
         get_device_name=lambda device=None: properties.name,
         get_device_properties=lambda device=None: properties,
-        mem_get_info=lambda device=None: (machine.memory - machine.allocated[index_of(device)], machine.memory),
+        mem_get_info=lambda device=None: (free(device), machine.memory),
         memory_allocated=lambda device=None: machine.allocated[index_of(device)],
+        memory_reserved=lambda device=None: machine.allocated[index_of(device)],
         max_memory_allocated=lambda device=None: machine.peak[index_of(device)],
         reset_peak_memory_stats=forget_peak,
         empty_cache=lambda: None,

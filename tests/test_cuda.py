@@ -27,6 +27,7 @@ from dilaserve.terms import Decoding, Span
 from dilaserve.worker import loop, rehearsal
 from dilaserve.worker.batch import active_blocks, columns_of
 from dilaserve.worker.ends import DEPTH
+from dilaserve.worker.memory import Claim, available
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 from dilaserve.worker.staging import Staging
@@ -293,7 +294,7 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
     """All memory is given to K/V; then the largest refresh, the most reuse rows and all graphs run on what is left."""
     directory, rows, tokens = make(tmp_path / "model", width=128, mlp=1024, layers=3), 40, 4096
     monkeypatch.setattr(rehearsal, "SLACK", 2**16)
-    job = SimpleNamespace(kv_tokens=None, memory_share=1.0, batched_tokens=tokens, max_rows=rows, kv_wanted=2**40)
+    job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=tokens, max_rows=rows, kv_wanted=2**40)
     with pretend(memory=96 * 2**20) as machine:
         spec, _, weights = weights_on(GPU, directory)
         pool = loop.kv_tokens(job, spec, weights)
@@ -309,6 +310,21 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
             list(house.runner.steps(reuse, 4))
     assert len(house.reuse.graphs) == 7
     assert machine.peak[0] > machine.memory - left / 2  # and the room was no waste
+
+
+def test_workers_of_one_gpu_have_their_shares_whoever_comes_first():
+    mib, claim = 2**20, Claim(share=0.45, spared=0.1)
+    with pretend(memory=100 * mib) as machine:
+        alone = available(GPU, claim)
+        machine.elsewhere = 45 * mib
+        assert available(GPU, claim) == alone == 45 * mib
+        held = torch.empty(20 * mib, dtype=torch.uint8, device=GPU)
+        assert available(GPU, claim) == 25 * mib
+        machine.elsewhere = 60 * mib  # by somebody who is none of them
+        assert available(GPU, claim) == 10 * mib
+        machine.elsewhere = 75 * mib
+        assert available(GPU, claim) == 0
+        del held
 
 
 # engines

@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int | None
     kv_wanted: int
     batched_tokens: int
-    memory_share: float
+    claim: memory.Claim
     max_rows: int = 64
     eager: bool = False
     backend: str = "shm"
@@ -134,7 +134,7 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     checkpoint = Checkpoint(Path(job.directory))
     spec = msgspec.structs.replace(models.describe(checkpoint), max_length=job.max_length)
     family = models.FAMILIES[spec.architecture]
-    memory.check_weights(spec, device, dtype, job.memory_share, job.shards)
+    memory.check_weights(spec, device, dtype, job.claim, job.shards)
     held = Shard(rank % job.shards, job.shards)
     weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
     tokens = kv_tokens(job, spec, weights)
@@ -153,9 +153,9 @@ def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
         need = memory.activation_bytes(spec, dtype, job.batched_tokens)
     if job.kv_tokens is not None:
         spared = need if device.type == "cuda" else 0
-        memory.check_pool(spec, device, dtype, job.memory_share, job.kv_tokens, spared)
+        memory.check_pool(spec, device, dtype, job.claim, job.kv_tokens, spared)
         return job.kv_tokens
-    tokens = memory.kv_tokens(spec, device, dtype, job.memory_share, job.kv_wanted, need)
+    tokens = memory.kv_tokens(spec, device, dtype, job.claim, job.kv_wanted, need)
     if tokens < PAGE:
         raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
     return tokens

@@ -2,6 +2,7 @@
 
 import logging
 
+import msgspec
 import torch
 
 from dilaserve.errors import CheckpointError
@@ -13,6 +14,13 @@ GIB = 2**30
 LOGITS_BYTES = 2**30  # the runner works on slices of the logits; this bounds one with its copies
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """The parts of a GPU's memory that a worker may use, and that nobody may; workers of one GPU divide the rest."""
+
+    share: float = 1.0
+    spared: float = 0.0
+
+
 def pin(buffer: torch.Tensor) -> None:
     """Register the request table with CUDA, so that copies from it need no staging; goes on unpinned where it fails."""
     code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # type: ignore[no-untyped-call]
@@ -20,9 +28,9 @@ def pin(buffer: torch.Tensor) -> None:
         log.warning("the request table could not be pinned (CUDA error %s); copies will be slower", int(code))
 
 
-def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, shards: int = 1) -> None:
+def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, claim: Claim, shards: int = 1) -> None:
     """Raise `CheckpointError` when the weights of one of so many shards do not fit."""
-    need, there = spec.shard_parameters(shards) * dtype.itemsize, available(device, share)
+    need, there = spec.shard_parameters(shards) * dtype.itemsize, available(device, claim)
     if need > there:
         raise CheckpointError(
             f"the model needs {need / GIB:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')} "
@@ -31,14 +39,14 @@ def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, sha
 
 
 def check_pool(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, tokens: int, step: int = 0
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, claim: Claim, tokens: int, step: int = 0
 ) -> None:
     """Raise `CheckpointError` when a K/V pool of this size holds nothing, or does not fit beside the weights and `step`
     bytes for the largest step.
     """
     if tokens < PAGE:
         raise CheckpointError(f"--kv-cache-tokens {tokens} is less than a page of {PAGE}; raise it")
-    need, there = tokens * spec.kv_elements * dtype.itemsize, max(0, available(device, share) - step)
+    need, there = tokens * spec.kv_elements * dtype.itemsize, max(0, available(device, claim) - step)
     if need > there:
         raise CheckpointError(
             f"--kv-cache-tokens {tokens} takes {need / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB left; "
@@ -46,9 +54,9 @@ def check_pool(
         )
 
 
-def kv_tokens(spec: ModelSpec, device: torch.device, dtype: torch.dtype, share: float, wanted: int, step: int) -> int:
+def kv_tokens(spec: ModelSpec, device: torch.device, dtype: torch.dtype, claim: Claim, wanted: int, step: int) -> int:
     """K/V tokens that fit beside `step` bytes for the largest step: what is wanted, or what memory leaves of it."""
-    left = available(device, share) - step
+    left = available(device, claim) - step
     fits = left // (spec.kv_elements * dtype.itemsize) - PAGE  # a page is nobody's
     return max(0, min(wanted, fits)) // PAGE * PAGE
 
@@ -59,10 +67,14 @@ def activation_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
     return layer + LOGITS_BYTES
 
 
-def available(device: torch.device, share: float) -> int:
+def available(device: torch.device, claim: Claim) -> int:
+    """Bytes that this process may still take there. What others have taken of a GPU counts against what is free alone,
+    not against the own share.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - (1 - share) * total))
+        mine = torch.cuda.memory_reserved(device)
+        return max(0, int(min(free - claim.spared * total, claim.share * total - mine)))
     with open("/proc/meminfo") as lines:
         fields = dict(line.split(":") for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
