@@ -136,6 +136,12 @@ class Graph:
     def pool(self):
         return self.memory
 
+    @property
+    def launches(self):
+        """What a replay launches, by name; whatever only takes memory is none."""
+        names = [getattr(func, "_schema", None) and func._schema.name.split("::")[1] for _, func, *_ in self.calls]
+        return Counter(name or "kernel" for name in names if name not in ("empty", "empty_like"))
+
     @torch.inference_mode()
     def end(self):
         """Nothing has run: what was written is as before, what was made holds nothing."""

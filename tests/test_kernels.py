@@ -16,6 +16,7 @@ from test_unmask import MASK
 
 from dilaserve.models import layers
 from dilaserve.worker import ends, statistics
+from dilaserve.worker.batch import active_blocks, columns_of
 
 if "triton" in sys.modules:
     pytest.skip("Triton was imported before it could be told to interpret", allow_module_level=True)
@@ -160,6 +161,26 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     assert len(house.reuse.graphs) == 1
     assert ((found[0] == MASK) == (expected[0] == MASK)).all()
     assert (found[0] == expected[0]).mean() > 0.95
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_step_of_a_graph_is_few_launches(tmp_path):
+    """Each is some microseconds of a step that reads weights for a few tokens."""
+    counts = []
+    for layers_there in (1, 2):
+        directory = make(tmp_path / str(layers_there), layers=layers_there, heads=2)
+        with pretend(kernels=True):
+            house = House(directory, GPU, rows=1)
+            _, (span,) = house.fill(shapes_of(1))
+            columns = columns_of([span])
+            house.reuse.load(columns, active_blocks(columns), house.table)
+            counts.append(house.reuse.graphs[1].launches)
+        forget()
+    layer = counts[1] - counts[0]
+    assert (layer["kernel"], layer["mm"], layer.total()) == (4, 4, 9)  # and attention
+    ends = counts[0] - layer
+    assert ends["kernel"] == 3  # rows laid out, logits judged, tokens unmasked
+    assert ends.total() <= 14  # beside them positions, embeddings, the first norm, the head
 
 
 def forget():
