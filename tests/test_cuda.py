@@ -2,7 +2,11 @@
 
 import asyncio
 import os
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -366,3 +370,18 @@ async def test_an_engine_says_the_same_with_graphs_and_without(random_model, mon
         graphs = await answers(random_model, requests, devices="auto")
         eager = await answers(random_model, requests, devices="cuda:0", enforce_eager="on")
     assert graphs == eager
+
+
+def test_the_bench_for_gpus_can_be_run(tmp_path):
+    """So that the first card of its kind that it meets is not its first at all."""
+    report, root = tmp_path / "report.md", Path(__file__).parent.parent
+    sections = "kernels,reuse,refresh,numerics"
+    words = ["1", "-m", "bench.gpu", "--shape", "tiny", "--only", sections, "--out", str(report)]
+    command = [sys.executable, str(root / "tests" / "pretended.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    told = report.read_text()
+    assert "Failed" not in told
+    assert "Skipped" not in told
+    for goal in ("graph against the same function", "CUDA graphs captured", "loss against float32"):
+        assert re.search(rf"\| {goal}.*\| met \|", told), told

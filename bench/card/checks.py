@@ -1,0 +1,186 @@
+"""Whether a card computes what it should: kernels, graphs and losses against their twins. Sections yield Markdown."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import Plain
+
+from card.rig import BLOCK, Bench, Goal, Rig
+from card.steps import blocks_of
+from dilaserve.models import layers
+from dilaserve.terms import Span
+from dilaserve.worker import statistics as row_statistics
+from dilaserve.worker.batch import columns_of
+from dilaserve.worker.ends import PLAIN
+
+
+def kernels(bench: Bench) -> Iterator[str]:
+    """On a GPU: what the CPU cannot check of them."""
+    rig, device, dtype = bench.rig(), bench.device, bench.dtype
+    vocab, mask_id = bench.shape.vocab, bench.shape.mask_id
+    logits = torch.randn(256, vocab, device=device).mul_(4).to(dtype)
+    logits[3], logits[5, [7, 900 % vocab]] = 1.0, 40.0
+    found, twin = row_statistics.best(logits.clone(), mask_id), row_statistics.plain(logits.clone(), mask_id)
+    same = (found.token == twin.token).float().mean().item()
+    error = ((found.odds - twin.odds).abs() / twin.odds.clamp(min=1e-30)).max().item()
+    yield f"- row statistics: {100 * same:.2f} % of tokens as the twin, odds within {error:.1e}"
+    spent = bench.seconds(lambda: row_statistics.best(logits, mask_id))
+    floor = logits.nbytes / bench.bandwidth
+    yield f"- row statistics of [256, {vocab}]: {1e6 * spent:.0f} µs, {spent / floor:.2f} times their reading"
+    kit, block = rig.model.kit, rig.weights.blocks[0]
+    x, delta = (torch.randn(64, bench.shape.width, device=device).to(dtype) for _ in range(2))
+    pairs = zip(
+        kit.add_norm(x, delta, block.ff_norm, 1e-5), layers.add_norm(x, delta, block.ff_norm, 1e-5), strict=True
+    )
+    yield f"- sum and norm: {worst(pairs):.1e} from the twin"
+    fused = torch.nn.functional.linear(x, block.qkv).view(64, rig.model.groups, -1, rig.spec.head_dim)
+    turns, slots = rig.model.turns[torch.arange(64, device=device)], torch.randperm(100, device=device)[:64]
+    stores = [torch.zeros(100, rig.spec.kv_heads, rig.spec.head_dim, dtype=dtype, device=device) for _ in range(4)]
+    heads = rig.model.q, rig.model.kv
+    queries = (
+        kit.place(fused, turns, slots, *stores[:2], *heads),
+        layers.place(fused, turns, slots, *stores[2:], *heads),
+    )
+    placed = [queries, (stores[0], stores[2]), (stores[1], stores[3])]
+    yield f"- rotation and placing: {worst(placed):.1e} from the twin"
+    gate_up = torch.nn.functional.linear(x, block.gate_up).view(64, rig.model.groups, 2, -1)
+    yield f"- gate: {worst([(kit.gated(gate_up.clone()), layers.gated(gate_up.clone()))]):.1e} from the twin"
+    yield from attention(bench, rig)
+    yield from graphs(bench, rig)
+
+
+def worst(pairs: Any) -> float:
+    """The largest difference, in parts of the largest value."""
+    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+
+
+def attention(bench: Bench, rig: Rig) -> Iterator[str]:
+    spans = rig.laid_out([200, 77, 333, 96], refresh=True)
+    columns, pool = columns_of(spans), rig.pool
+    lengths = [span.length for span in spans]
+    q = torch.randn(sum(lengths), rig.spec.heads, rig.spec.head_dim, device=bench.device).to(bench.dtype)
+    for store in (pool.keys[0], pool.values[0]):
+        store.normal_()
+    offsets = np.cumsum([0, *lengths])
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32, device=bench.device)  # noqa: E731
+    runs = layers.Runs(
+        as_tensor(offsets),
+        as_tensor([*columns.kv_start, 0]),
+        as_tensor(columns.keys),
+        max(lengths),
+        rig.spec.max_length,
+    )
+    yield f"- attention over runs: {worst([(layers.attend(q, pool, 0, runs), layers.each_run(q, pool.keys[0], pool.values[0], runs))]):.1e} from the twin"  # noqa: E501
+
+
+def graphs(bench: Bench, rig: Rig) -> Iterator[str]:
+    """The same batch by a graph, by the same function without one, and laid out anew."""
+    lengths, found = [64 + 9 * i for i in range(5)], {}
+    ways = {
+        "graph": rig.runner,
+        "eager": rig.runner_of(rig.steps(eager=True)),
+        "plain": rig.runner_of(rig.steps(ends=PLAIN)),
+        "anew": rig.plain,
+    }
+    for way, runner in ways.items():
+        list(rig.plain.steps(rig.laid_out(lengths, refresh=True, quota=2), 1))
+        spans = [
+            span._replace(start=span.block_start, length=BLOCK, quota=3)
+            for span in rig.laid_out(lengths, refresh=False)
+        ]
+        list(runner.steps(spans, 4))
+        found[way] = rig.table.canvas[: len(lengths), : max(lengths)].copy()
+    differ = {way: int((found["graph"] != canvases).sum()) for way, canvases in found.items()}
+    yield (
+        f"- {len(rig.reuse.graphs)} graphs captured{' (eager)' if rig.reuse.eager else ''}; of {12 * len(lengths)} "
+        f"tokens {differ['eager']} differ between replay and plain call, {differ['plain']} where plain torch lays out "
+        f"and unmasks, {differ['anew']} where a step is laid out anew"
+    )
+    for way, what in (("eager", "the same function"), ("plain", "plain torch at both ends")):
+        bench.goals.append(Goal(f"graph against {what}", f"{differ[way]} differ", "0 differ", not differ[way]))
+    if bench.cuda:
+        count = len(rig.reuse.graphs)
+        bench.goals.append(Goal("CUDA graphs captured", str(count), "at least 1", count > 0))
+
+
+def numerics(bench: Bench) -> Iterator[str]:
+    """Teacher-forced: the loss of random targets in a masked block, ours in bf16 against plain float32."""
+    bench.free()
+    rig = bench.rig()
+    reference = Plain(bench.directory, str(bench.device), torch.float32)
+    lengths, worst_one = [min(n, bench.shape.length) for n in (96, 161, 250)], 0.0
+    rng = torch.Generator().manual_seed(int(time.time()))
+    targets = torch.randint(0, 250, (len(lengths), BLOCK), generator=rng).to(bench.device)
+    yield "| cache | layout | loss | float32 | relative |"
+    yield "|---|---|---|---|---|"
+    for kind in ("none", "prefix", "dual"):
+        for layout in ("alone", "together", "mixed", "padded"):
+            if layout == "padded" and kind != "dual":
+                continue
+            mine, theirs = losses(bench, rig, reference, kind, layout, lengths, targets)
+            relative = abs(mine / theirs - 1)
+            worst_one = max(worst_one, relative)
+            yield f"| {kind} | {layout} | {mine:.4f} | {theirs:.4f} | {relative:.1e} |"
+    bench.goal("loss against float32, the worst of all", worst_one, 1e-2)
+
+
+def losses(
+    bench: Bench, rig: Rig, reference: Plain, kind: str, layout: str, lengths: list[int], targets: torch.Tensor
+) -> tuple[float, float]:
+    """Mean loss of the second step of each row (the first is a refresh), ours and the reference's.
+
+    `mixed`: the first row is refreshed while the others reuse. `padded`: by the steps on fixed buffers, whose loss is
+    that of the tokens they choose.
+    """
+    whole = rig.laid_out(lengths, refresh=True, seed=int(time.time()), after=BLOCK)
+    for spans in [[span] for span in whole] if layout == "alone" else [whole]:
+        rig.block_logits(spans)
+    expected, ids, caches = [], [], []
+    for row, canvas in enumerate(lengths):
+        x = torch.tensor(rig.table.canvas[row, :canvas].astype(np.int64), device=bench.device)[None]
+        caches.append(reference.forward(x)[1])
+        block = whole[row].block_start
+        x[0, block : block + BLOCK // 2] = targets[row, : BLOCK // 2]
+        rig.table.canvas[row, :canvas] = x[0].cpu().numpy()
+        ids.append(x)
+    spans = []
+    for row, span in enumerate(whole):
+        fresh = kind == "none" or (layout == "mixed" and row == 0)
+        start = 0 if fresh else span.block_start
+        end = span.keys if fresh or kind == "prefix" else span.block_end
+        logits, _ = reference.forward(ids[row][:, start:end], start, None if fresh else caches[row])
+        expected.append(logits[0, span.block_start - start : span.block_end - start].float())
+        spans.append(span._replace(start=start, length=end - start))
+    if layout == "padded":
+        return chosen_losses(rig, spans, expected)
+    batches = [[span] for span in spans] if layout == "alone" else [spans]
+    found = [logits for batch in batches for logits in rig.block_logits(batch)]
+    return loss(found, targets), loss(expected, targets)
+
+
+def loss(logits: Sequence[torch.Tensor], targets: torch.Tensor) -> float:
+    """Mean over the positions that are still masked, the second half of each block."""
+    half = slice(BLOCK // 2, None)
+    parts = [
+        torch.nn.functional.cross_entropy(one[half], wanted[half]) for one, wanted in zip(logits, targets, strict=True)
+    ]
+    return float(torch.stack(parts).mean())
+
+
+def chosen_losses(rig: Rig, spans: list[Span], expected: list[torch.Tensor]) -> tuple[float, float]:
+    columns = columns_of([span._replace(quota=BLOCK) for span in spans])
+    with torch.inference_mode():
+        rig.reuse.load(columns, blocks_of(spans), rig.table)
+        rig.reuse.launch()
+    found = rig.reuse.read()
+    mine, theirs = [], []
+    for row, logits in enumerate(expected):
+        chosen = found.token[row] >= 0
+        mine.append(-np.log(found.confidence[row][chosen]).mean())
+        tokens = torch.tensor(found.token[row][chosen].astype(np.int64), device=logits.device)
+        places = torch.tensor(np.flatnonzero(chosen), device=logits.device)
+        theirs.append(float(torch.nn.functional.cross_entropy(logits[places], tokens)))
+    return float(np.mean(mine)), float(np.mean(theirs))
