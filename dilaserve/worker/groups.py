@@ -38,6 +38,9 @@ class Group(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Everybody's x in the order of ranks, [size, *x.shape]. Raises `Abandoned`."""
 
+    def check(self) -> None:
+        """Raises `Abandoned` where what has arrived from the device may be no result: a peer was gone meanwhile."""
+
 
 class Alone:
     """A group of one."""
@@ -49,6 +52,9 @@ class Alone:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x[None]
+
+    def check(self) -> None:
+        """There is nobody to miss."""
 
 
 class SharedMemory:
@@ -81,6 +87,9 @@ class SharedMemory:
             for row, slot in zip(target, self.swapped(part), strict=True):
                 row.copy_(slot)
         return out.view(self.size, *x.shape).to(x.device)
+
+    def check(self) -> None:
+        """The host has waited in every call, and knows."""
 
     def swapped(self, part: torch.Tensor) -> list[torch.Tensor]:
         """Everybody's part, in slots that stay as they are until the next but one call."""
@@ -126,10 +135,14 @@ def add(slots: Sequence[torch.Tensor], out: torch.Tensor) -> None:
 
 
 class Distributed:
-    """Through a process group of torch.distributed, gloo or NCCL."""
+    """Through a process group of torch.distributed, gloo or NCCL.
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
-        self.group, self.rank, self.size = group, rank, size
+    NCCL tells no host that a peer is gone: its kernels wait, and once they are aborted the device goes on with garbage.
+    `abandoned` knows, before anybody aborts them.
+    """
+
+    def __init__(self, group: Any, rank: int, size: int, abandoned: Callable[[], bool]) -> None:
+        self.group, self.rank, self.size, self.abandoned = group, rank, size, abandoned
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -140,6 +153,10 @@ class Distributed:
         out = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         self.run(lambda: self.group.allgather([list(out.unbind())], [x.contiguous()]))
         return out
+
+    def check(self) -> None:
+        if self.abandoned():
+            raise Abandoned
 
     def run(self, start: Callable[[], Any]) -> None:
         try:
@@ -177,7 +194,7 @@ class Groups:
         group = self.known[key]
         if self.backend == "nccl":
             self.guard(group, instance, key)
-        return Distributed(group, position, len(ranks))
+        return Distributed(group, position, len(ranks), lambda: self.exchange.abandoned(self.me, instance))
 
     def guard(self, group: Any, instance: int, key: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
         """A kernel of NCCL waits for dead peers for ever; abort it when the engine says that they are.

@@ -152,6 +152,7 @@ class Runner:
             return None
         found = decided(guessed, places, masked.shape, Rules(*knobs[:RULE_KNOBS])).cpu().numpy()
         left = time.perf_counter()
+        self.group.check()
         token, sure = found[:, 0], found[:, 1].view(np.float32)
         taken = token >= 0
         confidence = self.write(columns, blocks, taken, token, sure)
