@@ -22,6 +22,7 @@ KEPT = 4  # steps as which the first law always counts, for kinds that are never
 RELEARN = 200  # steps between two fits while serving
 FIRST_FITS = (16, 32, 64, 128)  # steps after which a guess is fitted anew; the last makes it knowledge
 QUANTILE_RATE = 0.02
+LEAST = 1e-6  # seconds that any step takes, so that what was fitted never says of one that it takes none
 ALIKE = 0.05  # relative difference of laws that makes no difference
 
 
@@ -110,7 +111,7 @@ def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 
     fixed, token, *rest = (float(weight) for weight in weights)
     attention, key, projection, row = rest[bends:]
     return StepCost(
-        fixed=fixed,
+        fixed=max(fixed, LEAST),
         token=token,
         bends=tuple(rest[:bends]),
         attention=attention,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.cost import KNOTS, Features, Learner, Sample, StepCost, fit
+from dilaserve.cost import KNOTS, Features, Learner, Sample, StepCost, alike, fit
 from dilaserve.errors import ConfigError
 
 TRUE = StepCost(
@@ -117,3 +117,16 @@ def test_a_guess_that_is_far_off_is_soon_corrected():
         for point, seconds in samples(100, noise=0.0, seed=10)
     ]
     assert sum(errors) / len(errors) < 0.1
+
+
+def test_no_step_is_ever_said_to_take_nothing():
+    """Even where what was measured seems to come of logits alone: a step of rows that rest has none."""
+    rng = random.Random(0)
+    points = [Features(32 * n, 32 * n * 150, 150 * n, rng.randrange(1, 32 * n), n) for n in (1, 2, 3, 4) * 20]
+    law = fit([Sample(point, 2e-4 * point.projected) for point in points])
+    resting = Features(64, 9216, 288, 0, 2)
+    assert law.seconds(resting) > 0
+    assert law.seconds(points[0]) == pytest.approx(2e-4 * points[0].projected, rel=0.01)
+    learner = Learner(law)
+    learner.observe(resting, False, 0.001)
+    assert alike({1: learner.law}, {1: law})
