@@ -230,7 +230,6 @@ class WorkerHandle:
             yield handle
         finally:
             await asyncio.shield(asyncio.ensure_future(handle.dismiss()))
-            atexit.unregister(process.kill)
 
     def on_done(self, done: Callable[[wire.Done], None]) -> None:
         self.done = done
@@ -277,6 +276,7 @@ class WorkerHandle:
         if self.process.exitcode is None:
             self.process.kill()
             await asyncio.to_thread(self.process.join)
+        atexit.unregister(self.process.kill)
         self.process.close()
 
 

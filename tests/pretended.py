@@ -16,6 +16,7 @@ for a program and the worker processes that it starts:
     python tests/pretended.py 2 -m dilaserve --devices cuda:0,cuda:1
 """
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -626,6 +627,7 @@ def guard_nothing():
 def install(devices, memory=64 * GIB):
     """Pretend as long as this process lives."""
     FOREVER.enter_context(pretend(devices, memory))
+    atexit.register(FOREVER.close)
 
 
 FOREVER = contextlib.ExitStack()

@@ -37,6 +37,7 @@ from dilaserve.worker.runner import Runner
 from dilaserve.worker.staging import Staging
 
 GPU = torch.device("cuda:0")
+WHOLE = Shard()
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +54,11 @@ def machine():
         yield machine
 
 
-def weights_on(device, directory, max_length=None):
+def weights_on(device, directory, shard=WHOLE):
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
     family = models.FAMILIES[spec.architecture]
-    return spec, family, family.load(spec, checkpoint.tensors(), device, torch.bfloat16, lambda nbytes: None, Shard())
+    return spec, family, family.load(spec, checkpoint.tensors(), device, torch.bfloat16, lambda nbytes: None, shard)
 
 
 class House:
@@ -314,6 +315,14 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
             list(house.runner.steps(reuse, 4))
     assert len(house.reuse.graphs) == 7
     assert machine.peak[0] > machine.memory - left / 2  # and the room was no waste
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_of_the_weights_is_rehearsed_as_well(random_model, machine, rank):
+    """It has the logits of half the vocabulary, and no step that one device alone would take."""
+    job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=512, max_rows=8, kv_wanted=4096)
+    spec, _, weights = weights_on(GPU, random_model, Shard(rank, 2))
+    assert loop.kv_tokens(job, spec, weights) == 4096
 
 
 def test_workers_of_one_gpu_have_their_shares_whoever_comes_first():

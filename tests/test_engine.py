@@ -255,6 +255,29 @@ def test_an_embedding_script_needs_no_main_guard(random_model, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
+def test_a_start_that_fails_leaves_nothing_to_be_said_at_the_exit(random_model, tmp_path):
+    """The workers that were not at fault are dismissed by then."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import asyncio
+        from dilaserve import Config, ConfigError, Engine
+
+        async def main():
+            async with Engine(Config.of(model={str(random_model)!r}, devices="cpu,cpu", kv_cache_tokens=10**12)):
+                pass
+
+        try:
+            asyncio.run(main())
+        except ConfigError as error:
+            print(error)
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lower it" in done.stdout
+
+
 async def test_a_worker_that_cannot_come_back_ends_the_engine_and_nobody_waits_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.0)
     model = checkpoints.make(tmp_path / "vanishing")

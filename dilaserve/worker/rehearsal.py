@@ -30,7 +30,8 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     device, pool = model.weights.norm.device, small_pool(spec, model)
     refresh = peak(device, lambda: refreshed(spec, model, pool, tokens, rows))
     reuse = graphs = 0
-    if varlen_for(device, model.weights.norm.dtype, spec.head_dim):
+    alone = model.weights.held.size == 1  # else no instance is of this device alone, and no step is on fixed buffers
+    if alone and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
         steps = ReuseSteps(spec, model, pool, rows, eager=True)
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
         captured = min(GRAPHS[-1], steps.buckets[-1])
