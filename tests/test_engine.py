@@ -264,7 +264,7 @@ def test_a_start_that_fails_leaves_nothing_to_be_said_at_the_exit(random_model, 
         from dilaserve import Config, ConfigError, Engine
 
         async def main():
-            async with Engine(Config.of(model={str(random_model)!r}, devices="cpu,cpu", kv_cache_tokens=10**12)):
+            async with Engine(Config.of(model={str(random_model)!r}, devices="cpu,cpu,cpu", kv_cache_tokens=10**9)):
                 pass
 
         try:
