@@ -196,6 +196,7 @@ class Machine:
         self.pinned, self.kept = [], []  # extents of memory, and what must not go so that they stay nobody else's
         self.landing, self.leaving = [], []  # copies to the host and from it
         self.graph = self.broken = None
+        self.pins, self.left = True, None  # whether memory can be pinned, and the error that a call has left behind
 
     # memory
 
@@ -281,6 +282,9 @@ class Machine:
         """Note what an operation reads and writes, of the CPU tensors that it is given."""
         if self.broken:
             raise Race(self.broken)
+        if self.left:
+            left, self.left = self.left, None
+            raise RuntimeError(left)
         count, written = self.stream.begin(), writes_of(func, args, kwargs)
         for inner in tensors((args, kwargs)):
             if not any(inner is one for one in written):
@@ -671,6 +675,9 @@ def faces(machine):
         machine.stream = machine.defaults[index_of(device)]
 
     def register(pointer, nbytes, flags):
+        if not machine.pins:
+            machine.left = "CUDA error: operation not permitted"
+            return 800
         machine.pinned.append((pointer, pointer + nbytes))
         return 0
 

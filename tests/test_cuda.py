@@ -31,7 +31,7 @@ from dilaserve.terms import Decoding, Span
 from dilaserve.worker import loop, rehearsal
 from dilaserve.worker.batch import active_blocks, columns_of
 from dilaserve.worker.ends import DEPTH
-from dilaserve.worker.memory import Claim, available
+from dilaserve.worker.memory import Claim, available, pin
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 from dilaserve.worker.staging import Staging
@@ -323,6 +323,16 @@ def test_a_part_of_the_weights_is_rehearsed_as_well(random_model, machine, rank)
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=512, max_rows=8, kv_wanted=4096)
     spec, _, weights = weights_on(GPU, random_model, Shard(rank, 2))
     assert loop.kv_tokens(job, spec, weights) == 4096
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_table_that_cannot_be_pinned_is_none_the_worse(machine, caplog, can):
+    machine.pins = can
+    table = RequestTable(2, 64)
+    pin(table.buffer, GPU)
+    assert torch.ones(3, device=GPU).tolist() == [1, 1, 1]
+    assert machine.is_pinned(table.buffer) == can
+    assert ("could not be pinned (CUDA error 800)" in caplog.text) != can
 
 
 def test_workers_of_one_gpu_have_their_shares_whoever_comes_first():

@@ -130,7 +130,7 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        memory.pin(shared.table.buffer)
+        memory.pin(shared.table.buffer, device)
     checkpoint = Checkpoint(Path(job.directory))
     spec = msgspec.structs.replace(models.describe(checkpoint), max_length=job.max_length)
     family = models.FAMILIES[spec.architecture]

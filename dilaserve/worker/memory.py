@@ -1,5 +1,6 @@
 """How much of a device's memory is there, and how it is divided between weights, activations and K/V."""
 
+import contextlib
 import logging
 
 import msgspec
@@ -21,11 +22,13 @@ class Claim(msgspec.Struct, frozen=True):
     spared: float = 0.0
 
 
-def pin(buffer: torch.Tensor) -> None:
+def pin(buffer: torch.Tensor, device: torch.device) -> None:
     """Register the request table with CUDA, so that copies from it need no staging; goes on unpinned where it fails."""
     code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # type: ignore[no-untyped-call]
     if int(code) != 0:
         log.warning("the request table could not be pinned (CUDA error %s); copies will be slower", int(code))
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)  # CUDA tells of the error once more, with the next kernel, whosoever it is
 
 
 def check_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, claim: Claim, shards: int = 1) -> None:
