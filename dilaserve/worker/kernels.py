@@ -52,7 +52,7 @@ ENDS = Ends(lay_out, unmask)
 def lay_out_row(  # type: ignore[no-untyped-def]
     batch, turn, ids, positions, slots, starts, keys, stride, spare, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """One row; the first program takes the turn, the last one ends `starts`."""
+    """One row, its fields as `ends.FIELDS` has them; the first program takes the turn, the last one ends `starts`."""
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     fields = batch + row * stride + WIDTH
@@ -81,8 +81,8 @@ def unmask_row(  # type: ignore[no-untyped-def]
     canvas, fields = batch + row * stride + column, row * stride + WIDTH
     length, rule, quota = tl.load(batch + fields + 3), tl.load(batch + fields + 4), tl.load(batch + fields + 5)
     threshold, factor = tl.load(reals + fields + 6), tl.load(reals + fields + 7)
-    id = tl.load(canvas)
-    masked = (id == mask_id) & (column < length)
+    old = tl.load(canvas)
+    masked = (old == mask_id) & (column < length)
     doubt = tl.where(masked, tl.load(odds + row * WIDTH + column), float("inf"))
     surer = (doubt[None, :] < doubt[:, None]) | (
         (doubt[None, :] == doubt[:, None]) & (column[None, :] < column[:, None])
@@ -97,7 +97,7 @@ def unmask_row(  # type: ignore[no-untyped-def]
     count = tl.where(rule == 0, above, tl.where(rule == 1, quota, passed))  # in the order of table.RULES
     chosen = rank < tl.minimum(tl.maximum(count, 1), masks)
     new = tl.load(token + row * WIDTH + column)
-    tl.store(canvas, tl.where(chosen, new, id))
+    tl.store(canvas, tl.where(chosen, new, old))
     out = tl.load(turn) * turn_stride + row * row_stride + column
     tl.store(found + out, tl.where(chosen, new, -1).to(tl.int32))
     tl.store(bits + out + WIDTH, confidence.to(tl.float32))
