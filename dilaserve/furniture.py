@@ -136,7 +136,7 @@ def weights_room(name: str, names: list[str], config: DeviceConfig) -> float:
     if config.weights_memory is not None:
         return config.weights_memory * 2**30
     if name == "cpu":
-        return memory.available(torch.device(name), memory.Claim()) / names.count(name)
+        return memory.free_on_host() / names.count(name)
     total: int = torch.cuda.get_device_properties(name).total_memory
     return total * config.gpu_memory_utilization / names.count(name)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import make
 from pretended import pretend
-from test_cuda import GPU, House
+from test_cuda import GPU, House, forget
 from test_reuse import shapes_of
 from test_unmask import MASK
 
@@ -171,22 +171,16 @@ def test_a_step_of_a_graph_is_few_launches(tmp_path):
         directory = make(tmp_path / str(layers_there), layers=layers_there, heads=2)
         with pretend(kernels=True):
             house = House(directory, GPU, rows=1)
-            _, (span,) = house.fill(shapes_of(1))
+            _, (span,) = house.laid_out(shapes_of(1))
             columns = columns_of([span])
             house.reuse.load(columns, active_blocks(columns), house.table)
             counts.append(house.reuse.graphs[1].launches)
         forget()
     layer = counts[1] - counts[0]
     assert (layer["kernel"], layer["mm"], layer.total()) == (4, 4, 9)  # and attention
-    ends = counts[0] - layer
-    assert ends["kernel"] == 3  # rows laid out, logits judged, tokens unmasked
-    assert ends.total() <= 14  # beside them positions, embeddings, the first norm, the head
-
-
-def forget():
-    """What was found out about a device must not outlive it."""
-    layers.has_kernels.cache_clear()
-    layers.varlen_for.cache_clear()
+    around = counts[0] - layer
+    assert around["kernel"] == 3  # rows laid out, logits judged, tokens unmasked
+    assert around.total() <= 14  # beside them positions, embeddings, the first norm, the head
 
 
 def test_kernels_compile_for_gpus_and_keep_to_their_registers(tmp_path):

@@ -32,18 +32,26 @@ TOKENS, ROWS = 4096, 20
 RULES = (dict(rule="threshold", confidence_threshold=0.5), dict(rule="steps"), dict(rule="factor", factor=1.0))
 
 
+CPU = torch.device("cpu")
+WHOLE = Shard()
+
+
+def weights_on(device, directory, dtype, shard=WHOLE):
+    checkpoint = Checkpoint(directory)
+    spec = models.describe(checkpoint)
+    family = models.FAMILIES[spec.architecture]
+    return spec, family, family.load(spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, shard)
+
+
 class House:
     """A runner with its own table and pool, with and without static steps."""
 
-    def __init__(self, directory, static):
-        checkpoint = Checkpoint(directory)
-        self.spec = models.describe(checkpoint)
-        family, cpu = models.FAMILIES[self.spec.architecture], torch.device("cpu")
-        weights = family.load(self.spec, checkpoint.tensors(), cpu, torch.float32, lambda nbytes: None, Shard())
+    def __init__(self, directory, static, device=CPU, dtype=torch.float32, *, eager=False, tokens=TOKENS, rows=ROWS):
+        self.spec, family, weights = weights_on(device, directory, dtype)
         self.model = family.Model(self.spec, weights)
-        self.pool = KVPool(self.spec, Shard(), torch.zeros((TOKENS + PAGE) * self.spec.kv_elements))
-        self.table = RequestTable(ROWS, self.spec.max_length)
-        self.reuse = ReuseSteps(self.spec, self.model, self.pool, ROWS) if static else None
+        flat = torch.zeros((tokens + PAGE) * self.spec.kv_elements, dtype=dtype, device=device)
+        self.pool, self.table = KVPool(self.spec, Shard(), flat), RequestTable(rows, self.spec.max_length)
+        self.reuse = ReuseSteps(self.spec, self.model, self.pool, rows, eager) if static else None
         self.runner = Runner(self.spec, self.model, self.pool, self.table, (), reuse=self.reuse)
 
     def spans(self, shapes, refresh):

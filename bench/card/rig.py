@@ -126,16 +126,11 @@ class Bench:
 class Rig:
     """One worker's parts in this process: weights, pool, table, and a runner with steps on fixed buffers."""
 
-    def __init__(self, bench: Bench, dtype: torch.dtype | None = None, directory: Path | None = None) -> None:
-        checkpoint = Checkpoint(directory or bench.directory)
+    def __init__(self, bench: Bench) -> None:
+        checkpoint = Checkpoint(bench.directory)
         self.spec = models.describe(checkpoint)
-        family, device = models.FAMILIES[self.spec.architecture], bench.device
-        dtype = dtype or bench.dtype
-        began = time.perf_counter()
-        tensors = checkpoint.tensors()
-        self.weights = family.load(self.spec, tensors, device, dtype, lambda nbytes: None, Shard())
-        bench.wait()
-        self.loading = time.perf_counter() - began
+        family, device, dtype = models.FAMILIES[self.spec.architecture], bench.device, bench.dtype
+        self.weights = family.load(self.spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, Shard())
         self.model = family.Model(self.spec, self.weights)
         rows = max(bench.shape.rows)
         canvas = min(512, bench.shape.length)

@@ -3,13 +3,12 @@
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from card.rig import BLOCK, Bench, Rig
 from dilaserve.terms import Span
-from dilaserve.worker.batch import columns_of
+from dilaserve.worker.batch import Blocks, active_blocks, columns_of
 from dilaserve.worker.ends import DEPTH, PLAIN
 from dilaserve.worker.reuse import ReuseSteps
 
@@ -73,9 +72,7 @@ def drain(steps: ReuseSteps) -> None:
         steps.read()
 
 
-def blocks_of(spans: list[Span]) -> Any:
-    from dilaserve.worker.batch import active_blocks
-
+def blocks_of(spans: list[Span]) -> Blocks:
     return active_blocks(columns_of(spans))
 
 
@@ -83,7 +80,6 @@ def gaps(bench: Bench, rig: Rig, canvas: int) -> Iterator[str]:
     """What the host adds to steps in a row: their seconds on the wall against the same steps on the device alone."""
     for rows in (1, 8):
         for most in (1, 8):
-            spans = rig.laid_out([canvas] * rows, refresh=False)
             mine: list[float] = []
             for _ in range(4):
                 spans = rig.laid_out([canvas] * rows, refresh=False)

@@ -212,7 +212,7 @@ class Groups:
         self.guards.append(threading.Thread(target=watch, daemon=True))
         self.guards[-1].start()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Part from all groups before the process ends: none of their threads may outlive the interpreter."""
         self.current = -1
         for guard in self.guards:

@@ -70,10 +70,8 @@ def main(job: Job, rank: int, shared: Shared, line: socket.socket) -> None:
         os.nice(NICE)
     try:
         worker = prepare(job, rank, shared, line)
-        try:
+        with contextlib.closing(worker.groups):
             serve(worker, line)
-        finally:
-            worker.groups.leave()
     except (BrokenPipeError, ConnectionResetError):
         return  # the engine is gone, and so is the reason to be here
     except Exception as error:

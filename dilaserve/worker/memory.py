@@ -78,6 +78,11 @@ def available(device: torch.device, claim: Claim) -> int:
         free, total = torch.cuda.mem_get_info(device)
         mine = torch.cuda.memory_reserved(device)
         return max(0, int(min(free - claim.spared * total, claim.share * total - mine)))
+    return free_on_host()
+
+
+def free_on_host() -> int:
+    """Bytes that programs may still take of the machine's own memory."""
     with open("/proc/meminfo") as lines:
         fields = dict(line.split(":") for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024

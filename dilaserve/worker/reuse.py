@@ -48,10 +48,12 @@ class ReuseSteps:
         most, device = self.buckets[-1], self.device
         self.staged = torch.zeros(most, WIDTH + len(FIELDS), dtype=torch.int64, pin_memory=self.cuda)
         self.landed = torch.zeros(DEPTH, most, 2, WIDTH, dtype=torch.int32, pin_memory=self.cuda)
-        self.batch = torch.zeros(self.staged.shape, dtype=torch.int64, device=device)
-        self.found = torch.zeros(self.landed.shape, dtype=torch.int32, device=device)
-        self.turn = torch.full((1,), DEPTH - 1, dtype=torch.int64, device=device)
-        self.buffers, self.ends = Buffers(self.batch, self.found, self.turn), ends_for(device)
+        self.buffers = Buffers(
+            batch=torch.zeros(self.staged.shape, dtype=torch.int64, device=device),
+            found=torch.zeros(self.landed.shape, dtype=torch.int32, device=device),
+            turn=torch.full((1,), DEPTH - 1, dtype=torch.int64, device=device),
+        )
+        self.ends = ends_for(device)
         self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.memory: Any = None  # that all graphs share: one runs at a time
@@ -91,7 +93,7 @@ class ReuseSteps:
             staged[:rows, i] = values
         real = staged.view(np.float64)
         real[:rows, -2], real[:rows, -1] = table.threshold[columns.row], table.factor[columns.row]
-        self.batch[: self.bucket].copy_(self.staged[: self.bucket], non_blocking=True)
+        self.buffers.batch[: self.bucket].copy_(self.staged[: self.bucket], non_blocking=True)
 
     def clear(self, staged: np.ndarray[Any, Any]) -> None:
         """Make padding of rows of the staging buffer."""
@@ -107,12 +109,12 @@ class ReuseSteps:
         else:
             self.step(self.bucket)
         if not self.cuda:
-            self.landed[slot].copy_(self.found[slot])
+            self.landed[slot].copy_(self.buffers.found[slot])
             return
         self.computed[slot].record()
         with torch.cuda.stream(self.copies):
             self.copies.wait_event(self.computed[slot])
-            self.landed[slot, : self.bucket].copy_(self.found[slot, : self.bucket], non_blocking=True)
+            self.landed[slot, : self.bucket].copy_(self.buffers.found[slot, : self.bucket], non_blocking=True)
             self.arrived[slot].record()
 
     def read(self) -> Found:
@@ -153,7 +155,7 @@ class ReuseSteps:
             log.warning("no CUDA graph of %d rows (%s); steps go on without graphs", rows, str(error).splitlines()[0])
             self.eager = True
             self.graphs.clear()
-        self.turn.fill_(DEPTH - 1)
+        self.buffers.turn.fill_(DEPTH - 1)
         self.launched = self.seen = 0
 
     def captured(self, rows: int) -> torch.cuda.CUDAGraph:
@@ -168,7 +170,7 @@ class ReuseSteps:
     def rehearse(self, rows: int) -> None:
         """Run the step on padding alone, beside the current stream as captures want it."""
         self.clear(self.staged.numpy()[:rows])
-        self.batch[:rows].copy_(self.staged[:rows])
+        self.buffers.batch[:rows].copy_(self.staged[:rows])
         if not self.cuda:
             self.step(rows)
             return

@@ -185,19 +185,18 @@ class Runner:
         positions = ranges(columns.start, columns.length)
         ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
         slots = positions + np.repeat(columns.kv_start, columns.length)
-        offsets, widths = starts(columns.length), columns.block_end - columns.block_start
-        kept = None
+        kept, widths = None, columns.block_end - columns.block_start
         if bool((widths < columns.length).any()):
-            kept = ranges(offsets + columns.block_start - columns.start, widths)
+            kept = ranges(starts(columns.length) + columns.block_start - columns.start, widths)
         runs = self.runs(columns, widths) if self.varlen else [None] * 4
         arrays = [ids.astype(np.int64), positions, slots, kept, *runs, *others]
         tokens, places, targets, there, ends, kept_ends, first, keys, *rest = self.staging.send(arrays)
 
-        def spans(ends: torch.Tensor | None, lengths: Array) -> list[SpanGroup] | Runs:
+        def spans(offsets: torch.Tensor | None, lengths: Array) -> list[SpanGroup] | Runs:
             """As attention wants them here: for one call, or for one for each group of alike ones."""
-            if ends is None:
+            if offsets is None:
                 return grouped(packed_spans(starts(lengths), lengths, columns), self.device)
-            return Runs(ends, first, keys, int(lengths.max()), int(columns.keys.max()))
+            return Runs(offsets, first, keys, int(lengths.max()), int(columns.keys.max()))
 
         groups, kept_groups = spans(ends, columns.length), spans(kept_ends, widths) if kept is not None else []
         return Packed(tokens, places, targets, groups, there, kept_groups), rest
@@ -212,8 +211,9 @@ class Runner:
         temperature = self.table.temperature[columns.row]
         if not temperature.any():
             return []
+        masks = masked.sum(1)
         knobs = (temperature, self.table.top_p[columns.row], self.table.seed[columns.row], columns.step)
-        return [*(np.repeat(knob, masked.sum(1)) for knob in knobs), blocks.positions[masked]]
+        return [*(np.repeat(knob, masks) for knob in knobs), blocks.positions[masked]]
 
     def rules(self, columns: Columns) -> list[np.ndarray[Any, Any] | None]:
         """The knobs of `unmask.Rules` of each row."""
