@@ -16,27 +16,42 @@ from triton.compiler import ASTSource
 from dilaserve.models import kernels as of_layers
 from dilaserve.worker import kernels as of_logits
 
+SHARED = 99 * 1024  # bytes that a program has on the smallest of these GPUs (8.6, 8.9 and 12.0)
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-KERNELS = {  # the types of what a kernel is given, "*" of the model's; the program's sizes; warps
-    of_logits.sweep: ("* *i64 *fp32 i32 i32 fp32", {"VOCAB": 126464, "BLOCK": 8192}, 8),
-    of_logits.lay_out_row: ("*i64 *i64 *i64 *i64 *i64 *i32 *i32 i32 i32", {"WIDTH": 32, "DEPTH": 2}, 1),
-    of_logits.unmask_row: ("*i64 *fp64 *i32 *fp32 *i64 *i64 *fp32 i32 i32 i32 i32", {"WIDTH": 32}, 1),
-    of_layers.add_norm_rows: ("* * * * * i32 fp32", {"BLOCK": 4096}, 8),
-    of_layers.place_heads: ("* *fp32 *i64 * * * i32", {"Q": 4, "KV": 4, "DIM": 128, "HALF": 64}, 1),
-    of_layers.gate_rows: ("* * i32 i32", {"BLOCK": 2048}, 4),
+# what a kernel is given, the model's tensors as "*", or "*16" if never in float32; its sizes; warps; stages
+KERNELS = {
+    of_logits.sweep: ("* *i64 *fp32 i32 i32 fp32", {"VOCAB": 126464, "BLOCK": 8192}, 8, 1),
+    of_logits.lay_out_row: ("*i64 *i64 *i64 *i64 *i64 *i32 *i32 i32 i32", {"WIDTH": 32, "DEPTH": 2}, 1, 1),
+    of_logits.unmask_row: ("*i64 *fp64 *i32 *fp32 *i64 *i64 *fp32 i32 i32 i32 i32", {"WIDTH": 32}, 1, 1),
+    of_layers.add_norm_rows: ("* * * * * i32 fp32", {"BLOCK": 4096}, 8, 1),
+    of_layers.place_heads: ("* *fp32 *i64 * * * i32", {"Q": 4, "KV": 4, "DIM": 128, "HALF": 64}, 1, 1),
+    of_layers.gate_rows: ("* * i32 i32", {"BLOCK": 2048}, 4, 1),
+    of_layers.attend_row: (
+        "*16 *16 *16 *i32 *i32 *16 *fp32 *fp32 i32 i32 i32 fp32",
+        {"QUERIES": 32, "DIM": 128, "WIDE": 128, "BLOCK": 64, "SPLITS": 4},
+        4,
+        3,
+    ),
+    of_layers.join_parts: ("*fp32 *fp32 *16 i32", {"DIM": 128, "WIDE": 128, "SPLITS": 4}, 1, 1),
 }
-
 DTYPES = ("bf16", "fp16", "fp32")
 
 
+def dtypes_of(kernel):
+    types = KERNELS[kernel][0].split()
+    return DTYPES if "*" in types else DTYPES[:2] if "*16" in types else DTYPES[:1]
+
+
 def compiled(kernel, dtype, capability):
-    types, sizes, warps = KERNELS[kernel]
+    types, sizes, warps, stages = KERNELS[kernel]
     names = kernel.arg_names
-    given = [f"*{dtype}" if kind == "*" else kind for kind in types.split()]
+    given = [f"*{dtype}" if kind in ("*", "*16") else kind for kind in types.split()]
     signature = dict(zip(names, [*given, *["constexpr"] * len(sizes)], strict=True))
     constants = {(names.index(name),): size for name, size in sizes.items()}
-    source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(given) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, constants, aligned)
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=target, options=options)
 
 
 def takes(ptx, capability):
@@ -54,8 +69,10 @@ def takes(ptx, capability):
 def main():
     for capability in map(int, sys.argv[1:]):
         for kernel in KERNELS:
-            for dtype in DTYPES if "*" in KERNELS[kernel][0].split() else DTYPES[:1]:
-                registers, spilt = takes(compiled(kernel, dtype, capability).asm["ptx"], capability)
+            for dtype in dtypes_of(kernel):
+                made = compiled(kernel, dtype, capability)
+                registers, spilt = takes(made.asm["ptx"], capability)
+                assert made.metadata.shared <= SHARED
                 print(f"{kernel.__name__} {dtype} sm_{capability}: {registers} registers, {spilt} bytes spilt")
 
 

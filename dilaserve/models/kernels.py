@@ -3,13 +3,17 @@
 A reuse step reads all weights for a few tokens; many small kernels beside that would take a third of its time.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from dilaserve.models.layers import Kit
+from dilaserve.models.layers import Kit, Runs
 
 WIDE = 2048  # elements of the MLP that a program gates
+TILE = 8192  # elements of K, and of V, that a program of attention looks at together
+MOST_SPLITS = 8  # of a row's keys
 
 
 def add_norm(
@@ -55,7 +59,41 @@ def gated(fused: torch.Tensor) -> torch.Tensor:
     return out
 
 
-KIT = Kit(add_norm, place, gated)
+def attend_even(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs, splits: int | None = None
+) -> torch.Tensor:
+    """See `layers.each_run`; the queries of a span are a power of two, and at least 16.
+
+    Of few rows the keys are split so that all processors have some; the parts are joined by their sums (Flash-Decoding,
+    Dao et al. 2023).
+    """
+    rows, (tokens, heads, dim) = len(runs.keys), q.shape
+    splits = splits or splits_for(rows * heads, q.device)
+    wide = max(16, triton.next_power_of_2(dim))
+    block = min(128, TILE // wide)
+    out = torch.empty_like(q)
+    parts, sums = out, out  # not looked at where there is one part
+    if splits > 1:
+        parts = torch.empty(splits, tokens, heads, dim, dtype=torch.float32, device=q.device)
+        sums = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
+    scale = dim**-0.5 / math.log(2)
+    sizes = runs.most_queries, dim, wide, block, splits
+    attend_row[(rows, heads, splits)](
+        q, keys, values, runs.starts, runs.keys, out, parts, sums, tokens, heads, heads // keys.shape[1], scale, *sizes,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        join_parts[(tokens, heads)](parts, sums, out, tokens * heads, dim, wide, splits, num_warps=1)
+    return out
+
+
+def splits_for(programs: int, device: torch.device) -> int:
+    """In how many parts keys are looked at, a power of two, so that no more programs are there than processors."""
+    spare = torch.cuda.get_device_properties(device).multi_processor_count // programs
+    return min(MOST_SPLITS, 1 << max(0, spare.bit_length() - 1))
+
+
+KIT = Kit(add_norm, place, gated, attend_even)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -129,3 +167,76 @@ def gate_rows(fused, out, total, width, BLOCK: tl.constexpr):  # type: ignore[no
     up = tl.load(source + width, mask=there, other=0.0).to(tl.float32)
     opened = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
     tl.store(out + row * total + column, (opened * up).to(kind), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def attend_row(  # type: ignore[no-untyped-def]
+    q,
+    keys,
+    values,
+    starts,
+    used,
+    out,
+    parts,
+    sums,
+    tokens,
+    heads,
+    shared,
+    scale,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One head of one row over one part of its keys; `shared` heads have one head of K and V. Powers are of two."""
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column, dim = tl.arange(0, BLOCK), tl.arange(0, WIDE)
+    token = row * QUERIES + tl.arange(0, QUERIES)
+    kind = out.dtype.element_ty
+    mine = (token[:, None] * heads + head) * DIM + dim[None, :]
+    queries = tl.load(q + mine, mask=dim[None, :] < DIM, other=0.0)
+    stride = heads // shared * DIM
+    base = tl.load(starts + row).to(tl.int64) * stride + head // shared * DIM
+    there = tl.load(used + row)
+    part = tl.cdiv(tl.cdiv(there, BLOCK), SPLITS) * BLOCK
+    first = split * part
+    end = tl.minimum(first + part, there)
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    mixed = tl.zeros((QUERIES, WIDE), tl.float32)
+    for at in range(first, end, BLOCK):
+        key = at + column
+        place = base + key[:, None].to(tl.int64) * stride + dim[None, :]
+        seen = (key[:, None] < end) & (dim[None, :] < DIM)
+        k = tl.load(keys + place, mask=seen, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(key[None, :] < end, scores, -float("inf"))
+        new = tl.maximum(top, tl.max(scores, axis=1))
+        kept = tl.exp2(top - new)
+        weights = tl.exp2(scores - new[:, None])
+        total = total * kept + tl.sum(weights, axis=1)
+        v = tl.load(values + place, mask=seen, other=0.0)
+        mixed = mixed * kept[:, None] + tl.dot(weights.to(kind), v, input_precision="ieee")
+        top = new
+    if SPLITS == 1:
+        tl.store(out + mine, (mixed / total[:, None]).to(kind), mask=dim[None, :] < DIM)
+    else:
+        some = tl.where(total > 0.0, total, 1.0)
+        here = split * tokens + token
+        tl.store(
+            parts + (here[:, None] * heads + head) * DIM + dim[None, :], mixed / some[:, None], mask=dim[None, :] < DIM
+        )
+        tl.store(sums + here * heads + head, top + tl.log2(some))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def join_parts(parts, sums, out, rows, DIM: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One head of one token: the mean of the parts, each by its share of all weights; a part without keys has none."""
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    part, dim = tl.arange(0, SPLITS), tl.arange(0, WIDE)
+    held = tl.load(sums + part * rows + row)
+    weights = tl.exp2(held - tl.max(held, axis=0))
+    values = tl.load(parts + (part[:, None] * rows + row) * DIM + dim[None, :], mask=dim[None, :] < DIM, other=0.0)
+    mean = tl.sum(weights[:, None] * values, axis=0) / tl.sum(weights, axis=0)
+    tl.store(out + row * DIM + dim, mean.to(out.dtype.element_ty), mask=dim < DIM)

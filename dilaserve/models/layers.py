@@ -42,7 +42,8 @@ class Group(NamedTuple):
 class Runs(NamedTuple):
     """The spans of a step on the device, for one call that takes them all. A row's K/V is one run of the pool.
 
-    `most_queries` and `most_keys` bound the lengths; they may be more than any span has.
+    `most_queries` and `most_keys` bound the lengths; they may be more than any span has. `even`: all spans have
+    `most_queries` queries.
     """
 
     offsets: torch.Tensor  # int32 [spans + 1], the first query of each, and their number
@@ -50,6 +51,7 @@ class Runs(NamedTuple):
     keys: torch.Tensor  # int32 [spans]
     most_queries: int
     most_keys: int
+    even: bool = False
 
 
 class Packed(NamedTuple):
@@ -126,15 +128,22 @@ def gated(fused: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up).flatten(1)
 
 
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs], torch.Tensor]
+
+
 class Kit(NamedTuple):
-    """What lies between the matrix products of a layer; `add_norm`, `place` and `gated` say what each does."""
+    """What lies between the matrix products of a layer; the functions of these names say what each does.
+
+    `attend_even` is `each_run` for runs that are `even`; None leaves them to what takes all.
+    """
 
     add_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
     place: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     gated: Callable[[torch.Tensor], torch.Tensor]
+    attend_even: Attention | None
 
 
-PLAIN = Kit(add_norm, place, gated)
+PLAIN = Kit(add_norm, place, gated, None)
 
 
 def kit_for(device: torch.device) -> Kit:
@@ -173,11 +182,12 @@ def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def attend(q: torch.Tensor, pool: KVPool, layer: int, groups: list[Group] | Runs) -> torch.Tensor:
+def attend(q: torch.Tensor, pool: KVPool, layer: int, groups: list[Group] | Runs, kit: Kit = PLAIN) -> torch.Tensor:
     """Unmasked attention of each span's queries over its row's keys; q and the result are [tokens, heads, head_dim]."""
     keys, values = pool.keys[layer], pool.values[layer]
     if isinstance(groups, Runs):
-        return (varlen_for(q.device, q.dtype, q.shape[-1]) or each_run)(q, keys, values, groups)
+        even = kit.attend_even if groups.even else None
+        return (even or varlen_for(q.device, q.dtype, q.shape[-1]) or each_run)(q, keys, values, groups)
     gqa = q.shape[1] != keys.shape[1]
     parts = []
     for first, rows, slots, hidden in groups:
@@ -191,9 +201,6 @@ def attend(q: torch.Tensor, pool: KVPool, layer: int, groups: list[Group] | Runs
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden, enable_gqa=gqa)
         parts.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs], torch.Tensor]
 
 
 @functools.cache
@@ -227,7 +234,7 @@ def flash() -> Any:
 
 def public_varlen(call: Any) -> Attention:
     def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
-        offsets, starts, used, most_queries, most_keys = runs
+        offsets, starts, used, most_queries, most_keys, _ = runs
         gqa = q.shape[1] != keys.shape[1]
         out: torch.Tensor = call(
             q, keys, values, offsets, starts, most_queries, most_keys, seqused_k=used, enable_gqa=gqa
@@ -241,7 +248,7 @@ def raw_varlen() -> Attention:
     """What varlen_attn calls, for versions of torch whose varlen_attn does not hand on `seqused_k`."""
 
     def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
-        offsets, starts, used, most_queries, most_keys = runs
+        offsets, starts, used, most_queries, most_keys, _ = runs
         arguments = (q, keys, values, offsets, starts, most_queries, most_keys, 0.0, False, False)
         out: torch.Tensor = flash()(*arguments, seqused_k=used)[0]
         return out

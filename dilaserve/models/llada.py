@@ -238,7 +238,7 @@ class Model:
             groups = packed.groups
             if last and packed.kept is not None:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
-            mixed = F.linear(attend(q, pool, i, groups).flatten(1), block.attn_out)
+            mixed = F.linear(attend(q, pool, i, groups, kit).flatten(1), block.attn_out)
             x, h = kit.add_norm(x, self.reduce(mixed), block.ff_norm, eps)
             fed = self.reduce(self.feed_forward(block, h))
             x, h = kit.add_norm(x, fed, self.weights.norm if last else blocks[i + 1].attn_norm, eps)

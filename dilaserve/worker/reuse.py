@@ -129,7 +129,7 @@ class ReuseSteps:
     def step(self, rows: int) -> None:
         """Denoise the first `rows` rows of the batch once: a function of the buffers, without a look at the host."""
         ids, positions, slots, starts, keys = self.ends.lay_out(self.buffers, rows, self.pool.spare)
-        runs = Runs(self.offsets[: rows + 1], starts, keys, WIDTH, self.spec.max_length)
+        runs = Runs(self.offsets[: rows + 1], starts, keys, WIDTH, self.spec.max_length, even=True)
         packed = Packed(ids, positions, slots, runs, None, [])
         guess = self.guess(self.model.hidden(packed, self.pool))
         self.ends.unmask(self.buffers, rows, self.spec.mask_id, guess)
