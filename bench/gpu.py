@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from card.checks import kernels, numerics
+from card.parts import parts
 from card.rig import SHAPES, Bench, Goal, build, name_of
 from card.serving import law, pair, throughput
 from card.steps import refresh, reuse, roofs
@@ -66,6 +67,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterator[str]], float]] = {  # 
     "law": ("Step-cost law", law, 60.0),
     "pair": ("Two workers on one card", pair, 40.0),
     "numerics": ("Numerics", numerics, 25.0),
+    "parts": ("Parts of a reuse step", parts, 60.0),
 }
 
 

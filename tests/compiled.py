@@ -13,12 +13,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.card import skinny
 from dilaserve.models import kernels as of_layers
 from dilaserve.worker import kernels as of_logits
 
 SHARED = 99 * 1024  # bytes that a program has on the smallest of these GPUs (8.6, 8.9 and 12.0)
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-# what a kernel is given, the model's tensors as "*", or "*16" if never in float32; its sizes; warps; stages
+# what a kernel is given: the model's tensors as "*", or "*16" if never in float32, multiples of 16 as ":16"; its sizes;
+# warps; stages
 KERNELS = {
     of_logits.sweep: ("* *i64 *fp32 i32 i32 fp32", {"VOCAB": 126464, "BLOCK": 8192}, 8, 1),
     of_logits.lay_out_row: ("*i64 *i64 *i64 *i64 *i64 *i32 *i32 i32 i32", {"WIDTH": 32, "DEPTH": 2}, 1, 1),
@@ -32,6 +34,7 @@ KERNELS = {
         4,
         3,
     ),
+    skinny.multiply: ("*16 *16 *16 i32 i32:16 i32:16 i32:16", {"ROWS": 64, "DEPTH": 128, "WIDE": 32}, 4, 3),
     of_layers.join_parts: ("*fp32 *fp32 *16 i32", {"DIM": 128, "WIDE": 128, "SPLITS": 4}, 1, 1),
 }
 DTYPES = ("bf16", "fp16", "fp32")
@@ -46,9 +49,9 @@ def compiled(kernel, dtype, capability):
     types, sizes, warps, stages = KERNELS[kernel]
     names = kernel.arg_names
     given = [f"*{dtype}" if kind in ("*", "*16") else kind for kind in types.split()]
-    signature = dict(zip(names, [*given, *["constexpr"] * len(sizes)], strict=True))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(given) if kind[0] == "*" or ":" in kind}
+    signature = dict(zip(names, [*(kind.split(":")[0] for kind in given), *["constexpr"] * len(sizes)], strict=True))
     constants = {(names.index(name),): size for name, size in sizes.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(given) if kind.startswith("*")}
     source = ASTSource(kernel, signature, constants, aligned)
     target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=target, options=options)

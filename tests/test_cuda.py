@@ -371,7 +371,7 @@ async def test_an_engine_says_the_same_with_graphs_and_without(random_model, mon
 def test_the_bench_for_gpus_can_be_run(tmp_path):
     """So that the first card of its kind that it meets is not its first at all."""
     report, root = tmp_path / "report.md", Path(__file__).parent.parent
-    sections = "kernels,reuse,refresh,numerics"
+    sections = "kernels,reuse,refresh,numerics,parts"
     words = ["1", "-m", "bench.gpu", "--shape", "tiny", "--only", sections, "--out", str(report)]
     command = [sys.executable, str(root / "tests" / "pretended.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)

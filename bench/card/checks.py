@@ -58,22 +58,25 @@ def worst(pairs: Any) -> float:
 
 
 def attention(bench: Bench, rig: Rig) -> Iterator[str]:
-    spans = rig.laid_out([200, 77, 333, 96], refresh=True)
-    columns, pool = columns_of(spans), rig.pool
-    lengths = [span.length for span in spans]
-    q = torch.randn(sum(lengths), rig.spec.heads, rig.spec.head_dim, device=bench.device).to(bench.dtype)
+    """Runs of any length, and those of blocks alone, of few rows and of more."""
+    pool = rig.pool
     for store in (pool.keys[0], pool.values[0]):
         store.normal_()
-    offsets = np.cumsum([0, *lengths])
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int32, device=bench.device)  # noqa: E731
-    runs = layers.Runs(
-        as_tensor(offsets),
-        as_tensor([*columns.kv_start, 0]),
-        as_tensor(columns.keys),
-        max(lengths),
-        rig.spec.max_length,
-    )
-    yield f"- attention over runs: {worst([(layers.attend(q, pool, 0, runs), layers.each_run(q, pool.keys[0], pool.values[0], runs))]):.1e} from the twin"  # noqa: E501
+    for what, canvases in (
+        ("runs", [200, 77, 333, 96]),
+        ("two blocks", [333, 64]),
+        ("blocks", [60 + 37 * i for i in range(8)]),
+    ):
+        even = what != "runs"
+        columns = columns_of(rig.laid_out(canvases, refresh=not even))
+        lengths = columns.length.tolist()
+        q = torch.randn(sum(lengths), rig.spec.heads, rig.spec.head_dim, device=bench.device).to(bench.dtype)
+        offsets, starts = as_tensor([0, *np.cumsum(lengths)]), as_tensor([*columns.kv_start, 0])
+        runs = layers.Runs(offsets, starts, as_tensor(columns.keys), max(lengths), rig.spec.max_length, even)
+        found = layers.attend(q, pool, 0, runs, rig.model.kit)
+        twin = layers.each_run(q, pool.keys[0], pool.values[0], runs)
+        yield f"- attention over {what}: {worst([(found, twin)]):.1e} from the twin"
 
 
 def graphs(bench: Bench, rig: Rig) -> Iterator[str]:
