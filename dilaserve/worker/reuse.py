@@ -22,8 +22,8 @@ from dilaserve.worker.statistics import Guess, best
 
 log = logging.getLogger(__name__)
 MAX_LOGITS = 2**26  # elements of [positions, vocab] at a time
-GRAPHS = (1, 2, 4, 6, 8, 12, 16)  # rows; beyond, a step computes for longer than it takes to begin
-STRIDE = 4  # of the counts beyond
+STRIDE = 2  # of the counts to which batches are padded; two blocks fill the smallest tile of a product
+GRAPHS = (1, *range(STRIDE, 17, STRIDE))  # rows; beyond, a step computes for longer than it takes to begin
 
 
 class Found(NamedTuple):
@@ -183,8 +183,5 @@ class ReuseSteps:
 
 
 def buckets(rows: int) -> list[int]:
-    """Counts to which batches of up to so many rows are padded: few that have graphs, and close ones beyond, where
-    every row costs.
-    """
-    sizes = [*GRAPHS, *range(GRAPHS[-1] + STRIDE, rows + STRIDE, STRIDE)]
-    return sizes[: next(i for i, size in enumerate(sizes) if size >= rows) + 1]
+    """Counts to which batches of up to so many rows are padded."""
+    return [1, *range(STRIDE, rows + STRIDE, STRIDE)] if rows > 1 else [1]
