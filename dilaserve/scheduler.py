@@ -3,22 +3,22 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from dilaserve.beliefs import Beliefs, batch_features
+from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.house import ARRIVAL, House
+from dilaserve.launches import Launches, rested
 from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import beyond_hope, retry_after
-from dilaserve.policy.composition import COMPOSITIONS, Candidate
+from dilaserve.policy.composition import Candidate
 from dilaserve.policy.demand import alone
 from dilaserve.policy.thresholds import Verdict, Wish, crowding
-from dilaserve.progress import Did, Progress, Ready, Seat, State
+from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.quality import QualityProfile
 from dilaserve.terms import (
     Adjust,
     Arrival,
-    Batch,
     Cancel,
     Command,
     Decline,
@@ -28,7 +28,6 @@ from dilaserve.terms import (
     Fail,
     Finish,
     FinishReason,
-    Hurry,
     InstanceLost,
     InstanceReady,
     Kill,
@@ -51,9 +50,6 @@ from dilaserve.traffic import Seen, Traffic
 TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
-OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
-AHEAD = 8  # blocks that the rows of a launch may begin in it after their first, all together, but at least one each
-MOST_AHEAD = 32  # rows; among more there is always one whose answer ends
 NEVER = float("inf")
 
 
@@ -83,21 +79,17 @@ class Scheduler:
         repeats: int = 1,
     ) -> None:
         policy = config.scheduler
-        self.repeats = repeats
         self.beliefs = Beliefs(laws, quality)
         self.promises = Promises(policy, self.beliefs)
         self.house = House(config, self.promises)
+        self.launches = Launches(config, self.house, self.beliefs, repeats)
         self.requests: dict[str, Progress] = {}
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.patience = policy.step_timeout
-        self.compose = COMPOSITIONS[policy.scheduling]
-        self.cap = policy.batch_cap or self.house.max_rows
-        self.max_tokens = config.device.max_num_batched_tokens
         self.ticked_at = -NEVER
         self.overdue_at = NEVER  # no step in flight counts as hung before
-        self.batches = 0
         self.totals = Totals()
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
@@ -152,8 +144,7 @@ class Scheduler:
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
                 yield from self.launch(seat, now)
-        if self.repeats > 1:
-            yield from self.hurry()
+        yield from self.launches.hurry()
         settled = self.layout.change and not self.house.closing
         if settled and (change := self.layout.settled(self.house.instances(), now)):
             self.traffic.changed(now)
@@ -313,7 +304,7 @@ class Scheduler:
             return  # the instance was lost after it had sent this
         flying = seat.flying
         if seat.went_on:
-            self.went_on(seat, flying, event.results)
+            self.launches.went_on(seat, flying, event.results)
         self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
         seat.launched_at, seat.went_on = now, True
         if event.last:
@@ -330,24 +321,6 @@ class Scheduler:
                     yield self.release(progress)
             elif not rested(progress, result):
                 yield from self.returned(progress, result, now)
-
-    def went_on(self, seat: Seat, flying: Sequence[Progress], results: Sequence[RowResult]) -> None:
-        """Note what a step was that a batch took after its first: rows go to another block, or come to reuse; one whose
-        block is done may have rested before.
-        """
-        masks, seconds, refreshing = 0, [], False
-        for place, (progress, result) in enumerate(zip(flying, results, strict=True)):
-            refresh = False
-            if progress.state is State.STEPPING and not rested(progress, result):
-                work = progress.next_work()
-                progress.goes_on(work)
-                seat.spans[place] = progress.span(work)
-                masks += progress.masks
-                refresh = work.refresh
-                refreshing |= refresh
-            seconds.append(self.beliefs.step_seconds(progress, refresh, seat.degree))
-        seat.features, seat.refreshing = batch_features(seat.spans, masks), refreshing
-        seat.shares = shares(self.beliefs.pace(seat.degree).fixed, seconds)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
@@ -472,18 +445,22 @@ class Scheduler:
                     return
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
-        candidates = self.compose(self.candidates(seat, verdicts, now), self.max_tokens, self.cap)
+        candidates = self.launches.fitting(self.candidates(seat, verdicts, now))
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
-        chosen = [seat.residents[candidate.key] for candidate in candidates]
-        for progress in chosen:
+        for candidate in candidates:
+            progress = seat.residents[candidate.key]
             verdict = verdicts.get(progress.request.row)
             if verdict or progress.level or progress.told != progress.thresholds[0]:
                 self.settle(progress, verdict)
                 if progress.told != (threshold := progress.threshold):
                     progress.told = threshold
                     yield Adjust(progress.request.row, threshold)
-        yield Launch(self.started(seat, candidates, chosen, pace.fixed, now))
+        batch = self.launches.begin(seat, candidates, now)
+        self.overdue_at = min(self.overdue_at, seat.overdue_at)
+        if self.layout.stopped:
+            self.layout.resumed(seat.instance.ranks, now)
+        yield Launch(batch)
 
     def verdicts(self, seat: Seat, wishes: Sequence[Wish]) -> dict[int, Verdict]:
         """By row, of those with a promise."""
@@ -496,88 +473,12 @@ class Scheduler:
         for progress in quarantined(self.served(seat, now)):
             ready = progress.ready  # most of many rows are not in the step, and are as they were: no call for those
             if ready is None or ready.degree != degree:
-                ready = self.ready(progress, degree)
+                ready = self.launches.ready(progress, degree)
             candidate = ready.candidate
             if verdicts and (verdict := verdicts.get(candidate.key)):
                 candidate = Candidate(candidate.key, candidate.tokens, candidate.seconds, verdict.slack)
             found.append(candidate)
         return found
-
-    def started(
-        self, seat: Seat, candidates: Sequence[Candidate], chosen: list[Progress], fixed: float, now: float
-    ) -> Batch:
-        """The step of the chosen rows, noted in their progress and at their seat."""
-        spans, masks, seconds, refreshing = [], 0, [], False
-        for progress, candidate in zip(chosen, candidates, strict=True):
-            work = self.ready(progress, seat.degree).work
-            spans.append(progress.span(work))
-            masks += progress.masks
-            seconds.append(candidate.seconds)
-            refreshing |= work.refresh
-            progress.launched(work, now)
-        seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
-        seat.features = batch_features(spans, masks)
-        self.batches += 1
-        steps, longest, then = self.steps(seat, chosen), seconds, []
-        if steps > 1:
-            longest = [self.beliefs.step_seconds(progress, True, seat.degree) for progress in chosen]
-            ahead = self.ahead(candidates, longest, steps)
-            then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
-        batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
-        seat.flying, seat.batch, seat.spans = chosen, batch, spans
-        seat.went_on, seat.hurried, seat.launched_at = False, False, now
-        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))
-        if seat.overdue_at < self.overdue_at:
-            self.overdue_at = seat.overdue_at
-        if self.layout.stopped:
-            self.layout.resumed(seat.instance.ranks, now)
-        return batch
-
-    def steps(self, seat: Seat, chosen: Sequence[Progress]) -> int:
-        """How often the batch is stepped at most: until a row changes how, and once if anybody waits."""
-        if self.repeats == 1 or seat.degree > 1 or self.calls(seat, chosen):
-            return 1
-        return min(progress.steady(self.repeats) for progress in chosen)
-
-    def ahead(self, candidates: Sequence[Candidate], refreshes: Sequence[float], steps: int) -> int:
-        """Blocks that a row may begin in a launch after its present one: none where deadlines would not bear it that
-        all rows refresh as often. `refreshes`: seconds of one, by row.
-        """
-        rows = len(candidates)
-        if rows > MOST_AHEAD:
-            return 0
-        blocks = min(steps - 1, max(1, AHEAD // rows))
-        worst = [
-            Candidate(candidate.key, 0, blocks * seconds, candidate.slack)
-            for candidate, seconds in zip(candidates, refreshes, strict=True)
-        ]
-        worst.sort(key=lambda one: math.inf if one.slack is None else one.slack)
-        return blocks if len(self.compose(worst, self.max_tokens, self.cap)) == rows else 0
-
-    def calls(self, seat: Seat, chosen: Sequence[Progress]) -> bool:
-        """Whether somebody waits for the instance while it works for the chosen."""
-        house = self.house
-        return bool(house.queue or house.waiting or house.moving or len(chosen) < len(seat.residents))
-
-    def hurry(self) -> Iterator[Command]:
-        """Let batches of several steps end soon: somebody waits, a row in them has left, or the instance is to go."""
-        for seats in (self.house.seats, self.house.closing):
-            for seat in seats.values():
-                if seat.flying is None or seat.batch is None or seat.batch.steps == 1 or seat.hurried:
-                    continue
-                left = any(progress.state is State.LEAVING for progress in seat.flying)
-                if left or seats is self.house.closing or self.calls(seat, seat.flying):
-                    seat.hurried = True
-                    yield Hurry(seat.batch)
-
-    def ready(self, progress: Progress, degree: int) -> Ready:
-        """Kept until the row has stepped."""
-        ready = progress.ready
-        if ready is None or ready.degree != degree:
-            work = progress.next_work()
-            seconds = self.beliefs.step_seconds(progress, work.refresh, degree)
-            ready = progress.ready = Ready(degree, work, Candidate(progress.request.row, work.length, seconds))
-        return ready
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
         """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
@@ -598,17 +499,6 @@ class Scheduler:
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)
-
-
-def rested(progress: Progress, result: RowResult) -> bool:
-    """Whether the row took no part in a step that had begun when its block was done."""
-    return not result.masks_left and result.prefix == progress.block_start
-
-
-def shares(fixed: float, seconds: Sequence[float]) -> list[float]:
-    """Of a step's time, by row: what each adds, and an even part of what every step takes."""
-    total, even = fixed + sum(seconds), fixed / len(seconds)
-    return [(even + one) / total for one in seconds]
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:

@@ -241,7 +241,7 @@ async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
     requests = some_requests(40, seed=12)
     async with Engine(Config.of(model=str(random_model), devices="cpu", steps_per_launch=most)) as engine:
         alone = [await engine.generate(*wish) for wish in wishes(requests[:10])]
-        batches = engine.scheduler.batches
+        batches = engine.scheduler.launches.batches
         together = await asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
     expect(Llada(random_model), requests[:10], alone)
     expect(Llada(random_model), requests, together)

@@ -712,7 +712,7 @@ class World:
         self.begun.discard(instance)
         last = last or over or not follow(courses, results)
         tokens = sum(course[0].length for course in courses if course)
-        last = last or (tokens > self.machine.max_tokens and len(courses) > 1)
+        last = last or (tokens > self.machine.launches.max_tokens and len(courses) > 1)
         seat = self.machine.house.seats.get(instance) or self.machine.house.closing[instance]
         there = [progress.state is not State.LEAVING for progress in seat.flying]
         if last:

@@ -1,0 +1,135 @@
+"""Batches of one step or of several: what an instance is told, what it went on to do, and when it had better end."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from dilaserve.beliefs import Beliefs, batch_features
+from dilaserve.config import Config
+from dilaserve.house import House
+from dilaserve.policy.composition import COMPOSITIONS, Candidate
+from dilaserve.progress import Progress, Ready, Seat, State
+from dilaserve.terms import Batch, Hurry, RowResult
+
+OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
+AHEAD = 8  # blocks that the rows of a launch may begin in it after their first, all together, but at least one each
+MOST_AHEAD = 32  # rows; among more there is always one whose answer ends
+
+
+class Launches:
+    """The batches of all instances. `repeats`: steps that one may have."""
+
+    def __init__(self, config: Config, house: House, beliefs: Beliefs, repeats: int) -> None:
+        policy = config.scheduler
+        self.house, self.beliefs, self.repeats = house, beliefs, repeats
+        self.patience = policy.step_timeout
+        self.compose = COMPOSITIONS[policy.scheduling]
+        self.cap = policy.batch_cap or house.max_rows
+        self.max_tokens = config.device.max_num_batched_tokens
+        self.batches = 0
+
+    def ready(self, progress: Progress, degree: int) -> Ready:
+        """Kept until the row has stepped."""
+        ready = progress.ready
+        if ready is None or ready.degree != degree:
+            work = progress.next_work()
+            seconds = self.beliefs.step_seconds(progress, work.refresh, degree)
+            ready = progress.ready = Ready(degree, work, Candidate(progress.request.row, work.length, seconds))
+        return ready
+
+    def fitting(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Who of them is in one step; they stand in the order of service."""
+        return self.compose(candidates, self.max_tokens, self.cap)
+
+    def begin(self, seat: Seat, candidates: Sequence[Candidate], now: float) -> Batch:
+        """The next batch of the instance, of these rows, noted in their progress and at their seat."""
+        chosen = [seat.residents[candidate.key] for candidate in candidates]
+        fixed = self.beliefs.pace(seat.degree).fixed
+        spans, masks, seconds, refreshing = [], 0, [], False
+        for progress, candidate in zip(chosen, candidates, strict=True):
+            work = self.ready(progress, seat.degree).work
+            spans.append(progress.span(work))
+            masks += progress.masks
+            seconds.append(candidate.seconds)
+            refreshing |= work.refresh
+            progress.launched(work, now)
+        seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
+        seat.features = batch_features(spans, masks)
+        self.batches += 1
+        steps, longest, then = self.steps(seat, chosen), seconds, []
+        if steps > 1:
+            longest = [self.beliefs.step_seconds(progress, True, seat.degree) for progress in chosen]
+            ahead = self.ahead(candidates, longest, steps)
+            then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
+        batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
+        seat.flying, seat.batch, seat.spans = chosen, batch, spans
+        seat.went_on, seat.hurried, seat.launched_at = False, False, now
+        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))
+        return batch
+
+    def steps(self, seat: Seat, chosen: Sequence[Progress]) -> int:
+        """How often the batch is stepped at most: until a row changes how, and once if anybody waits."""
+        if self.repeats == 1 or seat.degree > 1 or self.calls(seat, chosen):
+            return 1
+        return min(progress.steady(self.repeats) for progress in chosen)
+
+    def ahead(self, candidates: Sequence[Candidate], refreshes: Sequence[float], steps: int) -> int:
+        """Blocks that a row may begin in a launch after its present one: none where deadlines would not bear it that
+        all rows refresh as often. `refreshes`: seconds of one, by row.
+        """
+        rows = len(candidates)
+        if rows > MOST_AHEAD:
+            return 0
+        blocks = min(steps - 1, max(1, AHEAD // rows))
+        worst = [
+            Candidate(candidate.key, 0, blocks * seconds, candidate.slack)
+            for candidate, seconds in zip(candidates, refreshes, strict=True)
+        ]
+        worst.sort(key=lambda one: math.inf if one.slack is None else one.slack)
+        return blocks if len(self.fitting(worst)) == rows else 0
+
+    def calls(self, seat: Seat, chosen: Sequence[Progress]) -> bool:
+        """Whether somebody waits for the instance while it works for the chosen."""
+        house = self.house
+        return bool(house.queue or house.waiting or house.moving or len(chosen) < len(seat.residents))
+
+    def hurry(self) -> Iterator[Hurry]:
+        """Let batches of several steps end soon: somebody waits, a row in them has left, or the instance is to go."""
+        if self.repeats == 1:
+            return
+        for seats in (self.house.seats, self.house.closing):
+            for seat in seats.values():
+                if seat.flying is None or seat.batch is None or seat.batch.steps == 1 or seat.hurried:
+                    continue
+                left = any(progress.state is State.LEAVING for progress in seat.flying)
+                if left or seats is self.house.closing or self.calls(seat, seat.flying):
+                    seat.hurried = True
+                    yield Hurry(seat.batch)
+
+    def went_on(self, seat: Seat, flying: Sequence[Progress], results: Sequence[RowResult]) -> None:
+        """Note what a step was that a batch took after its first: rows go to another block, or come to reuse; one whose
+        block is done may have rested before.
+        """
+        masks, seconds, refreshing = 0, [], False
+        for place, (progress, result) in enumerate(zip(flying, results, strict=True)):
+            refresh = False
+            if progress.state is State.STEPPING and not rested(progress, result):
+                work = progress.next_work()
+                progress.goes_on(work)
+                seat.spans[place] = progress.span(work)
+                masks += progress.masks
+                refresh = work.refresh
+                refreshing |= refresh
+            seconds.append(self.beliefs.step_seconds(progress, refresh, seat.degree))
+        seat.features, seat.refreshing = batch_features(seat.spans, masks), refreshing
+        seat.shares = shares(self.beliefs.pace(seat.degree).fixed, seconds)
+
+
+def rested(progress: Progress, result: RowResult) -> bool:
+    """Whether the row took no part in a step that had begun when its block was done."""
+    return not result.masks_left and result.prefix == progress.block_start
+
+
+def shares(fixed: float, seconds: Sequence[float]) -> list[float]:
+    """Of a step's time, by row: what each adds, and an even part of what every step takes."""
+    total, even = fixed + sum(seconds), fixed / len(seconds)
+    return [(even + one) / total for one in seconds]
