@@ -23,10 +23,12 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 def pin(buffer: torch.Tensor, device: torch.device) -> None:
-    """Register the request table with CUDA, so that copies from it need no staging; goes on unpinned where it fails."""
+    """Register the request table with CUDA, so that its pages stay and a device can read them; goes on where
+    that fails, as steps gather what they need of it in pinned memory of their own.
+    """
     code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # type: ignore[no-untyped-call]
     if int(code) != 0:
-        log.warning("the request table could not be pinned (CUDA error %s); copies will be slower", int(code))
+        log.warning("the request table could not be pinned (CUDA error %s); steps do without", int(code))
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)  # CUDA tells of the error once more, with the next kernel, whosoever it is
 
