@@ -29,6 +29,7 @@ from dilaserve.worker import loop, rehearsal
 from dilaserve.worker.batch import active_blocks, columns_of
 from dilaserve.worker.ends import DEPTH
 from dilaserve.worker.memory import Claim, available, pin
+from dilaserve.worker.reuse import GRAPHS, ReuseSteps
 from dilaserve.worker.staging import Staging
 
 GPU = torch.device("cuda:0")
@@ -292,6 +293,15 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
             list(house.runner.steps(reuse, 4))
     assert len(house.reuse.graphs) == 9
     assert machine.peak[0] > machine.memory - left / 2  # and the room was no waste
+
+
+def test_no_kernel_is_left_to_be_compiled_while_somebody_waits(random_model, machine, monkeypatch):
+    """Those of few rows are others than those of many; all are run at the start."""
+    spec, family, weights = weights_on(GPU, random_model, torch.bfloat16)
+    seen, run = [], ReuseSteps.rehearse
+    monkeypatch.setattr(ReuseSteps, "rehearse", lambda steps, rows: (seen.append(rows), run(steps, rows)))
+    rehearsal.rehearsed(spec, family.Model(spec, weights), 128, 20)
+    assert set(seen) == {20, *GRAPHS}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,6 +1,8 @@
-"""The largest step, run once before the K/V pool is laid out, so that memory is known and the first full batch fits."""
+"""Steps that are run once before the K/V pool is laid out: the largest, so that memory is known and the first full
+batch fits, and one of each count of rows that has a graph, so that its kernels are compiled.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -34,9 +36,14 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     if alone and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
         steps = ReuseSteps(spec, model, pool, rows, eager=True)
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
-        captured = min(GRAPHS[-1], steps.buckets[-1])
-        graphs = 2 * peak(device, lambda: steps.rehearse(captured))  # a pool that all share, and its holes
+        captured = [count for count in steps.buckets if count <= GRAPHS[-1]]
+        graphs = 2 * peak(device, lambda: each(steps.rehearse, captured))  # a pool that all share, and its holes
     return max(refresh, reuse) + graphs + SLACK
+
+
+def each(run: Callable[[int], None], counts: Iterable[int]) -> None:
+    for count in counts:
+        run(count)
 
 
 def peak(device: torch.device, run: Callable[[], None]) -> int:
