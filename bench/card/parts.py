@@ -45,6 +45,9 @@ def kernels_of(bench: Bench, rig: Rig, rows: int) -> Iterator[str]:
     field = "self_device_time_total" if on_device else "self_cpu_time_total"
     found = sorted(((getattr(one, field), one) for one in seen.key_averages()), key=lambda pair: -pair[0])
     total = sum(time for time, _ in found) / STEPS
+    if not total:
+        yield f"A step of {rows} rows takes {1e3 * spent:.2f} ms; the profiler saw no kernels here."
+        return
     yield f"A step of {rows} rows takes {1e3 * spent:.2f} ms, {total / 1e3:.2f} ms of them in kernels."
     yield ""
     yield "| kernel | launches | µs | % |"
