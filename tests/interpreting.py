@@ -1,5 +1,5 @@
 """Triton's interpreter, made to compute bfloat16 as a GPU does: it would cut off what is to be rounded, and multiply
-matrices of its bits.
+matrices of its bits. That of Triton 3.6 also counts loops with NumPy 2.5, which it came before.
 """
 
 import contextlib
@@ -11,9 +11,10 @@ import torch
 @contextlib.contextmanager
 def mended():
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    cast, dot, patch = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def rounded(builder, source, target):
         if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
@@ -27,7 +28,12 @@ def mended():
     def multiplied(builder, a, b, *others):
         return dot(builder, widened(builder, a), widened(builder, b), *others)
 
+    def counting(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang_tensor", counting))
         for name, value in dict(cast_impl=rounded, create_dot=multiplied).items():
             stack.enter_context(mock.patch.object(InterpreterBuilder, name, value))
         yield
