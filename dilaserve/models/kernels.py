@@ -189,7 +189,7 @@ def attend_row(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One head of one row over one part of its keys; `shared` heads have one head of K and V. Powers are of two."""
+    """One head of one row over one part of its keys; `shared` heads have one head of K and V. Powers of two."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column, dim = tl.arange(0, BLOCK), tl.arange(0, WIDE)
     token = row * QUERIES + tl.arange(0, QUERIES)
