@@ -42,7 +42,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 def dtypes_of(kernel):
     types = KERNELS[kernel][0].split()
-    return DTYPES if "*" in types else DTYPES[:2] if "*16" in types else DTYPES[:1]
+    return DTYPES if "*" in types else DTYPES[:1]
 
 
 def compiled(kernel, dtype, capability):

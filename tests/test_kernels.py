@@ -118,11 +118,11 @@ def test_gates_agree(groups, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("heads", "shared", "dim"), [(2, 1, 16), (4, 2, 24), (2, 2, 160)])
 def test_even_runs_attend_alike(heads, shared, dim, splits, dtype):
     """Also runs that begin anywhere, end within a tile, and have fewer keys than there are parts."""
-    used, starts, queries = [1, 64, 200, 33, 129], [7, 0, 300, 480, 97], 16
+    used, starts, queries = [1, 200, 33], [7, 300, 480], 16
     q = random(len(used) * queries, heads, dim, dtype=dtype)
     keys, values = (random(520, heads // shared, dim, dtype=dtype, seed=seed) for seed in (1, 2))
     offsets = torch.arange(len(used) + 1, dtype=torch.int32) * queries
@@ -230,4 +230,4 @@ def test_kernels_compile_for_gpus_and_keep_to_their_registers(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("compiled.py")), "80", "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=known, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" 0 bytes spilt") == len(done.stdout.splitlines()) == 2 * (4 * 3 + 3 * 2 + 2)
+    assert done.stdout.count(" 0 bytes spilt") == len(done.stdout.splitlines()) == 2 * (4 * 3 + 5)
