@@ -32,8 +32,6 @@ def mended():
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(interpreter, "_patch_lang_tensor", counting))
-        for name, value in dict(cast_impl=rounded, create_dot=multiplied).items():
-            stack.enter_context(mock.patch.object(InterpreterBuilder, name, value))
+    arithmetic = mock.patch.multiple(InterpreterBuilder, cast_impl=rounded, create_dot=multiplied)
+    with arithmetic, mock.patch.object(interpreter, "_patch_lang_tensor", counting):
         yield

@@ -5,6 +5,7 @@ Each way runs through all layers, whose weights and K/V no cache of a card holds
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from card.rig import BLOCK, Bench, Rig
-from card.steps import blocks_of, drain, onward
+from card.steps import alone, drain, onward
 from dilaserve.models import layers
 from dilaserve.pages import PAGE
-from dilaserve.worker.batch import columns_of
 
 SHOWN = 14  # kernels of a step, the longest first
 STEPS = 8  # that are profiled
@@ -33,9 +33,7 @@ def parts(bench: Bench) -> Iterator[str]:
 def kernels_of(bench: Bench, rig: Rig, rows: int) -> Iterator[str]:
     """What a step launches, as the device's own profiler saw it; on a CPU, operations."""
     spans = rig.laid_out([min(512, rig.canvas)] * rows, refresh=False)
-    with torch.inference_mode():
-        rig.reuse.load(columns_of(spans), blocks_of(spans), rig.table)
-    spent = bench.seconds(lambda: onward(rig.reuse))
+    spent = alone(bench, rig, rig.reuse, spans)
     on_device = ProfilerActivity.CUDA in supported_activities()
     with profile(activities=[ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]) as seen:
         for _ in range(STEPS):
@@ -66,7 +64,7 @@ def attentions(bench: Bench, rig: Rig) -> Iterator[str]:
     if rig.model.kit.attend_even:
         from dilaserve.models.kernels import attend_even
 
-        ways |= {f"{splits} parts": with_splits(attend_even, splits) for splits in SPLITS}
+        ways |= {f"{splits} parts": partial(attend_even, splits=splits) for splits in SPLITS}
     yield f"| rows x keys | floor, µs | {' | '.join(f'{way}, µs' for way in ways)} |"
     yield "|" + "---|" * (2 + len(ways))
     for rows, keys in ((1, 512), (1, 2048), (2, 512), (4, 512), (8, 512), (16, 256)):
@@ -89,10 +87,6 @@ def attentions(bench: Bench, rig: Rig) -> Iterator[str]:
     yield ""
 
 
-def with_splits(attend: Callable[..., torch.Tensor], splits: int) -> Callable[..., torch.Tensor]:
-    return lambda q, keys, values, runs: attend(q, keys, values, runs, splits)
-
-
 def products(bench: Bench, rig: Rig) -> Iterator[str]:
     """Of few tokens and each weight of a layer: how much of a copy's bandwidth the reading of the weight reaches."""
     ways: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"library": F.linear}
@@ -102,10 +96,7 @@ def products(bench: Bench, rig: Rig) -> Iterator[str]:
     if layers.has_kernels(bench.device):
         from card.skinny import FORMS, product
 
-        def by(form: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-            return lambda x, weight: product(x, weight, form)
-
-        ways |= {"{}x{}/{} w{} s{}".format(*form): by(form) for form in FORMS}
+        ways |= {"{}x{}/{} w{} s{}".format(*form): partial(product, form=form) for form in FORMS}
     yield "Share of a copy's bandwidth, %, by rows of the weight x depth / parts, warps and stages of a kernel:"
     yield ""
     yield f"| weight | tokens | {' | '.join(ways)} | worst difference |"
