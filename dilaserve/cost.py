@@ -21,6 +21,7 @@ FOLDS = 5
 KEPT = 4  # steps as which the first law always counts, for kinds that are never seen
 RELEARN = 200  # steps between two fits while serving
 FIRST_FITS = (16, 32, 64, 128)  # steps after which a guess is fitted anew; the last makes it knowledge
+SLOWER = 1.25  # times as long as by the law from which on the device counts as another, of which old steps tell less
 QUANTILE_RATE = 0.02
 LEAST = 1e-6  # seconds that any step takes, so that what was fitted never says of one that it takes none
 ALIKE = 0.05  # relative difference of laws that makes no difference
@@ -227,6 +228,9 @@ class Learner:
         rows = weighed(self.news, self.law.knots)
         weights = FORGET ** np.arange(len(rows) - 1, -1, -1)
         faded = FORGET ** len(rows)
+        slower = math.exp(sum(self.corrections.values()) / 2)
+        if slower > SLOWER:  # what was seen before would outweigh all, as residuals are relative and it was shorter
+            self.gram, self.moment = self.gram / slower**2, self.moment / slower
         self.gram = faded * self.gram + (rows * weights[:, None]).T @ rows
         self.moment = faded * self.moment + weights @ rows
         self.news = array("d")

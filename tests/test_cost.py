@@ -73,6 +73,16 @@ def test_a_device_that_turns_slower_is_followed():
     assert learner.tail < 0.2
 
 
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_a_device_that_turns_into_another_is_soon_followed(factor):
+    """In both directions: of relative residuals those of the shorter steps outweigh the others."""
+    learner = Learner(TRUE)
+    for point, seconds in samples(1200, TRUE.scaled(factor), seed=11):
+        learner.observe(point, point.tokens > 600, seconds)
+    for point, seconds in samples(100, TRUE.scaled(factor), noise=0.0, seed=12):
+        assert learner.seconds(point, point.tokens > 600) == pytest.approx(seconds, rel=0.2)
+
+
 def test_without_surprises_nothing_is_unlearned():
     learner = Learner(TRUE)
     for point, seconds in samples(600, noise=0.0):
