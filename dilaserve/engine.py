@@ -444,11 +444,9 @@ class Engine:
                 stream = self.streams.pop(request.id)
                 self.deliver(stream)
                 stream.finish(reason, usage)
-            case Fail(request, reason):
+            case Fail(request, reason, told):
                 log.error("request %s failed: %s", request.id, reason)
-                self.streams.pop(request.id).fail(
-                    RequestFailed("the request failed twice on our side; it was given up")
-                )
+                self.streams.pop(request.id).fail(RequestFailed(told))
             case Decline(request, usage, retry, vain):
                 self.streams.pop(request.id).fail(missed(usage, retry, vain))
             case Release(row):

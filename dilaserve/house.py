@@ -27,7 +27,7 @@ class House:
         self.max_rows = config.device.max_num_seqs
         self.max_promised = config.scheduler.guaranteed_rows
         self.age = config.scheduler.best_effort_age
-        self.waiting: list[Progress] = []  # best effort, in order of arrival (lost rows first)
+        self.waiting: list[Progress] = []  # best effort, in order of arrival
         self.queue: list[Progress] = []  # promised rows without a seat, in order of service
         self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
         self.seats: dict[int, Seat] = {}
@@ -47,32 +47,39 @@ class House:
 
     def place(self, now: float, everywhere: bool) -> None:
         """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
+        first = self.place_aged(now)
         if self.promises.admits:
-            self.place_aged(now)
             self.place_promised(now, everywhere)
             self.place_rest(self.waiting)
         else:
-            merged = sorted(self.queue + self.waiting, key=lambda row: (row.late, self.promises.rank(row)))
+            rank = self.promises.rank
+            merged = sorted(self.queue + self.waiting, key=lambda row: (row is not first, row.late, rank(row)))
             self.place_rest(merged)
             if len(merged) < len(self.queue) + len(self.waiting):
                 left = {id(progress) for progress in merged}
                 self.queue = [progress for progress in self.queue if id(progress) in left]
                 self.waiting = [progress for progress in self.waiting if id(progress) in left]
 
-    def place_aged(self, now: float) -> None:
-        """Whoever has waited for too long goes before promises, one at a time in the house, so that none starves."""
+    def place_aged(self, now: float) -> Progress | None:
+        """Whoever has waited for too long goes before promises, one at a time in the house, so that none starves.
+
+        Returns who found no room yet.
+        """
         self.kept = None
         if not self.waiting or not self.aged(self.waiting[0], now):
-            return
+            return None
         seats = list(self.seats.values())
         if any(self.aged(row, now) for seat in seats for row in seat.residents.values() if not row.promised):
-            return
-        first = self.waiting[:1]
-        self.place_rest(first)
-        if first:
-            self.kept = min(seats, key=lambda seat: len(seat.residents), default=None)
-        else:
-            del self.waiting[0]
+            return None
+        first = next((row for row in self.waiting if self.ever_fits(row)), None)
+        if first is None or not self.aged(first, now):
+            return None
+        if seat := self.seat_for(first):
+            self.waiting.remove(first)
+            self.seat(first, seat)
+            return None
+        self.kept = min(seats, key=lambda seat: len(seat.residents))
+        return first
 
     def aged(self, progress: Progress, now: float) -> bool:
         return now - progress.request.arrived_at > self.age
@@ -108,7 +115,7 @@ class House:
         if progress.promised:
             insort(self.queue, progress, key=self.promises.rank)
         else:
-            self.waiting.append(progress)
+            insort(self.waiting, progress, key=ARRIVAL)
 
     def leave(self, progress: Progress) -> None:
         """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""
@@ -138,15 +145,24 @@ class House:
         return stale and progress.left(now) * FARTHEST > self.beliefs.unloaded(progress)
 
     def place_rest(self, rows: list[Progress]) -> None:
-        """In order, until one finds no room; removes from `rows` who got a seat."""
-        placed = 0
-        for progress in rows:
-            seat = self.seat_for(progress)
-            if seat is None:
+        """In order, until one finds no room; removes from `rows` who got a seat.
+
+        Who is too large for all instances, as workers came back with less memory, holds nobody up.
+        """
+        seen, large = 0, []
+        for progress in rows if self.seats else ():
+            if seat := self.seat_for(progress):
+                self.seat(progress, seat)
+            elif self.ever_fits(progress):
                 break
-            self.seat(progress, seat)
-            placed += 1
-        del rows[:placed]
+            else:
+                large.append(progress)
+            seen += 1
+        rows[:seen] = large
+
+    def ever_fits(self, progress: Progress) -> bool:
+        """Whether an instance holds the canvas when nobody else is there."""
+        return any(seat.pages.ever_fits(progress.request.canvas_tokens) for seat in self.seats.values())
 
     def seat_for(self, progress: Progress) -> Seat | None:
         """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
@@ -233,21 +249,19 @@ class House:
         progress.seat, progress.fresh, progress.loads, progress.ready = None, False, None, None
 
     def wait_again(self, rows: list[Progress]) -> None:
-        """Rows that had a seat go back, ahead of the others of their kind."""
+        """Rows that had a seat go back into the order that they were in."""
         for progress in rows:
-            if progress.promised:
-                self.enter(progress)
-        others = [progress for progress in rows if not progress.promised]
-        self.waiting[:0] = sorted(others, key=ARRIVAL)
+            self.enter(progress)
 
     def demote(self, progress: Progress) -> None:
         """The row has lost its promise and goes on without one."""
         if progress.state is State.WAITING:
             self.queue.remove(progress)
-            self.waiting.append(progress)
         elif progress.seat:
             progress.seat.promised.remove(progress)
         progress.promised, progress.late = False, True
+        if progress.state is State.WAITING:
+            self.enter(progress)
 
 
 def tenant(progress: Progress, need: Load, now: float) -> Tenant:

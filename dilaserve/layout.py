@@ -28,6 +28,11 @@ class Layout:
         """The wanted plan, as far as workers are up."""
         return shrunk(self.wanted, self.workers, self.degrees) if self.wanted else Plan(())
 
+    @property
+    def whole(self) -> bool:
+        """Whether all workers of the wanted plan are up."""
+        return self.wanted is None or self.target() == self.wanted
+
     def asked(self, at: float, before: Iterable[Instance], reason: str) -> None:
         """Something calls for another layout; a change that is not done yet goes on as part of this one."""
         self.moot = True

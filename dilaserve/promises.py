@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import SchedulerConfig
@@ -15,6 +16,7 @@ from dilaserve.quality import Rung
 from dilaserve.terms import Request
 
 MAX_TENANTS = 4096  # accuracy banks that are remembered
+LOOKS = 16  # of the oldest, of which the one with the most room is forgotten: it would gain the least
 LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
 CROWD_NEW = 0.3  # weight of the newest crowding in its running mean
 NEW = Bank()
@@ -125,14 +127,21 @@ class Promises:
         self.pending = self.pending + drop - progress.reserved if self.reserved else 0.0
         progress.reserved = drop
 
-    def settle(self, progress: Progress) -> None:
-        """The request has ended with an answer: its tenant's bank pays for it, and that of all."""
-        tenant = progress.request.slo.tenant
-        if self.budget is not None and not progress.request.slo.fixed:
-            self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop)
-            self.all = settled(self.all, progress.drop)
-            if len(self.banks) > MAX_TENANTS:
-                del self.banks[next(iter(self.banks))]  # who has not been here for the longest time
+    def settle(self, progress: Progress, share: float = 1.0) -> None:
+        """The request has ended with an answer: its tenant's bank pays for it, and that of all.
+
+        One that its client left adds room for others by the share that was given: it may have been left at once. One
+        whose threshold is not ours to lower adds none.
+        """
+        request, budget = progress.request, self.budget
+        if budget is None or request.slo.fixed or request.decoding.rule != "threshold":
+            return
+        tenant = request.slo.tenant
+        self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop, share)
+        self.all = settled(self.all, progress.drop, share)
+        if len(self.banks) > MAX_TENANTS:
+            oldest = islice(self.banks, LOOKS)  # who has not been here for the longest time
+            del self.banks[max(oldest, key=lambda name: room(self.banks[name], budget))]
 
     def look(self, missing: float, total: int, crowd: float) -> None:
         """Move the floor of the thresholds by the share of rows expected to miss, and by how many there are."""

@@ -149,6 +149,8 @@ class Scheduler:
         if settled and (change := self.layout.settled(self.house.instances(), now)):
             self.traffic.changed(now)
             yield Reshaped(change)
+            if self.layout.whole:
+                yield from self.fail_large(now)
 
     @property
     def plan(self) -> Plan:
@@ -356,10 +358,12 @@ class Scheduler:
         self.promises.reserve(progress, 0.0)
         if reason in ("stop", "length"):
             self.promises.settle(progress)
+        elif reason == "cancelled" and (given := progress.prefix - progress.request.prompt_tokens) > 0:
+            self.promises.settle(progress, min(1.0, given / progress.request.max_tokens))
         totals = self.totals
         totals.device += progress.device
         if progress.deadline is not None and reason != "cancelled":
-            met = now <= progress.deadline and reason != "late"
+            met = now <= progress.deadline and reason in ("stop", "length")
             totals.met += met
             totals.missed += not met
             totals.wasted += 0.0 if met else progress.device
@@ -373,7 +377,7 @@ class Scheduler:
         return Release(progress.request.row)
 
     def evict(self, seat: Seat, reason: str) -> Iterator[Command]:
-        """The instance is lost: its rows wait again, ahead of the others; they keep all committed tokens.
+        """The instance is lost: its rows wait again, where they were in the order; they keep all committed tokens.
 
         Those in flight are suspected of it: the next step of each is taken alone, and if that is lost too, so are they.
         """
@@ -384,7 +388,8 @@ class Scheduler:
             if state is State.STEPPING and progress.suspect:
                 del self.requests[progress.request.id]
                 self.promises.reserve(progress, 0.0)
-                yield Fail(progress.request, f"in flight at two lost workers in a row, the last: {reason}")
+                told = "the request failed twice on our side; it was given up"
+                yield Fail(progress.request, f"in flight at two lost workers in a row, the last: {reason}", told)
                 yield Release(progress.request.row)
                 continue
             progress.suspect |= state is State.STEPPING
@@ -395,17 +400,30 @@ class Scheduler:
                 back.append(progress)
         self.house.wait_again(back)
 
+    def fail_large(self, now: float) -> Iterator[Command]:
+        """All workers are back, some with less memory than before: rows that fit on no instance end."""
+        for progress in list(self.requests.values()):
+            if progress.seat is None and not self.house.ever_fits(progress):
+                tokens = progress.request.canvas_tokens
+                told = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
+                yield from self.gone(progress, Fail(progress.request, told, f"{told}; lower max_tokens"), now, "failed")
+
     # deadlines
 
     def tick(self, now: float) -> Iterator[Command]:
-        """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds."""
+        """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds.
+
+        That a deadline has passed is no belief, and holds while what steps cost is a guess.
+        """
         self.ticked_at = now
-        if self.promises.shed:
+        if self.promises.sheds:
+            sure = self.promises.shed
             spare = sum(not seat.promised for seat in self.house.seats.values())
             for progress in list(self.house.queue):
-                if self.promises.is_hopeless(progress, now):
+                past = self.promises.is_past(progress, now)
+                if past or (sure and self.promises.is_hopeless(progress, now)):
                     spare -= 1
-                    if spare < 0 or self.promises.is_past(progress, now):
+                    if spare < 0 or past:
                         yield from self.give_up(progress, now)
         if not self.promises.moves_floor:
             return
@@ -436,8 +454,9 @@ class Scheduler:
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
         degree, pace = seat.degree, self.beliefs.pace(seat.degree)
         wishes = [self.promises.wish(progress, now, degree) for progress in seat.promised]
-        if self.promises.shed:
-            needs = [alone(wish.loads[wish.deepest], pace.fixed) for wish in wishes]
+        if self.promises.sheds:
+            sure = self.promises.shed
+            needs = [alone(wish.loads[wish.deepest], pace.fixed) if sure else 0.0 for wish in wishes]
             if lost := beyond_hope([wish.left for wish in wishes], needs):
                 for progress in [seat.promised[place] for place in lost]:
                     yield from self.give_up(progress, now)
@@ -483,14 +502,16 @@ class Scheduler:
     def served(self, seat: Seat, now: float) -> list[Progress]:
         """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
         rows = seat.residents.values()
-        if not self.promises.admits:
-            return sorted(rows, key=lambda row: (row.late, self.promises.rank(row), row.request.arrived_at))
         rest = [row for row in rows if not row.promised]
+        oldest = min(rest, key=ARRIVAL, default=None)
+        if oldest and not self.house.aged(oldest, now):
+            oldest = None
+        if not self.promises.admits:
+            rank = self.promises.rank
+            return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), row.request.arrived_at))
         if not seat.promised:
             return sorted(rest, key=ARRIVAL)
-        if rest and self.house.aged(oldest := min(rest, key=ARRIVAL), now):
-            return [oldest, *seat.promised]
-        return seat.promised
+        return [oldest, *seat.promised] if oldest else seat.promised
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""

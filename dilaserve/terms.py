@@ -317,10 +317,11 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
 
 
 class Fail(msgspec.Struct, frozen=True, gc=False):
-    """The request could not be finished; `reason` is for the log."""
+    """The request could not be finished; `reason` is for the log, `told` for the client."""
 
     request: Request
     reason: str
+    told: str
 
 
 class Decline(msgspec.Struct, frozen=True, gc=False):

@@ -253,6 +253,11 @@ def test_points_go_where_they_save_most(budget, poor, better):
     assert taken[better * poor] >= taken[poor]
 
 
+def test_an_answer_that_is_left_early_pays_in_full_and_adds_room_by_what_was_given():
+    bank = settled(settled(Bank(), 2.0, share=0.25), 0.0)
+    assert bank == Bank(spent=2.0, served=1.25)
+
+
 def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
     assert room(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
     assert room(Bank(), 0.9, pending=50.0) == 0.0

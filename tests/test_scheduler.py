@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
+from dilaserve.policy.budget import Bank
 from dilaserve.profiles import guessed
 from dilaserve.progress import TRANSITIONS, Did, Progress, State
 from dilaserve.scheduler import Scheduler
@@ -278,7 +279,7 @@ def test_a_row_that_has_ended_in_a_batch_that_goes_on_wants_no_time_of_it():
 def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     machine = scheduler(guess=True)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
-    hurried = Slo(seconds=0.001, on_miss="reject")
+    hurried = Slo(seconds=0.045, on_miss="reject")  # too little by the guess, enough for steps of 10 ms
     commands, row, now = feed(machine, Arrival(request(0, slo=hurried))), 0, 0.0
     while machine.beliefs.pace(1).learner.law.guess:
         now += 0.01
@@ -290,7 +291,7 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
         if machine.beliefs.pace(1).learner.law.guess:
             assert not any(isinstance(command, Decline) for command in commands)
     assert row > 50
-    late = feed(machine, Arrival(request(999, at=now, slo=hurried)), now)
+    late = feed(machine, Arrival(request(999, at=now, slo=Slo(seconds=0.001, on_miss="reject"))), now)
     assert isinstance(late[0], Decline)
 
 
@@ -319,6 +320,44 @@ def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
         feed(machine, done(launch.batch, [result(launch.batch.spans[0])]), i)
     assert list(machine.promises.banks) == ["t3", "t4", "t0"]
     assert machine.promises.reserved == {}
+
+
+def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkeypatch):
+    monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
+    promises = scheduler().promises
+    promises.banks["greedy"] = Bank(spent=40.0, served=2)
+    for i in range(9):
+        promises.settle(promises.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
+    assert list(promises.banks) == ["greedy", "t7", "t8"]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "slo", "counts"),
+    [
+        ({}, Slo(), 1),
+        ({}, Slo(fixed=True), 0),
+        ({"rule": "steps", "num_denoising_steps": 4}, Slo(), 0),
+        ({"rule": "factor"}, Slo(), 0),
+    ],
+)
+def test_only_answers_whose_threshold_may_be_lowered_add_room_for_lower_ones(decoding, slo, counts):
+    promises = scheduler().promises
+    promises.settle(promises.arrived(request(0, slo=slo, **decoding)))
+    assert promises.all.served == counts
+
+
+def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for row, prefix in enumerate((10, 26)):
+        (launch,) = feed(machine, Arrival(request(row)))
+        feed(machine, done(launch.batch, [result(launch.batch.spans[0], 20, prefix)]))
+        machine.requests[f"r{row}"].deepest = 1
+        feed(machine, Cancel(f"r{row}", "cancelled"))
+        (flying,) = machine.house.seats[0].residents.values()
+        feed(machine, done(machine.house.seats[0].batch, [result(span) for span in machine.house.seats[0].batch.spans]))
+        assert flying.state is State.GONE
+    assert machine.promises.all.served == 16 / 64
 
 
 def test_a_newcomer_alone_runs_at_its_own_threshold():
@@ -554,6 +593,61 @@ def test_the_steps_rule_hands_out_its_quotas():
         prefix = span.block_end - left
         commands = feed(machine, done(commands[-1].batch, [result(span, left, prefix, unmasked=span.quota)]))
     assert taken == [(10, 11), (10, 11), (10, 10), (42, 16), (42, 16)]
+
+
+def test_a_row_that_has_lost_its_promise_waits_where_it_came():
+    machine = scheduler(max_num_seqs=1)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    feed(machine, Arrival(request(0, slo=Slo(seconds=1000.0))))
+    feed(machine, Arrival(request(1, at=1.0, slo=Slo(seconds=5.0))), 1.0)
+    feed(machine, Arrival(request(2, at=2.0)), 2.0)
+    list(machine.decide(7.0))
+    assert [progress.request.row for progress in machine.house.waiting] == [1, 2]
+
+
+@pytest.mark.parametrize("scheduling", ["edf", "least-slack", "composed"])
+def test_who_has_waited_for_too_long_gets_the_next_room_and_the_next_step(scheduling):
+    """Also while what steps cost is a guess, and nobody is tested."""
+    machine = scheduler(guess=True, scheduling=scheduling, max_num_seqs=1, best_effort_age=5.0)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0, answer=32, slo=Slo(seconds=100.0))))
+    feed(machine, Arrival(request(1)))
+    for row, now in ((2, 1.0), (3, 6.0)):
+        feed(machine, Arrival(request(row, answer=32, at=now, slo=Slo(seconds=100.0))), now)
+        *_, launch = feed(machine, done(launch.batch, [result(span) for span in launch.batch.spans]), now)
+        assert [span.row for span in launch.batch.spans] == [2 if now < 5.0 else 1]
+
+
+def test_a_deadline_that_has_passed_is_no_guess():
+    machine = scheduler(guess=True, max_num_seqs=1)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for row in range(2):
+        feed(machine, Arrival(request(row, slo=Slo(seconds=0.3, on_miss="cancel_when_late"))))
+    (declined, _) = machine.decide(0.31)
+    assert (declined.request.row, declined.retry_after is None) == (1, False)
+    batch = machine.house.seats[0].batch
+    (declined, _) = feed(machine, done(batch, [result(span, 9, 20) for span in batch.spans]), 0.32)[1:]
+    assert (declined.request.row, declined.retry_after is None) == (0, True)
+
+
+def test_a_row_that_fits_nowhere_any_more_holds_nobody_up_and_ends_when_all_workers_are_back():
+    machine = scheduler(plan=Plan(((0,), (1,))), best_effort_age=5.0)
+    up(machine, range(2))
+    feed(machine, Arrival(request(0, answer=2048)))
+    for seat in sorted(machine.house.seats.values(), key=lambda seat: len(seat.residents)):
+        (rank,) = seat.instance.ranks
+        list(machine.observe(WorkerLost(rank, "killed"), 1.0))
+        feed(machine, InstanceLost(seat.instance.id, "killed"), 1.0)
+    formed(machine, feed(machine, WorkerUp(0, 1024), 2.0), 2.0)
+    (launch,) = feed(machine, Arrival(request(1, at=3.0)), 3.0)
+    assert [span.row for span in launch.batch.spans] == [1]
+    (launch,) = feed(machine, done(launch.batch, [result(span, 9, 20) for span in launch.batch.spans]), 9.0)[1:]
+    assert "r0" in machine.requests  # the other may come back with what it had
+    commands = formed(machine, feed(machine, WorkerUp(1, 512), 10.0), 10.0)
+    (fail,) = [command for command in commands if isinstance(command, Fail)]
+    assert fail.request.row == 0
+    assert "lower max_tokens" in fail.told
+    assert Release(0) in commands
 
 
 def test_requests_wait_in_order_for_rows_and_for_room_in_the_pool():

@@ -9,10 +9,10 @@ CREDIT = 50  # requests' worth of drop that a new tenant may spend in advance
 
 
 class Bank(NamedTuple):
-    """Percentage points spent so far, and requests served."""
+    """Percentage points spent so far, and requests served; one that was left at its half counts as half a request."""
 
     spent: float = 0.0
-    served: int = 0
+    served: float = 0.0
 
 
 def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
@@ -38,6 +38,6 @@ def price(left: float, budget: float) -> float:
     return dear if dear > 0.0 else 0.0
 
 
-def settled(bank: Bank, drop: float) -> Bank:
-    """The bank after a request that ended with this drop."""
-    return Bank(bank.spent + drop, bank.served + 1)
+def settled(bank: Bank, drop: float, share: float = 1.0) -> Bank:
+    """The bank after a request that ended with this drop, when a share of its answer had been given."""
+    return Bank(bank.spent + drop, bank.served + share)
