@@ -151,6 +151,6 @@ def replayed(bench: Bench, run: Callable[[], None]) -> float:
     torch.cuda.current_stream(bench.device).wait_stream(side)
     bench.wait()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the profiler has threads of its own
         run()
     return bench.seconds(graph.replay, 5)

@@ -1,6 +1,7 @@
 """What all sections share: the machine, the clock, the checkpoint, and one worker's parts in this process."""
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -73,6 +74,7 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.ends_at = time.monotonic() + 60 * args.minutes
+        self.patience = 60.0 * args.minutes  # seconds that engines of a section may take
         self.quotas = even(BLOCK, args.steps)
         self.bandwidth = self.rate = math.nan
         self.goals: list[Goal] = []
@@ -114,7 +116,8 @@ class Bench:
         self.resident = None
         gc.collect()
         if self.cuda:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # what broke a kernel is told by every call from then on
+                torch.cuda.empty_cache()
 
     def config(self, **settings: Any) -> Config:
         known = dict(

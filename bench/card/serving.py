@@ -4,9 +4,9 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,8 @@ from dilaserve import Engine, Options, profiles
 from dilaserve.calibrate import step_costs
 from dilaserve.cost import Sample, fit
 from dilaserve.sim.roofline import llada_8b_h200
+
+T = TypeVar("T")
 
 
 def throughput(bench: Bench) -> Iterator[str]:
@@ -37,7 +39,12 @@ def throughput(bench: Bench) -> Iterator[str]:
     yield f"- published dual-cache loop, batch 1: {base:.1f} tokens/s, {passes} passes of {answer} tokens"
     del model
     bench.free()
-    yield from asyncio.run(served(bench, base, wanted))
+    yield from bounded(bench, served(bench, base, wanted))
+
+
+def bounded(bench: Bench, work: Coroutine[Any, Any, T]) -> T:
+    """Run it, and end it where it hangs, so that the other sections have their time."""
+    return asyncio.run(asyncio.wait_for(work, bench.patience))
 
 
 async def served(bench: Bench, base: float, wanted: int) -> list[str]:
@@ -99,7 +106,7 @@ def law(bench: Bench) -> Iterator[str]:
     config = bench.config(max_num_seqs=64)
     told = lambda what, done, total: None  # noqa: E731
     limit = min(1024, bench.shape.length)
-    found: dict[int, list[Sample]] = asyncio.run(step_costs(config, limit, told))
+    found: dict[int, list[Sample]] = bounded(bench, step_costs(config, limit, told))
     fitted = {degree: fit(samples) for degree, samples in found.items()}
     known = llada_8b_h200()
     costs = {**known.costs, **{profiles.cost_key(str(bench.device), degree): one for degree, one in fitted.items()}}
@@ -128,13 +135,13 @@ def pair(bench: Bench) -> Iterator[str]:
         settings = dict(
             model=str(small), dtype="float32", max_model_len=shape.length, kv_cache_tokens=16 * shape.length
         )
-        lines, right = asyncio.run(replanned(bench, settings, shape, "float32, cache none"))
+        lines, right = bounded(bench, replanned(bench, settings, shape, "float32, cache none"))
         yield from lines
         bench.goals.append(Goal("tokens after changes of plan, float32", "right" if right else "wrong", "right", right))
     if bench.cuda and bench.left() > 60:
         length = min(1024, bench.shape.length)
         settings = dict(kv_cache_tokens=16 * length, max_model_len=length)
-        lines, _ = asyncio.run(replanned(bench, settings, bench.shape, "bfloat16, large model"))
+        lines, _ = bounded(bench, replanned(bench, settings, bench.shape, "bfloat16, large model"))
         yield from lines
 
 

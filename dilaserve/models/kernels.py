@@ -130,29 +130,23 @@ def place_heads(  # type: ignore[no-untyped-def]
 ):
     """One head group of one token: q turned to `out`, k turned and v as it is to their slot of the pool."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair = tl.arange(0, HALF)
-    there = pair < DIM // 2
-    even = 2 * pair
-    cos = tl.load(turns + token * DIM + even, mask=there, other=0.0)
-    sin = tl.load(turns + token * DIM + even + 1, mask=there, other=0.0)
+    place = 2 * tl.arange(0, HALF)[:, None] + tl.arange(0, 2)[None, :]  # pairs are moved whole
+    there = place < DIM
+    cos, sin = tl.split(tl.load(turns + token * DIM + place, mask=there, other=0.0))
     slot = tl.load(slots + token)
     source = fused + (token * groups + group) * (Q + 2 * KV) * DIM
     kind = out.dtype.element_ty
     for head in tl.static_range(Q + KV):
-        real = tl.load(source + head * DIM + even, mask=there, other=0.0).to(tl.float32)
-        imaginary = tl.load(source + head * DIM + even + 1, mask=there, other=0.0).to(tl.float32)
+        real, imaginary = tl.split(tl.load(source + head * DIM + place, mask=there, other=0.0).to(tl.float32))
         if head < Q:
             target = out + ((token * groups + group) * Q + head) * DIM
         else:
             target = keys + ((slot * groups + group) * KV + head - Q) * DIM
-        tl.store(target + even, (real * cos - imaginary * sin).to(kind), mask=there)
-        tl.store(target + even + 1, (real * sin + imaginary * cos).to(kind), mask=there)
+        turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+        tl.store(target + place, turned.to(kind), mask=there)
     for head in tl.static_range(KV):
-        first = tl.load(source + (Q + KV + head) * DIM + even, mask=there, other=0.0)
-        second = tl.load(source + (Q + KV + head) * DIM + even + 1, mask=there, other=0.0)
-        target = values + ((slot * groups + group) * KV + head) * DIM
-        tl.store(target + even, first, mask=there)
-        tl.store(target + even + 1, second, mask=there)
+        value = tl.load(source + (Q + KV + head) * DIM + place, mask=there, other=0.0)
+        tl.store(values + ((slot * groups + group) * KV + head) * DIM + place, value, mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

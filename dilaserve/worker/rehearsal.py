@@ -15,7 +15,7 @@ from dilaserve.pages import PAGE
 from dilaserve.worker.batch import Array
 from dilaserve.worker.ends import WIDTH
 from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, ReuseSteps
-from dilaserve.worker.unmask import guess
+from dilaserve.worker.unmask import Sampling, guess
 
 SLACK = 2**28  # bytes, for what the allocator cannot use
 
@@ -30,6 +30,7 @@ def nbytes(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
 @torch.inference_mode()
 def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     device, pool = model.weights.norm.device, small_pool(spec, model)
+    tokens = max(tokens, spec.max_length)  # a row alone may be longer than a batch
     refresh = peak(device, lambda: refreshed(spec, model, pool, tokens, rows))
     reuse = graphs = 0
     alone = model.weights.held.size == 1  # else no instance is of this device alone, and no step is on fixed buffers
@@ -65,7 +66,7 @@ def small_pool(spec: ModelSpec, model: Model) -> KVPool:
 
 
 def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: int) -> None:
-    """A step of `tokens` tokens in canvases as long as can be, and the logits of `rows` blocks."""
+    """A step of `tokens` tokens in canvases as long as can be, and the logits of `rows` blocks, which sample."""
     device, canvas = pool.keys[0].device, min(spec.max_length, tokens)
     lengths = [canvas] * (tokens // canvas) + [tokens % canvas] * (tokens % canvas > 0)
     offsets = np.cumsum([0, *lengths])
@@ -81,8 +82,10 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
         kept_groups=spread(np.array([0, len(kept)]), device, canvas, bool(varlen)),
     )
     hidden = model.hidden(packed, pool)
+    mask_id = min(spec.mask_id, model.vocabulary.stop - model.vocabulary.start - 1)
     for part in torch.split(hidden, max(1, MAX_LOGITS // spec.vocab_size)):
-        guess(model.logits(part), min(spec.mask_id, model.vocabulary.stop - model.vocabulary.start - 1))
+        half, places = torch.full((len(part),), 0.5, device=device), torch.arange(len(part), device=device)
+        guess(model.logits(part), mask_id, Sampling(half, half, places, places, places))
 
 
 def spread(offsets: Array, device: torch.device, canvas: int, varlen: bool) -> list[Group] | Runs:

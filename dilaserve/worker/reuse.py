@@ -58,7 +58,8 @@ class ReuseSteps:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.memory: Any = None  # that all graphs share: one runs at a time
         if self.cuda:
-            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Of each stream the library for products keeps a workspace for good.
+            self.copies, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self.computed, self.arrived = ([torch.cuda.Event() for _ in range(DEPTH)] for _ in range(2))  # type: ignore[no-untyped-call]
         self.rows = self.bucket = self.launched = self.seen = 0
 
@@ -174,11 +175,11 @@ class ReuseSteps:
         if not self.cuda:
             self.step(rows)
             return
-        side, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+        here = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
             self.step(rows)
-        here.wait_stream(side)
+        here.wait_stream(self.side)
         torch.cuda.synchronize(self.device)
 
 
