@@ -218,7 +218,7 @@ class Engine:
                 await self.idle.wait()
         except TimeoutError:
             for stream in self.streams.values():
-                stream.fail(Unavailable("the server has shut down before the answer was finished"))
+                stream.fail(Unavailable("the server has shut down before the answer was finished", retry_after=5.0))
                 self.post(Cancel(stream.id, "cancelled"))
 
     # the plan

@@ -4,6 +4,7 @@ A JSON file beside the model, or in the cache directory where that cannot be wri
 """
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -15,6 +16,7 @@ from dilaserve.cost import KNOTS, Features, StepCost, weights_of
 from dilaserve.errors import ConfigError
 from dilaserve.quality import ANY, BINS, PARTS, Law, Laws, QualityProfile, TaskProfile
 
+log = logging.getLogger(__name__)
 FILE = "dilaserve-profile.json"
 NUMBERS = re.compile(rb"\[\s+([-+.\de,\s]+?)\s+\]")  # a list of numbers, which is to stand on one line
 DAY = 86400.0  # seconds, which no step takes
@@ -39,8 +41,11 @@ def cost_key(device: str, degree: int = 1) -> str:
 
 
 def cache_file(directory: Path) -> Path:
-    """Where the profile of a model lies whose directory is not ours to write to."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where the profile of a model lies whose directory is not ours to write to; there, of a user without a home."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return directory / FILE
     name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
     return root / "dilaserve" / f"{directory.name}-{name}.json"
 
@@ -50,7 +55,12 @@ def find(directory: Path, given: str | None) -> ModelProfile | None:
     if given is not None:
         return read(Path(given))
     for file in (cache_file(directory), directory / FILE):
-        if file.exists():
+        try:
+            there = file.exists()
+        except OSError as error:
+            log.warning("no profile is looked for in %s: %s", file.parent, error.strerror)
+            continue
+        if there:
             return read(file)
     return None
 
@@ -58,9 +68,12 @@ def find(directory: Path, given: str | None) -> ModelProfile | None:
 def read(file: Path) -> ModelProfile:
     """Raises `ConfigError` with the reason."""
     try:
-        profile = msgspec.json.decode(file.read_bytes(), type=ModelProfile)
-    except OSError as error:
-        raise ConfigError(f"cannot read the profile {file}: {error.strerror}", param="profile") from error
+        raw = file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: no file has such a name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the profile {file}: {reason}", param="profile") from error
+    try:
+        profile = msgspec.json.decode(raw, type=ModelProfile)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(
             f"the profile {file} is damaged: {error}; run `dilaserve calibrate`", param="profile"
@@ -100,9 +113,9 @@ def whole_laws(laws: Laws, levels: int) -> bool:
 
 def check_writable(file: Path) -> None:
     """Raises `ConfigError` where a profile could not be written; better before the measurement than after it."""
-    if file.is_dir():
-        raise ConfigError(f"the profile cannot be written to {file}: it is a directory", param="profile")
     try:
+        if file.is_dir():
+            raise ConfigError(f"the profile cannot be written to {file}: it is a directory", param="profile")
         with tempfile.NamedTemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -119,7 +132,7 @@ def write(profile: ModelProfile, directory: Path, given: str | None = None) -> P
             temporary = file.with_suffix(".new")
             temporary.write_bytes(text)
             temporary.replace(file)
-            if file == beside:
+            if file == beside != cached:
                 cached.unlink(missing_ok=True)  # it would be found first
         except OSError as error:
             reason = error.strerror

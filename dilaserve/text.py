@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dilaserve.errors import BadRequest, CheckpointError
@@ -13,6 +14,8 @@ from dilaserve.errors import BadRequest, CheckpointError
 log = logging.getLogger(__name__)
 ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
+LONGEST = 2**18  # characters, or ids, that are encoded or decoded at once, if the canvas does not hold more
+DENSE = 64  # characters a token, more than texts have
 LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 
 
@@ -42,6 +45,19 @@ class Text:
         except Exception as error:  # whatever a damaged tokenizer_config.json leads to
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the chat template in {self.directory} cannot be read: {reason}") from error
+        if self.template.chat_template:
+            self.try_template()
+
+    def try_template(self) -> None:
+        """A template that is broken is found here, and not by the first who chats."""
+        try:
+            self.template.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split())
+            if type(error) is TemplateError:  # raised by the template itself, which may want other messages
+                log.warning("the chat template in %s rejects a single message: %s", self.directory, reason)
+                return
+            raise CheckpointError(f"the chat template in {self.directory} is broken: {reason}") from error
 
     def highest_id(self) -> int:
         return max(self.tokenizer.get_vocab().values(), default=0)
@@ -66,6 +82,12 @@ class Text:
         if limit is not None and self.longest is not None and len(text) > limit * self.longest:
             raise BadRequest(
                 f"a prompt of {len(text)} characters leaves no room for an answer; the canvas holds {limit} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if len(text) > (most := max(LONGEST, DENSE * (limit or 0))):
+            raise BadRequest(
+                f"a text of {len(text)} characters is too long; send at most {most} at a time",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -1,6 +1,7 @@
 """Checkpoints that cannot be served: one clear sentence each, before a worker is started."""
 
 import json
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -117,6 +118,25 @@ def test_a_file_with_an_odd_table_is_named(model, table):
     data = json.dumps(table).encode()
     (model / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(8))
     refuse(model, "is not a safetensors file")
+
+
+def test_a_file_whose_table_does_not_fit_its_bytes_is_named(model):
+    file = model / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data + bytes(8))
+    refuse(model, r"model\.safetensors is damaged: its tensors do not fill it")
+    size = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + size])
+    first = min((entry for name, entry in table.items() if name != "__metadata__"), key=lambda one: one["data_offsets"])
+    first["data_offsets"][0] += 1
+    odd = json.dumps(table).encode()
+    file.write_bytes(len(odd).to_bytes(8, "little") + odd + data[8 + size :])
+    refuse(model, r"model\.safetensors is damaged: .* lies in bytes 1 to")
+
+
+def test_a_path_that_cannot_be_looked_at_is_named():
+    with pytest.raises(CheckpointError, match="model directory aaa"):
+        Checkpoint(Path("a" * 300))
 
 
 def test_a_directory_is_told_from_a_bundled_name(tmp_path, monkeypatch):

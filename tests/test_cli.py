@@ -20,6 +20,7 @@ from dilaserve import config, profiles
 from dilaserve.calibrate import questions_from
 from dilaserve.cli import folder, main
 from dilaserve.errors import ConfigError
+from dilaserve.models.checkpoint import locate
 
 
 def run(*words, **environ):
@@ -110,6 +111,9 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--max-queue", "9" * 30], "--max-queue"),
         (["--cpu-threads", "100000"], "--cpu-threads"),
         (["--grace-period", "nan"], "--grace-period 'nan'"),
+        (["--model", "a" * 300], "model directory aaa"),
+        (["--profile", "a" * 300], "the profile aaa"),
+        (["calibrate", "--profile", "a" * 300], "the profile cannot be written to aaa"),
         (["dance"], "unknown command 'dance'"),
         (["--config", "/nowhere.toml"], "cannot read the configuration file /nowhere.toml"),
     ],
@@ -135,6 +139,20 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
     assert folder(str(tmp_path / "new" / "one")).is_dir()
     with pytest.raises(argparse.ArgumentTypeError, match="cannot write to /proc: "):
         folder("/proc")
+
+
+def test_a_home_that_is_not_there_or_not_ours_leaves_the_profile_beside_the_model(tmp_path, monkeypatch):
+    model = locate("dilaserve-tiny")
+    assert profiles.find(model, None) is not None
+    monkeypatch.setenv("XDG_CACHE_HOME", "a" * 300)  # an error at every look, as where it may not be looked at
+    assert profiles.find(model, None) is not None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert profiles.find(model, None) is not None
+    (tmp_path / "model").mkdir()
+    written = profiles.write(profiles.find(model, None), tmp_path / "model")
+    assert profiles.find(tmp_path / "model", None) is not None
+    assert written.parent == tmp_path / "model"
 
 
 @pytest.mark.parametrize("wrong", ["inf", "nan", "-inf", "1e300", math.inf, math.nan, -math.inf])

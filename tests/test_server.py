@@ -1,10 +1,13 @@
 """The wire, over real sockets: what OpenAI's clients send and expect."""
 
 import asyncio
+import gzip
 import json
 import random
+import zlib
 
 import aiohttp
+import checkpoints
 import openai
 import pytest
 import pytest_asyncio
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
 from dilaserve.server import app
-from dilaserve.server.answers import Token, Told
+from dilaserve.server.answers import Form, Token, Told
 from dilaserve.server.app import running
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import pretended
@@ -214,11 +217,32 @@ async def test_offsets_and_bytes_of_log_probabilities_fit_each_choice(client):
     for index, prompt in enumerate(wish["prompt"]):
         found = body["choices"][index]["logprobs"]
         assert found["text_offset"][0] == len(prompt)
-        lengths = [len(token) for token in found["tokens"]]
-        assert found["text_offset"] == [len(prompt) + sum(lengths[:i]) for i in range(8)]
+        assert found["text_offset"] == sorted(found["text_offset"])
+        for start, token in zip(found["text_offset"], found["tokens"], strict=True):
+            assert "\ufffd" in token or body["choices"][index]["text"][start:].startswith(token)
         mine = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
         offsets = [offset for choice in mine for offset in (choice.get("logprobs") or {}).get("text_offset", [])]
         assert offsets == found["text_offset"]
+
+
+async def test_all_parts_of_a_character_begin_where_it_does(engine):
+    form = Form(engine, chat=False, logprobs=True)
+    told = [Token(id, 1.0) for id in engine.text.encode("é x") if id != checkpoints.BOS]
+    assert form.probabilities(0, told)["text_offset"] == [0, 0, 1, 2]
+
+
+async def test_a_compressed_body_is_read_and_no_more_is_made_of_it_than_allowed(client):
+    """By ourselves: what inflates bodies for us does so without a bound, also behind a refusal."""
+    whole = gzip.compress(json.dumps({"prompt": "hello"}).encode())
+    bodies = {
+        "gzip": [(whole, 200), (whole[:-9], 400), (whole + b"more", 400), (gzip.compress(bytes(50_000_000)), 413)],
+        "deflate": [(zlib.compress(b'{"prompt": "hello"}'), 200), (b"{}", 400)],
+    }
+    for encoding, sent in bodies.items():
+        headers = {"content-type": "application/json", "content-encoding": encoding}
+        for data, wanted in sent:
+            async with client.post("/tokenize", data=data, headers=headers) as response:
+                assert (response.status, data[:9]) == (wanted, data[:9])
 
 
 async def test_a_block_longer_than_the_answer_is_one_block(client):
@@ -386,6 +410,8 @@ async def test_broken_requests_get_openais_error_shape(client):
     assert (await error("POST", CHAT, data=b'"' + b"x" * 200_000 + b'"', headers=json_type))[0] == 413
     status, found = await error("POST", CHAT, data=b"{}", headers=json_type | {"content-encoding": "gzip"})
     assert (status, "content-encoding" in found["message"]) == (400, True)
+    assert (await error("POST", CHAT, data=b"{}", headers=json_type | {"content-encoding": "br"}))[0] == 415
+    assert (await error("POST", CHAT, data=b"", headers=json_type))[1]["message"] == "the body is empty; send JSON"
     assert (await error("GET", "/v1/nothing"))[0] == 404
     assert (await error("GET", CHAT))[0] == 405
     assert (await error("GET", "/v1/models/other"))[1]["param"] == "model"
@@ -401,8 +427,6 @@ async def test_broken_requests_get_openais_error_shape(client):
         b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-length: many\r\n\r\n",
         b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
         b"transfer-encoding: chunked\r\n\r\nmany\r\n",
-        b"POST /tokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-encoding: br\r\n"
-        b"content-length: 2\r\n\r\n{}",
     ],
 )
 async def test_what_is_no_http_gets_openais_error_shape_and_no_traceback(address, caplog, sent):

@@ -1,5 +1,7 @@
 """Text out of tokens: once, in order, whole characters, and no piece of a stop string."""
 
+import contextlib
+import json
 import sys
 import threading
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dilaserve.errors import BadRequest, CheckpointError
-from dilaserve.text import LONG, Detokenizer, StopStrings, Text, longest_token
+from dilaserve.text import LONG, LONGEST, Detokenizer, StopStrings, Text, longest_token
 
 UNICODE = "plain, ümläut, 漢字, 👩‍👩‍👧, é"
 
@@ -113,6 +115,19 @@ def test_a_text_that_is_too_long_for_sure_is_refused_before_it_is_encoded(text):
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(BadRequest, match="no room"):
         text.encode_chat([{"role": "user", "content": "a" * 8 * longest}], 8)
+
+
+def test_no_text_is_encoded_that_is_longer_than_any_canvas(text):
+    with pytest.raises(BadRequest, match=f"send at most {LONGEST} at a time"):
+        text.encode("a" * (LONGEST + 1))
+
+
+def test_a_template_that_never_works_is_named_before_the_first_chat(tmp_path, random_model):
+    (tmp_path / "tokenizer.json").write_text((random_model / "tokenizer.json").read_text())
+    for template, good in (("{{ x", False), (5, False), ("{{ raise_exception('a system message first') }}", True)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        with contextlib.nullcontext() if good else pytest.raises(CheckpointError, match="chat template in"):
+            Text(tmp_path).load_template()
 
 
 def byte_level(**changes) -> Tokenizer:

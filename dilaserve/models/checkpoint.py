@@ -4,6 +4,7 @@ No code that lies in the directory is ever run.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,11 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        if not directory.is_dir():
+        try:
+            there = directory.is_dir()
+        except OSError as error:
+            raise CheckpointError(f"cannot read the model directory {directory}: {error.strerror}") from error
+        if not there:
             raise CheckpointError(f"there is no model directory {directory}; --model takes one")
         self.config = read_json(directory / "config.json")
         self.files = shards(directory)
@@ -146,4 +151,13 @@ def header(file: Path) -> dict[str, Entry]:
     end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if not entries or end + size > limit:
         raise CheckpointError(f"{file} is cut short; download it again")
+    begin = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        nbytes = math.prod(entry.shape) * SIZES.get(entry.dtype, 0) or stop - start  # of other types nothing is known
+        if (start, stop) != (begin, begin + nbytes):
+            raise CheckpointError(f"{file} is damaged: {name} lies in bytes {start} to {stop}; download it again")
+        begin = stop
+    if begin + size != limit:
+        raise CheckpointError(f"{file} is damaged: its tensors do not fill it; download it again")
     return entries

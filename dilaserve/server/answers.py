@@ -30,6 +30,7 @@ class Form:
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         self.written: Counter[int] = Counter()  # characters by choice, for text_offset
+        self.spoken: defaultdict[int, Detokenizer] = defaultdict(lambda: Detokenizer(engine.text))  # likewise
         self.told: defaultdict[int, Told] = defaultdict(lambda: Told(engine.text))  # by choice
 
     def head(self, streamed: bool) -> Json:
@@ -101,7 +102,8 @@ class Form:
     def probabilities(self, index: int, told: Sequence[Token]) -> Json | None:
         """Log probabilities of the chosen tokens, when they were unmasked.
 
-        Part of a character has no text of its own, and of its bytes the tokenizer does not tell.
+        Part of a character has no text of its own, and of its bytes the tokenizer does not tell; all its parts begin
+        where it does.
         """
         if not self.logprobs:
             return None
@@ -111,9 +113,10 @@ class Form:
             pairs = zip(tokens, logs, strict=True)
             return {"content": [{"token": t, "logprob": p, "bytes": spelled(t), "top_logprobs": []} for t, p in pairs]}
         offsets = []
-        for token in tokens:
-            offsets.append(self.written[index])
-            self.written[index] += len(token)
+        for token, alone in zip(told, tokens, strict=True):
+            start, more = self.written[index], self.spoken[index].push([token.id])
+            self.written[index] += len(more)
+            offsets.append(self.written[index] - len(alone) if alone and more.endswith(alone) else start)
         return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import signal
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
@@ -32,6 +33,7 @@ from dilaserve.server import metrics, openai, plans, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.server.connection import Connection
 from dilaserve.stream import collect
+from dilaserve.text import LONGEST
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -45,6 +47,7 @@ TAKEN = {errno.EADDRINUSE, errno.EACCES}  # what another port may cure
 PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
+WINDOWS = {"identity": None, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's name of each content-encoding
 _json = msgspec.json.Encoder()
 
 
@@ -106,7 +109,13 @@ async def opened(server: web.Server | None, host: str, port: int) -> AsyncIterat
     assert server
 
     def connected() -> Connection:
-        return Connection(server, loop=loop, keepalive_timeout=IDLE_WITHIN, access_log=None)  # type: ignore[arg-type]
+        return Connection(  # which inflates nothing: it would, without a bound, what comes behind a refusal
+            server,
+            loop=loop,
+            keepalive_timeout=IDLE_WITHIN,
+            access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,
+        )
 
     loop = asyncio.get_running_loop()
     try:
@@ -226,14 +235,33 @@ def answer(body: object, status: int = 200, headers: dict[str, str] | None = Non
 async def body(request: web.Request) -> bytes:
     if request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text="send the body with content-type: application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in WINDOWS:
+        raise web.HTTPUnsupportedMediaType(text="send the body as it is, or with content-encoding: gzip")
     try:
         async with asyncio.timeout(BODY_WITHIN):
-            return await request.read()
+            whole = await request.read()
     except web.RequestPayloadError as error:
         request.content.feed_eof()  # aiohttp would read on, and fail again
         raise web.HTTPBadRequest(text=f"the body cannot be read: {' '.join(str(error).split())}") from error
     except TimeoutError as error:
         raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
+    window = WINDOWS[encoding]
+    return whole if window is None else inflated(whole, window, request.app[CONFIG].server.max_body_bytes)
+
+
+def inflated(body: bytes, window: int, most: int) -> bytes:
+    """What a compressed body holds; no more than `most` bytes are made of it."""
+    inflater = zlib.decompressobj(window)
+    try:
+        found = inflater.decompress(body, most + 1)
+    except zlib.error as error:
+        raise web.HTTPBadRequest(text=f"the body cannot be read by its content-encoding: {error}") from error
+    if len(found) > most:
+        raise web.HTTPRequestEntityTooLarge(most, len(found))
+    if not inflater.eof or inflater.unused_data:
+        raise web.HTTPBadRequest(text="the body does not end where its content-encoding does")
+    return found
 
 
 # routes
@@ -356,6 +384,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 async def detokenize(request: web.Request) -> web.StreamResponse:
     asked, engine = openai.decoded(await body(request), openai.DetokenizeRequest), request.app[ENGINE]
     try:
+        if len(asked.tokens) > LONGEST:
+            raise BadRequest(f"{len(asked.tokens)} tokens are too many; send at most {LONGEST} at a time")
         ids = await engine.tokenize(asked.tokens)
     except BadRequest as error:
         raise BadRequest(error.message, param="tokens") from error

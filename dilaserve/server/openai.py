@@ -147,6 +147,8 @@ def decoded(body: bytes, kind: type[T]) -> T:
         param = ".".join(filter(None, places)) or None
         raise BadRequest(f"{param}: {text}" if param else text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if not body.strip():
+            raise BadRequest("the body is empty; send JSON") from error
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     return request
 

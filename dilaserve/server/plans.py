@@ -20,8 +20,10 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 def wanted(asked: PlanRequest) -> Plan | str:
     """The plan as the engine takes it; raises `BadRequest` for absurdly long ones."""
-    if len(asked.plan) > 4096 or len(asked.reason or "") > 200:
-        raise BadRequest("a plan has at most 4096 parts and its reason 200 characters", param="plan")
+    if len(asked.plan) > 4096:
+        raise BadRequest("a plan has at most 4096 parts", param="plan")
+    if len(asked.reason or "") > 200:
+        raise BadRequest("the reason of a plan has at most 200 characters", param="reason")
     return asked.plan if isinstance(asked.plan, str) else Plan(tuple(tuple(group) for group in asked.plan))
 
 
