@@ -268,8 +268,8 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
 
 
 def positive(text: str) -> int:
-    if not 1 <= (number := int(text)) <= MOST:
-        raise ValueError
+    if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
     return number
 
 
@@ -280,8 +280,12 @@ def devices(text: str) -> int:
 
 
 def amount(text: str) -> float:
-    if not 0.0 < (number := float(text)) < math.inf:
-        raise ValueError
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
 
 

@@ -111,7 +111,7 @@ def check(options: Options) -> None:
     within("priority", options.priority, -8, 8)
     within("min_confidence_threshold", options.min_confidence_threshold, 0.0, 1.0)
     if options.deadline is not None and not 0.0 < options.deadline <= 86400.0:
-        raise BadRequest("slo.deadline_ms must lie between 0 and 86400000 (a day)", param="slo.deadline_ms")
+        raise BadRequest("slo.deadline_ms must be above 0 and at most 86400000 (a day)", param="slo.deadline_ms")
     if options.top_p == 0.0:
         raise BadRequest("top_p must be above 0", param="top_p")
     if len(options.tenant) > MAX_TENANT_LENGTH:
@@ -175,7 +175,8 @@ def parse_classes(text: str) -> dict[str, SloClass]:
 
 def within(name: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:  # NaN is not
-        raise BadRequest(f"{name} must lie between {least:g} and {most:g}, not {value}", param=name)
+        low, high = (bound if isinstance(bound, int) else f"{bound:g}" for bound in (least, most))
+        raise BadRequest(f"{name} must lie between {low} and {high}, not {value}", param=name)
 
 
 def rule_of(options: Options) -> DecodeRule:

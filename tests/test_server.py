@@ -412,6 +412,11 @@ async def test_broken_requests_get_openais_error_shape(client):
     assert (status, "content-encoding" in found["message"]) == (400, True)
     assert (await error("POST", CHAT, data=b"{}", headers=json_type | {"content-encoding": "br"}))[0] == 415
     assert (await error("POST", CHAT, data=b"", headers=json_type))[1]["message"] == "the body is empty; send JSON"
+    for cut in (rb"\ud83d", rb"\ude00", rb"\ud83d\ud83d\ude00", rb"x\uD83Dx"):  # what JavaScript makes of half an emoji
+        status, found = await error("POST", CHAT, data=b'{"prompt": "' + cut + b'"}', headers=json_type)
+        assert (status, "half of a surrogate pair" in found["message"]) == (400, True)
+    _, found = await error("POST", CHAT, data=rb'{"prompt": "\ud83d\ude00"', headers=json_type)
+    assert "truncated" in found["message"]
     assert (await error("GET", "/v1/nothing"))[0] == 404
     assert (await error("GET", CHAT))[0] == 405
     assert (await error("GET", "/v1/models/other"))[1]["param"] == "model"

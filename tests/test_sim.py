@@ -352,7 +352,8 @@ def test_where_nothing_arrives_nothing_is_said_of_it(capsys):
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        (["--rate", "0"], "--rate"),
+        (["--rate", "0"], "--rate: '0' is no number above 0"),
+        (["--prompt", "x"], "--prompt: 'x' is no whole number from 1 to 1000000"),
         (["--rate", "nan"], "--rate"),
         (["--rate", "inf"], "--rate"),
         (["--seconds", "inf"], "--seconds"),

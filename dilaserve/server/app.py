@@ -122,7 +122,8 @@ async def opened(server: web.Server | None, host: str, port: int) -> AsyncIterat
         listener = await loop.create_server(connected, host, port, backlog=1024)
     except OSError as error:
         cure = "choose another --port" if error.errno in TAKEN else "is --host an address of this machine?"
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {cure}") from error
+        reason = os.strerror(error.errno) if error.errno in TAKEN else error.strerror  # which says it at length
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {cure}") from error
     except UnicodeError as error:
         raise ConfigError(f"--host {host!r} is not a name: {error}") from error
     try:

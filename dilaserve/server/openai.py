@@ -12,6 +12,7 @@ from dilaserve.errors import BadRequest
 from dilaserve.options import Options
 from dilaserve.terms import DecodeRule, OnMiss
 
+HALF = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.IGNORECASE)
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
@@ -149,6 +150,8 @@ def decoded(body: bytes, kind: type[T]) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if not body.strip():
             raise BadRequest("the body is empty; send JSON") from error
+        if HALF.search(body):
+            raise BadRequest("the body is not valid JSON: a string holds half of a surrogate pair") from error
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     return request
 
