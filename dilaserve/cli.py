@@ -214,12 +214,10 @@ def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
     """The profile that is measured anew. None where there is none, or it cannot be read, which is said."""
     from dilaserve import profiles
 
+    if given and not Path(given).exists():
+        return None
     try:
-        if given and not Path(given).exists():
-            return None
         return profiles.find(directory, given)
-    except OSError as error:
-        raise ConfigError(f"cannot read the profile {given}: {error.strerror}", param="profile") from error
     except ConfigError as error:
         print(f"dilaserve: the old profile is replaced as a whole, other devices too: {error}", file=sys.stderr)
         return None

@@ -66,13 +66,11 @@ class House:
         Returns who found no room yet.
         """
         self.kept = None
-        if not self.waiting or not self.aged(self.waiting[0], now):
+        first = next((row for row in self.waiting if self.ever_fits(row)), None)
+        if first is None or not self.aged(first, now):
             return None
         seats = list(self.seats.values())
         if any(self.aged(row, now) for seat in seats for row in seat.residents.values() if not row.promised):
-            return None
-        first = next((row for row in self.waiting if self.ever_fits(row)), None)
-        if first is None or not self.aged(first, now):
             return None
         if seat := self.seat_for(first):
             self.waiting.remove(first)
@@ -255,12 +253,9 @@ class House:
 
     def demote(self, progress: Progress) -> None:
         """The row has lost its promise and goes on without one."""
-        if progress.state is State.WAITING:
-            self.queue.remove(progress)
-        elif progress.seat:
-            progress.seat.promised.remove(progress)
+        self.leave(progress)
         progress.promised, progress.late = False, True
-        if progress.state is State.WAITING:
+        if progress.seat is None:
             self.enter(progress)
 
 

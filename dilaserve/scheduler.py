@@ -503,15 +503,15 @@ class Scheduler:
         """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
         rows = seat.residents.values()
         rest = [row for row in rows if not row.promised]
+        admits, rank = self.promises.admits, self.promises.rank
+        if admits and not seat.promised:
+            return sorted(rest, key=ARRIVAL)
         oldest = min(rest, key=ARRIVAL, default=None)
         if oldest and not self.house.aged(oldest, now):
             oldest = None
-        if not self.promises.admits:
-            rank = self.promises.rank
-            return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), row.request.arrived_at))
-        if not seat.promised:
-            return sorted(rest, key=ARRIVAL)
-        return [oldest, *seat.promised] if oldest else seat.promised
+        if admits:
+            return [oldest, *seat.promised] if oldest else seat.promised
+        return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), row.request.arrived_at))
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""

@@ -51,7 +51,7 @@ class Text:
     def try_template(self) -> None:
         """A template that is broken is found here, and not by the first who chats."""
         try:
-            self.template.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+            self.rendered([{"role": "user", "content": "Hello"}])
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split())
             if type(error) is TemplateError:  # raised by the template itself, which may want other messages
@@ -99,12 +99,13 @@ class Text:
         if self.template is None or not self.template.chat_template:
             raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
         try:
-            rendered = self.template.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
+            return self.rendered(messages)
         except Exception as error:  # a template may raise anything, for reasons in the messages
             raise BadRequest(f"the chat template rejects these messages: {error}", param="messages") from error
-        return str(rendered)
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        plain = [dict(message) for message in messages]
+        return str(self.template.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""

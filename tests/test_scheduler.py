@@ -353,11 +353,13 @@ def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
         (launch,) = feed(machine, Arrival(request(row)))
         feed(machine, done(launch.batch, [result(launch.batch.spans[0], 20, prefix)]))
         machine.requests[f"r{row}"].deepest = 1
+        drop = machine.requests[f"r{row}"].drop
         feed(machine, Cancel(f"r{row}", "cancelled"))
         (flying,) = machine.house.seats[0].residents.values()
         feed(machine, done(machine.house.seats[0].batch, [result(span) for span in machine.house.seats[0].batch.spans]))
         assert flying.state is State.GONE
     assert machine.promises.all.served == 16 / 64
+    assert machine.promises.all.spent == drop > 0.0
 
 
 def test_a_newcomer_alone_runs_at_its_own_threshold():

@@ -242,7 +242,7 @@ async def test_a_compressed_body_is_read_and_no_more_is_made_of_it_than_allowed(
         headers = {"content-type": "application/json", "content-encoding": encoding}
         for data, wanted in sent:
             async with client.post("/tokenize", data=data, headers=headers) as response:
-                assert (response.status, data[:9]) == (wanted, data[:9])
+                assert response.status == wanted
 
 
 async def test_a_block_longer_than_the_answer_is_one_block(client):
