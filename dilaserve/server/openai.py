@@ -12,7 +12,7 @@ from dilaserve.errors import BadRequest
 from dilaserve.options import Options
 from dilaserve.terms import DecodeRule, OnMiss
 
-HALF = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.IGNORECASE)
+HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
@@ -137,7 +137,7 @@ _decoders: dict[type, msgspec.json.Decoder[Any]] = {
 }
 
 
-def decoded(body: bytes, kind: type[T]) -> T:
+def decoded(body: bytes | bytearray, kind: type[T]) -> T:
     """The body as a request of this kind; `BadRequest` names the field that is wrong."""
     try:
         request: T = (_decoders.get(kind) or msgspec.json.Decoder(kind)).decode(body)

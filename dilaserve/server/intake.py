@@ -1,0 +1,161 @@
+"""Receives request bodies: within a bound on their bytes in total, and without holding up the event loop.
+
+It knows bytes and encodings, and nothing of what a body says.
+"""
+
+import asyncio
+import contextlib
+import zlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from aiohttp import web
+
+from dilaserve.errors import Unavailable
+from dilaserve.server import heap, shape
+from dilaserve.server.pace import Pace
+from dilaserve.server.shape import Buffer
+
+T = TypeVar("T")
+BODY_WITHIN = 30.0  # seconds to receive a request body
+SMALL = 2**14  # bytes of a body that is looked through on the event loop
+RESERVE = 8  # a share of the bytes in flight that bodies above SMALL leave to smaller ones: one in so many
+TRIM_ABOVE = 2**24  # bytes in flight after which free memory is given back
+TRIM_AFTER = 1.0  # seconds without a body above SMALL before that
+WINDOWS = {"identity": None, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's name of each content-encoding
+
+
+class Intake:
+    """All bodies in flight, at most `most_each` bytes each and `most` together."""
+
+    def __init__(self, most_each: int, most: int) -> None:
+        self.most_each, self.most = most_each, most
+        self.held = self.peak = 0  # bytes in flight; the most since memory was last given back
+        self.pace = Pace()
+        self.opening = asyncio.Lock()  # one large body is inflated and looked through at a time
+        self.thread = ThreadPoolExecutor(1, "dilaserve-bodies")
+        self.trimming: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        if self.trimming:
+            self.trimming.cancel()
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, request: web.Request, decode: Callable[[Buffer], T]) -> T:
+        """The decoded body. Raises `BadRequest` for one that holds too much, `Unavailable` while too many bytes are in
+        flight, aiohttp's errors for one that cannot be read.
+        """
+        window = window_of(request)
+        async with self.claimed() as claim:
+            body = await self.opened(await received(request, claim), window, claim)
+            return await self.pace.run(lambda: decode(body))
+
+    async def opened(self, body: Buffer, window: int | None, claim: "Claim") -> Buffer:
+        """Inflated and checked: a short body here, others in a thread."""
+        if window is None and len(body) <= SMALL:
+            await self.pace.run(lambda: shape.check(body))
+            return body
+        async with self.opening:
+            if window is not None:
+                claim.grow(self.most_each)
+            found = await self.off_loop(lambda: inflated(body, window, self.most_each))
+            claim.shrink(len(found))
+            await self.off_loop(lambda: shape.check(found))
+        return found
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    @contextlib.asynccontextmanager
+    async def claimed(self) -> AsyncIterator["Claim"]:
+        claim = Claim(self)
+        try:
+            yield claim
+        finally:
+            claim.shrink(0)
+            self.trim_later()
+
+    def trim_later(self) -> None:
+        """Give memory back once large bodies have gone."""
+        if self.peak < TRIM_ABOVE or self.trimming:
+            return
+        self.trimming = asyncio.get_running_loop().call_later(TRIM_AFTER, self.trim)
+
+    def trim(self) -> None:
+        self.trimming = None
+        if self.held > TRIM_ABOVE // 2:
+            self.trim_later()
+            return
+        self.peak = self.held
+        self.thread.submit(heap.trim)
+
+
+class Claim:
+    """The bytes of one body."""
+
+    def __init__(self, intake: Intake) -> None:
+        self.intake, self.held = intake, 0
+
+    def grow(self, more: int) -> None:
+        """Raises `Unavailable` when all bodies together would be too large."""
+        intake = self.intake
+        reserve = intake.most // RESERVE if self.held + more > SMALL else 0
+        if intake.held + more > intake.most - min(reserve, intake.most - intake.most_each):
+            raise Unavailable(
+                f"request bodies of {intake.held} bytes are being received, of {intake.most} (--max-inflight-bytes); "
+                "try again later",
+                retry_after=1.0,
+            )
+        self.held += more
+        intake.held += more
+        intake.peak = max(intake.peak, intake.held)
+
+    def shrink(self, to: int) -> None:
+        self.intake.held -= max(0, self.held - to)
+        self.held = min(self.held, to)
+
+
+def window_of(request: web.Request) -> int | None:
+    """How the body is inflated, if it must be."""
+    if request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(text="send the body with content-type: application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in WINDOWS:
+        raise web.HTTPUnsupportedMediaType(text="send the body as it is, or with content-encoding: gzip")
+    return WINDOWS[encoding]
+
+
+async def received(request: web.Request, claim: Claim) -> Buffer:
+    most, body = claim.intake.most_each, bytearray()
+    if (request.content_length or 0) > most:
+        raise web.HTTPRequestEntityTooLarge(most, request.content_length or 0)
+    try:
+        async with asyncio.timeout(BODY_WITHIN):
+            async for piece in request.content.iter_any():
+                if len(body) + len(piece) > most:
+                    raise web.HTTPRequestEntityTooLarge(most, len(body) + len(piece))
+                claim.grow(len(piece))
+                body += piece
+    except web.RequestPayloadError as error:
+        request.content.feed_eof()  # aiohttp would read on, and fail again
+        raise web.HTTPBadRequest(text=f"the body cannot be read: {' '.join(str(error).split())}") from error
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
+    return body
+
+
+def inflated(body: Buffer, window: int | None, most: int) -> Buffer:
+    """What a compressed body holds; no more than `most` bytes are made of it."""
+    if window is None:
+        return body
+    inflater = zlib.decompressobj(window)
+    try:
+        found = inflater.decompress(body, most + 1)
+    except zlib.error as error:
+        raise web.HTTPBadRequest(text=f"the body cannot be read by its content-encoding: {error}") from error
+    if len(found) > most:
+        raise web.HTTPRequestEntityTooLarge(most, len(found))
+    if not inflater.eof or inflater.unused_data:
+        raise web.HTTPBadRequest(text="the body does not end where its content-encoding does")
+    return found
