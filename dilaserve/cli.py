@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
+from dilaserve.descriptors import ensure_standard_streams, lead_nowhere
 from dilaserve.errors import ConfigError, DilaserveError
+from dilaserve.listening import bound
 
 if TYPE_CHECKING:
     from dilaserve.furniture import Furnish
@@ -36,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    ensure_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and not words[0].startswith("-") else "serve"
     if name not in COMMANDS:
@@ -84,8 +87,9 @@ def flags(command: str = "serve") -> Parser:
     for setting in config.settings().values():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.heading)
+        action = "append" if setting.name in config.REPEATABLE else "store"
         groups[setting.group].add_argument(
-            setting.flag, dest=setting.name, metavar=shape(setting), help=described(setting)
+            setting.flag, dest=setting.name, metavar=shape(setting), help=described(setting), action=action
         )
     return parser
 
@@ -123,14 +127,17 @@ def listen(settings: Config, furnish: "Furnish") -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    for name in config.linked():
+        log.warning("%s=%s is ignored: it is the address of a service and no port", name, os.environ[name][:100])
     allow_connections()
-    import uvloop
+    with bound(settings.server.host, settings.server.port) as sockets:
+        import uvloop
 
-    from dilaserve.display import loading
-    from dilaserve.server.app import serve as run
+        from dilaserve.display import loading
+        from dilaserve.server.app import serve as run
 
-    with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run(settings, progress, announce, furnish))
+        with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run(settings, progress, announce, furnish, sockets))
 
 
 def allow_connections() -> None:
@@ -159,11 +166,20 @@ def announce(address: str, model: str, key: bool) -> None:
     """The ready line, with a command to paste."""
     header = " -H 'authorization: Bearer YOUR-KEY'" if key else ""
     body = '{"messages": [{"role": "user", "content": "Reverse: lamu"}], "stream": true}'
-    print(
-        f"ready: {model} on {address}   try: curl -N {address}/v1/chat/completions{header}"
-        f" -H 'content-type: application/json' -d '{body}'",
-        flush=True,
+    first = address.split()[0]
+    say(
+        f"ready: {model} on {address}   try: curl -N {first}/v1/chat/completions{header}"
+        f" -H 'content-type: application/json' -d '{body}'"
     )
+
+
+def say(line: str) -> None:
+    """Print a line; a server goes on where nobody reads it, or its file is full."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("standard output cannot be written to: %s", error.strerror)
+        lead_nowhere(1)
 
 
 def calibration_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ Flags, environment variables (`DILASERVE_…`) and the TOML file all use the lea
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,11 @@ BUNDLED = "dilaserve-tiny"
 CacheKind = Literal["none", "prefix", "dual"]
 Switch = Literal["on", "off"]
 ENVIRONMENT = "DILASERVE_"
+BODIES_IN_FLIGHT = (
+    16  # request bodies of the largest size that may be received at once, unless a setting says otherwise
+)
+REPEATABLE = {"host"}  # settings whose flag may be given several times
+LINKED = re.compile(r"[a-z]+://")  # how the address of a service begins that Kubernetes puts into DILASERVE_PORT
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Words = Annotated[str, Meta(min_length=1)]
@@ -122,16 +128,27 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Server"""
 
-    host: Annotated[Words, Meta(description="address to listen on")] = "127.0.0.1"
+    host: Annotated[
+        Words, Meta(description="address to listen on; several with commas, or by giving the flag again")
+    ] = "127.0.0.1"
     port: Annotated[Annotated[int, Meta(ge=0, le=65535)], Meta(description="port to listen on; 0 takes a free one")] = (
         8000
     )
+    root_path: Annotated[str, Meta(description="prefix of all paths where a proxy adds one, such as /llm")] = ""
     api_key: Annotated[Words | None, Meta(description="clients must send it as a bearer token")] = None
     admin_key: Annotated[Words | None, Meta(description="bearer token that may change the plan (POST /v1/plan)")] = None
     max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 4 * 2**20
+    max_inflight_bytes: Annotated[
+        Annotated[int, Meta(ge=1, le=2**50)] | None,
+        Meta(description="all request bodies that are being received, together (default: 16 of --max-body-bytes)"),
+    ] = None
     max_choices: Annotated[Positive, Meta(description="largest n, and most prompts in one request")] = 16
     grace_period: Annotated[Seconds, Meta(description="seconds that running requests get to finish at shutdown")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least level logged")] = "info"
+
+    @property
+    def inflight_bytes(self) -> int:
+        return self.max_inflight_bytes or BODIES_IN_FLIGHT * self.max_body_bytes
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,12 +205,18 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file
     merged: dict[str, Any] = read(file) if file else {}
     sources = dict.fromkeys(merged, f"in {file}")
     for name, setting in settings().items():
-        if setting.environment in environ and name not in flags:
+        if setting.environment in environ and name not in flags and setting.environment not in linked(environ):
             merged[name] = environ[setting.environment]
             sources[name] = f"in the environment, as {setting.environment}"
     for name in flags:
         sources.pop(name, None)
     return build({**merged, **flags}, sources)
+
+
+def linked(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables that are no settings of ours: a Service named dilaserve makes Kubernetes set its address there."""
+    name = settings()["port"].environment
+    return [name] if LINKED.match(environ.get(name, "")) else []
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -214,10 +237,23 @@ def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{source}; `dilaserve --help` lists them all", param=name)
         tree.setdefault(known[name].group, {})[name] = convert(known[name], value, source)
-    return msgspec.convert(tree, Config)
+    built = msgspec.convert(tree, Config)
+    check_bodies(built.server)
+    return built
+
+
+def check_bodies(server: ServerConfig) -> None:
+    if server.inflight_bytes < server.max_body_bytes:
+        raise ConfigError(
+            f"--max-inflight-bytes {server.inflight_bytes} is less than one body of --max-body-bytes "
+            f"{server.max_body_bytes}; raise the one or lower the other",
+            param="max_inflight_bytes",
+        )
 
 
 def convert(setting: Setting, value: Any, source: str = "") -> Any:
+    if setting.name in REPEATABLE and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if isinstance(value, str) and value.startswith(".") and takes_numbers(setting.type):
         value = f"0{value}"  # a number may begin with its point
     try:

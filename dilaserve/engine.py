@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeAlias, TypeVar
 
 import msgspec
@@ -64,6 +65,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
 NO_CHOICE = "instances of one size are all that there can be"
+TEXT_THREADS = 2  # that encode and decode long texts
 MARKS = 64  # characters that a message costs besides its content
 
 
@@ -118,6 +120,7 @@ class Engine:
         self.main: asyncio.Task[None] | None = None
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
+        self.threads = ThreadPoolExecutor(TEXT_THREADS, "dilaserve-text")
 
     # life
 
@@ -165,6 +168,7 @@ class Engine:
             await asyncio.wait([self.main])
         if self.planner:
             await asyncio.to_thread(self.planner.close)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
@@ -345,7 +349,8 @@ class Engine:
         return self.text.decode(ids)
 
     async def off_loop(self, size: int, work: Callable[[], T]) -> T:
-        return work() if size < LONG_TEXT else await asyncio.to_thread(work)
+        """Long work in one of a few threads: many would take the interpreter's lock from the loop in turns."""
+        return work() if size < LONG_TEXT else await self.loop.run_in_executor(self.threads, work)
 
     def check_room(self, settled: Settled) -> None:
         if self.draining:
@@ -442,8 +447,11 @@ class Engine:
                     self.group.create_task(self.ask(self.planner, demand))
             case Finish(request, reason, usage):
                 stream = self.streams.pop(request.id)
-                self.deliver(stream)
-                stream.finish(reason, usage)
+                try:
+                    self.deliver(stream)
+                    stream.finish(reason, usage)
+                except RequestFailed as error:
+                    stream.fail(error)
             case Fail(request, reason, told):
                 log.error("request %s failed: %s", request.id, reason)
                 self.streams.pop(request.id).fail(RequestFailed(told))
@@ -476,10 +484,16 @@ class Engine:
     def emit(self, request: Request, prefix: int) -> None:
         stream = self.streams[request.id]
         stream.final = prefix
-        if not stream.waits:
+        if stream.waits or stream.over:
+            return
+        try:
             self.deliver(stream)
-            if stream.stopped:
-                self.post(Cancel(request.id, "stop"))
+        except RequestFailed as error:
+            stream.fail(error)
+            self.post(Cancel(request.id, "cancelled"))
+            return
+        if stream.stopped:
+            self.post(Cancel(request.id, "stop"))
 
     def deliver(self, stream: Stream) -> None:
         """Give the stream what has become final since the last time."""

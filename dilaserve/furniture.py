@@ -1,8 +1,10 @@
 """What an engine works with: the model as clients see it, its tokenizer, the request table, and who runs the steps."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -80,9 +82,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
         raise ConfigError(
             f"--max-model-len {limit} exceeds the model's {spec.max_length}; lower it", param="max_model_len"
         )
-    card = ModelCard(
-        config.model.served_model_name or directory.resolve().name, limit, int(time.time()), spec.parameters
-    )
+    card = ModelCard(config.model.served_model_name or named(directory), limit, int(time.time()), spec.parameters)
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
     shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
@@ -112,6 +112,17 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
         planner,
         unplanned(laws, degrees, config, names),
     )
+
+
+def named(directory: Path) -> str:
+    """What clients call the model: the directory as it was given, also where it is a link to elsewhere; a snapshot in
+    a cache of Hugging Face's hub has the name of its repository.
+    """
+    given = Path(os.path.abspath(directory))
+    repository = given.parent.parent.name
+    if given.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return given.name
 
 
 def possible_degrees(spec: ModelSpec, names: list[str], config: Config) -> tuple[int, ...]:

@@ -81,6 +81,7 @@ class Stream:
     # the engine's side
 
     def push(self, ids: list[int], confidences: list[float]) -> None:
+        """Raises what the tokenizer raises; the stream then has no text any more."""
         self.position += len(ids)
         text = self.stops.push(self.detokenizer.push(ids))
         self.chunks.append(Chunk(text, tuple(ids), tuple(confidences)))

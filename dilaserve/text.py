@@ -1,15 +1,17 @@
 """Between text and token ids: encoding, the chat template, and decoding that never takes back what it gave."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dilaserve.errors import BadRequest, CheckpointError
+from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed
+from dilaserve.panics import contained
 
 log = logging.getLogger(__name__)
 ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
@@ -27,7 +29,8 @@ class Text:
         if not file.exists():
             raise CheckpointError(f"{directory} holds no tokenizer.json")
         try:
-            self.tokenizer = Tokenizer.from_file(str(file))
+            with contained():
+                self.tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         self.directory = directory
@@ -41,7 +44,8 @@ class Text:
 
         chatter.set_verbosity_error()
         try:
-            self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+            with contained():
+                self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
         except Exception as error:  # whatever a damaged tokenizer_config.json leads to
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the chat template in {self.directory} cannot be read: {reason}") from error
@@ -91,9 +95,10 @@ class Text:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if len(text) < LONG:
-            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
-        return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+        with tokenizing():
+            if len(text) < LONG:
+                return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+            return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         if self.template is None or not self.template.chat_template:
@@ -110,9 +115,25 @@ class Text:
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""
         listed = list(ids)
-        if len(listed) < LONG:
-            return str(self.tokenizer.decode(listed, skip_special_tokens=True))
-        return str(self.tokenizer.decode_batch([listed], skip_special_tokens=True)[0])
+        with tokenizing():
+            if len(listed) < LONG:
+                return str(self.tokenizer.decode(listed, skip_special_tokens=True))
+            return str(self.tokenizer.decode_batch([listed], skip_special_tokens=True)[0])
+
+
+@contextlib.contextmanager
+def tokenizing() -> Iterator[None]:
+    """Whatever the tokenizers library raises fails the one request, and is logged; a panic too."""
+    try:
+        with contained():
+            yield
+    except DilaserveError:
+        raise
+    except Exception as error:
+        log.exception("the tokenizer has failed")
+        raise RequestFailed(
+            "the tokenizer failed on this request; the log says why", code="tokenizer_failed"
+        ) from error
 
 
 def longest_token(tokenizer: Tokenizer) -> int | None:

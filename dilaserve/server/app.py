@@ -2,25 +2,25 @@
 
 import asyncio
 import contextlib
-import errno
+import gc
 import hmac
 import logging
 import os
 import re
 import secrets
 import signal
-import zlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__, children
+from dilaserve import __version__, children, listening
 from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import (
     BadRequest,
-    ConfigError,
     DilaserveError,
     Forbidden,
     NotFound,
@@ -32,47 +32,57 @@ from dilaserve.furniture import Furnish, real
 from dilaserve.server import metrics, openai, plans, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.server.connection import Connection
+from dilaserve.server.intake import Intake
+from dilaserve.server.paths import rooted
 from dilaserve.stream import collect
 from dilaserve.text import LONGEST
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Announce = Callable[[str, str, bool], None]
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
-BODY_WITHIN = 30.0  # seconds to receive a request body
+INTAKE: web.AppKey[Intake] = web.AppKey("intake", Intake)
 IDLE_WITHIN = 75.0  # seconds for the whole head of the next request, before a connection is closed; proxies keep 60
 LINGER = 2.0  # seconds that answers get to leave after the engine is done
-TAKEN = {errno.EADDRINUSE, errno.EACCES}  # what another port may cure
 PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
-WINDOWS = {"identity": None, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's name of each content-encoding
+STATUSES[417] = "expectation_failed"
 _json = msgspec.json.Encoder()
 
 
-async def serve(config: Config, progress: Progress, announce: Announce, furnish: Furnish = real) -> int:
+async def serve(
+    config: Config,
+    progress: Progress,
+    announce: Announce,
+    furnish: Furnish = real,
+    sockets: Sequence[socket.socket] | None = None,
+) -> int:
     """Load, listen, and on SIGTERM or SIGINT finish what runs; a second signal exits at once.
 
-    Returns the exit code, 1 when the engine itself has broken (the log says how).
-    Raises `ConfigError` before any port opens when the model or the address cannot be used.
+    `sockets` are bound to the configured addresses, or that is done here after loading. Returns the exit code, 1 when
+    the engine itself has broken (the log says how). Raises `ConfigError` before any port opens when the model or the
+    address cannot be used.
     """
     loop, stop, me = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
-    listening = False
+    started = False
 
     def interrupt() -> None:
         if stop.is_set():
             children.kill()
             os._exit(1)
         stop.set()
-        if not listening and me:
+        if not started and me:
             me.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, interrupt)
     try:
-        async with Engine(config, progress, furnish) as engine, running(engine, config) as address:
-            listening = True
+        async with Engine(config, progress, furnish) as engine, running(engine, config, sockets) as address:
+            started = True
+            freeze()
             announce(address, engine.model.name, config.server.api_key is not None)
             if engine.advice:
                 log.info("%s", engine.advice)
@@ -90,51 +100,59 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
     return 0
 
 
-@contextlib.asynccontextmanager
-async def running(engine: Engine, config: Config) -> AsyncIterator[str]:
-    """The application on its port; gives the address."""
-    runner = web.AppRunner(application(engine, config), handler_cancellation=True, shutdown_timeout=LINGER)
-    await runner.setup()
-    try:
-        async with opened(runner.server, config.server.host, config.server.port) as listener:
-            bound = listener.sockets[0].getsockname()
-            yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
-    finally:
-        await runner.cleanup()
+def freeze() -> None:
+    """What loading has made stays; the collector no longer stops the event loop to look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.asynccontextmanager
-async def opened(server: web.Server | None, host: str, port: int) -> AsyncIterator[asyncio.Server]:
-    """What web.TCPSite does, with connections of our own."""
+async def running(engine: Engine, config: Config, sockets: Sequence[socket.socket] | None = None) -> AsyncIterator[str]:
+    """The application on its addresses; gives them as the ready line shows them."""
+    server = config.server
+    with listening.bound(server.host, server.port) if sockets is None else contextlib.nullcontext(sockets) as bound:
+        runner = web.AppRunner(application(engine, config), handler_cancellation=True, shutdown_timeout=LINGER)
+        await runner.setup()
+        try:
+            async with opened(runner.server, bound, server.root_path):
+                yield " and ".join(map(listening.url, bound))
+        finally:
+            await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def opened(server: web.Server | None, sockets: Sequence[socket.socket], root_path: str) -> AsyncIterator[None]:
+    """What web.SockSite does, with connections of our own."""
     assert server
+    server.request_factory = rooted(server.request_factory, root_path)
+    server.request_handler = answered(server.request_handler)  # type: ignore[assignment]
 
     def connected() -> Connection:
         return Connection(  # which inflates nothing: it would, without a bound, what comes behind a refusal
             server,
             loop=loop,
             keepalive_timeout=IDLE_WITHIN,
-            access_log=None,  # type: ignore[arg-type]
+            access_log=None,
             auto_decompress=False,
         )
 
     loop = asyncio.get_running_loop()
-    try:
-        listener = await loop.create_server(connected, host, port, backlog=1024)
-    except OSError as error:
-        cure = "choose another --port" if error.errno in TAKEN else "is --host an address of this machine?"
-        reason = os.strerror(error.errno) if error.errno in TAKEN else error.strerror  # which says it at length
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {cure}") from error
-    except UnicodeError as error:
-        raise ConfigError(f"--host {host!r} is not a name: {error}") from error
-    try:
-        yield listener
-    finally:
-        listener.close()
+    async with contextlib.AsyncExitStack() as stack:
+        for one in sockets:
+            try:
+                listener = await loop.create_server(connected, sock=listening.inheritable(one), backlog=1024)
+            except OSError as error:
+                host, port = one.getsockname()[:2]
+                raise listening.refusal(host, port, error) from error
+            stack.callback(listener.close)
+        yield
 
 
 def application(engine: Engine, config: Config) -> web.Application:
     app = web.Application(middlewares=[guarded], client_max_size=config.server.max_body_bytes)
     app[ENGINE], app[CONFIG] = engine, config
+    app[INTAKE] = Intake(config.server.max_body_bytes, config.server.inflight_bytes)
+    app.on_cleanup.append(close_intake)
     app.add_routes(
         [
             web.get("/health", health),
@@ -154,15 +172,41 @@ def application(engine: Engine, config: Config) -> web.Application:
     return app
 
 
+async def close_intake(app: web.Application) -> None:
+    app[INTAKE].close()
+
+
 # around every request
+
+
+def answered(handle: Handler) -> Handler:
+    """What answers every request, inside aiohttp's routing and outside: the answer has an id and OpenAI's shape."""
+
+    async def identified(request: web.Request) -> web.StreamResponse:
+        given = request.headers.get("x-request-id", "")
+        id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
+        request[sse.REQUEST_ID] = id
+        taken_up(request)
+        try:
+            response = await handle(request)
+        except web.HTTPException as error:  # an expectation that is refused before any route
+            response = respelled(error, request)
+        if not response.prepared:
+            response.headers["x-request-id"] = id
+        return response
+
+    return identified
+
+
+def taken_up(request: web.BaseRequest) -> None:
+    if isinstance(request.protocol, Connection):
+        request.protocol.taken_up(request.content)
 
 
 @web.middleware
 async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give the request an id, check its key, and turn whatever goes wrong into OpenAI's error shape."""
-    given = request.headers.get("x-request-id", "")
-    id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
-    request[sse.REQUEST_ID] = id
+    """Check the request's key, and turn whatever goes wrong into OpenAI's error shape."""
+    id = request[sse.REQUEST_ID]
     try:
         authorize(request)
         response = await handler(request)
@@ -176,8 +220,6 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception:
         log.exception("request %s failed", id)
         response = refused(DilaserveError(f"internal error; the log has more under request id {id}", code="internal"))
-    if not response.prepared:
-        response.headers["x-request-id"] = id
     return response
 
 
@@ -219,6 +261,7 @@ def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
     reasons = {
         404: f"there is no {request.method} {request.path}",
         405: f"{request.path} does not take {request.method}",
+        417: "the only expectation that is met is 100-continue; leave out the header Expect",
         413: f"the body exceeds {request.app[CONFIG].server.max_body_bytes} bytes (--max-body-bytes)",
     }
     ours = BadRequest(reasons.get(error.status, error.text or error.reason), code=STATUSES.get(error.status))
@@ -233,36 +276,9 @@ def answer(body: object, status: int = 200, headers: dict[str, str] | None = Non
     return web.Response(body=_json.encode(body), status=status, headers=headers, content_type="application/json")
 
 
-async def body(request: web.Request) -> bytes:
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(text="send the body with content-type: application/json")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in WINDOWS:
-        raise web.HTTPUnsupportedMediaType(text="send the body as it is, or with content-encoding: gzip")
-    try:
-        async with asyncio.timeout(BODY_WITHIN):
-            whole = await request.read()
-    except web.RequestPayloadError as error:
-        request.content.feed_eof()  # aiohttp would read on, and fail again
-        raise web.HTTPBadRequest(text=f"the body cannot be read: {' '.join(str(error).split())}") from error
-    except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
-    window = WINDOWS[encoding]
-    return whole if window is None else inflated(whole, window, request.app[CONFIG].server.max_body_bytes)
-
-
-def inflated(body: bytes, window: int, most: int) -> bytes:
-    """What a compressed body holds; no more than `most` bytes are made of it."""
-    inflater = zlib.decompressobj(window)
-    try:
-        found = inflater.decompress(body, most + 1)
-    except zlib.error as error:
-        raise web.HTTPBadRequest(text=f"the body cannot be read by its content-encoding: {error}") from error
-    if len(found) > most:
-        raise web.HTTPRequestEntityTooLarge(most, len(found))
-    if not inflater.eof or inflater.unused_data:
-        raise web.HTTPBadRequest(text="the body does not end where its content-encoding does")
-    return found
+async def read(request: web.Request, kind: type[T]) -> T:
+    """The body as a request of this kind."""
+    return await request.app[INTAKE].read(request, lambda body: openai.decoded(body, kind))
 
 
 # routes
@@ -313,24 +329,23 @@ def known(engine: Engine, name: str | None) -> None:
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
-    asked = openai.decoded(await body(request), openai.ChatRequest)
+    asked = await read(request, openai.ChatRequest)
     form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop))
     if asked.top_logprobs is not None and not asked.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    return await respond(request, asked, form, [openai.conversation(asked.messages)], [""])
+    return await respond(request, asked, form, [openai.conversation(asked.messages)])
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
-    asked = openai.decoded(await body(request), openai.CompletionRequest)
+    asked = await read(request, openai.CompletionRequest)
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
-    echoes = [await echo(engine, prompt) if asked.echo else "" for prompt in prompts]
     form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop))
-    return await respond(request, asked, form, prompts, echoes)
+    return await respond(request, asked, form, prompts, bool(asked.echo))
 
 
-async def echo(engine: Engine, prompt: str | list[int]) -> str:
+async def echo(engine: Engine, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else await spoken(engine, await engine.tokenize(prompt))
 
 
@@ -339,7 +354,7 @@ async def spoken(engine: Engine, ids: list[int]) -> str:
 
 
 async def respond(
-    request: web.Request, asked: openai.Common, form: Form, prompts: Sequence[Prompt], echoes: Sequence[str]
+    request: web.Request, asked: openai.Common, form: Form, prompts: Sequence[Prompt], echoes: bool = False
 ) -> web.StreamResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
@@ -347,6 +362,7 @@ async def respond(
     openai.refuse(asked)
     openai.with_headers(asked, request.headers)
     n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
+    each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
     async with contextlib.AsyncExitStack() as stack:
         streams: list[Stream] = []
         for prompt in prompts:
@@ -355,7 +371,6 @@ async def respond(
                     started = await engine.submit(prompt, openai.options(asked, len(streams)))
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
-        each = [echo for echo in echoes for _ in range(n)]
         if asked.stream:
             count = bool(asked.stream_options and asked.stream_options.include_usage)
             return await sse.relay(request, form, streams, each, prompt_tokens, count)
@@ -368,13 +383,13 @@ async def plan(request: web.Request) -> web.StreamResponse:
 
 
 async def replan(request: web.Request) -> web.StreamResponse:
-    asked, engine = openai.decoded(await body(request), plans.PlanRequest), request.app[ENGINE]
+    asked, engine = await read(request, plans.PlanRequest), request.app[ENGINE]
     change = await engine.replan(plans.wanted(asked), plans.because(asked))
     return answer(plans.told(engine, change))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = openai.decoded(await body(request), openai.TokenizeRequest), request.app[ENGINE]
+    asked, engine = await read(request, openai.TokenizeRequest), request.app[ENGINE]
     if (asked.prompt is None) == (asked.messages is None):
         raise BadRequest("give either prompt or messages")
     prompt: Prompt = asked.prompt if asked.prompt is not None else openai.conversation(asked.messages or [])
@@ -383,7 +398,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = openai.decoded(await body(request), openai.DetokenizeRequest), request.app[ENGINE]
+    asked, engine = await read(request, openai.DetokenizeRequest), request.app[ENGINE]
     try:
         if len(asked.tokens) > LONGEST:
             raise BadRequest(f"{len(asked.tokens)} tokens are too many; send at most {LONGEST} at a time")

@@ -1,19 +1,84 @@
-"""A connection as aiohttp keeps it, but for what it says when no handler can: in OpenAI's shape, without traceback."""
+"""A connection as aiohttp keeps it, except where that does not suit: what it says when no handler can (in OpenAI's
+shape, without traceback), and clients that shut their writing side after a whole request.
+"""
 
+import asyncio
 import logging
 import secrets
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, StreamReader, web
 
 from dilaserve.errors import BadRequest
 from dilaserve.server.answers import failure
 
 log = logging.getLogger(__name__)
+PROBE_AFTER = 0.5  # seconds between questions whether a client that sends no more still reads
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # every client of HTTP/1.1 skips it
 
 
 class Connection(web.RequestHandler):
-    __slots__ = ()
+    """The end of what a client sends may mean that it has left, or only that it has sent all.
+
+    With a whole request unanswered it counts as the latter, and the answer is the last thing on the connection. A
+    client that has left is found by writing: `probe` sends something that does not matter, at which the other side
+    says that nobody is there.
+    """
+
+    __slots__ = ("asked", "half_closed", "probe", "timer")
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.asked: StreamReader | None = None  # the body of the last request that was taken up
+        self.half_closed = False
+        self.probe: Callable[[], None] = self.send_interim
+        self.timer: asyncio.TimerHandle | None = None
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """True keeps the connection open for writing."""
+        if not self.owes_answer():
+            return False
+        if not self.half_closed:
+            self.half_closed = True
+            self.close_after_last()
+            self.timer = self._loop.call_later(PROBE_AFTER, self.is_anybody_there)
+        return True
+
+    def owes_answer(self) -> bool:
+        """A request has come to its end, and its answer has not."""
+        idle = self._waiter is not None and not self._waiter.done()
+        if idle or self._force_close:
+            return False
+        body = self._messages[-1][1] if self._messages else self.asked
+        return body is not None and body.is_eof()
+
+    def taken_up(self, body: StreamReader) -> None:
+        """The next request is answered now."""
+        self.asked, self.probe = body, self.send_interim
+        self.close_after_last()
+
+    def close_after_last(self) -> None:
+        if self.half_closed and not self._messages:
+            self.close()
+
+    def is_anybody_there(self) -> None:
+        if self.transport is None or self.transport.is_closing():
+            return
+        self.probe()
+        self.timer = self._loop.call_later(PROBE_AFTER, self.is_anybody_there)
+
+    def send_interim(self) -> None:
+        request = self._current_request
+        if request and self.transport and request.version >= HttpVersion11 and not request.writer.output_size:
+            self.transport.write(INTERIM)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self.probe = self.send_interim
+        super().connection_lost(exc)
 
     def handle_error(
         self,

@@ -10,11 +10,13 @@ from aiohttp import web
 from dilaserve.engine import Chunk, Stream
 from dilaserve.errors import DilaserveError
 from dilaserve.server.answers import Form, failure
+from dilaserve.server.connection import Connection
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake
 STALLED_AFTER = 60.0  # seconds that a client may refuse to read
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+PING = Chunk("")  # stands for a comment line
 _json = msgspec.json.Encoder()
 
 
@@ -27,7 +29,7 @@ async def relay(
     spent = 0
     try:
         await write(response, opening(form, len(streams), echoes))
-        async for index, chunk in merged(response, streams):
+        async for index, chunk in merged(request, response, streams):
             spent += len(chunk.token_ids)
             await write(response, events(form, index, chunk))
         ending = event(form.counted(prompt_tokens, spent)) if count else b""
@@ -63,9 +65,15 @@ async def write(response: web.StreamResponse, data: bytes) -> None:
             await response.write(data)
 
 
-async def merged(response: web.StreamResponse, streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Chunk]]:
-    """Chunks of all streams as they come, with the stream's index; pings while none comes."""
+async def merged(
+    request: web.Request, response: web.StreamResponse, streams: Sequence[Stream]
+) -> AsyncIterator[tuple[int, Chunk]]:
+    """Chunks of all streams as they come, with the stream's index; pings while none comes, and when the connection
+    asks whether anybody is there.
+    """
     arrivals: asyncio.Queue[tuple[int, Chunk | DilaserveError | None]] = asyncio.Queue()
+    if isinstance(request.protocol, Connection):
+        request.protocol.probe = lambda: arrivals.put_nowait((0, PING))
 
     async def pump(index: int, stream: Stream) -> None:
         try:
@@ -83,6 +91,8 @@ async def merged(response: web.StreamResponse, streams: Sequence[Stream]) -> Asy
                 async with asyncio.timeout(PING_AFTER):
                     index, chunk = await arrivals.get()
             except TimeoutError:
+                index, chunk = 0, PING
+            if chunk is PING:
                 await write(response, b": ping\n\n")
                 continue
             if isinstance(chunk, DilaserveError):
