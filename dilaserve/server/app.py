@@ -186,7 +186,6 @@ def answered(handle: Handler) -> Handler:
         given = request.headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
         request[sse.REQUEST_ID] = id
-        taken_up(request)
         try:
             response = await handle(request)
         except web.HTTPException as error:  # an expectation that is refused before any route
@@ -196,11 +195,6 @@ def answered(handle: Handler) -> Handler:
         return response
 
     return identified
-
-
-def taken_up(request: web.BaseRequest) -> None:
-    if isinstance(request.protocol, Connection):
-        request.protocol.taken_up(request.content)
 
 
 @web.middleware

@@ -10,12 +10,13 @@ from typing import Any
 
 import msgspec
 from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp.http_parser import RawRequestMessage
 
 from dilaserve.errors import BadRequest
 from dilaserve.server.answers import failure
 
 log = logging.getLogger(__name__)
-PROBE_AFTER = 0.5  # seconds between questions whether a client that sends no more still reads
+PROBE_AFTER = 1.0  # seconds between questions whether a client that sends no more still reads
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # every client of HTTP/1.1 skips it
 
 
@@ -35,6 +36,17 @@ class Connection(web.RequestHandler):
         self.half_closed = False
         self.probe: Callable[[], None] = self.send_interim
         self.timer: asyncio.TimerHandle | None = None
+        self._request_factory = self.remembering(self._request_factory)
+
+    def remembering(self, make: Any) -> Any:
+        """Makes requests, and knows the last one before anything else happens to it."""
+
+        def made(message: RawRequestMessage, body: StreamReader, *rest: Any) -> web.BaseRequest:
+            self.taken_up(body)
+            request: web.BaseRequest = make(message, body, *rest)
+            return request
+
+        return made
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """True keeps the connection open for writing."""

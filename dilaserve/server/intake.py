@@ -8,6 +8,7 @@ import contextlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -19,7 +20,8 @@ from dilaserve.server.shape import Buffer
 
 T = TypeVar("T")
 BODY_WITHIN = 30.0  # seconds to receive a request body
-SMALL = 2**14  # bytes of a body that is looked through on the event loop
+SMALL = 2**14  # bytes of a body that always finds room
+PIECE = 2**17  # bytes that are counted at once, in a millisecond or two
 RESERVE = 8  # a share of the bytes in flight that bodies above SMALL leave to smaller ones: one in so many
 TRIM_ABOVE = 2**24  # bytes in flight after which free memory is given back
 TRIM_AFTER = 1.0  # seconds without a body above SMALL before that
@@ -52,17 +54,23 @@ class Intake:
             return await self.pace.run(lambda: decode(body))
 
     async def opened(self, body: Buffer, window: int | None, claim: "Claim") -> Buffer:
-        """Inflated and checked: a short body here, others in a thread."""
-        if window is None and len(body) <= SMALL:
-            await self.pace.run(lambda: shape.check(body))
+        """Inflated and counted; of large bodies one at a time."""
+        if window is None and len(body) <= PIECE:
+            await self.count(body)
             return body
         async with self.opening:
             if window is not None:
                 claim.grow(self.most_each)
-            found = await self.off_loop(lambda: inflated(body, window, self.most_each))
-            claim.shrink(len(found))
-            await self.off_loop(lambda: shape.check(found))
-        return found
+                body = await self.off_loop(partial(inflated, body, window, self.most_each))
+                claim.shrink(len(body))
+            await self.count(body)
+        return body
+
+    async def count(self, body: Buffer) -> None:
+        """On the loop, a piece at a time: a thread would hold the interpreter's lock when the loop needs it."""
+        counter = shape.Counter()
+        for start in range(0, len(body), PIECE):
+            await self.pace.run(partial(counter.add, body[start : start + PIECE]))
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
@@ -145,10 +153,8 @@ async def received(request: web.Request, claim: Claim) -> Buffer:
     return body
 
 
-def inflated(body: Buffer, window: int | None, most: int) -> Buffer:
+def inflated(body: Buffer, window: int, most: int) -> Buffer:
     """What a compressed body holds; no more than `most` bytes are made of it."""
-    if window is None:
-        return body
     inflater = zlib.decompressobj(window)
     try:
         found = inflater.decompress(body, most + 1)

@@ -13,6 +13,7 @@ from dilaserve.options import Options
 from dilaserve.terms import DecodeRule, OnMiss
 
 HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
+HALF_WITHIN = 2**18  # bytes of a body that is not JSON in which that reason is looked for
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
@@ -150,7 +151,7 @@ def decoded(body: bytes | bytearray, kind: type[T]) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if not body.strip():
             raise BadRequest("the body is empty; send JSON") from error
-        if HALF.search(body):
+        if HALF.search(body, 0, HALF_WITHIN):
             raise BadRequest("the body is not valid JSON: a string holds half of a surrogate pair") from error
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     return request
