@@ -213,7 +213,7 @@ def test_a_step_of_a_graph_is_few_launches(tmp_path):
             _, (span,) = house.laid_out(shapes_of(1))
             columns = columns_of([span])
             house.reuse.load(columns, active_blocks(columns), house.table)
-            counts.append(house.reuse.graphs[1].launches)
+            counts.append(house.reuse.graphs.captured[1].launches)
         forget()
     layer = counts[1] - counts[0]
     assert (layer["kernel"], layer["mm"], layer.total()) == (6, 4, 10)  # of few rows; of more attention is one kernel

@@ -23,6 +23,7 @@ from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.table import RequestTable
 from dilaserve.worker import memory, rehearsal
+from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.groups import Abandoned, Groups
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
@@ -93,7 +94,8 @@ class Worker:
         self, job: Job, rank: int, shared: Shared, spec: ModelSpec, weights: Weights, flat: torch.Tensor
     ) -> None:
         self.job, self.shared, self.spec, self.weights, self.flat = job, shared, spec, weights, flat
-        self.reuse: ReuseSteps | None = None  # for instances of this device alone
+        self.reuse: ReuseSteps | None = None  # for instances of this device alone, as is `forward`
+        self.forward: ForwardGraphs | None = None
         self.groups = Groups(job.backend, shared.exchange, rank, job.store)
         self.turns: torch.Tensor | None = None
 
@@ -111,16 +113,19 @@ class Worker:
         model: Model = family.Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
         self.turns = model.turns
         pool = KVPool(self.spec, shard, self.flat)
-        reuse = self.reuse_steps(model, pool) if group.size == 1 else None
-        return Runner(
-            self.spec, model, pool, self.shared.table, self.job.stop_ids, group, reuse, self.job.batched_tokens
-        )
+        if group.size == 1:
+            self.prepare_alone(model, pool)
+        reuse, forward = (self.reuse, self.forward) if group.size == 1 else (None, None)
+        table, tokens = self.shared.table, self.job.batched_tokens
+        return Runner(self.spec, model, pool, table, self.job.stop_ids, group, reuse, tokens, forward)
 
-    def reuse_steps(self, model: Model, pool: KVPool) -> ReuseSteps | None:
-        """The same ones whenever the device is alone, as they read the same memory; None where they would not pay."""
+    def prepare_alone(self, model: Model, pool: KVPool) -> None:
+        """Steps on fixed buffers, once: whenever the device is alone they read the same memory. Not where they would
+        not pay.
+        """
         if self.reuse is None and varlen_for(self.flat.device, self.flat.dtype, self.spec.head_dim):
             self.reuse = ReuseSteps(self.spec, model, pool, self.job.max_rows, self.job.eager)
-        return self.reuse
+            self.forward = ForwardGraphs(self.spec, model, pool, self.job.batched_tokens, self.job.eager)
 
 
 def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:

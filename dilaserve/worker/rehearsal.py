@@ -14,6 +14,7 @@ from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.worker.batch import Array
 from dilaserve.worker.ends import WIDTH
+from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, ReuseSteps
 from dilaserve.worker.unmask import Sampling, guess
 
@@ -39,6 +40,8 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
         captured = [count for count in steps.buckets if count <= GRAPHS[-1]]
         graphs = 2 * peak(device, lambda: each(steps.rehearse, captured))  # a pool that all share, and its holes
+        forward = ForwardGraphs(spec, model, pool, tokens, eager=True)
+        graphs += 2 * peak(device, lambda: each(forward.graphs.rehearse, (forward.most,)))
     return max(refresh, reuse) + graphs + SLACK
 
 
