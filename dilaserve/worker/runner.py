@@ -133,7 +133,7 @@ class Runner:
             last = read == launched and (over or launched == most)
             now = time.perf_counter()
             yield Outcome(results, now - mark, arrived - entered, last)
-            mark = entered = now
+            mark, entered = now, arrived if launched > read else now  # a step that is under way has gone on meanwhile
 
     @torch.inference_mode()
     def step(self, columns: Columns) -> Outcome | None:
