@@ -15,7 +15,6 @@ from dilaserve.terms import DecodeRule, OnMiss
 
 T = TypeVar("T")
 HALF = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.IGNORECASE)
-NULL = msgspec.Raw(b"null")
 MAX_DEFAULT = 8192  # bytes of a value that can be a default; longer ones are refused unread
 MAX_NAMES = 10_000  # colons of a body in which misspelled fields are looked for
 MAX_WARNINGS = 8
@@ -134,7 +133,7 @@ REFUSED: Mapping[type, Mapping[str, Unsupported]] = {
 
 def with_refused(kind: type[T]) -> type[T]:
     """The struct with the fields that are refused for it, which stay as they were sent until they are looked at."""
-    fields = [(name, msgspec.Raw, NULL) for name in REFUSED.get(kind, {})]
+    fields = [(name, msgspec.Raw, msgspec.Raw(b"null")) for name in REFUSED.get(kind, {})]
     made: type[T] = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True)  # type: ignore[assignment]
     return made
 
@@ -172,10 +171,10 @@ def parsed(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 def refuse(name: str, sent: msgspec.Raw, about: Unsupported) -> None:
     """Raise `BadRequest` for a value that cannot be honoured."""
-    raw = bytes(sent)
-    if raw == NULL or about.harmless is unsupported.anything:
+    if about.harmless is unsupported.anything:
         return
-    if len(raw) > MAX_DEFAULT or not about.harmless(parsed(raw, _any)):
+    given = parsed(bytes(sent), _any) if memoryview(sent).nbytes <= MAX_DEFAULT else ...
+    if given is not None and not about.harmless(given):
         raise BadRequest(f"{name} cannot be honoured: {about.reason}", param=name, code="unsupported_parameter")
 
 
