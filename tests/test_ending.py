@@ -76,9 +76,7 @@ async def test_a_stop_token_is_not_chosen_before_the_least_number_of_tokens_eith
 async def test_draws_are_narrowed_and_depend_on_nobody_beside(engine):
     asked = prompts(6, seed=4)
     knobs = [dict(top_k=1), dict(min_p=1.0), dict(top_k=5), dict(min_p=0.1), dict(top_k=-1), dict(top_k=3, min_p=0.2)]
-    wishes = [
-        (prompt, dict(temperature=1.5, seed=i, ignore_eos=True) | knobs[i % 6]) for i, prompt in enumerate(asked)
-    ]
+    wishes = [(prompt, dict(temperature=1.5, seed=i, ignore_eos=True) | knobs[i % 6]) for i, prompt in enumerate(asked)]
     together = await crowd(engine, wishes)
     alone = [(await crowd(engine, [wish]))[0] for wish in wishes[2:4]]
     assert [answer.token_ids for answer in alone] == [answer.token_ids for answer in together[2:4]]

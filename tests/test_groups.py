@@ -7,8 +7,8 @@ import time
 import checkpoints
 import pytest
 import torch
-from knobs import sampling
 import torch.multiprocessing as mp
+from knobs import sampling
 
 from dilaserve import models
 from dilaserve.exchange import Exchange

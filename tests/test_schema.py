@@ -209,7 +209,11 @@ def test_seeds_wrap():
 
 def test_the_text_of_a_tokenizer_has_the_special_tokens_it_has_here():
     messages = {"messages": CHAT["messages"]}
-    for sent in ({"prompt": "x"}, {"prompt": "x", "add_special_tokens": True}, messages | {"add_special_tokens": False}):
+    for sent in (
+        {"prompt": "x"},
+        {"prompt": "x", "add_special_tokens": True},
+        messages | {"add_special_tokens": False},
+    ):
         openai.check_tokenize(decoded(json.dumps(sent).encode(), TokenizeRequest))
     for sent in ({"prompt": "x", "add_special_tokens": False}, messages | {"add_special_tokens": True}, {}):
         with pytest.raises(BadRequest):
