@@ -16,15 +16,15 @@ from dilaserve.bell import Bell
 from dilaserve.config import Config
 from dilaserve.cost import StepCost, alike
 from dilaserve.devices import steps_for
-from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
+from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable, quoted
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
-from dilaserve.options import Options, Settled, parse_classes, settle, wanted
+from dilaserve.options import Options, Settled, check, parse_classes, settle, wanted
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
 from dilaserve.scheduler import Scheduler
-from dilaserve.stream import Chunk, Completion, Stream, collect
+from dilaserve.stream import Chunk, Completion, Cut, Stream, collect
 from dilaserve.terms import (
     Adjust,
     Arrival,
@@ -34,6 +34,7 @@ from dilaserve.terms import (
     Decline,
     Demand,
     Emit,
+    Ending,
     Event,
     Fail,
     Finish,
@@ -276,17 +277,18 @@ class Engine:
         """
         if self.main is None:
             raise Unavailable("the engine is not running; enter it with `async with` first")
+        check(options := options or Options())
         ids = await self.tokenize(prompt, self.model.max_model_len)
-        options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
+        check_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self.check_room(settled)
         if id in self.streams:
-            raise BadRequest(f"a request with the id {id!r} is running; choose another id", param="id")
+            raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
         row = self.free.pop()
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(
-            row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, options.ignore_eos
+            row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, ending(options)
         )
         request = Request(
             id=id or secrets.token_hex(12),
@@ -297,10 +299,9 @@ class Engine:
             max_tokens=settled.max_tokens,
             arrived_at=self.loop.time(),
             decoding=settled.decoding,
-            ignore_eos=options.ignore_eos,
             slo=slo,
         )
-        stream = self.streams[request.id] = Stream(request, self.text, options.stop, self.post)
+        stream = self.streams[request.id] = Stream(request, self.text, cutting(options), self.post)
         self.idle.clear()
         self.post(Arrival(request))
         if slo.on_miss == "reject":
@@ -337,8 +338,7 @@ class Engine:
 
     def checked(self, prompt: Sequence[object]) -> list[int]:
         ids: list[int] = list(prompt)  # type: ignore[arg-type]
-        if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocab_size:
-            raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")
+        check_ids(ids, self.vocab_size, "prompt")
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -443,6 +443,9 @@ class Engine:
             case Finish(request, reason, usage):
                 stream = self.streams.pop(request.id)
                 self.deliver(stream)
+                if reason == "stop" and stream.shows_stop_token:
+                    stream.final += 1
+                    self.deliver(stream)
                 stream.finish(reason, usage)
             case Fail(request, reason, told):
                 log.error("request %s failed: %s", request.id, reason)
@@ -486,6 +489,19 @@ class Engine:
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < vocab_size:
+        raise BadRequest(f"token ids are whole numbers from 0 to {vocab_size - 1}", param=param)
+
+
+def ending(options: Options) -> Ending:
+    return Ending(ignore_eos=options.ignore_eos, stop_ids=options.stop_token_ids, min_tokens=options.min_tokens)
+
+
+def cutting(options: Options) -> Cut:
+    return Cut(options.stop, options.min_tokens, options.include_stop_str_in_output)
 
 
 def advised(note: str | None, unplanned: str | None) -> str | None:

@@ -38,6 +38,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_model_len: int
     created: int
     parameters: int
+    root: str  # the directory
 
 
 class Furniture(NamedTuple):
@@ -81,7 +82,11 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
             f"--max-model-len {limit} exceeds the model's {spec.max_length}; lower it", param="max_model_len"
         )
     card = ModelCard(
-        config.model.served_model_name or directory.resolve().name, limit, int(time.time()), spec.parameters
+        config.model.served_model_name or directory.resolve().name,
+        limit,
+        int(time.time()),
+        spec.parameters,
+        str(directory),
     )
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))

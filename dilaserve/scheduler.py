@@ -330,7 +330,7 @@ class Scheduler:
         masks, block = progress.masks, progress.block
         progress.advance(result)
         end = request.prompt_tokens + request.max_tokens
-        stopped = 0 <= result.stop_at < result.prefix and not request.ignore_eos
+        stopped = 0 <= result.stop_at < result.prefix
         self.beliefs.watched(progress, masks, block, result.unmasked, stopped)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:

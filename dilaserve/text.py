@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dilaserve.errors import BadRequest, CheckpointError
+from dilaserve.errors import BadRequest, CheckpointError, shortened
 
 log = logging.getLogger(__name__)
 ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
@@ -81,7 +81,8 @@ class Text:
         """
         if limit is not None and self.longest is not None and len(text) > limit * self.longest:
             raise BadRequest(
-                f"a prompt of {len(text)} characters leaves no room for an answer; the canvas holds {limit} tokens",
+                f"this model's maximum context length is {limit} tokens, and a prompt of {len(text)} characters leaves "
+                "no room for an answer; shorten it",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -101,7 +102,13 @@ class Text:
         try:
             return self.rendered(messages)
         except Exception as error:  # a template may raise anything, for reasons in the messages
-            raise BadRequest(f"the chat template rejects these messages: {error}", param="messages") from error
+            raise BadRequest(
+                f"the chat template rejects these messages: {shortened(str(error))}", param="messages"
+            ) from error
+
+    def knows_role(self, role: str) -> bool:
+        """Whether the chat template speaks of this role."""
+        return self.template is not None and role in str(self.template.chat_template)
 
     def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
         plain = [dict(message) for message in messages]
@@ -174,25 +181,38 @@ class Detokenizer:
 class StopStrings:
     """Cuts text at the stop string that is complete first, and holds back what might be the beginning of one.
 
-    Where the cut lies does not depend on the pieces in which the text comes.
+    Where the cut lies does not depend on the pieces in which the text comes. `shown`: behind the stop string, else
+    before it.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
+    def __init__(self, stops: Sequence[str], shown: bool = False) -> None:
+        self.stops, self.shown = stops, shown
         self.held = ""
+        self.spared = 0  # characters of `held` within which no stop string may end
         self.found = False
+
+    def pass_over(self, text: str) -> str:
+        """As `push`, but no stop string may end in this text; one may begin in it."""
+        self.spared = len(self.held) + len(text)
+        return self.push(text)
 
     def push(self, text: str) -> str:
         """The part of all text so far that is safe to show now. After `found`, nothing."""
         if not self.stops or self.found:
             return "" if self.found else text
         self.held += text
-        ends = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        self.found, cut = bool(ends), min(ends, default=(0, 0))[1]
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self.first(stop)) >= 0]
+        end, start = min(ends, default=(0, 0))
+        self.found, cut = bool(ends), end if self.shown else start
         keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
         shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
         self.held = self.held[len(shown) :]
+        self.spared = max(0, self.spared - len(shown))
         return shown
+
+    def first(self, stop: str) -> int:
+        """Where the stop string stands first that ends behind what is spared; -1 if nowhere."""
+        return self.held.find(stop, max(0, self.spared - len(stop) + 1))
 
     def flush(self) -> str:
         """What was held back, when no more text will come."""

@@ -62,6 +62,27 @@ def test_text_is_cut_at_the_stop_string_that_is_complete_first_and_none_of_it_le
     assert shown == (whole[: min(ends)[1]] if ends else whole)
 
 
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=16),
+    st.booleans(),
+    st.integers(0, 20),
+    st.data(),
+)
+def test_stop_strings_that_end_in_what_is_passed_over_do_not_count(whole, stops, include, early, data):
+    filtered, shown, rest = StopStrings(stops, include), "", whole
+    while rest:
+        spared = early - (len(whole) - len(rest))
+        size = data.draw(st.integers(1, min(spared, len(rest)) if spared > 0 else len(rest)))
+        shown += (filtered.pass_over if spared > 0 else filtered.push)(rest[:size])
+        rest = rest[size:]
+    shown += filtered.flush()
+    places = [(at + len(stop), at) for stop in stops for at in range(len(whole)) if whole.startswith(stop, at)]
+    end, start = min((place for place in places if place[0] > early), default=(len(whole), len(whole)))
+    assert filtered.found == any(place[0] > early for place in places)
+    assert shown == whole[: end if include else start]
+
+
 def test_the_chat_template_marks_the_turns(text):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     ids = text.encode_chat(messages)

@@ -11,6 +11,7 @@ import secrets
 import signal
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -26,10 +27,12 @@ from dilaserve.errors import (
     NotFound,
     Unauthorized,
     Unavailable,
+    quoted,
+    shortened,
 )
 from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, real
-from dilaserve.server import metrics, openai, plans, sse
+from dilaserve.server import messages, metrics, openai, plans, schema, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.server.connection import Connection
 from dilaserve.stream import collect
@@ -38,6 +41,7 @@ from dilaserve.text import LONGEST
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Announce = Callable[[str, str, bool], None]
+Asked = TypeVar("Asked", bound=schema.Common)
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 BODY_WITHIN = 30.0  # seconds to receive a request body
@@ -217,11 +221,13 @@ def refused(error: DilaserveError) -> web.Response:
 def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
     """aiohttp's own refusals (404, 405, 413 …) in OpenAI's shape."""
     reasons = {
-        404: f"there is no {request.method} {request.path}",
-        405: f"{request.path} does not take {request.method}",
+        404: f"there is no {shortened(f'{request.method} {request.path}')}",
+        405: f"{request.path} does not take {shortened(request.method)}",
         413: f"the body exceeds {request.app[CONFIG].server.max_body_bytes} bytes (--max-body-bytes)",
     }
-    ours = BadRequest(reasons.get(error.status, error.text or error.reason), code=STATUSES.get(error.status))
+    ours = BadRequest(
+        reasons.get(error.status) or shortened(error.text or error.reason), code=STATUSES.get(error.status)
+    )
     headers = {"allow": error.headers["allow"]} if "allow" in error.headers else {}
     response = answer(failure(ours), error.status, headers)
     if error.status == 400:  # the body is broken, and with it what would come behind it
@@ -303,30 +309,44 @@ def card(engine: Engine) -> Json:
         "object": "model",
         "created": about.created,
         "owned_by": "dilaserve",
+        "root": about.root,
         "max_model_len": about.max_model_len,
     }
 
 
 def known(engine: Engine, name: str | None) -> None:
     if name is not None and name != engine.model.name:
-        raise NotFound(f"the model {name!r} is not served here, only {engine.model.name!r}", param="model")
+        raise NotFound(
+            f"the model {quoted(name)} is not served here, only {engine.model.name!r}",
+            param="model",
+            code="model_not_found",
+        )
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
-    asked = openai.decoded(await body(request), openai.ChatRequest)
-    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop))
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    return await respond(request, asked, form, [openai.conversation(asked.messages)], [""])
+    asked, warnings = await read(request, schema.ChatRequest)
+    engine = request.app[ENGINE]
+    form = Form(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
+    return await respond(request, asked, form, [messages.conversation(asked.messages, engine.text)], [""])
+
+
+async def read(request: web.Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
+    """The body, and warnings about it, which go into the answer and the log."""
+    sent = await body(request)
+    asked = schema.decoded(sent, kind)
+    warnings = schema.misspelled(sent, kind)
+    for warning in warnings:
+        log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
+    return asked, warnings
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
-    asked = openai.decoded(await body(request), openai.CompletionRequest)
+    asked, warnings = await read(request, schema.CompletionRequest)
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
     echoes = [await echo(engine, prompt) if asked.echo else "" for prompt in prompts]
-    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop))
+    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings)
     return await respond(request, asked, form, prompts, echoes)
 
 
@@ -339,12 +359,12 @@ async def spoken(engine: Engine, ids: list[int]) -> str:
 
 
 async def respond(
-    request: web.Request, asked: openai.Common, form: Form, prompts: Sequence[Prompt], echoes: Sequence[str]
+    request: web.Request, asked: schema.Common, form: Form, prompts: Sequence[Prompt], echoes: Sequence[str]
 ) -> web.StreamResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
     known(engine, asked.model)
-    openai.refuse(asked)
+    openai.check_stream(asked)
     openai.with_headers(asked, request.headers)
     n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
     async with contextlib.AsyncExitStack() as stack:
@@ -368,22 +388,25 @@ async def plan(request: web.Request) -> web.StreamResponse:
 
 
 async def replan(request: web.Request) -> web.StreamResponse:
-    asked, engine = openai.decoded(await body(request), plans.PlanRequest), request.app[ENGINE]
+    asked, engine = schema.decoded(await body(request), plans.PlanRequest), request.app[ENGINE]
     change = await engine.replan(plans.wanted(asked), plans.because(asked))
     return answer(plans.told(engine, change))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = openai.decoded(await body(request), openai.TokenizeRequest), request.app[ENGINE]
-    if (asked.prompt is None) == (asked.messages is None):
-        raise BadRequest("give either prompt or messages")
-    prompt: Prompt = asked.prompt if asked.prompt is not None else openai.conversation(asked.messages or [])
+    asked, engine = schema.decoded(await body(request), schema.TokenizeRequest), request.app[ENGINE]
+    known(engine, asked.model)
+    openai.check_tokenize(asked)
+    prompt: Prompt = (
+        asked.prompt if asked.prompt is not None else messages.conversation(asked.messages or [], engine.text)
+    )
     ids = await engine.tokenize(prompt)
     return answer({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = openai.decoded(await body(request), openai.DetokenizeRequest), request.app[ENGINE]
+    asked, engine = schema.decoded(await body(request), schema.DetokenizeRequest), request.app[ENGINE]
+    known(engine, asked.model)
     try:
         if len(asked.tokens) > LONGEST:
             raise BadRequest(f"{len(asked.tokens)} tokens are too many; send at most {LONGEST} at a time")

@@ -117,9 +117,14 @@ class SimMachine:
             unmasked=count,
             masks_left=row.masks,
             prefix=prefix,
-            stop_at=max(span.block_start, prefix - 1) if ended else -1,
+            stop_at=self.stop_at(span, prefix) if ended else -1,
             confidence=count * (1 + threshold) / 2,
         )
+
+    def stop_at(self, span: Span, prefix: int) -> int:
+        """Where the answer ends, -1 if the request does not let it."""
+        last = max(span.block_start, prefix - 1)
+        return -1 if self.table.ignore_eos[span.row] or last < self.table.may_end_at[span.row] else last
 
     def slowed(self, drawn: int, slowness: float) -> int:
         exact = drawn / slowness

@@ -78,7 +78,7 @@ def pretended(
         table = RequestTable(rows, limit, private_bytes(nbytes(rows, limit)))
         pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
-        card = ModelCard(profile.model, limit, 0, 0)
+        card = ModelCard(profile.model, limit, 0, 0, profile.model)
         names = [f"sim:{i}" for i in range(devices)]
         planner = counsel(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
         return Furniture(

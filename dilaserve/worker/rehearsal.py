@@ -88,7 +88,9 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
     mask_id = min(spec.mask_id, model.vocabulary.stop - model.vocabulary.start - 1)
     for part in torch.split(hidden, max(1, MAX_LOGITS // spec.vocab_size)):
         half, places = torch.full((len(part),), 0.5, device=device), torch.arange(len(part), device=device)
-        guess(model.logits(part), mask_id, Sampling(half, half, places, places, places))
+        never = places[:, None]
+        knobs = Sampling(half, half, places.int(), half, places, places, places, never)
+        guess(model.logits(part), mask_id, knobs)
 
 
 def spread(offsets: Array, device: torch.device, canvas: int, varlen: bool) -> list[Group] | Runs:

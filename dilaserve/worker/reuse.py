@@ -61,7 +61,7 @@ class ReuseSteps:
         self.rows = self.bucket = self.launched = self.seen = 0
 
     def takes(self, columns: Columns, table: RequestTable) -> bool:
-        """Whether the batch is of reuse rows alone, greedy, with blocks of at most a page."""
+        """Whether the batch is of reuse rows alone, greedy, with blocks of at most a page in which answers may end."""
         widths = columns.block_end - columns.block_start
         return bool(
             len(columns.row) <= self.buckets[-1]
@@ -69,6 +69,7 @@ class ReuseSteps:
             and (columns.length == widths).all()
             and widths.max() <= WIDTH
             and not table.temperature[columns.row].any()
+            and (columns.block_start >= table.may_end_at[columns.row]).all()
         )
 
     def load(self, columns: Columns, blocks: Blocks, table: RequestTable) -> None:

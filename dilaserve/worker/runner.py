@@ -13,7 +13,7 @@ from dilaserve.models.layers import Group as SpanGroup
 from dilaserve.models.layers import Packed, PackedSpan, Runs, grouped, varlen_for
 from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
-from dilaserve.table import RULES, RequestTable
+from dilaserve.table import NO_TOKEN, RULES, RequestTable
 from dilaserve.terms import RowResult, Span
 from dilaserve.worker.batch import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
 from dilaserve.worker.ends import DEPTH
@@ -169,7 +169,7 @@ class Runner:
             return self.guess_slice(hidden, sampling)
         pieces = []
         for first in range(0, len(hidden), size):
-            part = sampling and Sampling(*(knob[first : first + size] for knob in sampling))
+            part = sampling and sampling.of(slice(first, first + size))
             pieces.append(self.guess_slice(hidden[first : first + size], part))
         return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
@@ -229,13 +229,23 @@ class Runner:
         return [array.astype(np.int32) for array in (*ends, np.append(columns.kv_start, 0), columns.keys)]
 
     def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """The knobs of `unmask.Sampling` of each mask; none when every row is greedy."""
-        temperature = self.table.temperature[columns.row]
-        if not temperature.any():
+        """The knobs of `unmask.Sampling` of each mask; none when every row is greedy and may end anywhere."""
+        table, row = self.table, columns.row
+        early = blocks.positions < table.may_end_at[row, None]
+        if not table.temperature[row].any() and not (early & masked).any():
             return []
         masks = masked.sum(1)
-        knobs = (temperature, self.table.top_p[columns.row], self.table.seed[columns.row], columns.step)
-        return [*(np.repeat(knob, masks) for knob in knobs), blocks.positions[masked]]
+        knobs = (table.temperature, table.top_p, table.top_k, table.min_p, table.seed)
+        each = [np.repeat(knob, masks) for knob in (*(knob[row] for knob in knobs), columns.step)]
+        ends = np.repeat(self.ends(row), masks, axis=0)
+        never = np.where(early[masked][:, None], ends, NO_TOKEN)
+        return [*each, blocks.positions[masked], never.astype(np.int64)]
+
+    def ends(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The tokens that end each row's answer, [rows, ids], filled up with `NO_TOKEN`."""
+        models = np.where(self.table.ignore_eos[row, None], NO_TOKEN, self.stop_ids)
+        own = self.table.stop_ids[row]
+        return np.concatenate([models, own[:, (own != NO_TOKEN).any(0)]], axis=1)
 
     def rules(self, columns: Columns) -> list[np.ndarray[Any, Any] | None]:
         """The knobs of `unmask.Rules` of each row."""
@@ -264,8 +274,8 @@ class Runner:
     ) -> list[RowResult]:
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
-        heeds = ~self.table.ignore_eos[columns.row, None]
-        stops = (canvas[..., None] == self.stop_ids).any(-1) & blocks.valid & heeds
+        may_end = blocks.valid & (blocks.positions >= self.table.may_end_at[columns.row, None])
+        stops = (canvas[..., None] == self.ends(columns.row)[:, None]).any(-1) & may_end
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
         fields = (columns.row, columns.generation, taken.sum(1), masked.sum(1), prefix, stop_at, confidence)
