@@ -42,8 +42,9 @@ class House:
 
     @property
     def running(self) -> int:
-        """Requests that have a seat."""
-        return sum(len(seat.residents) for seats in (self.seats, self.closing) for seat in seats.values())
+        """Requests that have a row on an instance and have not ended."""
+        seats = [*self.seats.values(), *self.closing.values()]
+        return sum(row.state is not State.LEAVING for seat in seats for row in seat.residents.values())
 
     def place(self, now: float, everywhere: bool) -> None:
         """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""

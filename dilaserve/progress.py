@@ -130,6 +130,7 @@ class Progress:
         self.seat: Seat | None = None
         self.deadline: float | None = None
         self.promised = self.late = self.tested = False
+        self.wasted = False  # it has ended, and what it took was spent in vain
         self.suspect = False  # in flight when a worker died, and not stepped since
         self.level = 0
         self.told = request.decoding.confidence_threshold  # the threshold in the row's column
