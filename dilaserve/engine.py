@@ -118,6 +118,7 @@ class Engine:
         self.main: asyncio.Task[None] | None = None
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
+        self.rang_at = -math.inf
 
     # life
 
@@ -358,6 +359,7 @@ class Engine:
                 param="max_tokens",
             )
         if not self.free:
+            self.scheduler.totals.received += 1
             limit = self.config.scheduler.max_queue
             raise Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=1.0)
 
@@ -377,7 +379,7 @@ class Engine:
         bell, inbox, scheduler, profile = self.bell, self.inbox, self.scheduler, self.profile
         while True:
             await bell.wait()
-            now = self.loop.time()
+            now = max(self.loop.time(), self.rang_at)
             while inbox:
                 event = inbox.popleft()
                 self.note(event)
@@ -394,12 +396,17 @@ class Engine:
             self.wake_at(scheduler.wake_at())
 
     def wake_at(self, when: float) -> None:
-        """Look at the house again at that time, whatever happens or not."""
+        """Decide again at that time, whatever happens or not."""
         if when != self.alarm_at:
             self.alarm_at = when
             if self.alarm:
                 self.alarm.cancel()
-            self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.ring)
+            self.alarm = None if when == math.inf else self.loop.call_at(when, self.ring, when)
+
+    def ring(self, when: float) -> None:
+        """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""
+        self.rang_at, self.alarm_at, self.alarm = when, math.inf, None
+        self.bell.ring()
 
     def note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
+from dilaserve.expiry import Expiry
 from dilaserve.fates import Fate, Totals
 from dilaserve.house import ARRIVAL, House
 from dilaserve.launches import Launches, rested
@@ -77,6 +78,7 @@ class Scheduler:
         self.house = House(config, self.promises)
         self.launches = Launches(config, self.house, self.beliefs, repeats)
         self.requests: dict[str, Progress] = {}
+        self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
@@ -121,6 +123,8 @@ class Scheduler:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
+        for progress in self.expiry.passed(now):
+            yield from self.decline(progress, now)
         if self.layout.moot:
             yield from self.reshape(now)
         if self.house.moving and not self.house.closing and not self.layout.forming:
@@ -156,11 +160,12 @@ class Scheduler:
         return self.solves and not self.solving and self.layout.change is None
 
     def wake_at(self) -> float:
-        """When the house must be looked at even if nothing happens: for those who wait, for a step that hangs, for
-        the planner.
+        """When to decide again even if nothing happens: requests wait or reach their deadline, a step hangs, the planner
+        is due.
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
-        return min(tick_at, self.layout.form_by, self.next_overdue(), self.solve_at if self.asks else NEVER)
+        solve_at = self.solve_at if self.asks else NEVER
+        return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at)
 
     def next_overdue(self) -> float:
         """When the first of the steps in flight counts as hung."""
@@ -264,6 +269,8 @@ class Scheduler:
         self.house.enter(progress)
         if rejects:
             yield from self.decline(progress, now)
+        elif self.promises.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
+            self.expiry.add(progress, progress.deadline, len(self.requests))
 
     def admissible(self, progress: Progress, now: float) -> bool:
         """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 
 import msgspec
 import pytest
@@ -694,11 +695,19 @@ class World:
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
+        self.told, self.timed = Counter(), 0  # last words to clients by kind; those about a deadline
 
     def feed(self, event):
         self.now += self.rng.random()
         self.log.append((event, self.now))
         self.perform(feed(self.machine, event, self.now))
+        self.count()
+
+    def count(self):
+        """Every request is in the house or has one fate."""
+        machine = self.machine
+        assert 0 <= machine.house.running <= len(machine.requests)
+        assert sum(machine.totals.fates.values()) == len(self.ended) == self.rows - len(machine.requests)
 
     def perform(self, commands):
         for command in commands:
@@ -710,6 +719,8 @@ class World:
                     assert batch.instance not in self.hurried
                     self.hurried.add(batch.instance)
                 case Finish(wanted) | Fail(wanted) | Decline(wanted):
+                    self.told[type(command)] += 1
+                    self.timed += wanted.slo.seconds is not None
                     assert wanted.id not in self.ended
                     self.ended.add(wanted.id)
                 case Release(row):
@@ -842,6 +853,9 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert world.ended == {f"r{i}" for i in range(world.rows)}
     assert not world.alive
     assert not world.machine.requests
+    fates = world.machine.totals.fates
+    assert (fates["declined"], fates["failed"]) == (world.told[Decline], world.told[Fail])
+    assert sum(world.machine.totals.deadlines.values()) == world.timed
     assert not world.machine.house.waiting
     assert not world.machine.house.queue
     assert all(abs(held) < 1e-6 for held in world.machine.promises.reserved.values())

@@ -1,6 +1,7 @@
 """The real engine on virtual time."""
 
 import asyncio
+import collections
 import contextlib
 import gzip
 import itertools
@@ -15,10 +16,11 @@ from dilaserve.cli import main
 from dilaserve.config import Config
 from dilaserve.cost import Features, Learner
 from dilaserve.engine import Engine, Options
-from dilaserve.errors import ConfigError, DeadlineMissed
+from dilaserve.errors import ConfigError, DeadlineMissed, DilaserveError, Overloaded, RequestFailed
 from dilaserve.planner import Planner
 from dilaserve.policy.layouts import parsed
 from dilaserve.quality import chain
+from dilaserve.server import metrics
 from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
 from dilaserve.sim.report import by_second, report
@@ -190,6 +192,98 @@ def test_a_step_that_hangs_is_noticed_after_a_crowd_as_well(scheduling, monkeypa
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert 20.0 <= runner.run(hanging()) < 25.0
+
+
+@pytest.mark.parametrize("scheduling", ["fcfs", "edf", "least-slack", "composed"])
+@pytest.mark.parametrize("on_miss", ["reject", "cancel_when_late"])
+def test_a_deadline_is_answered_when_it_passes_whatever_the_workers_do(scheduling, on_miss, monkeypatch):
+    """No step ever ends: rows in flight, rows with a place, and rows that wait are all told in time."""
+
+    async def asked(engine, seconds):
+        began = engine.loop.time()
+        with pytest.raises(DeadlineMissed):
+            await engine.generate([0] * 32, Options(max_tokens=64, deadline=seconds, on_miss=on_miss))
+        return engine.loop.time() - began - seconds
+
+    async def stopped():
+        config = Config.of(scheduling=scheduling, max_num_seqs=2, plan="1x1")
+        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+            monkeypatch.setattr(engine.executor, "launch", lambda batch: None)
+            late = await asyncio.gather(*(asked(engine, 0.31 + 0.37 * i) for i in range(12)))
+            assert sum(engine.scheduler.totals.fates.values()) == engine.scheduler.totals.fates["declined"] == 12
+            assert len(engine.free) >= engine.table.rows - 2  # rows in flight stay taken until their step ends
+            return late
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert max(runner.run(stopped())) <= 0.05
+
+
+def test_each_request_of_a_random_crowd_has_one_fate():
+    """Clients leave, read slowly, are declined, refused, and lose instances; all counters add up at every look."""
+
+    async def crowd(seed):
+        rng = random.Random(seed)
+        config = Config.of(max_queue=24, max_num_seqs=8, plan="2x1")
+        async with Engine(config, furnish=pretended(llada_8b_h200(), 2, 1024, seed=seed)) as engine:
+            scheduler, told = engine.scheduler, collections.Counter()
+
+            def look():
+                totals, pages = scheduler.totals, metrics.text(engine).decode()
+                lines = [line.rsplit(" ", 1) for line in pages.splitlines() if not line.startswith("#")]
+                found = {name: float(value) for name, value in lines}
+                inside = found["dilaserve_requests_running"], found["dilaserve_requests_waiting"]
+                assert min(inside) >= 0
+                assert sum(inside) + sum(totals.fates.values()) == found["dilaserve_requests_received_total"]
+                return found
+
+            async def one():
+                on_miss = rng.choice(("best_effort", "reject", "cancel_when_late"))
+                deadline = rng.choice((None, 0.01, 0.5, 1.0, 3.0))
+                options = Options(max_tokens=64, deadline=deadline, on_miss=on_miss, tenant=rng.choice("abc"))
+                kind = "timed" if deadline else "free"
+                try:
+                    async with asyncio.timeout(rng.choice((0.053, 0.517, 60.0))):
+                        answer = await engine.generate([0] * 32, options)
+                        told[kind, "answered", answer.usage.deadline_met] += 1
+                except TimeoutError:
+                    told[kind, "cancelled", None] += 1
+                except DilaserveError as error:
+                    fate = {DeadlineMissed: "declined", Overloaded: "refused", RequestFailed: "failed"}[type(error)]
+                    told[kind, fate, None] += 1
+
+            async def lose_all():
+                """Twice in a row, so that rows that were in flight fail."""
+                for _ in range(3):
+                    for instance in list(engine.executor.instances):
+                        engine.executor.kill(instance, "killed")
+                    await asyncio.sleep(0.025)
+                    look()
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(400):
+                    group.create_task(one())
+                    await asyncio.sleep(rng.expovariate(12.0))
+                    if rng.random() < 0.03:
+                        group.create_task(lose_all())
+                    look()
+            await engine.drain(60.0)
+            found, totals = look(), scheduler.totals
+            assert totals.received == 400
+            for fate, count in totals.fates.items():
+                assert count == sum(number for (_, what, _), number in told.items() if what == fate)
+                assert count == found[f'dilaserve_requests_total{{fate="{fate}"}}']
+            for fate, count in totals.deadlines.items():
+                met = {"met": True, "missed": False}.get(fate)
+                assert count == told["timed", fate if met is None else "answered", met]
+                assert count == found[f'dilaserve_deadlines_total{{fate="{fate}"}}']
+            assert len(engine.free) == engine.table.rows
+            return totals.fates
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        fates = collections.Counter()
+        for seed in range(3):
+            fates.update(runner.run(crowd(seed)))
+    assert all(fates.values())
 
 
 def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
