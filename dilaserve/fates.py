@@ -37,4 +37,3 @@ class Totals:
         """Add device seconds of a request that has ended, or of the step that it was in when it ended."""
         self.device += seconds
         self.wasted += seconds if wasted else 0.0
-

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
 from dilaserve.expiry import Expiry
 from dilaserve.fates import Fate, Totals
-from dilaserve.house import ARRIVAL, House
+from dilaserve.house import ARRIVAL, House, turn
 from dilaserve.launches import Launches, rested
 from dilaserve.layout import Layout, plan_of
-from dilaserve.policy.admission import beyond_hope, retry_after
+from dilaserve.policy.admission import beyond_hope, place_in, retry_after
 from dilaserve.policy.composition import Candidate
-from dilaserve.policy.demand import alone
+from dilaserve.policy.demand import alone, ends
 from dilaserve.policy.thresholds import Verdict, Wish, crowding
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
@@ -30,6 +31,7 @@ from dilaserve.terms import (
     Fail,
     Finish,
     FinishReason,
+    Full,
     InstanceLost,
     InstanceReady,
     Kill,
@@ -37,6 +39,7 @@ from dilaserve.terms import (
     Moves,
     Plan,
     PlanReady,
+    Refuse,
     Release,
     Replan,
     Reshaped,
@@ -78,6 +81,8 @@ class Scheduler:
         self.house = House(config, self.promises)
         self.launches = Launches(config, self.house, self.beliefs, repeats)
         self.requests: dict[str, Progress] = {}
+        self.returning: list[float] = []  # when those who were refused may try again, a heap
+        self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
         self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
@@ -96,6 +101,9 @@ class Scheduler:
             case Cancel(id, reason):
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
                     yield from self.end(known, reason, now)
+            case Full(tenant):
+                if loser := self.house.gives_way(tenant):
+                    yield from self.gone(loser, Refuse(loser.request, self.place_in(now)), now, "refused")
             case InstanceReady(instance):
                 self.layout.forming.pop(instance.id, None)
                 self.layout.moot = True
@@ -160,8 +168,8 @@ class Scheduler:
         return self.solves and not self.solving and self.layout.change is None
 
     def wake_at(self) -> float:
-        """When to decide again even if nothing happens: requests wait or reach their deadline, a step hangs, the planner
-        is due.
+        """When to decide again even if nothing happens: for requests that wait or reach their deadline, for a step that
+        hangs, for the planner.
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
         solve_at = self.solve_at if self.asks else NEVER
@@ -441,6 +449,33 @@ class Scheduler:
             return
         self.house.demote(progress)
 
+    def refused(self, timed: bool, now: float) -> float:
+        """Count a request that found no place; returns the seconds after which a place will probably be free for it.
+
+        Everybody who was refused is told another place, so that they do not all come back for the same.
+        """
+        self.totals.received += 1
+        self.totals.ended("refused", False if timed else None)
+        return self.place_in(now)
+
+    def place_in(self, now: float) -> float:
+        while self.returning and self.returning[0] <= now:
+            heappop(self.returning)
+        if not self.ends[0] <= now < self.ends[0] + TICK:
+            self.ends = now, self.running_ends()
+        seconds = place_in(self.ends[1], len(self.returning) + 1)
+        heappush(self.returning, now + seconds)
+        return seconds
+
+    def running_ends(self) -> list[float]:
+        """Seconds until each of the rows on instances is done, as is believed."""
+        found: list[float] = []
+        for seat in [*self.house.seats.values(), *self.house.closing.values()]:
+            rows = [row for row in seat.residents.values() if row.state is not State.LEAVING]
+            loads = [self.beliefs.loads(row, seat.degree)[row.level] for row in rows]
+            found += ends(loads, self.beliefs.pace(seat.degree).fixed)
+        return found
+
     def backlog(self) -> float:
         """Seconds of guaranteed work in the house, as if one after the other."""
         return sum(self.beliefs.unloaded(progress) for progress in self.requests.values() if progress.promised)
@@ -460,7 +495,9 @@ class Scheduler:
                     return
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
-        candidates = self.launches.fitting(self.candidates(seat, verdicts, now))
+        found = self.candidates(seat, verdicts, now)
+        shares = self.promises.admits and not seat.promised
+        candidates = self.launches.shared(seat, found) if shares else self.launches.fitting(found)
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         for candidate in candidates:
@@ -501,13 +538,13 @@ class Scheduler:
         rest = [row for row in rows if not row.promised]
         admits, rank = self.promises.admits, self.promises.rank
         if admits and not seat.promised:
-            return sorted(rest, key=ARRIVAL)
+            return sorted(rest, key=turn)
         oldest = min(rest, key=ARRIVAL, default=None)
         if oldest and not self.house.aged(oldest, now):
             oldest = None
         if admits:
             return [oldest, *seat.promised] if oldest else seat.promised
-        return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), row.request.arrived_at))
+        return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""

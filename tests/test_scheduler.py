@@ -626,11 +626,12 @@ def test_a_deadline_that_has_passed_is_no_guess():
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     for row in range(2):
         feed(machine, Arrival(request(row, slo=Slo(seconds=0.3, on_miss="cancel_when_late"))))
-    (declined, _) = machine.decide(0.31)
-    assert (declined.request.row, declined.retry_after is None) == (1, False)
+    assert machine.wake_at() <= 0.3
+    flying, waiting, release = machine.decide(0.3)
+    assert [(one.request.row, one.retry_after is None) for one in (flying, waiting)] == [(0, False), (1, False)]
+    assert release == Release(1)  # the other row is in flight
     batch = machine.house.seats[0].batch
-    (declined, _) = feed(machine, done(batch, [result(span, 9, 20) for span in batch.spans]), 0.32)[1:]
-    assert (declined.request.row, declined.retry_after is None) == (0, True)
+    assert feed(machine, done(batch, [result(span, 9, 20) for span in batch.spans]), 0.32) == [Release(0)]
 
 
 def test_a_row_that_fits_nowhere_any_more_holds_nobody_up_and_ends_when_all_workers_are_back():
