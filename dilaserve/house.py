@@ -188,7 +188,9 @@ class House:
         rows = [
             row
             for row in seat.residents.values()
-            if row.state is State.RESIDENT and not row.promised and held[row.request.slo.tenant] > 1
+            if row.state is State.RESIDENT
+            and held[row.request.slo.tenant] > 1
+            and not (row.promised and self.promises.admits)
         ]
         return max(rows, key=lambda row: (held[row.request.slo.tenant], ARRIVAL(row)), default=None)
 
@@ -200,7 +202,7 @@ class House:
 
     def gives_way(self, tenant: str) -> Progress | None:
         """The waiting request that makes room in a full queue for one of this tenant: the last to come that has not
-        started, of the tenant with most waiting.
+        started, of the tenant that holds most places.
         """
         fresh: dict[str, list[Progress]] = {}
         for progress in chain(self.queue, self.waiting):

@@ -496,7 +496,8 @@ class Scheduler:
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
         found = self.candidates(seat, verdicts, now)
-        shares = self.promises.admits and not seat.promised
+        keeps = self.promises.admits and seat.promised  # deadlines that were admitted go before shares
+        shares = not keeps and self.beliefs.sure((degree,))
         candidates = self.launches.shared(seat, found) if shares else self.launches.fitting(found)
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))

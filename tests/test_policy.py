@@ -308,7 +308,7 @@ def test_a_tenant_that_comes_is_next_and_has_saved_nothing_up():
     assert len(turns.until) == 1
 
 
-def test_the_tenant_with_most_waiting_gives_way_until_it_holds_no_more_than_the_newcomer():
+def test_the_tenant_with_most_places_gives_way_until_it_holds_no_more_than_the_newcomer():
     assert gives_way({"a": 9}, {"a": 10}, "b") == "a"
     assert gives_way({"a": 9}, {"a": 10}, "a") is None
     assert gives_way({"a": 3, "b": 2}, {"a": 6, "b": 4}, "b") == "a"

@@ -358,7 +358,7 @@ def test_priority_counts_without_a_deadline_among_the_requests_of_a_tenant():
             return await asyncio.gather(*tasks)
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        first, low, middle, high = runner.run(crowded())
+        _, low, middle, high = runner.run(crowded())
     assert high < middle < low
 
 

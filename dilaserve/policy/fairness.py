@@ -1,8 +1,8 @@
 """How tenants share rows, places in the queue, and the time of a step. A tenant alone gets everything.
 
 Rows go out by start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): each grant moves its tenant ahead by the
-seconds of the request, and the tenant that is least far ahead is next. Steps are shared by deficit round robin (Shreedhar,
-Varghese, SIGCOMM 1995).
+seconds of the request, and the tenant that is least far ahead is next. Steps are shared by deficit round robin
+(Shreedhar, Varghese, SIGCOMM 1995).
 """
 
 import heapq
@@ -49,9 +49,10 @@ def in_turn(lines: Mapping[str, Sequence[T]], turns: Turns, seconds: Callable[[T
 def gives_way(waiting: Mapping[str, int], held: Mapping[str, int], newcomer: str) -> str | None:
     """The tenant that loses a waiting request when every place is taken and the newcomer wants one.
 
-    It is the one with most waiting. None: the newcomer is refused, as its tenant would hold no fewer places then.
+    It is the one that holds most places, of those with requests waiting. None: the newcomer is refused, as its tenant
+    would hold as many.
     """
-    most = max(waiting, key=lambda tenant: (waiting[tenant], held.get(tenant, 0)), default=None)
+    most = max(waiting, key=lambda tenant: (held.get(tenant, 0), waiting[tenant]), default=None)
     if most is None or most == newcomer or held.get(most, 0) <= held.get(newcomer, 0) + 1:
         return None
     return most
@@ -96,10 +97,10 @@ def riders(rides: Sequence[Ride], allowed: Mapping[str, float]) -> list[int]:
 
 
 def left_over(rides: Sequence[Ride], allowed: Mapping[str, float], rode: Sequence[int]) -> dict[str, float]:
-    """The credits after a step of the rows at these places; a tenant whose rows all rode keeps none."""
-    stays = {ride.tenant for place, ride in enumerate(rides) if place not in set(rode)}
-    spent = dict.fromkeys(stays, 0.0)
+    """The credits after a step of the rows at these places; no more than a tenant's largest row asks for."""
+    left, largest = dict(allowed), dict.fromkeys(allowed, 0.0)
     for place in rode:
-        if rides[place].tenant in stays:
-            spent[rides[place].tenant] += rides[place].seconds
-    return {tenant: max(0.0, allowed[tenant] - spent[tenant]) for tenant in stays}
+        left[rides[place].tenant] -= rides[place].seconds
+    for tenant, seconds in rides:
+        largest[tenant] = max(largest[tenant], seconds)
+    return {tenant: min(largest[tenant], max(0.0, left[tenant])) for tenant in left}
