@@ -316,7 +316,7 @@ def test_the_tenant_with_most_places_gives_way_until_it_holds_no_more_than_the_n
     assert gives_way({}, {"a": 10}, "b") is None  # all of them run
 
 
-RIDES = st.lists(st.builds(Ride, st.sampled_from("abc"), st.floats(0.0001, 0.1)), min_size=1, max_size=12)
+RIDES = st.lists(st.builds(Ride, st.sampled_from("abc"), st.floats(0.002, 0.1)), min_size=1, max_size=12)
 
 
 @given(RIDES, st.floats(0.0001, 0.05))

@@ -224,7 +224,7 @@ def test_each_request_of_a_random_crowd_has_one_fate():
 
     async def crowd(seed):
         rng = random.Random(seed)
-        config = Config.of(max_queue=24, max_num_seqs=8, plan="2x1")
+        config = Config.of(max_queue=12, max_num_seqs=4, plan="2x1")
         async with Engine(config, furnish=pretended(llada_8b_h200(), 2, 1024, seed=seed)) as engine:
             scheduler, told = engine.scheduler, collections.Counter()
 
