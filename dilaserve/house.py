@@ -77,7 +77,7 @@ class House:
         Returns who found no room yet.
         """
         self.kept = None
-        if not self.waiting or not self.aged(self.waiting.oldest, now):
+        if not self.waiting or now - self.waiting.since <= self.age:
             return None
         rows = self.waiting.by_turn(self.turns, self.beliefs.unloaded)
         first = next((row for row in rows if self.aged(row, now) and self.ever_fits(row)), None)
@@ -205,6 +205,8 @@ class House:
         started, of the tenant that holds most places.
         """
         fresh: dict[str, list[Progress]] = {}
+        if not {*self.queue.lines, *self.waiting.lines} - {tenant}:
+            return None  # it would be one of its own
         for progress in chain(self.queue, self.waiting):
             if progress.started_at is None:
                 fresh.setdefault(progress.request.slo.tenant, []).append(progress)

@@ -44,9 +44,9 @@ class Line:
         return (progress for _, progress in merged)
 
     @property
-    def oldest(self) -> Progress:
-        """The one that came first, of a line that is not empty."""
-        return min(self, key=lambda progress: progress.request.arrived_at)
+    def since(self) -> float:
+        """When the first came, of a line that is not empty."""
+        return min(spot[1] for spot in self.spots.values())
 
     def counts(self) -> dict[str, int]:
         return {tenant: len(line) for tenant, line in self.lines.items()}

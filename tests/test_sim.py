@@ -224,7 +224,7 @@ def test_each_request_of_a_random_crowd_has_one_fate():
 
     async def crowd(seed):
         rng = random.Random(seed)
-        config = Config.of(max_queue=12, max_num_seqs=4, plan="2x1")
+        config = Config.of(max_queue=7, max_num_seqs=2, plan="2x1")
         async with Engine(config, furnish=pretended(llada_8b_h200(), 2, 1024, seed=seed)) as engine:
             scheduler, told = engine.scheduler, collections.Counter()
 
@@ -263,7 +263,7 @@ def test_each_request_of_a_random_crowd_has_one_fate():
             async with asyncio.TaskGroup() as group:
                 for _ in range(400):
                     group.create_task(one())
-                    await asyncio.sleep(rng.expovariate(12.0))
+                    await asyncio.sleep(rng.expovariate(25.0))
                     if rng.random() < 0.03:
                         group.create_task(lose_all())
                     look()
@@ -379,7 +379,7 @@ def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
         changes, answers = runner.run(changing())
     assert [answer.finish_reason for answer in answers] == ["length"] * 12
     for change in changes:
-        assert 0.5 <= change.pause < 0.6
+        assert 0.5 - 1e-9 <= change.pause < 0.6  # sums of floats
         assert change.pause <= change.seconds
     assert changes[-1].after.groups[-1] == (3,)
 
