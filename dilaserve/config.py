@@ -116,7 +116,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     profile: Annotated[
         Words | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
     ] = None
-    max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
+    max_queue: Annotated[
+        Positive,
+        Meta(description="requests, running and waiting, at most; tenants share the places when they are full"),
+    ] = 1024
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -38,17 +38,20 @@ from dilaserve.terms import (
     Event,
     Fail,
     Finish,
+    Full,
     Hurry,
     InstanceLost,
     InstanceReady,
     Kill,
     Launch,
     Plan,
+    Refuse,
     Release,
     Replan,
     Request,
     Reshaped,
     Reshard,
+    Slo,
     Solve,
     StepDone,
     Usage,
@@ -119,6 +122,7 @@ class Engine:
         self.main: asyncio.Task[None] | None = None
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
+        self.rang_at = -math.inf
 
     # life
 
@@ -285,7 +289,7 @@ class Engine:
         self.check_room(settled)
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        row = self.free.pop()
+        row = self.place(slo)
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(
             row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, ending(options)
@@ -357,9 +361,23 @@ class Engine:
                 f"{cure} or raise --kv-cache-tokens",
                 param="max_tokens",
             )
+
+    def place(self, slo: Slo) -> int:
+        """A free row of the table; when all are taken, that of a tenant with more waiting. Raises `Overloaded`."""
+        now = self.loop.time()
         if not self.free:
-            limit = self.config.scheduler.max_queue
-            raise Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=1.0)
+            self.observe(self.executor, now)  # what is on its way may free a row
+        if not self.free:
+            for command in self.scheduler.observe(Full(slo.tenant), now):
+                self.perform(command, self.executor)
+        if not self.free:
+            timed = slo.seconds is not None or slo.multiple is not None
+            raise self.full(self.scheduler.refused(timed, now))
+        return self.free.pop()
+
+    def full(self, retry_after: float) -> Overloaded:
+        limit = self.config.scheduler.max_queue
+        return Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=retry_after)
 
     def smallest_pool(self) -> int:
         """K/V tokens that every instance has under any plan, so that no change of plan leaves a row without a place."""
@@ -374,17 +392,11 @@ class Engine:
 
     async def consume(self, executor: Executor) -> None:
         """The one consumer: every event is observed, then idle instances get their next step."""
-        bell, inbox, scheduler, profile = self.bell, self.inbox, self.scheduler, self.profile
+        bell, scheduler, profile = self.bell, self.scheduler, self.profile
         while True:
             await bell.wait()
-            now = self.loop.time()
-            while inbox:
-                event = inbox.popleft()
-                self.note(event)
-                for command in scheduler.observe(event, now):
-                    self.perform(command, executor)
-                if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
-                    stream.seen.ring()
+            now = max(self.loop.time(), self.rang_at)
+            self.observe(executor, now)
             began = time.perf_counter()
             commands = list(scheduler.decide(now))
             profile.deciding += time.perf_counter() - began
@@ -393,13 +405,28 @@ class Engine:
                 self.perform(command, executor)
             self.wake_at(scheduler.wake_at())
 
+    def observe(self, executor: Executor, now: float) -> None:
+        """Take in every event that has come."""
+        while self.inbox:
+            event = self.inbox.popleft()
+            self.note(event)
+            for command in self.scheduler.observe(event, now):
+                self.perform(command, executor)
+            if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
+                stream.seen.ring()
+
     def wake_at(self, when: float) -> None:
-        """Look at the house again at that time, whatever happens or not."""
+        """Decide again at that time, whatever happens or not."""
         if when != self.alarm_at:
             self.alarm_at = when
             if self.alarm:
                 self.alarm.cancel()
-            self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.ring)
+            self.alarm = None if when == math.inf else self.loop.call_at(when, self.ring, when)
+
+    def ring(self, when: float) -> None:
+        """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""
+        self.rang_at, self.alarm_at, self.alarm = when, math.inf, None
+        self.bell.ring()
 
     def note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""
@@ -452,6 +479,8 @@ class Engine:
                 self.streams.pop(request.id).fail(RequestFailed(told))
             case Decline(request, usage, retry, vain):
                 self.streams.pop(request.id).fail(missed(usage, retry, vain))
+            case Refuse(request, retry_after):
+                self.streams.pop(request.id).fail(self.full(retry_after))
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:

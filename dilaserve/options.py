@@ -34,7 +34,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stop string that is complete before counts.
 
     `deadline` is in seconds from arrival, or `slo_class` names one that was configured; `on_miss` says what becomes of
-    the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0. `min_confidence_threshold` bounds
+    the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0; without a deadline each level is a
+    head start of a minute over other requests of the same tenant. `min_confidence_threshold` bounds
     threshold control, which leaves alone a request that states its `confidence_threshold`. `tenant` owns the accuracy
     budget, `task` names a quality profile.
     """

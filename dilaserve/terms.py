@@ -303,8 +303,14 @@ class PlanReady(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+class Full(msgspec.Struct, frozen=True, gc=False):
+    """Every place is taken and a request of this tenant wants one."""
+
+    tenant: str
+
+
 Event: TypeAlias = (
-    Arrival | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Replan | PlanReady
+    Arrival | Full | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Replan | PlanReady
 )
 
 
@@ -351,6 +357,13 @@ class Decline(msgspec.Struct, frozen=True, gc=False):
     vain: bool = False
 
 
+class Refuse(msgspec.Struct, frozen=True, gc=False):
+    """A waiting request that has not started gives its place to another tenant's; `retry_after` in seconds."""
+
+    request: Request
+    retry_after: float
+
+
 class Adjust(msgspec.Struct, frozen=True, gc=False):
     """The row is decoded at this confidence threshold from its next step on."""
 
@@ -394,5 +407,5 @@ class Solve(msgspec.Struct, frozen=True, gc=False):
 
 
 Command: TypeAlias = (
-    Launch | Hurry | Adjust | Emit | Finish | Fail | Decline | Release | Reshard | Reshaped | Kill | Solve
+    Launch | Hurry | Adjust | Emit | Finish | Fail | Decline | Refuse | Release | Reshard | Reshaped | Kill | Solve
 )

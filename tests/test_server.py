@@ -3,7 +3,10 @@
 import asyncio
 import gzip
 import json
+import os
 import random
+import signal
+import time
 import zlib
 
 import aiohttp
@@ -642,3 +645,22 @@ async def test_a_server_that_shuts_down_says_that_it_is_draining():
         async with client.get("/ready") as response:
             message = (await response.json())["error"]["message"]
     assert (response.status, message) == (503, "the server is draining")
+
+
+async def test_a_deadline_that_passes_while_a_worker_is_stopped_is_answered_at_once(client, engine):
+    """A row in flight as well: its client is told, and the row comes back when the step ends."""
+    (worker,) = engine.executor.workers.values()
+    soon = HELLO | {"max_tokens": 128, "slo": {"deadline_ms": 500, "on_miss": "cancel_when_late"}}
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        answers = await asyncio.gather(*(post(client, CHAT, soon) for _ in range(3)))
+        took = time.monotonic() - began
+    finally:
+        os.kill(worker.process.pid, signal.SIGCONT)
+    assert [status in (429, 504) for status, _, _ in answers] == [True] * 3
+    assert {body["error"]["code"] for _, body, _ in answers} == {"deadline"}
+    assert took < 5.0  # 0.5 s and what a busy machine takes
+    await engine.drain(30)
+    engine.draining = False
+    assert len(engine.free) == engine.table.rows

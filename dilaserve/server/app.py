@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
@@ -210,7 +211,7 @@ def sends(request: web.Request, key: str) -> bool:
 def refused(error: DilaserveError) -> web.Response:
     headers = {}
     if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if error.vain:
         headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:

@@ -76,7 +76,11 @@ class SimMachine:
             self.instances.pop(id, None)
         for instance in moves.begins:
             self.instances[instance.id] = instance
-            self.loop.call_later(self.delay, self.post, InstanceReady(instance))
+            self.loop.call_later(self.delay, self.formed, instance)
+
+    def formed(self, instance: Instance) -> None:
+        if instance.id in self.instances:  # it may have been lost meanwhile
+            self.post(InstanceReady(instance))
 
     def kill(self, instance: int, reason: str) -> None:
         """Pretended steps do not hang; where one is said to, its instance is gone."""
