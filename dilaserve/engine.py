@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import secrets
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from dilaserve.options import Options, Settled, parse_classes, settle, wanted
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
+from dilaserve.pulse import Pulse
 from dilaserve.scheduler import Scheduler
 from dilaserve.stream import Chunk, Completion, Stream, collect
 from dilaserve.terms import (
@@ -42,6 +44,7 @@ from dilaserve.terms import (
     InstanceReady,
     Kill,
     Launch,
+    Paused,
     Plan,
     Release,
     Replan,
@@ -118,12 +121,14 @@ class Engine:
         self.main: asyncio.Task[None] | None = None
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
+        self.owner = os.getpid()
 
     # life
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
         self.bell = Bell()
+        self.pulse = Pulse(self.loop)
         self.idle = asyncio.Event()
         self.idle.set()
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
@@ -160,6 +165,8 @@ class Engine:
         await self.leave()
 
     async def leave(self) -> None:
+        if os.getpid() != self.owner:
+            return  # a fork of the program ends, and not the engine
         if self.main:
             self.main.cancel()
             await asyncio.wait([self.main])
@@ -184,6 +191,7 @@ class Engine:
                 log.error("the engine has stopped", exc_info=self.failure)
         finally:
             self.draining = True
+            self.pulse.stop()
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
@@ -378,6 +386,9 @@ class Engine:
         while True:
             await bell.wait()
             now = self.loop.time()
+            if paused := self.pulse.missed(now):
+                log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
+                inbox.appendleft(Paused(paused))
             while inbox:
                 event = inbox.popleft()
                 self.note(event)
@@ -400,6 +411,7 @@ class Engine:
             if self.alarm:
                 self.alarm.cancel()
             self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.ring)
+            self.pulse.watch(when < math.inf)
 
     def note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""

@@ -6,18 +6,15 @@ instance.
 """
 
 import math
-import os
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dilaserve.errors import ConfigError
+from dilaserve.sharing import SharedBytes
 from dilaserve.terms import Decoding
 
 RULES = {"threshold": 0, "steps": 1, "factor": 2}
-SHARED = "/dev/shm"
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
 
 
@@ -58,17 +55,18 @@ class RequestTable:
     seed: np.ndarray[Any, np.dtype[np.int64]]
     ignore_eos: np.ndarray[Any, np.dtype[np.bool_]]
 
-    def __init__(self, rows: int, length: int, buffer: torch.Tensor | None = None) -> None:
+    def __init__(self, rows: int, length: int, memory: SharedBytes | torch.Tensor | None = None) -> None:
         self.rows, self.length = rows, length
-        self.buffer = shared_bytes(nbytes(rows, length)) if buffer is None else buffer
+        self.memory = SharedBytes(nbytes(rows, length)) if memory is None else memory
+        self.buffer = self.memory.tensor if isinstance(self.memory, SharedBytes) else self.memory
         raw, offset = self.buffer.numpy(), 0
         for column in COLUMNS:
             shape, size = extent(column, rows, length)
             setattr(self, column.name, raw[offset : offset + size].view(column.dtype).reshape(shape))
             offset += padded(size)
 
-    def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, torch.Tensor]]:
-        return RequestTable, (self.rows, self.length, self.buffer)
+    def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, SharedBytes | torch.Tensor]]:
+        return RequestTable, (self.rows, self.length, self.memory)
 
     def fill(
         self,
@@ -94,30 +92,9 @@ class RequestTable:
         return int(self.generation[row])
 
 
-def shared_bytes(size: int) -> torch.Tensor:
-    """Zeros that children can map; raises `ConfigError` where they do not fit, as writing to them would be fatal."""
-    there = shared_memory()
-    if size > there:
-        raise ConfigError(
-            f"the request table takes {size / 2**20:.0f} MiB of shared memory and {there / 2**20:.0f} are free; "
-            "lower --max-queue or --max-model-len"
-        )
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    buffer.share_memory_()  # type: ignore[no-untyped-call]
-    return buffer
-
-
 def private_bytes(size: int) -> torch.Tensor:
     """Zeros that nobody else maps; memory is taken where they are written."""
     return torch.from_numpy(np.zeros(size, dtype=np.uint8))
-
-
-def shared_memory() -> int:
-    """Bytes that are free where shared memory lies."""
-    if not os.path.isdir(SHARED):
-        return sys.maxsize
-    found = os.statvfs(SHARED)
-    return found.f_bavail * found.f_frsize
 
 
 def nbytes(rows: int, length: int) -> int:

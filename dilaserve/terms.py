@@ -255,10 +255,13 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
-    """A worker of the instance is gone; its rows have lost their K/V and nothing else."""
+    """A worker of the instance is gone; its rows have lost their K/V and nothing else. `outside`: somebody else killed
+    it, so that no row can be the reason.
+    """
 
     instance: int
     reason: str
+    outside: bool = False
 
 
 class WorkerUp(msgspec.Struct, frozen=True, gc=False):
@@ -273,6 +276,12 @@ class WorkerLost(msgspec.Struct, frozen=True, gc=False):
 
     rank: int
     reason: str
+
+
+class Paused(msgspec.Struct, frozen=True, gc=False):
+    """The engine's own process did not run for so many seconds that have just passed, and perhaps no worker did."""
+
+    seconds: float
 
 
 class Replan(msgspec.Struct, frozen=True, gc=False):
@@ -290,7 +299,7 @@ class PlanReady(msgspec.Struct, frozen=True, gc=False):
 
 
 Event: TypeAlias = (
-    Arrival | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Replan | PlanReady
+    Arrival | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Paused | Replan | PlanReady
 )
 
 

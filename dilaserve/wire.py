@@ -42,9 +42,11 @@ class Loading(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Worker to engine: loaded; the K/V pool holds this many tokens at degree 1."""
+    """Worker to engine: loaded; the K/V pool holds this many tokens at degree 1. Bytes of weights and pool."""
 
     kv_tokens: int
+    weights: int
+    pool: int
 
 
 class Formed(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
