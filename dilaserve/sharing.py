@@ -4,6 +4,9 @@ import mmap
 import os
 import tempfile
 import weakref
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.reduction import DupFd
+from typing import Any
 
 import torch
 
@@ -22,8 +25,14 @@ class SharedBytes:
         weakref.finalize(self, os.close, self.fd)
         self.tensor = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
 
-    def __reduce__(self) -> tuple[type["SharedBytes"], tuple[int, int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        if get_spawning_popen() is not None:  # to a child of multiprocessing, which is told here what it inherits
+            return received, (self.size, DupFd(self.fd))
         return SharedBytes, (self.size, self.fd)
+
+
+def received(size: int, inherited: Any) -> SharedBytes:
+    return SharedBytes(size, inherited.detach())
 
 
 def reserved(size: int) -> int:
