@@ -1,8 +1,8 @@
 """How child processes are started, and all ended at once, whoever's program this is: a script, a notebook, a worker of
 a pool, or a fork of one of these. Knows nothing of what they do.
 
-They are made by `subprocess`. `multiprocessing` would read the working directory, which may be gone, run the main script
-again, refuse to work inside a daemonic process, and end its children when a fork of this process exits.
+They are made by `subprocess`. `multiprocessing` would read the working directory, which may be gone, run the main
+script again, refuse to work inside a daemonic process, and end its children when a fork of this process exits.
 """
 
 import atexit

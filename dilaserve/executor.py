@@ -121,12 +121,17 @@ class ProcessExecutor:
                     group.create_task(self.mind(rank, job, ready[rank]))
                 try:
                     await asyncio.gather(*ready)
-                    log.info("taken: %s", "; ".join(handle.taken() for _, handle in sorted(self.workers.items())))
+                    log.info("memory: %s", "; ".join(self.taken()))
                     for rank, handle in sorted(self.workers.items()):
                         post(WorkerUp(rank, handle.ready.kv_tokens))
                     started.set_result(None)
                 except ConfigError as error:
                     started.set_exception(error)
+
+    def taken(self) -> list[str]:
+        """What there was for CPU workers, and what each worker has taken of its device."""
+        origins = list(dict.fromkeys(job.claim.origin for job in self.jobs if job.claim.origin))
+        return origins + [handle.taken() for _, handle in sorted(self.workers.items())]
 
     def launch(self, batch: Batch) -> None:
         order = wire.Run(batch.id, list(batch.spans), batch.steps, [list(spans) for spans in batch.then])

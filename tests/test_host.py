@@ -1,4 +1,4 @@
-"""What the host and its control groups leave: directories that look like /proc and /sys/fs/cgroup, and one real host."""
+"""What the host and its control groups leave, read from directories that look like /proc and /sys/fs/cgroup."""
 
 import multiprocessing
 import os
@@ -16,7 +16,10 @@ from dilaserve.worker import memory
 
 GIB = 2**30
 V2 = "30 24 0:26 {seen} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
-V1 = "33 31 0:30 {seen} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n35 31 0:32 {seen} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+V1 = (
+    "33 31 0:30 {seen} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "35 31 0:32 {seen} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+)
 OFF_V1 = 0x7FFFFFFFFFFFF000
 
 
@@ -138,12 +141,12 @@ def test_the_cores_that_there_are_are_divided_among_cpu_workers(monkeypatch):
     assert threads_for("cpu", names, DeviceConfig(cpu_threads=7)) == 7
 
 
-def test_workers_divide_what_is_left_once_spare_a_share_and_say_it(monkeypatch, caplog):
+def test_workers_divide_what_is_left_once_spare_a_share_and_say_it(monkeypatch):
     monkeypatch.setattr(host, "memory_left", lambda: host.Memory(20 * GIB, "the memory cgroup /x"))
-    with caplog.at_level("INFO"):
-        claims = [memory.host_claim(workers) for workers in (1, 2, 4)]
+    claims = [memory.host_claim(workers) for workers in (1, 2, 4)]
     assert [claim.nbytes * workers for claim, workers in zip(claims, (1, 2, 4), strict=True)] == [18 * GIB] * 3
-    assert "each CPU worker may take 9.00 GiB: 2 of them share 90 % of the 20.00 GiB" in caplog.text
+    told = "9.00 GiB for each CPU worker: 2 of them share 90 % of the 20.00 GiB that the memory cgroup /x leaves"
+    assert claims[1].origin == told
     assert memory.available(memory.torch.device("cpu"), claims[1]) == pytest.approx(9 * GIB - memory.own(), rel=0.05)
     monkeypatch.setattr(host, "memory_left", lambda: host.Memory(GIB, HOST))  # somebody else has taken the rest
     assert memory.available(memory.torch.device("cpu"), claims[1]) == GIB

@@ -23,23 +23,24 @@ HOST_SHARE = 0.9  # of the host's memory that is left at the start, which CPU wo
 class Claim(msgspec.Struct, frozen=True):
     """The parts of a GPU's memory that a worker may use, and that nobody may; workers of one GPU divide the rest.
 
-    A CPU worker may have `nbytes` of the host's memory, itself included.
+    A CPU worker may have `nbytes` of the host's memory, itself included; `origin` tells the log how that came about.
     """
 
     share: float = 1.0
     spared: float = 0.0
     nbytes: int = sys.maxsize
+    origin: str = ""
 
 
 def host_claim(workers: int) -> Claim:
     """The part of the host's memory for each of so many CPU workers, divided once, before any of them has started."""
     left = host.memory_left()
     each = int(HOST_SHARE * left.nbytes / workers)
-    log.info(
-        "each CPU worker may take %.2f GiB: %d of them share %.0f %% of the %.2f GiB that %s leaves",
-        each / GIB, workers, 100 * HOST_SHARE, left.nbytes / GIB, left.bound,
-    )  # fmt: skip
-    return Claim(nbytes=each)
+    origin = (
+        f"{each / GIB:.2f} GiB for each CPU worker: {workers} of them share {100 * HOST_SHARE:.0f} % "
+        f"of the {left.nbytes / GIB:.2f} GiB that {left.bound} leaves"
+    )
+    return Claim(nbytes=each, origin=origin)
 
 
 def pin(buffer: torch.Tensor, device: torch.device) -> None:
