@@ -68,9 +68,9 @@ class Advisor:
     def start(self) -> None:
         ours, theirs = socket.socketpair()
         self.pipe: Connection[Demand | News, Advice] = Connection(ours.detach())
-        with theirs:
-            arguments = (theirs.fileno(), self.news, self.setup)
-            self.process = children.start("dilaserve planner", live, arguments, self.pipe, [theirs.fileno()])
+        with Connection(children.heritable(theirs.detach())) as end:
+            arguments = (end.fileno(), self.news, self.setup)
+            self.process = children.start("dilaserve planner", live, arguments, self.pipe, [end.fileno()])
 
     def close(self) -> None:
         with self.turn:

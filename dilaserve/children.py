@@ -7,6 +7,7 @@ script again, refuse to work inside a daemonic process, and end its children whe
 
 import atexit
 import contextlib
+import fcntl
 import os
 import pickle
 import signal
@@ -70,6 +71,15 @@ def start(
         end(child)
         raise
     return child
+
+
+def heritable(fd: int) -> int:
+    """The descriptor, out of the way of the standard streams: a child has its own, and here they may be closed."""
+    if fd > 2:
+        return fd
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
 
 
 def end(child: subprocess.Popen[bytes]) -> None:

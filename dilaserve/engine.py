@@ -126,7 +126,7 @@ class Engine:
     # life
 
     async def __aenter__(self) -> Self:
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
         self.bell = Bell()
         self.pulse = Pulse(self.loop)
         self.idle = asyncio.Event()

@@ -263,7 +263,11 @@ def meeting_place(jobs: list[Job]) -> Iterator[str]:
     if all(job.backend == "shm" for job in jobs):
         yield ""
         return
-    place, owner = tempfile.mkdtemp(prefix=f"dilaserve-{os.getpid()}-"), os.getpid()
+    owner = os.getpid()
+    try:
+        place = tempfile.mkdtemp(prefix=f"dilaserve-{owner}-")
+    except OSError as error:
+        raise ConfigError(f"workers have no directory to meet in: {error}; set TMPDIR to one") from error
     atexit.register(remove, place, owner)
     try:
         yield place

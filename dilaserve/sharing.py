@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dilaserve import host
+from dilaserve import children, host
 from dilaserve.errors import ConfigError
 
 FILES = "/dev/shm"  # where shared memory is a file, if the system gives none without a name
@@ -45,7 +45,7 @@ def reserved(size: int) -> int:
             f"the request table takes {size / 2**20:.0f} MiB of shared memory and {there / 2**20:.0f} are free; "
             "lower --max-queue or --max-model-len"
         )
-    fd = nameless()
+    fd = children.heritable(nameless())
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

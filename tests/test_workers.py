@@ -176,6 +176,25 @@ def test_a_fork_of_the_program_that_exits_leaves_the_workers_to_it(random_model)
     assert said == ["8", "True 1", "True"]
 
 
+def test_an_engine_works_where_the_standard_streams_are_closed(random_model, tmp_path):
+    run(f"""
+        import os
+        for fd in (0, 1, 2):
+            os.close(fd)
+        import asyncio
+        from dilaserve import Config, Engine, Options
+
+        async def main():
+            async with Engine(Config.of(model={str(random_model)!r}, devices="cpu")) as engine:
+                return (await engine.generate("hello", Options(max_tokens=8))).completion_tokens
+
+        tokens = asyncio.run(main())
+        with open({str(tmp_path / "said")!r}, "w") as file:
+            file.write(str(tokens))
+        """)
+    assert (tmp_path / "said").read_text() == "8"
+
+
 def test_an_engine_works_inside_a_daemonic_process(random_model):
     said = run(f"""
         import asyncio, multiprocessing

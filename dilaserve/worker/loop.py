@@ -169,7 +169,10 @@ def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
         return job.kv_tokens
     tokens = memory.kv_tokens(spec, device, dtype, job.claim, job.kv_wanted, need)
     if tokens < PAGE:
-        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+        raise CheckpointError(
+            f"{device} has no memory left for a K/V pool after the weights and a step of {job.batched_tokens} tokens; "
+            "lower --max-num-batched-tokens or use a smaller model"
+        )
     return tokens
 
 
