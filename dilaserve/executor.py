@@ -299,15 +299,16 @@ class WorkerHandle:
         self.line.setblocking(False)
         with theirs:
             try:
+                self.loop.add_reader(self.line, self.readable)
                 arguments, inherited = (job, rank, shared, theirs.fileno()), [theirs.fileno(), *shared.descriptors]
                 name = f"dilaserve worker on {job.device}"
                 self.process = children.start(name, worker.main, arguments, self.line, inherited, job.threads)
             except BaseException:
+                self.loop.remove_reader(self.line)
                 self.line.close()
                 raise
 
     async def __aenter__(self) -> Self:
-        self.loop.add_reader(self.line, self.readable)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
