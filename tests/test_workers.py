@@ -90,6 +90,21 @@ async def test_workers_that_are_killed_while_they_load_cost_time_alone(engine, m
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_worker_that_is_killed_during_the_first_start_is_started_again(random_model, monkeypatch):
+    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.001)
+    others = pids()
+    starting = asyncio.create_task(Engine(Config.of(model=str(random_model), devices="cpu")).__aenter__())
+    await until(lambda: pids() - others)
+    (first,) = pids() - others
+    strike(first)
+    engine = await starting
+    assert first not in pids()
+    assert (await engine.generate(PROMPT, WISH)).completion_tokens == 32
+    await engine.leave()
+    assert pids() == others
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engine, monkeypatch, caplog):
     monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.05)
     known, (soft, hard) = await engine.generate(PROMPT, WISH), resource.getrlimit(resource.RLIMIT_NOFILE)
