@@ -107,7 +107,7 @@ async def kills(engine: Engine, end: float, args: argparse.Namespace) -> int:
 
 def left_behind() -> set[str]:
     """Child processes, named shared memory, temporary directories and open files."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "dilaserve worker"], capture_output=True, text=True)
     children = {f"process {pid}" for pid in found.stdout.split()}
     temporary = set(glob.glob(f"{tempfile.gettempdir()}/dilaserve-{os.getpid()}-*"))
     files = {os.readlink(file) for file in glob.glob("/proc/self/fd/*") if os.path.islink(file)}

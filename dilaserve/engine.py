@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import secrets
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from dilaserve.options import Options, Settled, check, parse_classes, settle, wa
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
+from dilaserve.pulse import Pulse
 from dilaserve.scheduler import Scheduler
 from dilaserve.stream import Chunk, Completion, Cut, Stream, collect
 from dilaserve.terms import (
@@ -44,6 +46,7 @@ from dilaserve.terms import (
     InstanceReady,
     Kill,
     Launch,
+    Paused,
     Plan,
     Refuse,
     Release,
@@ -123,12 +126,14 @@ class Engine:
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
         self.rang_at = -math.inf
+        self.owner = os.getpid()
 
     # life
 
     async def __aenter__(self) -> Self:
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
         self.bell = Bell()
+        self.pulse = Pulse(self.loop)
         self.idle = asyncio.Event()
         self.idle.set()
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
@@ -165,6 +170,8 @@ class Engine:
         await self.leave()
 
     async def leave(self) -> None:
+        if os.getpid() != self.owner:
+            return  # a fork of the program ends, and not the engine
         if self.main:
             self.main.cancel()
             await asyncio.wait([self.main])
@@ -189,6 +196,7 @@ class Engine:
                 log.error("the engine has stopped", exc_info=self.failure)
         finally:
             self.draining = True
+            self.pulse.stop()
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
@@ -396,6 +404,9 @@ class Engine:
         while True:
             await bell.wait()
             now = max(self.loop.time(), self.rang_at)
+            if paused := self.pulse.missed(now):
+                log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
+                self.inbox.appendleft(Paused(paused))
             self.observe(executor, now)
             began = time.perf_counter()
             commands = list(scheduler.decide(now))
@@ -422,6 +433,7 @@ class Engine:
             if self.alarm:
                 self.alarm.cancel()
             self.alarm = None if when == math.inf else self.loop.call_at(when, self.ring, when)
+            self.pulse.watch(when < math.inf)
 
     def ring(self, when: float) -> None:
         """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""

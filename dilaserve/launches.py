@@ -76,7 +76,7 @@ class Launches:
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
-        seat.went_on, seat.hurried, seat.launched_at = False, False, now
+        seat.went_on, seat.hurried, seat.disturbed, seat.launched_at = False, False, False, now
         seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))
         return batch
 

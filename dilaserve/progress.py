@@ -60,6 +60,7 @@ class Seat:
         self.went_on = False  # it has taken more steps than its first
         self.hurried = False  # the batch was told to end with the step that is under way
         self.launched_at = 0.0
+        self.disturbed = False  # the engine did not run for a part of the step in flight
         self.overdue_at = math.inf  # when the step in flight counts as hung
         self.features = Features(0, 0, 0, 0, 0)
         self.refreshing = False

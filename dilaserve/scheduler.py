@@ -37,6 +37,7 @@ from dilaserve.terms import (
     Kill,
     Launch,
     Moves,
+    Paused,
     Plan,
     PlanReady,
     Refuse,
@@ -109,12 +110,12 @@ class Scheduler:
                 self.layout.moot = True
                 self.house.seats[instance.id] = Seat(instance)
                 self.house.reseated()
-            case InstanceLost(instance, reason):
+            case InstanceLost(instance, reason, outside):
                 self.layout.forming.pop(instance, None)
                 self.layout.moot = True
                 if seat := self.house.seats.pop(instance, None) or self.house.closing.pop(instance, None):
                     self.house.reseated()
-                    yield from self.evict(seat, reason, now)
+                    yield from self.evict(seat, reason, outside, now)
             case WorkerUp(rank, kv_tokens):
                 reason = f"worker {rank} is up" if self.layout.next_id else "the start"
                 self.layout.asked(now, self.house.instances(), reason)
@@ -122,6 +123,8 @@ class Scheduler:
             case WorkerLost(rank, reason):
                 self.layout.asked(now, self.house.instances(), f"worker {rank} is gone ({reason})")
                 self.layout.workers.pop(rank, None)
+            case Paused(seconds):
+                self.paused(seconds)
             case Replan(plan, reason):
                 self.solves = plan is None
                 self.replan(plan or self.layout.wanted, reason, now)
@@ -312,8 +315,9 @@ class Scheduler:
         flying = seat.flying
         if seat.went_on:
             self.launches.went_on(seat, flying, event.results)
-        self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
-        seat.launched_at, seat.went_on = now, True
+        if not seat.disturbed:
+            self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
+        seat.launched_at, seat.went_on, seat.disturbed = now, True, False
         if event.last:
             seat.flying, seat.overdue_at = None, NEVER
             self.layout.moot |= event.instance in self.house.closing
@@ -384,19 +388,32 @@ class Scheduler:
             self.house.unseat(progress, progress.seat)
         return Release(progress.request.row)
 
-    def evict(self, seat: Seat, reason: str, now: float) -> Iterator[Command]:
+    def paused(self, seconds: float) -> None:
+        """What is under way gets the time again, and its step teaches nothing of what steps cost."""
+        for seats in (self.house.seats, self.house.closing):
+            for seat in seats.values():
+                if seat.flying is not None:
+                    seat.overdue_at += seconds
+                    seat.launched_at += seconds
+                    seat.disturbed = True
+        self.layout.form_by += seconds
+        self.overdue_at = self.next_overdue()
+
+    def evict(self, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:
         """The instance is lost: its rows wait again, where they were in the order; they keep all committed tokens.
 
-        Those in flight are suspected of it: the next step of each is taken alone, and if that is lost too, so are they.
+        Those in flight are suspected of it, unless it was killed from outside: the next step of each is taken alone,
+        and if that is lost too, so are they.
         """
         back: list[Progress] = []
         for progress in list(seat.residents.values()):
-            if progress.state is State.STEPPING and progress.suspect:
+            stepping = progress.state is State.STEPPING and not outside
+            if stepping and progress.suspect:
                 told = "the request failed twice on our side; it was given up"
                 why = f"in flight at two lost workers in a row, the last: {reason}"
                 yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
             leaving = progress.state is State.LEAVING
-            progress.suspect |= progress.state is State.STEPPING
+            progress.suspect |= stepping
             self.house.unseat(progress, seat)
             progress.did(Did.EVICTED)
             if leaving:

@@ -6,19 +6,16 @@ instance.
 """
 
 import math
-import os
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dilaserve.errors import ConfigError
+from dilaserve.sharing import SharedBytes
 from dilaserve.terms import MAX_STOP_IDS, Decoding, Ending
 
 RULES = {"threshold": 0, "steps": 1, "factor": 2}
 NO_TOKEN = -1  # fills up a row's end tokens
-SHARED = "/dev/shm"
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
 
 
@@ -70,17 +67,18 @@ class RequestTable:
     stop_ids: np.ndarray[Any, np.dtype[np.int32]]  # [rows, MAX_STOP_IDS]
     may_end_at: np.ndarray[Any, np.dtype[np.int32]]
 
-    def __init__(self, rows: int, length: int, buffer: torch.Tensor | None = None) -> None:
+    def __init__(self, rows: int, length: int, memory: SharedBytes | torch.Tensor | None = None) -> None:
         self.rows, self.length = rows, length
-        self.buffer = shared_bytes(nbytes(rows, length)) if buffer is None else buffer
+        self.memory = SharedBytes(nbytes(rows, length)) if memory is None else memory
+        self.buffer = self.memory.tensor if isinstance(self.memory, SharedBytes) else self.memory
         raw, offset = self.buffer.numpy(), 0
         for column in COLUMNS:
             shape, size = extent(column, rows, length)
             setattr(self, column.name, raw[offset : offset + size].view(column.dtype).reshape(shape))
             offset += padded(size)
 
-    def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, torch.Tensor]]:
-        return RequestTable, (self.rows, self.length, self.buffer)
+    def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, SharedBytes | torch.Tensor]]:
+        return RequestTable, (self.rows, self.length, self.memory)
 
     def fill(
         self,
@@ -111,30 +109,9 @@ class RequestTable:
         return int(self.generation[row])
 
 
-def shared_bytes(size: int) -> torch.Tensor:
-    """Zeros that children can map; raises `ConfigError` where they do not fit, as writing to them would be fatal."""
-    there = shared_memory()
-    if size > there:
-        raise ConfigError(
-            f"the request table takes {size / 2**20:.0f} MiB of shared memory and {there / 2**20:.0f} are free; "
-            "lower --max-queue or --max-model-len"
-        )
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    buffer.share_memory_()  # type: ignore[no-untyped-call]
-    return buffer
-
-
 def private_bytes(size: int) -> torch.Tensor:
     """Zeros that nobody else maps; memory is taken where they are written."""
     return torch.from_numpy(np.zeros(size, dtype=np.uint8))
-
-
-def shared_memory() -> int:
-    """Bytes that are free where shared memory lies."""
-    if not os.path.isdir(SHARED):
-        return sys.maxsize
-    found = os.statvfs(SHARED)
-    return found.f_bavail * found.f_frsize
 
 
 def nbytes(rows: int, length: int) -> int:

@@ -269,10 +269,13 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
-    """A worker of the instance is gone; its rows have lost their K/V and nothing else."""
+    """A worker of the instance is gone; its rows have lost their K/V and nothing else. `outside`: somebody else killed
+    it, so that no row can be the reason.
+    """
 
     instance: int
     reason: str
+    outside: bool = False
 
 
 class WorkerUp(msgspec.Struct, frozen=True, gc=False):
@@ -287,6 +290,12 @@ class WorkerLost(msgspec.Struct, frozen=True, gc=False):
 
     rank: int
     reason: str
+
+
+class Paused(msgspec.Struct, frozen=True, gc=False):
+    """The engine's own process did not run for so many seconds that have just passed, and perhaps no worker did."""
+
+    seconds: float
 
 
 class Replan(msgspec.Struct, frozen=True, gc=False):
@@ -310,7 +319,17 @@ class Full(msgspec.Struct, frozen=True, gc=False):
 
 
 Event: TypeAlias = (
-    Arrival | Full | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Replan | PlanReady
+    Arrival
+    | Full
+    | Cancel
+    | StepDone
+    | InstanceReady
+    | InstanceLost
+    | WorkerUp
+    | WorkerLost
+    | Paused
+    | Replan
+    | PlanReady
 )
 
 

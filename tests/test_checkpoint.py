@@ -198,14 +198,14 @@ def test_too_little_memory_is_said_with_both_figures():
     fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
     spec = ModelSpec(**fields | {"parameters": 10**15})
     with pytest.raises(CheckpointError, match=r"needs 3725290\.3 GiB .* in float32 and cpu has .* GiB"):
-        memory.check_weights(spec, torch.device("cpu"), torch.float32, 1.0)
+        memory.check_weights(spec, torch.device("cpu"), torch.float32, memory.Claim())
 
 
 def test_a_pool_or_a_table_that_does_not_fit_is_said_with_its_flag():
     fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
     for tokens, pattern in ((10**15, r"takes 7450580\.6 GiB and cpu has .* lower it"), (1, "less than a page")):
         with pytest.raises(CheckpointError, match=f"--kv-cache-tokens {tokens} {pattern}|{pattern}"):
-            memory.check_pool(ModelSpec(**fields), torch.device("cpu"), torch.float32, 1.0, tokens)
+            memory.check_pool(ModelSpec(**fields), torch.device("cpu"), torch.float32, memory.Claim(), tokens)
     with pytest.raises(ConfigError, match="lower --max-queue or --max-model-len"):
         RequestTable(2**31 - 1, 2**20)
 

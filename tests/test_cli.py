@@ -245,7 +245,7 @@ def test_ctrl_c_ends_a_serving_and_a_loading_server_quietly(served, random_model
 
 
 def workers_of(pid):
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "dilaserve worker"], capture_output=True, text=True)
     return list(map(int, found.stdout.split()))
 
 

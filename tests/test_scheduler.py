@@ -29,6 +29,7 @@ from dilaserve.terms import (
     InstanceReady,
     Kill,
     Launch,
+    Paused,
     Plan,
     PlanReady,
     Release,
@@ -423,6 +424,17 @@ def test_a_row_in_flight_at_two_crashes_fails_alone():
     assert [span.row for span in launch.batch.spans] == [1]
 
 
+def test_a_row_is_not_to_blame_for_workers_that_somebody_else_kills():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for i in range(3):
+        feed(machine, Arrival(request(i, at=float(i))))
+    for life in range(1, 6):
+        assert feed(machine, InstanceLost(life - 1, "killed by SIGKILL", outside=True)) == []
+        (launch,) = feed(machine, InstanceReady(Instance(life, (0,), 4096)))
+        assert {span.row for span in launch.batch.spans} == {0, 1, 2}  # none is taken alone
+
+
 def test_the_mates_of_a_row_that_kills_workers_survive_it():
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
@@ -535,6 +547,21 @@ def test_a_step_that_hangs_is_killed_once_and_only_after_its_time():
     assert isinstance(kill, Kill)
     assert kill.instance == 0
     assert list(machine.decide(4.0)) == []
+
+
+@given(st.lists(st.floats(0.1, 100.0), max_size=5))
+def test_a_step_under_way_gets_the_time_again_that_the_engine_did_not_live_through(pauses):
+    machine, lost = scheduler(step_timeout=3.0), 0.0
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    known = machine.beliefs.known()
+    for seconds in pauses:
+        lost += seconds
+        assert feed(machine, Paused(seconds), 2.9 + lost) == []
+    assert machine.wake_at() == pytest.approx(3.0 + lost)
+    if pauses:
+        list(machine.observe(done(launch.batch, [result(launch.batch.spans[0], 20, 12)]), 2.9 + lost))
+        assert machine.beliefs.known() == known  # how long it took tells nothing
 
 
 def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():

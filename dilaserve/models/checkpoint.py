@@ -17,16 +17,16 @@ from safetensors import safe_open
 from dilaserve.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BUNDLED_MODELS = Path(__file__).parent.parent / "bundled"
+BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 
 
 def locate(model: str) -> Path:
-    """The directory of a model: a bundled one by its name, else the path itself."""
+    """The directory of a model: a bundled one by its name, else the path itself, wherever the program goes later."""
     bundled = {directory.name: directory for directory in BUNDLED_MODELS.iterdir()}
     try:
-        return bundled[model] if model in bundled else Path(model).expanduser()
-    except RuntimeError as error:  # there is no such user
+        return bundled[model] if model in bundled else Path(model).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # there is no such user, or no working directory
         raise CheckpointError(f"there is no model directory {model}: {error}") from error
 
 

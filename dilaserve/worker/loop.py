@@ -21,7 +21,8 @@ from dilaserve.models.layers import varlen_for
 from dilaserve.models.llada import Model, Weights
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
-from dilaserve.table import RequestTable
+from dilaserve.sharing import SharedBytes
+from dilaserve.table import RequestTable, private_bytes
 from dilaserve.worker import memory, rehearsal
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.groups import Abandoned, Groups
@@ -62,9 +63,15 @@ class Shared(NamedTuple):
     table: RequestTable
     exchange: Exchange
 
+    @property
+    def descriptors(self) -> list[int]:
+        """Which a worker has to inherit."""
+        return [part.memory.fd for part in self if isinstance(part.memory, SharedBytes)]
 
-def main(job: Job, rank: int, shared: Shared, line: socket.socket) -> None:
-    """Entry point of the child process."""
+
+def main(job: Job, rank: int, shared: Shared, fd: int) -> None:
+    """Entry point of the child process; `fd` is its end of the line to the engine."""
+    line = socket.socket(fileno=fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     if torch.device(job.device).type == "cpu":
@@ -141,9 +148,16 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     held = Shard(rank % job.shards, job.shards)
     weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
     tokens = kv_tokens(job, spec, weights)
-    flat = torch.zeros((tokens + PAGE) * spec.kv_elements, dtype=dtype, device=device)  # the last page pads batches
-    wire.send(line, wire.Ready(tokens))
+    flat = zeros((tokens + PAGE) * spec.kv_elements, dtype, device)  # the last page pads batches
+    wire.send(line, wire.Ready(tokens, spec.shard_parameters(job.shards) * dtype.itemsize, flat.nbytes))
     return Worker(job, rank, shared, spec, weights, flat)
+
+
+def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the CPU, memory is taken where they are written: a pool is as large as the rows that have used it."""
+    if device.type != "cpu":
+        return torch.zeros(elements, dtype=dtype, device=device)
+    return private_bytes(elements * dtype.itemsize).view(dtype)
 
 
 def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
@@ -160,7 +174,10 @@ def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
         return job.kv_tokens
     tokens = memory.kv_tokens(spec, device, dtype, job.claim, job.kv_wanted, need)
     if tokens < PAGE:
-        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+        raise CheckpointError(
+            f"{device} has no memory left for a K/V pool after the weights and a step of {job.batched_tokens} tokens; "
+            "lower --max-num-batched-tokens or use a smaller model"
+        )
     return tokens
 
 
