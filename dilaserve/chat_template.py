@@ -14,7 +14,7 @@ import msgspec
 
 from dilaserve import children, files, template_process
 from dilaserve.errors import CheckpointError, Unavailable
-from dilaserve.template_process import SECONDS, TOO_SLOW, Reply, Source
+from dilaserve.template_process import TOO_SLOW, Reply, Source
 
 READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")  # by transformers
 FOLDER, FILE, DEFAULT = "additional_chat_templates", "chat_template.jinja", "default"
@@ -99,7 +99,7 @@ class ChatTemplate:
                 except (OSError, EOFError) as error:
                     lost: Exception = error
                     if self.end() == -TOO_SLOW:
-                        return Reply(reason=f"it takes more than {SECONDS:g} seconds of CPU time")
+                        return Reply(reason=f"it takes more than {self.source.seconds:g} seconds of CPU time")
         raise Unavailable(f"the process that renders the chat template is gone: {lost}", retry_after=1.0) from lost
 
     def asked(self, request: bytes) -> Reply:
