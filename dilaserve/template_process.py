@@ -25,6 +25,7 @@ SECONDS = 2.0  # CPU time of one rendering, compiling the template included
 TOO_SLOW = signal.SIGPROF  # what ends the process after that
 MEMORY = 512 * 2**20  # bytes that the process may have besides what it starts with
 MOST_TEXT = 2**24  # characters of a rendered conversation
+MOST_REASON = 200  # characters of what a template or the sandbox says when there is none
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -72,7 +73,8 @@ def replied(source: Source, request: bytes) -> Reply:
     except MemoryError:
         return Reply(reason=f"it takes more than {MEMORY // 2**20} MiB")
     except Exception as error:  # a template may raise anything
-        return Reply(reason=" ".join(str(error).split()), on_purpose=type(error) is TemplateError)
+        reason = " ".join(str(error)[:MOST_REASON].split())
+        return Reply(reason=reason, on_purpose=type(error) is TemplateError)
     if len(text) > MOST_TEXT:
         return Reply(reason=f"it makes a text of {len(text)} characters and may make {MOST_TEXT}")
     return Reply(text)
