@@ -152,8 +152,12 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         raise
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises nothing narrower, and panics with what is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     tokenizer.no_truncation()  # as transformers does with both at every call
     tokenizer.no_padding()
     return tokenizer

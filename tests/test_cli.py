@@ -64,8 +64,8 @@ def ask(address, path="/v1/completions", **more):
     return urllib.request.urlopen(request, timeout=60)
 
 
-def test_emulate_serves_filler_on_pretended_devices_and_a_model_without_chats_completes(random_model, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((random_model / "tokenizer.json").read_bytes())
+def test_emulate_serves_filler_on_pretended_devices_and_a_model_without_chats_completes(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((locate("dilaserve-tiny") / "tokenizer.json").read_bytes())
     templates = {"chat_template": [{"name": "tools", "template": "{{ messages }}"}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(templates))
     process = subprocess.Popen(
@@ -274,9 +274,7 @@ __main__.run()
 """
 
 
-@pytest.mark.parametrize(
-    "module", ["dilaserve.cli", "msgspec", "torch", "uvloop", "transformers"]
-)
+@pytest.mark.parametrize("module", ["dilaserve.cli", "msgspec", "torch", "uvloop", "transformers"])
 def test_a_signal_during_any_import_ends_the_start_quietly(random_model, module):
     for number, words, code in (
         ("SIGTERM", ["--model", str(random_model), "--port", "0", "--devices", "cpu"], 0),

@@ -1,5 +1,6 @@
 """Text out of tokens: once, in order, whole characters, and no piece of a stop string."""
 
+import json
 import sys
 import threading
 
@@ -69,11 +70,15 @@ def test_the_chat_template_marks_the_turns(text):
     assert text.render(messages).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
-def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path, text):
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
         Text(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
+        Text(tmp_path)
+    panics = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(text.tokenizer.to_str()) | panics))
+    with pytest.raises(CheckpointError, match="cannot be read: Precompiled"):
         Text(tmp_path)
 
 
