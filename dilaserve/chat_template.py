@@ -31,7 +31,7 @@ def find(directory: Path, given: Path | None) -> Source | str:
     try:
         check_sizes(directory)
         source = files.read(given, files.MOST_TEMPLATE).decode() if given else None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no text, or no file has such a name
         reason = f"{getattr(error, 'filename', None) or given}: {getattr(error, 'strerror', error)}"
         raise CheckpointError(f"the chat template cannot be read from {reason}") from error
     tokenizer = loaded(directory)

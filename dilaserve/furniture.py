@@ -117,7 +117,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
 
 def template_file(config: Config) -> Path | None:
     """The file of --chat-template."""
-    return Path(config.model.chat_template).expanduser() if config.model.chat_template else None
+    return Path(config.model.chat_template) if config.model.chat_template else None
 
 
 def ends(spec: ModelSpec, text: Text, directory: Path) -> tuple[int, ...]:
