@@ -37,6 +37,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
     ] = None
+    chat_template: Annotated[
+        Words | None, Meta(description="file with the Jinja template of chats (default: the model's own)")
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: float32 on CPU, bfloat16 on CUDA")
     ] = "auto"

@@ -71,7 +71,6 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
 NO_CHOICE = "instances of one size are all that there can be"
-MARKS = 64  # characters that a message costs besides its content
 
 
 class Profile(msgspec.Struct):
@@ -177,6 +176,7 @@ class Engine:
             await asyncio.wait([self.main])
         if self.planner:
             await asyncio.to_thread(self.planner.close)
+        await asyncio.to_thread(self.text.close)
 
     async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
@@ -344,8 +344,8 @@ class Engine:
             return await self.off_loop(len(prompt), lambda: self.text.encode(prompt, limit))
         if all(isinstance(item, Mapping) for item in prompt) and prompt:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            size = sum(MARKS + len(message.get("content", "")) for message in messages)
-            return await self.off_loop(size, lambda: self.text.encode_chat(messages, limit))
+            text = await self.text.rendered(messages, limit)
+            return await self.off_loop(len(text), lambda: self.text.ids(text, limit, special=False))
         return await self.off_loop(len(prompt), lambda: self.checked(prompt))
 
     def checked(self, prompt: Sequence[object]) -> list[int]:

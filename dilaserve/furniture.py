@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -70,7 +71,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
-    text = Text(directory)
+    text = Text(directory, template_file(config))
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(
             f"tokenizer.json in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
@@ -89,7 +90,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
         str(directory),
     )
     table = RequestTable(config.scheduler.max_queue, limit)
-    stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
+    stop_ids = ends(spec, text, directory)
     shared = {"directory": str(directory.resolve()), "max_length": limit, "stop_ids": stop_ids}
     claim = memory.host_claim(names.count("cpu")) if "cpu" in names else memory.Claim()
     degrees = possible_degrees(spec, names, config, claim)
@@ -118,6 +119,23 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
         planner,
         unplanned(laws, degrees, config, names),
     )
+
+
+def template_file(config: Config) -> Path | None:
+    """The file of --chat-template."""
+    return Path(config.model.chat_template) if config.model.chat_template else None
+
+
+def ends(spec: ModelSpec, text: Text, directory: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, from wherever the checkpoint names one. Raises `CheckpointError`."""
+    found = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
+    if spec.mask_id in found:
+        raise CheckpointError(
+            f"the mask token {spec.mask_id} of {directory} is also named as a token that ends answers"
+        )
+    if not found:
+        log.warning("%s names no eos_token: answers end at max_tokens or at a stop string", directory)
+    return found
 
 
 def possible_degrees(spec: ModelSpec, names: list[str], config: Config, claim: memory.Claim) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__, children
+from dilaserve import __version__, children, interruption
 from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import (
@@ -41,7 +41,7 @@ from dilaserve.text import LONGEST
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Announce = Callable[[str, str, bool], None]
+Announce = Callable[[str, str, bool, bool], None]  # address, model, whether a key is needed, whether it chats
 Asked = TypeVar("Asked", bound=schema.Common)
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
@@ -71,6 +71,7 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
             os._exit(1)
         stop.set()
         if not listening and me:
+            interruption.leave_soon(0)
             me.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -78,7 +79,7 @@ async def serve(config: Config, progress: Progress, announce: Announce, furnish:
     try:
         async with Engine(config, progress, furnish) as engine, running(engine, config) as address:
             listening = True
-            announce(address, engine.model.name, config.server.api_key is not None)
+            announce(address, engine.model.name, config.server.api_key is not None, engine.text.template is not None)
             if engine.advice:
                 log.info("%s", engine.advice)
             ended = asyncio.create_task(engine.ended())

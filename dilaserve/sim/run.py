@@ -46,7 +46,7 @@ class PlainText(Text):
     """Stands in for a tokenizer: prompts are token ids, and no text comes out."""
 
     def __init__(self) -> None:
-        self.template = None
+        self.template, self.untemplated = None, "its text is filler"
 
     def load_template(self) -> None:
         pass
