@@ -1,5 +1,6 @@
 """JSON bodies: valid ones, and what a careless or a hostile client makes of them. Everything comes from the `rng`."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -138,10 +139,15 @@ def mutated(body: Json, rng: random.Random) -> Json:
                 key = rng.choice(keys)
                 place[key] = rng.choice([[place[key]], {"x": place[key]}, str(place[key])])
             case 2 if isinstance(place, dict):
-                place[rng.choice(FIELDS)] = rng.choice(ODD)
+                place[rng.choice(FIELDS)] = odd(rng)
             case _ if keys:
-                place[rng.choice(keys)] = rng.choice(ODD)
+                place[rng.choice(keys)] = odd(rng)
     return changed
+
+
+def odd(rng: random.Random) -> Any:
+    """A value of its own: later mutations may go into it."""
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def values(place: Any) -> list[Any]:

@@ -79,7 +79,7 @@ async def probing(host: str, port: int, pid: int) -> AsyncIterator[list[Waits]]:
     found: list[Waits] = []
     try:
         yield found
-        written, _ = await process.communicate()
+        written, _ = await process.communicate(b"")
         asked, most, stalls = json.loads(written)
         found.append(Waits(asked, most, [Wait(*stall) for stall in stalls]))
     finally:
