@@ -67,7 +67,15 @@ def compressed(rng: random.Random) -> Case:
     route, body = bodies.valid(rng)
     plain = rng.choice([encoded(body), b" " * rng.choice([1000, 4_000_000, 50_000_000]), b"[" * 4_000_000])
     packed = rng.choice([gzip.compress(plain, 1, mtime=0), zlib.compress(plain, 1)])
-    twisted = [packed, packed, packed[: len(packed) // 2], packed + b"x", packed + packed, gzip.compress(packed, mtime=0), plain]
+    twisted = [
+        packed,
+        packed,
+        packed[: len(packed) // 2],
+        packed + b"x",
+        packed + packed,
+        gzip.compress(packed, mtime=0),
+        plain,
+    ]
     coding = rng.choice(
         ["gzip", "gzip", "gzip", "deflate", "x-gzip", "GZIP", "br", "zstd", "identity", "gzip, gzip", ""]
     )
