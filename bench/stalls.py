@@ -1,7 +1,7 @@
 """How long hostile request bodies hold up the server's event loop, and what memory they leave behind.
 
-`python bench/stalls.py` starts a server of the bundled model on the CPU, sends every shape of body alone and in a crowd,
-and prints the longest stall that a probe inside the server process saw, and the slowest answer of /health meanwhile.
+`python bench/stalls.py` starts a server of the bundled model on the CPU, sends every shape of body alone and in a crowd, and
+prints the longest stall that a probe inside the server process saw, and the slowest answer of /health meanwhile.
 """
 
 import asyncio
@@ -25,10 +25,35 @@ CROWD = 100
 TICK = 0.001  # seconds between two looks of the probe
 
 
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGE, PART = '{"role":"user","content":""}', '{"type":"text"}'
+SLOW = "1.2345678901234567e308"  # a number that takes 20 microseconds to read
+COMPLETIONS = {  # by name: what stands before, what is repeated, what stands behind
+    "prompts with echo": ('{"echo":true,"prompt":[[1]', ",[1]", "]}"),
+    "prompts": ('{"prompt":[[1]', ",[1]", "]}"),
+    "prompts of text": ('{"echo":true,"prompt":["a"', ',"a"', "]}"),
+    "token ids": ('{"echo":true,"prompt":[1', ",1", "]}"),
+    "tools": ('{"prompt":"a","tools":[[]', ",[]", "]}"),
+    "stop strings": ('{"prompt":"a","stop":["a"', ',"a"', "]}"),
+    "unknown fields": ('{"prompt":"a"', ',"":1', "}"),
+    "one field, again and again": ('{"prompt":"a"', f',"temperature":{SLOW}', "}"),
+    "nesting": ('{"prompt":', "[", ""),
+    "nested objects": ('{"prompt":"a","tools":', '{"a":', ""),
+    "a huge number": ('{"prompt":"a","n":', "9", "}"),
+    "slow fractions": ('{"prompt":"a","tools":[1', f",{SLOW}", "]}"),
+    "a long text": ('{"prompt":"', "hello ", '"}'),
+    "escapes": ('{"prompt":"', "\\u00e9", '"}'),
+    "short escapes": ('{"prompt":"', "\\n", '"}'),
+    "a string without end": ('{"prompt":"', "\\u00e9", ""),
+    "half surrogates": ('{"prompt":"', "\\ud83d", '"}'),
+}
+
+
 class Shape(NamedTuple):
     path: str
     body: bytes
     gzipped: bool = False
+    chunked: bool = False  # the body is already written in pieces
 
 
 class Seen(NamedTuple):
@@ -45,46 +70,28 @@ def filled(head: str, unit: str, tail: str, size: int = LARGE) -> bytes:
 
 
 def shapes(size: int = LARGE) -> dict[str, Shape]:
-    completions, chat = "/v1/completions", "/v1/chat/completions"
+    """Bodies of about `size` bytes, each of which once took long to refuse."""
+    return {name: Shape("/v1/completions", filled(*parts, size)) for name, parts in COMPLETIONS.items()} | {
+        "logit_bias": numbered('"%d":1', '{"prompt":"a","logit_bias":{', "}}", size // 12),
+        "unknown names": numbered('"k%d":1', '{"prompt":"a",', "}", 9000),
+        "a long role": Shape(CHAT, filled('{"messages":[{"content":"","role":"', "é", '"}]}', size)),
+        "messages": Shape(CHAT, filled(f'{{"messages":[{MESSAGE}', f",{MESSAGE}", "]}", size)),
+        "messages within limits": Shape(CHAT, filled(f'{{"messages":[{MESSAGE}', f",{MESSAGE}", "]}", 230_000)),
+        "parts": Shape(CHAT, filled(f'{{"messages":[{{"role":"user","content":[{PART}', f",{PART}", "]}]}", size)),
+        "spaces": Shape(COMPLETE, b" " * size),
+        "spaces, compressed": Shape(COMPLETE, gzip.compress(b" " * size), True),
+        "prompts, compressed": Shape(COMPLETE, gzip.compress(filled('{"prompt":[[1]', ",[1]", "]}", size)), True),
+        "small members": Shape(COMPLETE, gzip.compress(b" ") * min(190_000, size // 21), True),
+        "ids to text": Shape("/detokenize", filled('{"tokens":[1', ",1", "]}", 520_000)),
+        "text to ids": Shape("/tokenize", filled('{"prompt":"', "hello ", '"}', 260_000)),
+        "short and slow": Shape(COMPLETE, filled('{"prompt":"a","tools":[1', f",{SLOW}", "]}", 11_000)),
+        "short prompts": Shape(COMPLETE, filled('{"prompt":[[1]', ",[1]", "]}", 16_000)),
+        "pieces of one byte": Shape(COMPLETE, b"1\r\n \r\n" * (size // 6) + b"0\r\n\r\n", chunked=True),
+    }
 
-    def complete(head: str, unit: str, tail: str) -> Shape:
-        return Shape(completions, filled(head, unit, tail, size))
 
-    return {
-        "prompts with echo": complete('{"echo":true,"prompt":[[1]', ",[1]", "]}"),
-        "prompts": complete('{"prompt":[[1]', ",[1]", "]}"),
-        "prompts of text": complete('{"echo":true,"prompt":["a"', ',"a"', "]}"),
-        "token ids": complete('{"echo":true,"prompt":[1', ",1", "]}"),
-        "tools": complete('{"prompt":"a","tools":[[]', ",[]", "]}"),
-        "stop strings": complete('{"prompt":"a","stop":["a"', ',"a"', "]}"),
-        "logit_bias": Shape(
-            completions,
-            b'{"prompt":"a","logit_bias":{' + b",".join(b'"%d":1' % key for key in range(size // 12)) + b"}}",
-        ),
-        "unknown fields": complete('{"prompt":"a"', ',"":1', "}"),
-        "one field, again and again": complete('{"prompt":"a"', ',"temperature":1.2345678901234567e308', "}"),
-        "nesting": complete('{"prompt":', "[", ""),
-        "nested objects": complete('{"prompt":"a","tools":', '{"a":', ""),
-        "a huge number": complete('{"prompt":"a","n":', "9", "}"),
-        "slow fractions": complete('{"prompt":"a","tools":[1', ",1.2345678901234567e308", "]}"),
-        "a long text": complete('{"prompt":"', "hello ", '"}'),
-        "escapes": complete('{"prompt":"', "\\u00e9", '"}'),
-        "short escapes": complete('{"prompt":"', "\\n", '"}'),
-        "a string without end": complete('{"prompt":"', "\\u00e9", ""),
-        "half surrogates": complete('{"prompt":"', "\\ud83d", '"}'),
-        "a long role": Shape(chat, filled('{"messages":[{"content":"","role":"', "é", '"}]}', size)),
-        "messages": Shape(chat, filled('{"messages":[{"role":"user","content":""}', ',{"role":"user","content":""}', "]}", size)),
-        "allowed messages": Shape(chat, filled('{"messages":[{"role":"user","content":""}', ',{"role":"user","content":""}', "]}", min(size, 230_000))),
-        "parts": Shape(chat, filled('{"messages":[{"role":"user","content":[{"type":"text"}', ',{"type":"text"}', "]}]}", size)),
-        "spaces": Shape(completions, b" " * size),
-        "spaces, compressed": Shape(completions, gzip.compress(b" " * size), True),
-        "prompts, compressed": Shape(completions, gzip.compress(filled('{"prompt":[[1]', ",[1]", "]}", size)), True),
-        "small members": Shape(completions, gzip.compress(b" ") * min(200_000, size // 21), True),
-        "ids to text": Shape("/detokenize", filled('{"tokens":[1', ",1", "]}", min(size, 520_000))),
-        "text to ids": Shape("/tokenize", filled('{"prompt":"', "hello ", '"}', min(size, 260_000))),
-        "short and slow": Shape(completions, filled('{"prompt":"a","tools":[1', ",1.2345678901234567e308", "]}", 11_000)),
-        "short prompts": Shape(completions, filled('{"prompt":[[1]', ",[1]", "]}", 16_000)),
-    }  # fmt: skip
+def numbered(item: str, head: str, tail: str, count: int) -> Shape:
+    return Shape(COMPLETE, (head + ",".join(item % number for number in range(count)) + tail).encode())
 
 
 class Server:
@@ -95,7 +102,8 @@ class Server:
 
     def worst(self) -> float:
         """The longest stall since the last time this was asked, in seconds."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
@@ -108,6 +116,7 @@ class Server:
         """The status that a body gets; 0 where the connection ended without one."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         headers = {"content-type": "application/json"} | ({"content-encoding": "gzip"} if shape.gzipped else {})
+        headers |= {"transfer-encoding": "chunked"} if shape.chunked else {"content-length": str(len(shape.body))}
         try:
             connection.request("POST", shape.path, shape.body, headers)
             return connection.getresponse().status
@@ -162,7 +171,7 @@ def drive(target: Server, shape: Shape, crowd: int) -> Seen:
 def unfinished(target: Server, count: int, size: int = LARGE) -> tuple[int, int, int]:
     """Bytes of memory before, with, and after `count` bodies of `size` bytes that lack their last one."""
     before = target.resident()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n\r\n"
+    head = f"POST {COMPLETE} HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n\r\n"
     sent = [socket.create_connection(("127.0.0.1", target.port)) for _ in range(count)]
     for one in sent:
         one.settimeout(5.0)
@@ -205,12 +214,11 @@ async def serve(settings: dict[str, str]) -> None:
 def main() -> None:
     with server() as target:
         target.send(Shape("/v1/completions", json.dumps({"prompt": "hello"}).encode()))
-        print(f"{'body':28} {'bytes':>9}  alone: stall  health   {CROWD} at once: stall  health   (ms)")
+        print(f"milliseconds:{'':26} alone: stall       health {CROWD} at once:      health   statuses")
         for name, shape in shapes().items():
             alone, crowd = drive(target, shape, 1), drive(target, shape, CROWD)
-            times = [1000 * seconds for seconds in (alone.stall, alone.health, crowd.stall, crowd.health)]
-            statuses = sorted(alone.statuses | crowd.statuses)
-            print(f"{name:28} {len(shape.body):9}  {times[0]:12.1f} {times[1]:7.1f} {times[2]:22.1f} {times[3]:7.1f}   {statuses}", flush=True)  # fmt: skip
+            times = [f"{1000 * seconds:12.1f}" for seconds in (alone.stall, alone.health, crowd.stall, crowd.health)]
+            print(f"{name:28} {len(shape.body):9}", *times, sorted(alone.statuses | crowd.statuses), flush=True)
         before, within, after = (nbytes / 2**20 for nbytes in unfinished(target, 300))
         print(f"300 unfinished bodies of 4 MiB: {before:.0f} MiB before, {within:.0f} with them, {after:.0f} after")
 

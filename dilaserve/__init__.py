@@ -1,15 +1,15 @@
 """DiLaServe serves diffusion language models within deadlines.
 
-The public names; nothing heavy is imported until one of them is used.
+The public names; each is imported when it is used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from dilaserve.config import Config
-from dilaserve.errors import BadRequest, ConfigError, DilaserveError, Overloaded, RequestFailed, Unavailable
-
 if TYPE_CHECKING:
+    from dilaserve.config import Config
     from dilaserve.engine import Chunk, Completion, Engine, Options
+    from dilaserve.errors import BadRequest, ConfigError, DilaserveError, Overloaded, RequestFailed, Unavailable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,9 +28,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Engine", "Options", "Chunk", "Completion"):
-        from dilaserve import engine
+_HOMES = {
+    "config": ("Config",),
+    "engine": ("Chunk", "Completion", "Engine", "Options"),
+    "errors": ("BadRequest", "ConfigError", "DilaserveError", "Overloaded", "RequestFailed", "Unavailable"),
+}
 
-        return getattr(engine, name)
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"dilaserve.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

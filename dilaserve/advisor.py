@@ -1,13 +1,13 @@
 """The planner in a process of its own, so that the loop never waits for the interpreter's lock. Blocks its caller."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Self
 
 from dilaserve import children
@@ -29,7 +29,7 @@ class Advisor:
 
     def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, setup: Setup) -> None:
         self.news, self.setup = (dict(laws), quality), setup
-        self.process: BaseProcess | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.turn = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -66,13 +66,11 @@ class Advisor:
             return None
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=live, args=(theirs, self.news, self.setup), name="dilaserve planner", daemon=True
-        )
-        children.start(self.process)
-        theirs.close()
+        ours, theirs = socket.socketpair()
+        self.pipe: Connection[Demand | News, Advice] = Connection(ours.detach())
+        with Connection(children.heritable(theirs.detach())) as end:
+            arguments = (end.fileno(), self.news, self.setup)
+            self.process = children.start("dilaserve planner", live, arguments, self.pipe, [end.fileno()])
 
     def close(self) -> None:
         with self.turn:
@@ -82,12 +80,12 @@ class Advisor:
         if process := self.process:
             self.process = None
             self.pipe.close()
-            process.terminate()
-            process.join()
+            children.end(process)
 
 
-def live(pipe: "Connection[Advice, Demand | News]", news: News, setup: Setup) -> None:
+def live(fd: int, news: News, setup: Setup) -> None:
     """Answer until nobody can ask any more."""
+    pipe: Connection[Advice, Demand | News] = Connection(fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(MODEST)
     planner = Planner(*news, setup)

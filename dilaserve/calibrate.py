@@ -337,8 +337,7 @@ def room(engine: Engine) -> int:
 
 
 def chat(engine: Engine, prompt: str) -> str | list[dict[str, str]]:
-    has_template = engine.text.template is not None and engine.text.template.chat_template
-    return [{"role": "user", "content": prompt}] if has_template else prompt
+    return [{"role": "user", "content": prompt}] if engine.text.template else prompt
 
 
 def judged(item: tuple[Question, Problem | None], text: str, reference: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from dilaserve import __version__, config
+from dilaserve import __version__, config, interruption
 from dilaserve.config import Config, Setting
 from dilaserve.descriptors import ensure_standard_streams, lead_nowhere
 from dilaserve.errors import ConfigError, DilaserveError
@@ -137,7 +137,9 @@ def listen(settings: Config, furnish: "Furnish") -> int:
         from dilaserve.server.app import serve as run
 
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run(settings, progress, announce, furnish, sockets))
+            code = runner.run(run(settings, progress, announce, furnish, sockets))
+            interruption.leave_soon(code)
+            return code
 
 
 def allow_connections() -> None:
@@ -162,14 +164,15 @@ def quiet() -> None:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
 
 
-def announce(address: str, model: str, key: bool) -> None:
+def announce(address: str, model: str, key: bool, chats: bool) -> None:
     """The ready line, with a command to paste."""
     header = " -H 'authorization: Bearer YOUR-KEY'" if key else ""
-    body = '{"messages": [{"role": "user", "content": "Reverse: lamu"}], "stream": true}'
+    route = "chat/completions" if chats else "completions"
+    asked = '"messages": [{"role": "user", "content": "Reverse: lamu"}]' if chats else '"prompt": "Reverse: lamu"'
     first = address.split()[0]
     say(
-        f"ready: {model} on {address}   try: curl -N {first}/v1/chat/completions{header}"
-        f" -H 'content-type: application/json' -d '{body}'"
+        f"ready: {model} on {address}   try: curl -N {first}/v1/{route}{header}"
+        f" -H 'content-type: application/json' -d '{{{asked}, \"stream\": true}}'"
     )
 
 
@@ -199,6 +202,7 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     from dilaserve.display import counting
     from dilaserve.models.checkpoint import locate
 
+    interruption.raise_keyboard_interrupt()
     directory, given = locate(settings.model.model), settings.scheduler.profile
     if given:
         profiles.check_writable(Path(given))
@@ -275,6 +279,7 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
     from dilaserve.display import counting
     from dilaserve.sim.command import simulate as run
 
+    interruption.raise_keyboard_interrupt()
     with counting() as seen:
         for line in run(settings, extras, seen):
             print(line)

@@ -43,6 +43,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
     ] = None
+    chat_template: Annotated[
+        Words | None, Meta(description="file with the Jinja template of chats (default: the model's own)")
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: float32 on CPU, bfloat16 on CUDA")
     ] = "auto"
@@ -122,7 +125,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     profile: Annotated[
         Words | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")
     ] = None
-    max_queue: Annotated[Positive, Meta(description="requests in the house, running and waiting, at most")] = 1024
+    max_queue: Annotated[
+        Positive,
+        Meta(description="requests, running and waiting, at most; tenants share the places when they are full"),
+    ] = 1024
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

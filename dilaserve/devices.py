@@ -1,11 +1,11 @@
 """Which devices there are, and what a worker on each is told."""
 
-import os
 import platform
 import re
 
 import torch
 
+from dilaserve import host
 from dilaserve.config import DeviceConfig
 from dilaserve.errors import ConfigError
 
@@ -57,5 +57,4 @@ def threads_for(device: str, names: list[str], config: DeviceConfig) -> int:
     """Threads of one worker: the cores are divided among the CPU workers; a GPU worker needs one."""
     if device != "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.cpu_threads or max(1, cores // names.count("cpu"))
+    return config.cpu_threads or max(1, host.cores() // names.count("cpu"))

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import secrets
 import time
 from collections import deque
@@ -17,15 +18,16 @@ from dilaserve.bell import Bell
 from dilaserve.config import Config
 from dilaserve.cost import StepCost, alike
 from dilaserve.devices import steps_for
-from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable
+from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable, quoted
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
-from dilaserve.options import Options, Settled, parse_classes, settle, wanted
+from dilaserve.options import Options, Settled, check, parse_classes, settle, wanted
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
+from dilaserve.pulse import Pulse
 from dilaserve.scheduler import Scheduler
-from dilaserve.stream import Chunk, Completion, Stream, collect
+from dilaserve.stream import Chunk, Completion, Cut, Stream, collect
 from dilaserve.terms import (
     Adjust,
     Arrival,
@@ -35,20 +37,25 @@ from dilaserve.terms import (
     Decline,
     Demand,
     Emit,
+    Ending,
     Event,
     Fail,
     Finish,
+    Full,
     Hurry,
     InstanceLost,
     InstanceReady,
     Kill,
     Launch,
+    Paused,
     Plan,
+    Refuse,
     Release,
     Replan,
     Request,
     Reshaped,
     Reshard,
+    Slo,
     Solve,
     StepDone,
     Usage,
@@ -66,7 +73,6 @@ MAX_HISTORY = 256  # changes of plan that are remembered
 LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
 NO_CHOICE = "instances of one size are all that there can be"
 TEXT_THREADS = 2  # that encode and decode long texts
-MARKS = 64  # characters that a message costs besides its content
 
 
 class Profile(msgspec.Struct):
@@ -121,12 +127,15 @@ class Engine:
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
         self.threads = ThreadPoolExecutor(TEXT_THREADS, "dilaserve-text")
+        self.rang_at = -math.inf
+        self.owner = os.getpid()
 
     # life
 
     async def __aenter__(self) -> Self:
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
         self.bell = Bell()
+        self.pulse = Pulse(self.loop)
         self.idle = asyncio.Event()
         self.idle.set()
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
@@ -163,11 +172,14 @@ class Engine:
         await self.leave()
 
     async def leave(self) -> None:
+        if os.getpid() != self.owner:
+            return  # a fork of the program ends, and not the engine
         if self.main:
             self.main.cancel()
             await asyncio.wait([self.main])
         if self.planner:
             await asyncio.to_thread(self.planner.close)
+        await asyncio.to_thread(self.text.close)
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
@@ -188,6 +200,7 @@ class Engine:
                 log.error("the engine has stopped", exc_info=self.failure)
         finally:
             self.draining = True
+            self.pulse.stop()
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
@@ -280,17 +293,18 @@ class Engine:
         """
         if self.main is None:
             raise Unavailable("the engine is not running; enter it with `async with` first")
+        check(options := options or Options())
         ids = await self.tokenize(prompt, self.model.max_model_len)
-        options = options or Options()
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
+        check_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self.check_room(settled)
         if id in self.streams:
-            raise BadRequest(f"a request with the id {id!r} is running; choose another id", param="id")
-        row = self.free.pop()
+            raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
+        row = self.place(slo)
         canvas = np.array(ids, dtype=np.int32)
         generation = self.table.fill(
-            row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, options.ignore_eos
+            row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, ending(options)
         )
         request = Request(
             id=id or secrets.token_hex(12),
@@ -301,10 +315,9 @@ class Engine:
             max_tokens=settled.max_tokens,
             arrived_at=self.loop.time(),
             decoding=settled.decoding,
-            ignore_eos=options.ignore_eos,
             slo=slo,
         )
-        stream = self.streams[request.id] = Stream(request, self.text, options.stop, self.post)
+        stream = self.streams[request.id] = Stream(request, self.text, cutting(options), self.post)
         self.idle.clear()
         self.post(Arrival(request))
         if slo.on_miss == "reject":
@@ -335,14 +348,13 @@ class Engine:
             return await self.off_loop(len(prompt), lambda: self.text.encode(prompt, limit))
         if all(isinstance(item, Mapping) for item in prompt) and prompt:
             messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            size = sum(MARKS + len(message.get("content", "")) for message in messages)
-            return await self.off_loop(size, lambda: self.text.encode_chat(messages, limit))
+            text = await self.text.rendered(messages, limit)
+            return await self.off_loop(len(text), lambda: self.text.ids(text, limit, special=False))
         return await self.off_loop(len(prompt), lambda: self.checked(prompt))
 
     def checked(self, prompt: Sequence[object]) -> list[int]:
         ids: list[int] = list(prompt)  # type: ignore[arg-type]
-        if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < self.vocab_size:
-            raise BadRequest(f"token ids are whole numbers from 0 to {self.vocab_size - 1}", param="prompt")
+        check_ids(ids, self.vocab_size, "prompt")
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -362,9 +374,23 @@ class Engine:
                 f"{cure} or raise --kv-cache-tokens",
                 param="max_tokens",
             )
+
+    def place(self, slo: Slo) -> int:
+        """A free row of the table; when all are taken, that of a tenant with more waiting. Raises `Overloaded`."""
+        now = self.loop.time()
         if not self.free:
-            limit = self.config.scheduler.max_queue
-            raise Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=1.0)
+            self.observe(self.executor, now)  # what is on its way may free a row
+        if not self.free:
+            for command in self.scheduler.observe(Full(slo.tenant), now):
+                self.perform(command, self.executor)
+        if not self.free:
+            timed = slo.seconds is not None or slo.multiple is not None
+            raise self.full(self.scheduler.refused(timed, now))
+        return self.free.pop()
+
+    def full(self, retry_after: float) -> Overloaded:
+        limit = self.config.scheduler.max_queue
+        return Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=retry_after)
 
     def smallest_pool(self) -> int:
         """K/V tokens that every instance has under any plan, so that no change of plan leaves a row without a place."""
@@ -379,17 +405,14 @@ class Engine:
 
     async def consume(self, executor: Executor) -> None:
         """The one consumer: every event is observed, then idle instances get their next step."""
-        bell, inbox, scheduler, profile = self.bell, self.inbox, self.scheduler, self.profile
+        bell, scheduler, profile = self.bell, self.scheduler, self.profile
         while True:
             await bell.wait()
-            now = self.loop.time()
-            while inbox:
-                event = inbox.popleft()
-                self.note(event)
-                for command in scheduler.observe(event, now):
-                    self.perform(command, executor)
-                if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
-                    stream.seen.ring()
+            now = max(self.loop.time(), self.rang_at)
+            if paused := self.pulse.missed(now):
+                log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
+                self.inbox.appendleft(Paused(paused))
+            self.observe(executor, now)
             began = time.perf_counter()
             commands = list(scheduler.decide(now))
             profile.deciding += time.perf_counter() - began
@@ -398,13 +421,29 @@ class Engine:
                 self.perform(command, executor)
             self.wake_at(scheduler.wake_at())
 
+    def observe(self, executor: Executor, now: float) -> None:
+        """Take in every event that has come."""
+        while self.inbox:
+            event = self.inbox.popleft()
+            self.note(event)
+            for command in self.scheduler.observe(event, now):
+                self.perform(command, executor)
+            if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
+                stream.seen.ring()
+
     def wake_at(self, when: float) -> None:
-        """Look at the house again at that time, whatever happens or not."""
+        """Decide again at that time, whatever happens or not."""
         if when != self.alarm_at:
             self.alarm_at = when
             if self.alarm:
                 self.alarm.cancel()
-            self.alarm = None if when == math.inf else self.loop.call_at(when, self.bell.ring)
+            self.alarm = None if when == math.inf else self.loop.call_at(when, self.ring, when)
+            self.pulse.watch(when < math.inf)
+
+    def ring(self, when: float) -> None:
+        """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""
+        self.rang_at, self.alarm_at, self.alarm = when, math.inf, None
+        self.bell.ring()
 
     def note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""
@@ -449,6 +488,9 @@ class Engine:
                 stream = self.streams.pop(request.id)
                 try:
                     self.deliver(stream)
+                    if reason == "stop" and stream.shows_stop_token:
+                        stream.final += 1
+                        self.deliver(stream)
                     stream.finish(reason, usage)
                 except RequestFailed as error:
                     stream.fail(error)
@@ -457,6 +499,8 @@ class Engine:
                 self.streams.pop(request.id).fail(RequestFailed(told))
             case Decline(request, usage, retry, vain):
                 self.streams.pop(request.id).fail(missed(usage, retry, vain))
+            case Refuse(request, retry_after):
+                self.streams.pop(request.id).fail(self.full(retry_after))
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
@@ -500,6 +544,19 @@ class Engine:
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < vocab_size:
+        raise BadRequest(f"token ids are whole numbers from 0 to {vocab_size - 1}", param=param)
+
+
+def ending(options: Options) -> Ending:
+    return Ending(ignore_eos=options.ignore_eos, stop_ids=options.stop_token_ids, min_tokens=options.min_tokens)
+
+
+def cutting(options: Options) -> Cut:
+    return Cut(options.stop, options.min_tokens, options.include_stop_str_in_output)
 
 
 def advised(note: str | None, unplanned: str | None) -> str | None:

@@ -3,6 +3,20 @@
 Each error carries the HTTP status it becomes, and a sentence that tells the reader what to change.
 """
 
+MAX_ECHO = 100  # characters of what a client has sent that an error may repeat
+
+
+def shortened(text: str) -> str:
+    """Text that may repeat what a client has sent, cut to `MAX_ECHO` characters."""
+    return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
+
+
+def quoted(value: object) -> str:
+    """A value that a client has sent, as an error repeats it."""
+    if isinstance(value, int) and value.bit_length() > MAX_ECHO:
+        return f"a number of {value.bit_length()} bits"
+    return shortened(repr(value[:MAX_ECHO] if isinstance(value, str) else value))
+
 
 class DilaserveError(Exception):
     """Base of every error this package raises on purpose.

@@ -3,11 +3,9 @@
 Knows the layout and who may write what: a rank writes its own slots and counter, the engine's process writes the flags.
 """
 
-import torch
+from dilaserve.sharing import SharedBytes
 
-from dilaserve.table import shared_bytes
-
-MOST = 2**25  # bytes of all slots; /dev/shm of a container may be small
+MOST = 2**25  # bytes of all slots
 SLOT = 2**22  # bytes of one slot at most; larger tensors pass in pieces
 LINE = 64  # bytes; a counter or a flag has a cache line of its own
 WORDS = LINE // 8
@@ -20,19 +18,20 @@ class Exchange:
     Pickling it (to a child process) shares the memory, it does not copy it.
     """
 
-    def __init__(self, ranks: int, slot: int | None = None, buffer: torch.Tensor | None = None) -> None:
+    def __init__(self, ranks: int, slot: int | None = None, memory: SharedBytes | None = None) -> None:
         slot = slot or min(SLOT, MOST // (2 * ranks) // LINE * LINE)
         self.ranks, self.slot = ranks, slot
         head = 3 * ranks * LINE
-        self.buffer = shared_bytes(head + (2 * ranks * slot if ranks > 1 else 0)) if buffer is None else buffer
-        words = memoryview(self.buffer[:head].numpy()).cast("q")  # type: ignore[arg-type]
+        self.memory = memory or SharedBytes(head + (2 * ranks * slot if ranks > 1 else 0))
+        buffer = self.memory.tensor
+        words = memoryview(buffer[:head].numpy()).cast("q")  # type: ignore[arg-type]
         self.counters, self.flags, self.calls = (
             words[i * ranks * WORDS : (i + 1) * ranks * WORDS : WORDS] for i in range(3)
         )
-        self.slots = self.buffer[head:].view(ranks, 2, slot) if ranks > 1 else self.buffer[:0]
+        self.slots = buffer[head:].view(ranks, 2, slot) if ranks > 1 else buffer[:0]
 
-    def __reduce__(self) -> tuple[type["Exchange"], tuple[int, int, torch.Tensor]]:
-        return Exchange, (self.ranks, self.slot, self.buffer)
+    def __reduce__(self) -> tuple[type["Exchange"], tuple[int, int, SharedBytes]]:
+        return Exchange, (self.ranks, self.slot, self.memory)
 
     def abandon(self, rank: int, instance: int) -> None:
         """Let the rank leave every collective of this instance and of earlier ones."""

@@ -3,19 +3,20 @@
 import asyncio
 import atexit
 import contextlib
+import enum
+import itertools
 import logging
 import os
+import shutil
 import signal
-import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, Self
 
 import msgspec
-import torch.multiprocessing as mp
 
-from dilaserve import children, wire
-from dilaserve.errors import CheckpointError, DilaserveError
+from dilaserve import children, host, wire
+from dilaserve.errors import CheckpointError, ConfigError, DilaserveError
 from dilaserve.terms import (
     Batch,
     Event,
@@ -34,8 +35,20 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
 Post = Callable[[Event], None]
 PATIENCE = 5.0  # seconds a worker gets to leave before it is killed
-RESPAWN_PAUSE = 2.0  # seconds, times the attempts that failed, before a worker is started again
-MAX_FAILURES = 3  # attempts in a row, after which an engine without workers gives up
+LOOK = 0.01  # seconds between two looks whether a process has left
+RESPAWN_PAUSE = 0.5  # seconds before a worker that did not come up is started again; doubles with each attempt
+MOST_PAUSE = 10.0  # seconds; it doubles no further
+MAX_FAILURES = 3  # to load, in a row, after which nothing is expected of a rank
+GIB = 2**30
+CRASHES = {  # signals that a process brings upon itself
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGILL,
+    signal.SIGFPE,
+    signal.SIGABRT,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+}
 
 
 class Executor(Protocol):
@@ -67,6 +80,23 @@ class Forming(msgspec.Struct):
     missing: set[int]
 
 
+class Ended(enum.Enum):
+    """When and by whom the life of a worker process came to its end."""
+
+    UNBORN = "the system had no process for it"
+    KILLED = "somebody else killed it before it was up"
+    FAILED = "it could not load, or crashed over it"
+    LOST = "it was up"
+
+
+class Death(NamedTuple):
+    """The end of a worker. `outside`: somebody else killed it, so that nothing it did can be the reason."""
+
+    ended: Ended
+    reason: str
+    outside: bool = False
+
+
 class ProcessExecutor:
     """One worker process per job; the job's place in the list is its rank.
 
@@ -78,6 +108,8 @@ class ProcessExecutor:
         self.jobs, self.shared, self.progress = jobs, shared, progress
         self.workers: dict[int, WorkerHandle] = {}
         self.instances: dict[int, Forming] = {}
+        self.failures = [0] * len(jobs)  # to load, in a row, by rank
+        self.owner = os.getpid()
 
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
         self.post = post
@@ -89,11 +121,17 @@ class ProcessExecutor:
                     group.create_task(self.mind(rank, job, ready[rank]))
                 try:
                     await asyncio.gather(*ready)
+                    log.info("memory: %s", "; ".join(self.taken()))
                     for rank, handle in sorted(self.workers.items()):
-                        post(WorkerUp(rank, handle.kv_tokens))
+                        post(WorkerUp(rank, handle.ready.kv_tokens))
                     started.set_result(None)
-                except CheckpointError as error:
+                except ConfigError as error:
                     started.set_exception(error)
+
+    def taken(self) -> list[str]:
+        """What there was for CPU workers, and what each worker has taken of its device."""
+        origins = list(dict.fromkeys(job.claim.origin for job in self.jobs if job.claim.origin))
+        return origins + [handle.taken() for _, handle in sorted(self.workers.items())]
 
     def launch(self, batch: Batch) -> None:
         order = wire.Run(batch.id, list(batch.spans), batch.steps, [list(spans) for spans in batch.then])
@@ -123,38 +161,52 @@ class ProcessExecutor:
     async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
         """Keep one worker alive: start it, hear it out, and start it again when it is gone.
 
-        Raises `DilaserveError` when it fails to come back again and again and the others cannot do without it.
+        Raises `DilaserveError` when so many ranks fail to load again and again that no instance is left.
         """
-        failures = life = 0
-        while True:
-            life += 1
-            async with WorkerHandle.spawned(job, rank, life, self.shared) as handle:
-                try:
-                    reason = await self.hear(rank, handle, ready)
-                except asyncio.CancelledError:
-                    self.abandon(rank)  # its peers must not wait for one that leaves
-                    raise
-            if not ready.done():
-                ready.set_exception(CheckpointError(reason))
+        tries = 0  # since it was up
+        for life in itertools.count(1):
+            death = await self.live(rank, job, life, ready)
+            if not ready.done() and death.ended is not Ended.KILLED:
+                ready.set_exception(refusal(death))
                 return
-            failures = failures + 1 if handle.failed_to_load else 0
-            if failures >= MAX_FAILURES and len(self.workers) < job.shards:
-                raise DilaserveError(f"the worker on {job.device} does not come back: {reason}")
-            log.warning("worker %d on %s is gone (%s); starting another", rank, job.device, reason)
-            await asyncio.sleep(RESPAWN_PAUSE * failures)
+            tries = 0 if death.ended is Ended.LOST else tries + 1
+            self.count(rank, job, death)
+            pause = min(MOST_PAUSE, RESPAWN_PAUSE * 2 ** min(tries - 1, 32)) if tries else 0.0
+            log.warning("worker %d on %s is gone (%s); starting another in %g s", rank, job.device, death.reason, pause)
+            await asyncio.sleep(pause)
 
-    async def hear(self, rank: int, handle: "WorkerHandle", ready: asyncio.Future[None]) -> str:
-        """Pass on a worker's reports until it is gone; returns why."""
+    def count(self, rank: int, job: Job, death: Death) -> None:
+        """Remember how often the rank has failed to load; being killed, or not started, tells nothing of that."""
+        if death.ended in (Ended.FAILED, Ended.LOST):
+            self.failures[rank] = self.failures[rank] + 1 if death.ended is Ended.FAILED else 0
+        if sum(count < MAX_FAILURES for count in self.failures) < job.shards:
+            raise DilaserveError(f"the worker on {job.device} does not come back: {death.reason}")
+
+    async def live(self, rank: int, job: Job, life: int, ready: asyncio.Future[None]) -> Death:
+        """One worker process, from its start to its end."""
+        try:
+            handle = WorkerHandle(job, rank, life, self.shared)
+        except Exception as error:  # whatever the system has not got for a process now, it may have later
+            return Death(Ended.UNBORN, f"no process could be started: {error or type(error).__name__}")
+        async with handle:
+            try:
+                return await self.hear(rank, handle, ready)
+            except asyncio.CancelledError:
+                self.abandon(rank)  # its peers must not wait for one that leaves
+                raise
+
+    async def hear(self, rank: int, handle: "WorkerHandle", ready: asyncio.Future[None]) -> Death:
+        """Pass on a worker's reports until it is gone; returns how that came about."""
         broken = ""
         while (report := await handle.report()) is not None:
             match report:
                 case wire.Loading(done, total):
                     self.progress(handle.job.device, done, total)
-                case wire.Ready(kv_tokens):
-                    handle.failed_to_load, handle.kv_tokens = False, kv_tokens
+                case wire.Ready():
+                    handle.ready = report
                     self.attach(rank, handle)
                     if ready.done():
-                        self.post(WorkerUp(rank, kv_tokens))
+                        self.post(WorkerUp(rank, report.kv_tokens))
                     else:
                         ready.set_result(None)
                 case wire.Formed(instance):
@@ -162,14 +214,13 @@ class ProcessExecutor:
                 case wire.Broken(message):
                     broken = message
         self.abandon(rank)
-        reason = broken or handle.verdict or await handle.epitaph()
+        death = await handle.death(broken)
         if self.workers.pop(rank, None):
-            self.post(WorkerLost(rank, reason))
+            self.post(WorkerLost(rank, death.reason))
             for instance in self.abandon(rank):
                 del self.instances[instance]
-                self.post(InstanceLost(instance, reason))
-            return reason
-        return broken or f"the worker on {handle.job.device} ended early: {reason}"
+                self.post(InstanceLost(instance, death.reason, death.outside))
+        return death
 
     def attach(self, rank: int, handle: "WorkerHandle") -> None:
         """From now on steps go to this worker, and its reports are read straight from the loop, without a task."""
@@ -190,6 +241,8 @@ class ProcessExecutor:
 
     def abandon(self, rank: int) -> list[int]:
         """Let the peers of a lost worker leave what they do together; returns the instances that are lost."""
+        if os.getpid() != self.owner:
+            return []  # a fork of the engine's process ends, and no worker with it
         lost = [id for id, known in self.instances.items() if rank in known.instance.ranks]
         for id in lost:
             for peer in self.instances[id].instance.ranks:
@@ -197,46 +250,80 @@ class ProcessExecutor:
         return lost
 
 
-def meeting_place(jobs: list[Job]) -> contextlib.AbstractContextManager[str]:
+def refusal(death: Death) -> ConfigError:
+    """Why an engine does not start."""
+    if death.ended is Ended.UNBORN:
+        return ConfigError(f"{death.reason}; see what limits the processes, open files and memory of this user")
+    return CheckpointError(death.reason)
+
+
+@contextlib.contextmanager
+def meeting_place(jobs: list[Job]) -> Iterator[str]:
     """A directory for files through which torch.distributed introduces workers; none is made where it is not needed."""
     if all(job.backend == "shm" for job in jobs):
-        return contextlib.nullcontext("")
-    return tempfile.TemporaryDirectory(prefix=f"dilaserve-{os.getpid()}-")
+        yield ""
+        return
+    owner = os.getpid()
+    try:
+        place = tempfile.mkdtemp(prefix=f"dilaserve-{owner}-")
+    except OSError as error:
+        raise ConfigError(f"workers have no directory to meet in: {error}; set TMPDIR to one") from error
+    atexit.register(remove, place, owner)
+    try:
+        yield place
+    finally:
+        remove(place, owner)
+
+
+def remove(place: str, owner: int) -> None:
+    """By the process that has made it, not by forks of it."""
+    if os.getpid() == owner:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 class WorkerHandle:
-    """One child process and this side of its line."""
+    """One child process and this side of its line; it is gone when the block is left.
 
-    def __init__(self, job: Job, life: int, process: Any, line: socket.socket) -> None:
-        self.job, self.life, self.process, self.line = job, life, process, line
-        self.failed_to_load, self.kv_tokens = True, 0
+    Raises whatever keeps the system from starting a process.
+    """
+
+    def __init__(self, job: Job, rank: int, life: int, shared: Shared) -> None:
+        self.job, self.life = job, life
+        self.ready = wire.Ready(0, 0, 0)
         self.verdict = ""  # why it was killed from here
         self.loop = asyncio.get_running_loop()
         self.others: asyncio.Queue[wire.Report | None] = asyncio.Queue()
         self.done: Callable[[wire.Done], None] = lambda done: None
-        line.setblocking(False)
-        self.loop.add_reader(line, self.readable)
+        self.out_of_memory_kills = host.out_of_memory_kills()
+        self.line, theirs = wire.pair()
+        self.line.setblocking(False)
+        with theirs:
+            try:
+                self.loop.add_reader(self.line, self.readable)
+                arguments, inherited = (job, rank, shared, theirs.fileno()), [theirs.fileno(), *shared.descriptors]
+                name = f"dilaserve worker on {job.device}"
+                self.process = children.start(name, worker.main, arguments, self.line, inherited, job.threads)
+            except BaseException:
+                self.loop.remove_reader(self.line)
+                self.line.close()
+                raise
 
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def spawned(cls, job: Job, rank: int, life: int, shared: Shared) -> AsyncIterator["WorkerHandle"]:
-        """A running child, which is gone when the block is left."""
-        ours, theirs = wire.pair()
-        process = await asyncio.to_thread(spawn, job, rank, shared, theirs)
-        theirs.close()
-        handle = cls(job, life, process, ours)
-        atexit.register(process.kill)  # an engine that is never left must not keep the interpreter waiting for it
-        try:
-            yield handle
-        finally:
-            await asyncio.shield(asyncio.ensure_future(handle.dismiss()))
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.shield(asyncio.ensure_future(self.dismiss()))
 
     def on_done(self, done: Callable[[wire.Done], None]) -> None:
         self.done = done
 
     def send(self, order: wire.Order) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the end of the line tells the same, in order
+        try:
             wire.send(self.line, order)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the end of the line tells the same, in order
+        except OSError as error:
+            self.kill(f"an order could not be sent to it: {error.strerror}")
 
     def kill(self, verdict: str) -> None:
         self.verdict = verdict
@@ -247,8 +334,10 @@ class WorkerHandle:
             report = wire.receive_report(self.line)
         except BlockingIOError:
             return
-        except ConnectionResetError:
+        except OSError as error:
             report = None
+            if not isinstance(error, ConnectionResetError):
+                self.kill(f"its reports could not be read: {error.strerror}")
         if isinstance(report, wire.Done):
             self.done(report)
             return
@@ -260,30 +349,54 @@ class WorkerHandle:
         """The next report that is not `Done`; None when the worker is gone."""
         return await self.others.get()
 
-    async def epitaph(self) -> str:
-        await asyncio.to_thread(self.process.join, PATIENCE)
-        code = self.process.exitcode
-        if code is None:
-            return "it closed its line but still runs"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    def taken(self) -> str:
+        """What the worker has taken of its device, in words."""
+        weights, pool = self.ready.weights / GIB, self.ready.pool / GIB
+        return f"{self.job.device} {weights:.2f} GiB of weights, {pool:.2f} GiB of K/V ({self.ready.kv_tokens} tokens)"
+
+    async def death(self, broken: str) -> Death:
+        """How a worker ended whose line is closed; `broken` is what it has said of that."""
+        left = await self.left(PATIENCE)
+        code = self.process.returncode if left else None
+        starved = code == -signal.SIGKILL and host.out_of_memory_kills() > self.out_of_memory_kills
+        outside = code is not None and code < 0 and -code not in CRASHES and not (broken or self.verdict or starved)
+        reason = broken or self.verdict or epitaph(code, starved)
+        if self.ready.kv_tokens:
+            return Death(Ended.LOST, reason, outside)
+        reason = broken or f"the worker on {self.job.device} ended early: {reason}"
+        return Death(Ended.KILLED if outside else Ended.FAILED, reason, outside)
+
+    async def left(self, patience: float) -> bool:
+        """Whether the process has ended, waiting so many seconds for it; without a thread, which may not be had."""
+        until = self.loop.time() + patience
+        while (code := self.process.poll()) is None and self.loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK)
+        return code is not None
 
     async def dismiss(self) -> None:
         """Ask the child to leave, wait, then make it."""
+        if self.process not in children.running:
+            return  # this is a fork of the process whose child it is
         self.loop.remove_reader(self.line)
         self.send(wire.Stop())
         self.line.close()
-        await asyncio.to_thread(self.process.join, PATIENCE)
-        if self.process.exitcode is None:
+        if not await self.left(PATIENCE):
             self.process.kill()
-            await asyncio.to_thread(self.process.join)
-        atexit.unregister(self.process.kill)
-        self.process.close()
+            await self.left(PATIENCE)
+        children.running.pop(self.process, None)
 
 
-def spawn(job: Job, rank: int, shared: Shared, line: socket.socket) -> Any:
-    """Start a worker process."""
-    process = mp.get_context("spawn").Process(
-        target=worker.main, args=(job, rank, shared, line), name=f"dilaserve {job.device}", daemon=True
-    )
-    children.start(process)
-    return process
+def epitaph(code: int | None, starved: bool) -> str:
+    """Why a process is gone, by its exit code."""
+    if code is None:
+        return "it closed its line but still runs"
+    if starved:
+        return "killed by the kernel, as memory ran out; lower --kv-cache-tokens or --max-num-batched-tokens"
+    return f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of those for real time, of which only the first and the last have names
+        return f"signal {number}"

@@ -40,6 +40,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_model_len: int
     created: int
     parameters: int
+    root: str  # the directory
 
 
 class Furniture(NamedTuple):
@@ -71,7 +72,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
-    text = Text(directory)
+    text = Text(directory, template_file(config))
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(
             f"tokenizer.json in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
@@ -82,15 +83,22 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
         raise ConfigError(
             f"--max-model-len {limit} exceeds the model's {spec.max_length}; lower it", param="max_model_len"
         )
-    card = ModelCard(config.model.served_model_name or named(directory), limit, int(time.time()), spec.parameters)
+    card = ModelCard(
+        config.model.served_model_name or named(directory),
+        limit,
+        int(time.time()),
+        spec.parameters,
+        str(directory),
+    )
     table = RequestTable(config.scheduler.max_queue, limit)
-    stop_ids = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
-    shared = {"directory": str(directory), "max_length": limit, "stop_ids": stop_ids}
-    degrees = possible_degrees(spec, names, config)
+    stop_ids = ends(spec, text, directory)
+    shared = {"directory": str(directory.resolve()), "max_length": limit, "stop_ids": stop_ids}
+    claim = memory.host_claim(names.count("cpu")) if "cpu" in names else memory.Claim()
+    degrees = possible_degrees(spec, names, config, claim)
     shared["shards"] = min(degrees)
     plan = first_plan(config.device.plan, len(names), degrees)
     mapped = Shared(table, Exchange(len(names)))
-    executor = ProcessExecutor([job(config, name, names, shared) for name in names], mapped, progress)
+    executor = ProcessExecutor([job(config, name, names, shared, claim) for name in names], mapped, progress)
     profile = profiles.find(directory, config.scheduler.profile) if measured else None
     if profile and profile.model not in (card.name, directory.resolve().name):
         log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
@@ -125,13 +133,30 @@ def named(directory: Path) -> str:
     return given.name
 
 
-def possible_degrees(spec: ModelSpec, names: list[str], config: Config) -> tuple[int, ...]:
+def template_file(config: Config) -> Path | None:
+    """The file of --chat-template."""
+    return Path(config.model.chat_template) if config.model.chat_template else None
+
+
+def ends(spec: ModelSpec, text: Text, directory: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, from wherever the checkpoint names one. Raises `CheckpointError`."""
+    found = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
+    if spec.mask_id in found:
+        raise CheckpointError(
+            f"the mask token {spec.mask_id} of {directory} is also named as a token that ends answers"
+        )
+    if not found:
+        log.warning("%s names no eos_token: answers end at max_tokens or at a stop string", directory)
+    return found
+
+
+def possible_degrees(spec: ModelSpec, names: list[str], config: Config, claim: memory.Claim) -> tuple[int, ...]:
     """How many devices may run the model together: as its heads divide, and so many that its weights fit.
 
     Raises `CheckpointError` where there are too few devices.
     """
     size = getattr(torch, dtype_for(names[0], config.model.dtype)).itemsize
-    room = min(weights_room(name, names, config.device) for name in names)
+    room = min(weights_room(name, names, config.device, claim) for name in names)
     fits = [degree for degree in spec.degrees if spec.shard_parameters(degree) * size <= room]
     if not fits:
         fits = [spec.degrees[-1]]  # the worker says what is missing
@@ -142,12 +167,12 @@ def possible_degrees(spec: ModelSpec, names: list[str], config: Config) -> tuple
     return tuple(degree for degree in fits if degree <= len(names))
 
 
-def weights_room(name: str, names: list[str], config: DeviceConfig) -> float:
+def weights_room(name: str, names: list[str], config: DeviceConfig, claim: memory.Claim) -> float:
     """Bytes that weights may take on this device, which workers of the same name share."""
     if config.weights_memory is not None:
         return config.weights_memory * 2**30
     if name == "cpu":
-        return memory.free_on_host() / names.count(name)
+        return claim.nbytes
     total: int = torch.cuda.get_device_properties(name).total_memory
     return total * config.gpu_memory_utilization / names.count(name)
 
@@ -193,8 +218,8 @@ def unplanned(
     return f"step costs are known at degree {min(laws)} alone of {', '.join(map(str, degrees))}{cure}"
 
 
-def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -> Job:
-    """What the worker of one device is started with."""
+def job(config: Config, device: str, names: list[str], shared: dict[str, Any], claim: memory.Claim) -> Job:
+    """What the worker of one device is started with; `claim` is that of a CPU."""
     used = config.device.gpu_memory_utilization
     fields = {
         "device": device,
@@ -206,6 +231,6 @@ def job(config: Config, device: str, names: list[str], shared: dict[str, Any]) -
         "batched_tokens": config.device.max_num_batched_tokens,
         "max_rows": config.device.max_num_seqs,
         "eager": config.device.enforce_eager == "on",
-        "claim": memory.Claim(used / names.count(device), 1 - used),
+        "claim": claim if device == "cpu" else memory.Claim(used / names.count(device), 1 - used),
     }
     return msgspec.convert({**shared, **fields}, Job)

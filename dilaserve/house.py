@@ -1,11 +1,16 @@
 """Who is in the house: the rows that wait, the instances, and who has a seat on which."""
 
 from bisect import insort
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter
 
 from dilaserve.config import Config
+from dilaserve.line import Line
 from dilaserve.policy.admission import Room, Tenant, fits, least_loaded
+from dilaserve.policy.fairness import Turns, gives_way, granted, in_turn
+from dilaserve.policy.ordering import without_deadline
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.terms import Instance, Load
@@ -27,8 +32,10 @@ class House:
         self.max_rows = config.device.max_num_seqs
         self.max_promised = config.scheduler.guaranteed_rows
         self.age = config.scheduler.best_effort_age
-        self.waiting: list[Progress] = []  # best effort, in order of arrival
-        self.queue: list[Progress] = []  # promised rows without a seat, in order of service
+        self.waiting = Line(turn)  # without a promised deadline
+        self.queue = Line(promises.rank)  # with one
+        self.turns = Turns()  # of tenants
+        self.held: Counter[str] = Counter()  # rows on instances, by tenant
         self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
         self.seats: dict[int, Seat] = {}
         self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
@@ -42,23 +49,27 @@ class House:
 
     @property
     def running(self) -> int:
-        """Requests that have a seat."""
-        return sum(len(seat.residents) for seats in (self.seats, self.closing) for seat in seats.values())
+        """Requests that have a row on an instance and have not ended."""
+        seats = [*self.seats.values(), *self.closing.values()]
+        return sum(row.state is not State.LEAVING for seat in seats for row in seat.residents.values())
 
     def place(self, now: float, everywhere: bool) -> None:
         """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
         first = self.place_aged(now)
         if self.promises.admits:
             self.place_promised(now, everywhere)
-            self.place_rest(self.waiting)
+            self.place_rest(self.waiting.by_turn(self.turns, self.beliefs.unloaded))
         else:
-            rank = self.promises.rank
-            merged = sorted(self.queue + self.waiting, key=lambda row: (row is not first, row.late, rank(row)))
-            self.place_rest(merged)
-            if len(merged) < len(self.queue) + len(self.waiting):
-                left = {id(progress) for progress in merged}
-                self.queue = [progress for progress in self.queue if id(progress) in left]
-                self.waiting = [progress for progress in self.waiting if id(progress) in left]
+            self.place_rest(self.untested(first))
+
+    def untested(self, first: Progress | None) -> Iterable[Progress]:
+        """All that wait, with and without deadlines, in the order in which they get rows; `first` goes before all."""
+        rank, lines = self.promises.rank, dict[str, list[Progress]]()
+        for progress in sorted([*self.queue, *self.waiting], key=lambda row: (row.late, rank(row), turn(row))):
+            if progress is not first:
+                lines.setdefault(progress.request.slo.tenant, []).append(progress)
+        rest = in_turn(lines, self.turns, self.beliefs.unloaded)
+        return rest if first is None else chain([first], rest)
 
     def place_aged(self, now: float) -> Progress | None:
         """Whoever has waited for too long goes before promises, one at a time in the house, so that none starves.
@@ -66,8 +77,11 @@ class House:
         Returns who found no room yet.
         """
         self.kept = None
-        first = next((row for row in self.waiting if self.ever_fits(row)), None)
-        if first is None or not self.aged(first, now):
+        if not self.waiting or now - self.waiting.since <= self.age:
+            return None
+        rows = self.waiting.by_turn(self.turns, self.beliefs.unloaded)
+        first = next((row for row in rows if self.aged(row, now) and self.ever_fits(row)), None)
+        if first is None:
             return None
         seats = list(self.seats.values())
         if any(self.aged(row, now) for seat in seats for row in seat.residents.values() if not row.promised):
@@ -94,7 +108,7 @@ class House:
         idle = [seat for seat in self.open if seat.flying is None]
         tested: dict[int, list[Tenant]] = {}
         looks = 0
-        for progress in list(self.queue):
+        for progress in self.queue.by_turn(self.turns, self.beliefs.unloaded):
             if progress.tested and not everywhere and (looks >= LOOKS or not idle):
                 continue
             looks += progress.tested
@@ -109,11 +123,8 @@ class House:
                 tested.pop(seat.instance.id, None)
 
     def enter(self, progress: Progress) -> None:
-        """Wait in the order of service, or of arrival without a promise."""
-        if progress.promised:
-            insort(self.queue, progress, key=self.promises.rank)
-        else:
-            insort(self.waiting, progress, key=ARRIVAL)
+        """Wait in the order of service, or of arrival and priority without a promise."""
+        (self.queue if progress.promised else self.waiting).add(progress)
 
     def leave(self, progress: Progress) -> None:
         """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""
@@ -142,21 +153,67 @@ class House:
         stale = any(not seat.residents and now > seat.launched_at + STALE for seat in self.open)
         return stale and progress.left(now) * FARTHEST > self.beliefs.unloaded(progress)
 
-    def place_rest(self, rows: list[Progress]) -> None:
-        """In order, until one finds no room; removes from `rows` who got a seat.
+    def place_rest(self, rows: Iterable[Progress]) -> None:
+        """In order, until one finds no room.
 
         Who is too large for all instances, as workers came back with less memory, holds nobody up.
         """
-        seen, large = 0, []
         for progress in rows if self.seats else ():
-            if seat := self.seat_for(progress):
+            if seat := self.seat_for(progress) or self.seat_of_another(progress):
+                (self.queue if progress.promised else self.waiting).remove(progress)
                 self.seat(progress, seat)
             elif self.ever_fits(progress):
                 break
-            else:
-                large.append(progress)
-            seen += 1
-        rows[:seen] = large
+
+    def seat_of_another(self, progress: Progress) -> Seat | None:
+        """A tenant without any row gets that of a tenant with several, between two steps; it waits no longer than one.
+
+        The evicted row, the last to come, keeps its tokens and waits again.
+        """
+        tenant = progress.request.slo.tenant
+        if self.held[tenant] or max(self.held.values(), default=0) < 2:
+            return None
+        for seat in self.seats.values():
+            while victim := self.surplus(seat):
+                self.evict(victim, seat)
+                kv_start = seat.pages.take(progress.request.canvas_tokens)
+                if kv_start is not None:
+                    progress.kv_start = kv_start
+                    return seat
+        return None
+
+    def surplus(self, seat: Seat) -> Progress | None:
+        """The row that came last, of the tenant with most rows, if that has several."""
+        held = self.held
+        rows = [
+            row
+            for row in seat.residents.values()
+            if row.state is State.RESIDENT
+            and held[row.request.slo.tenant] > 1
+            and not (row.promised and self.promises.admits)
+        ]
+        return max(rows, key=lambda row: (held[row.request.slo.tenant], ARRIVAL(row)), default=None)
+
+    def evict(self, progress: Progress, seat: Seat) -> None:
+        """The row waits again; its next step refreshes."""
+        self.unseat(progress, seat)
+        progress.did(Did.EVICTED)
+        self.enter(progress)
+
+    def gives_way(self, tenant: str) -> Progress | None:
+        """The waiting request that makes room in a full queue for one of this tenant: the last to come that has not
+        started, of the tenant that holds most places.
+        """
+        fresh: dict[str, list[Progress]] = {}
+        if not {*self.queue.lines, *self.waiting.lines} - {tenant}:
+            return None  # it would be one of its own
+        for progress in chain(self.queue, self.waiting):
+            if progress.started_at is None:
+                fresh.setdefault(progress.request.slo.tenant, []).append(progress)
+        waiting = {name: len(rows) for name, rows in fresh.items()}
+        held = Counter(self.queue.counts()) + Counter(self.waiting.counts()) + self.held
+        loser = gives_way(waiting, held, tenant)
+        return None if loser is None else max(fresh[loser], key=ARRIVAL)
 
     def ever_fits(self, progress: Progress) -> bool:
         """Whether an instance holds the canvas when nobody else is there."""
@@ -224,15 +281,18 @@ class House:
             last = max(idle, key=ARRIVAL, default=None)
             if last is None or (self.aged(last, now) and last is self.first(seat)):
                 return False
-            self.unseat(last, seat)
-            last.did(Did.EVICTED)
-            self.wait_again([last])
+            self.evict(last, seat)
 
     def first(self, seat: Seat) -> Progress:
         """The best-effort row of an instance that came first."""
         return min([row for row in seat.residents.values() if not row.promised], key=ARRIVAL)
 
     def seat(self, progress: Progress, seat: Seat) -> None:
+        tenant = progress.request.slo.tenant
+        if not progress.charged:
+            progress.charged = True
+            self.turns = granted(self.turns, tenant, self.beliefs.unloaded(progress))
+        self.held[tenant] += 1
         progress.did(Did.PLACED)
         progress.seat = seat
         seat.residents[progress.request.row] = progress
@@ -241,6 +301,10 @@ class House:
 
     def unseat(self, progress: Progress, seat: Seat) -> None:
         del seat.residents[progress.request.row]
+        tenant = progress.request.slo.tenant
+        self.held[tenant] -= 1
+        if not self.held[tenant]:
+            del self.held[tenant]
         if progress in seat.promised:
             seat.promised.remove(progress)
         seat.pages.give(progress.kv_start)
@@ -257,6 +321,12 @@ class House:
         progress.promised, progress.late = False, True
         if progress.seat is None:
             self.enter(progress)
+
+
+def turn(progress: Progress) -> float:
+    """The order of a tenant's rows without a promised deadline."""
+    request = progress.request
+    return without_deadline(request.arrived_at, request.slo.weight)
 
 
 def tenant(progress: Progress, need: Load, now: float) -> Tenant:

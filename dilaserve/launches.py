@@ -7,6 +7,7 @@ from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
 from dilaserve.house import House
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
+from dilaserve.policy.fairness import Ride, allowances, left_over, riders
 from dilaserve.progress import Progress, Ready, Seat, State
 from dilaserve.terms import Batch, Hurry, RowResult
 
@@ -40,6 +41,19 @@ class Launches:
         """Who of them is in one step; they stand in the order of service."""
         return self.compose(candidates, self.max_tokens, self.cap)
 
+    def shared(self, seat: Seat, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The same where tenants share the step's time; `seat` keeps what each has saved up."""
+        rides = [Ride(seat.residents[one.key].request.slo.tenant, one.seconds) for one in candidates]
+        if len({ride.tenant for ride in rides}) == 1:
+            seat.credits = {}
+            return self.fitting(candidates)
+        allowed = allowances(rides, seat.credits, self.beliefs.pace(seat.degree).fixed)
+        chosen = self.fitting([candidates[place] for place in riders(rides, allowed)])
+        keys = {one.key for one in chosen}
+        rode = [place for place, one in enumerate(candidates) if one.key in keys]
+        seat.credits = left_over(rides, allowed, rode)
+        return chosen
+
     def begin(self, seat: Seat, candidates: Sequence[Candidate], now: float) -> Batch:
         """The next batch of the instance, of these rows, noted in their progress and at their seat."""
         chosen = [seat.residents[candidate.key] for candidate in candidates]
@@ -62,7 +76,7 @@ class Launches:
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
-        seat.went_on, seat.hurried, seat.launched_at = False, False, now
+        seat.went_on, seat.hurried, seat.disturbed, seat.launched_at = False, False, False, now
         seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))
         return batch
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
-from dilaserve.errors import BadRequest, ConfigError
-from dilaserve.terms import DecodeRule, Decoding, OnMiss, Slo
+from dilaserve.errors import BadRequest, ConfigError, quoted
+from dilaserve.terms import MAX_STOP_IDS, DecodeRule, Decoding, OnMiss, Slo
 
-MAX_STOPS, MAX_STOP_LENGTH = 4, 1024
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
 MAX_TENANT_LENGTH = 512  # characters; tenants are remembered
 KNOBS: dict[str, DecodeRule] = {
     "confidence_threshold": "threshold",
@@ -25,8 +25,17 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     Without `decode` the rule follows from the knob that is given: `confidence_threshold` (unmask what reaches it),
     `num_denoising_steps` (a fixed number of steps over the whole canvas) or `factor` (Fast-dLLM's rule).
 
+    At a temperature above 0 the token is drawn from the `top_k` most probable ones (0 or -1: all), of those only from
+    the smallest set that has the probability `top_p`, and never from those less probable than `min_p` times the best.
+
+    The answer ends at an end token of the model (unless `ignore_eos`), at one of `stop_token_ids`, or at a `stop`
+    string, and has what ended it in its text with `include_stop_str_in_output`. It does not end before `min_tokens`
+    tokens: no end token is chosen for a position before, even if one later in the canvas is unmasked earlier, and no
+    stop string that is complete before counts.
+
     `deadline` is in seconds from arrival, or `slo_class` names one that was configured; `on_miss` says what becomes of
-    the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0. `min_confidence_threshold` bounds
+    the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0; without a deadline each level is a
+    head start of a minute over other requests of the same tenant. `min_confidence_threshold` bounds
     threshold control, which leaves alone a request that states its `confidence_threshold`. `tenant` owns the accuracy
     budget, `task` names a quality profile.
     """
@@ -34,8 +43,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
     decode: DecodeRule | None = None
     confidence_threshold: float | None = None
     num_denoising_steps: int | None = None
@@ -92,6 +106,8 @@ def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults
         refresh_interval=options.refresh_interval,
         temperature=options.temperature,
         top_p=options.top_p,
+        top_k=max(0, options.top_k),
+        min_p=options.min_p,
         seed=seed if options.seed is None else options.seed,
     )
     return Settled(canvas_tokens, max_tokens, decoding)
@@ -101,12 +117,15 @@ def check(options: Options) -> None:
     """Every number inside its limits, or `BadRequest` for the first that is not."""
     within("temperature", options.temperature, 0.0, 2.0)
     within("top_p", options.top_p, 0.0, 1.0)
+    within("top_k", options.top_k, -1, 2**31 - 1)
+    within("min_p", options.min_p, 0.0, 1.0)
+    within("min_tokens", options.min_tokens, 0, 2**31 - 1)
     within("confidence_threshold", options.confidence_threshold, 0.0, 1.0)
     within("factor", options.factor, 0.0, 1e6)
     within("seed", options.seed, -(2**63), 2**63 - 1)
     within("max_tokens", options.max_tokens, 1, 2**31)
     within("block_length", options.block_length, 1, 2**31)
-    within("num_denoising_steps", options.num_denoising_steps, 1, 2**31)
+    within("num_denoising_steps", options.num_denoising_steps, 1, 2**63 - 1)
     within("refresh_interval", options.refresh_interval, 0, 2**31)
     within("priority", options.priority, -8, 8)
     within("min_confidence_threshold", options.min_confidence_threshold, 0.0, 1.0)
@@ -120,6 +139,11 @@ def check(options: Options) -> None:
         raise BadRequest("stop is a tuple of strings; write (text,) for a single one", param="stop")
     if len(options.stop) > MAX_STOPS:
         raise BadRequest(f"at most {MAX_STOPS} stop strings are allowed, not {len(options.stop)}", param="stop")
+    if len(options.stop_token_ids) > MAX_STOP_IDS:
+        raise BadRequest(
+            f"at most {MAX_STOP_IDS} stop_token_ids are allowed, not {len(options.stop_token_ids)}",
+            param="stop_token_ids",
+        )
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in options.stop):
         raise BadRequest(f"a stop string has 1 to {MAX_STOP_LENGTH} characters", param="stop")
 
@@ -132,7 +156,7 @@ def wanted(options: Options, classes: Mapping[str, SloClass]) -> Slo:
             raise BadRequest("slo.deadline_ms and slo.class exclude each other; give one", param="slo")
         if options.slo_class not in classes:
             known = ", ".join(sorted(classes)) or "none are configured (--slo-class)"
-            raise BadRequest(f"unknown class {options.slo_class!r}; known: {known}", param="slo.class")
+            raise BadRequest(f"unknown class {quoted(options.slo_class)}; known: {known}", param="slo.class")
         multiple, seconds, share = classes[options.slo_class]
         weight *= share
     return Slo(
@@ -176,7 +200,7 @@ def parse_classes(text: str) -> dict[str, SloClass]:
 def within(name: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:  # NaN is not
         low, high = (bound if isinstance(bound, int) else f"{bound:g}" for bound in (least, most))
-        raise BadRequest(f"{name} must lie between {low} and {high}, not {value}", param=name)
+        raise BadRequest(f"{name} must lie between {low} and {high}, not {quoted(value)}", param=name)
 
 
 def rule_of(options: Options) -> DecodeRule:
@@ -197,17 +221,24 @@ def answer_length(options: Options, prompt_tokens: int, limit: int, defaults: De
         raise BadRequest("the prompt is empty", param="prompt")
     if room < 1:
         raise BadRequest(
-            f"the prompt has {prompt_tokens} tokens and leaves no room for an answer; the canvas holds {limit}",
+            f"this model's maximum context length is {limit} tokens, and a prompt of {prompt_tokens} tokens leaves no "
+            "room for an answer; shorten it",
             param="prompt",
             code="context_length_exceeded",
         )
-    wanted = min(defaults.default_max_tokens, room) if options.max_tokens is None else options.max_tokens
+    default = min(max(defaults.default_max_tokens, options.min_tokens), room)
+    wanted = default if options.max_tokens is None else options.max_tokens
     if wanted > room:
         raise BadRequest(
-            f"max_tokens {wanted} and a prompt of {prompt_tokens} tokens exceed the canvas limit of {limit}; "
-            f"lower max_tokens to {room} or less",
+            f"this model's maximum context length is {limit} tokens, and a prompt of {prompt_tokens} with max_tokens "
+            f"{wanted} exceeds it; lower max_tokens to {room} or less",
             param="max_tokens",
             code="context_length_exceeded",
+        )
+    if options.min_tokens > wanted:
+        raise BadRequest(
+            f"min_tokens {options.min_tokens} exceeds the answer's {wanted} tokens; lower it or raise max_tokens",
+            param="min_tokens",
         )
     return wanted
 
@@ -216,9 +247,8 @@ def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int)
     if rule != "steps":
         return 0
     blocks, steps = -(-answer // block_length), options.num_denoising_steps or 0
-    if not blocks <= steps <= answer:
+    if steps < blocks:
         raise BadRequest(
-            f"num_denoising_steps must lie between {blocks} (one a block) and {answer} (one a token), not {steps}",
-            param="num_denoising_steps",
+            f"num_denoising_steps must be at least {blocks} (one a block), not {steps}", param="num_denoising_steps"
         )
-    return steps
+    return min(steps, answer)

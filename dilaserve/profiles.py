@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from dilaserve import files
 from dilaserve.cost import KNOTS, Features, StepCost, weights_of
 from dilaserve.errors import ConfigError
 from dilaserve.quality import ANY, BINS, PARTS, Law, Laws, QualityProfile, TaskProfile
@@ -68,7 +69,7 @@ def find(directory: Path, given: str | None) -> ModelProfile | None:
 def read(file: Path) -> ModelProfile:
     """Raises `ConfigError` with the reason."""
     try:
-        raw = file.read_bytes()
+        raw = files.read(file, files.MOST_JSON)
     except (OSError, ValueError) as error:  # ValueError: no file has such a name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the profile {file}: {reason}", param="profile") from error

@@ -60,9 +60,11 @@ class Seat:
         self.went_on = False  # it has taken more steps than its first
         self.hurried = False  # the batch was told to end with the step that is under way
         self.launched_at = 0.0
+        self.disturbed = False  # the engine did not run for a part of the step in flight
         self.overdue_at = math.inf  # when the step in flight counts as hung
         self.features = Features(0, 0, 0, 0, 0)
         self.refreshing = False
+        self.credits: dict[str, float] = {}  # seconds of step time that tenants have saved up, while others wait too
         self.shares: list[float] = []  # of the step's time, by row in flight
 
 
@@ -130,6 +132,8 @@ class Progress:
         self.seat: Seat | None = None
         self.deadline: float | None = None
         self.promised = self.late = self.tested = False
+        self.wasted = False  # it has ended, and what it took was spent in vain
+        self.charged = False  # its tenant has paid a turn for its row
         self.suspect = False  # in flight when a worker died, and not stepped since
         self.level = 0
         self.told = request.decoding.confidence_threshold  # the threshold in the row's column

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
-from dilaserve.house import ARRIVAL, House
+from dilaserve.expiry import Expiry
+from dilaserve.fates import Fate, Totals
+from dilaserve.house import ARRIVAL, House, turn
 from dilaserve.launches import Launches, rested
 from dilaserve.layout import Layout, plan_of
-from dilaserve.policy.admission import beyond_hope, retry_after
+from dilaserve.policy.admission import beyond_hope, place_in, retry_after
 from dilaserve.policy.composition import Candidate
-from dilaserve.policy.demand import alone
+from dilaserve.policy.demand import alone, ends
 from dilaserve.policy.thresholds import Verdict, Wish, crowding
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
@@ -28,13 +31,16 @@ from dilaserve.terms import (
     Fail,
     Finish,
     FinishReason,
+    Full,
     InstanceLost,
     InstanceReady,
     Kill,
     Launch,
     Moves,
+    Paused,
     Plan,
     PlanReady,
+    Refuse,
     Release,
     Replan,
     Reshaped,
@@ -51,14 +57,6 @@ TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 NEVER = float("inf")
-
-
-class Totals:
-    """Sums since the start that metrics and tests read."""
-
-    def __init__(self) -> None:
-        self.device = self.wasted = 0.0  # seconds on all requests that ended, and on those that missed their deadline
-        self.met = self.missed = self.declined = 0
 
 
 class Scheduler:
@@ -84,6 +82,9 @@ class Scheduler:
         self.house = House(config, self.promises)
         self.launches = Launches(config, self.house, self.beliefs, repeats)
         self.requests: dict[str, Progress] = {}
+        self.returning: list[float] = []  # when those who were refused may try again, a heap
+        self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
+        self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
@@ -101,17 +102,20 @@ class Scheduler:
             case Cancel(id, reason):
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
                     yield from self.end(known, reason, now)
+            case Full(tenant):
+                if loser := self.house.gives_way(tenant):
+                    yield from self.gone(loser, Refuse(loser.request, self.place_in(now)), now, "refused")
             case InstanceReady(instance):
                 self.layout.forming.pop(instance.id, None)
                 self.layout.moot = True
                 self.house.seats[instance.id] = Seat(instance)
                 self.house.reseated()
-            case InstanceLost(instance, reason):
+            case InstanceLost(instance, reason, outside):
                 self.layout.forming.pop(instance, None)
                 self.layout.moot = True
                 if seat := self.house.seats.pop(instance, None) or self.house.closing.pop(instance, None):
                     self.house.reseated()
-                    yield from self.evict(seat, reason)
+                    yield from self.evict(seat, reason, outside, now)
             case WorkerUp(rank, kv_tokens):
                 reason = f"worker {rank} is up" if self.layout.next_id else "the start"
                 self.layout.asked(now, self.house.instances(), reason)
@@ -119,6 +123,8 @@ class Scheduler:
             case WorkerLost(rank, reason):
                 self.layout.asked(now, self.house.instances(), f"worker {rank} is gone ({reason})")
                 self.layout.workers.pop(rank, None)
+            case Paused(seconds):
+                self.paused(seconds)
             case Replan(plan, reason):
                 self.solves = plan is None
                 self.replan(plan or self.layout.wanted, reason, now)
@@ -128,6 +134,8 @@ class Scheduler:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
+        for progress in self.expiry.passed(now):
+            yield from self.decline(progress, now)
         if self.layout.moot:
             yield from self.reshape(now)
         if self.house.moving and not self.house.closing and not self.layout.forming:
@@ -163,11 +171,12 @@ class Scheduler:
         return self.solves and not self.solving and self.layout.change is None
 
     def wake_at(self) -> float:
-        """When the house must be looked at even if nothing happens: for those who wait, for a step that hangs, for
-        the planner.
+        """When to decide again even if nothing happens: for requests that wait or reach their deadline, for a step that
+        hangs, for the planner.
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
-        return min(tick_at, self.layout.form_by, self.next_overdue(), self.solve_at if self.asks else NEVER)
+        solve_at = self.solve_at if self.asks else NEVER
+        return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at)
 
     def next_overdue(self) -> float:
         """When the first of the steps in flight counts as hung."""
@@ -265,26 +274,25 @@ class Scheduler:
                 self.solve_at = min(self.solve_at, now + SOLVE_SOON)
             self.traffic.arrived(self.seen(progress, now))
         self.requests[request.id] = progress
-        if progress.deadline is None:
-            self.house.enter(progress)
-            return
-        progress.promised = True
-        if (
-            slo.on_miss == "reject"
-            and self.promises.admits
-            and (self.house.seats or not (self.house.closing or self.layout.forming))
-            and not self.house.seat_with_slack(progress, self.house.open, {}, now)
-            and not self.house.tries(progress, now)
-        ):
-            del self.requests[request.id]
-            progress.did(Did.ENDED)
-            self.totals.declined += 1
-            if self.solves:
-                self.traffic.ended(now, False, now)
-            yield self.declined(progress, now)
-            yield Release(request.row)
-            return
+        self.totals.received += 1
+        progress.promised = progress.deadline is not None
+        rejects = progress.promised and slo.on_miss == "reject" and not self.admissible(progress, now)
         self.house.enter(progress)
+        if rejects:
+            yield from self.decline(progress, now)
+        elif self.promises.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
+            self.expiry.add(progress, progress.deadline, len(self.requests))
+
+    def admissible(self, progress: Progress, now: float) -> bool:
+        """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
+        house = self.house
+        if not self.promises.admits or (not house.seats and (house.closing or self.layout.forming)):
+            return True
+        return bool(house.seat_with_slack(progress, house.open, {}, now)) or house.tries(progress, now)
+
+    def decline(self, progress: Progress, now: float) -> Iterator[Command]:
+        """The deadline cannot be met, or has passed: tell the client, now."""
+        yield from self.gone(progress, self.declined(progress, now), now, "declined")
 
     def declined(self, progress: Progress, now: float) -> Decline:
         request, usage = progress.request, progress.usage(now)
@@ -307,8 +315,9 @@ class Scheduler:
         flying = seat.flying
         if seat.went_on:
             self.launches.went_on(seat, flying, event.results)
-        self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
-        seat.launched_at, seat.went_on = now, True
+        if not seat.disturbed:
+            self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
+        seat.launched_at, seat.went_on, seat.disturbed = now, True, False
         if event.last:
             seat.flying, seat.overdue_at = None, NEVER
             self.layout.moot |= event.instance in self.house.closing
@@ -319,6 +328,7 @@ class Scheduler:
             if event.last:
                 progress.did(Did.RETURNED)
             if leaving:
+                self.totals.spent(share * event.seconds, progress.wasted)
                 if event.last:
                     yield self.release(progress)
             elif not rested(progress, result):
@@ -330,7 +340,7 @@ class Scheduler:
         masks, block = progress.masks, progress.block
         progress.advance(result)
         end = request.prompt_tokens + request.max_tokens
-        stopped = 0 <= result.stop_at < result.prefix and not request.ignore_eos
+        stopped = 0 <= result.stop_at < result.prefix
         self.beliefs.watched(progress, masks, block, result.unmasked, stopped)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
@@ -341,34 +351,36 @@ class Scheduler:
             yield from self.end(progress, "length", now)
 
     def end(self, progress: Progress, reason: FinishReason, now: float) -> Iterator[Command]:
-        yield from self.gone(progress, Finish(progress.request, reason, progress.usage(now)), now, reason)
+        fate: Fate = "cancelled" if reason == "cancelled" else "answered"
+        yield from self.gone(progress, Finish(progress.request, reason, progress.usage(now)), now, fate)
 
-    def gone(self, progress: Progress, farewell: Command, now: float, reason: str) -> Iterator[Command]:
-        """The request leaves the house, now or after its step in flight."""
+    def gone(self, progress: Progress, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
+        """The one way out: the client is told now; the row is free now or after its step in flight."""
         del self.requests[progress.request.id]
         self.house.leave(progress)
         progress.did(Did.ENDED)
-        self.account(progress, now, reason)
+        self.settle_bank(progress, fate)
+        self.account(progress, now, fate)
         yield farewell
         if progress.state is State.GONE:
             yield self.release(progress)
 
-    def account(self, progress: Progress, now: float, reason: str) -> None:
-        """Settle with the tenant's bank, and add up what was spent in vain."""
+    def settle_bank(self, progress: Progress, fate: Fate) -> None:
+        """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
         self.promises.reserve(progress, 0.0)
-        if reason in ("stop", "length"):
+        if fate == "answered":
             self.promises.settle(progress)
-        elif reason == "cancelled" and (given := progress.prefix - progress.request.prompt_tokens) > 0:
+        elif fate in ("cancelled", "failed") and (given := progress.prefix - progress.request.prompt_tokens) > 0:
             self.promises.settle(progress, min(1.0, given / progress.request.max_tokens))
-        totals = self.totals
-        totals.device += progress.device
-        if progress.deadline is not None and reason != "cancelled":
-            met = now <= progress.deadline and reason in ("stop", "length")
-            totals.met += met
-            totals.missed += not met
-            totals.wasted += 0.0 if met else progress.device
-            if self.solves:
-                self.traffic.ended(progress.request.arrived_at, met, now)
+
+    def account(self, progress: Progress, now: float, fate: Fate) -> None:
+        """Count the request's fate, once, and the device seconds spent on it."""
+        met = None if progress.deadline is None else fate == "answered" and now <= progress.deadline
+        progress.wasted = met is False and fate != "cancelled"
+        self.totals.ended(fate, met)
+        self.totals.spent(progress.device, progress.wasted)
+        if self.solves and met is not None and fate != "cancelled":
+            self.traffic.ended(progress.request.arrived_at, met, now)
 
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""
@@ -376,25 +388,35 @@ class Scheduler:
             self.house.unseat(progress, progress.seat)
         return Release(progress.request.row)
 
-    def evict(self, seat: Seat, reason: str) -> Iterator[Command]:
+    def paused(self, seconds: float) -> None:
+        """What is under way gets the time again, and its step teaches nothing of what steps cost."""
+        for seats in (self.house.seats, self.house.closing):
+            for seat in seats.values():
+                if seat.flying is not None:
+                    seat.overdue_at += seconds
+                    seat.launched_at += seconds
+                    seat.disturbed = True
+        self.layout.form_by += seconds
+        self.overdue_at = self.next_overdue()
+
+    def evict(self, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:
         """The instance is lost: its rows wait again, where they were in the order; they keep all committed tokens.
 
-        Those in flight are suspected of it: the next step of each is taken alone, and if that is lost too, so are they.
+        Those in flight are suspected of it, unless it was killed from outside: the next step of each is taken alone,
+        and if that is lost too, so are they.
         """
         back: list[Progress] = []
         for progress in list(seat.residents.values()):
-            state = progress.state
-            self.house.unseat(progress, seat)
-            if state is State.STEPPING and progress.suspect:
-                del self.requests[progress.request.id]
-                self.promises.reserve(progress, 0.0)
+            stepping = progress.state is State.STEPPING and not outside
+            if stepping and progress.suspect:
                 told = "the request failed twice on our side; it was given up"
-                yield Fail(progress.request, f"in flight at two lost workers in a row, the last: {reason}", told)
-                yield Release(progress.request.row)
-                continue
-            progress.suspect |= state is State.STEPPING
+                why = f"in flight at two lost workers in a row, the last: {reason}"
+                yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
+            leaving = progress.state is State.LEAVING
+            progress.suspect |= stepping
+            self.house.unseat(progress, seat)
             progress.did(Did.EVICTED)
-            if state is State.LEAVING:
+            if leaving:
                 yield Release(progress.request.row)
             else:
                 back.append(progress)
@@ -440,10 +462,36 @@ class Scheduler:
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
-            self.totals.declined += 1
-            yield from self.gone(progress, self.declined(progress, now), now, "late")
+            yield from self.decline(progress, now)
             return
         self.house.demote(progress)
+
+    def refused(self, timed: bool, now: float) -> float:
+        """Count a request that found no place; returns the seconds after which a place will probably be free for it.
+
+        Everybody who was refused is told another place, so that they do not all come back for the same.
+        """
+        self.totals.received += 1
+        self.totals.ended("refused", False if timed else None)
+        return self.place_in(now)
+
+    def place_in(self, now: float) -> float:
+        while self.returning and self.returning[0] <= now:
+            heappop(self.returning)
+        if not self.ends[0] <= now < self.ends[0] + TICK:
+            self.ends = now, self.running_ends()
+        seconds = place_in(self.ends[1], len(self.returning) + 1)
+        heappush(self.returning, now + seconds)
+        return seconds
+
+    def running_ends(self) -> list[float]:
+        """Seconds until each of the rows on instances is done, as is believed."""
+        found: list[float] = []
+        for seat in [*self.house.seats.values(), *self.house.closing.values()]:
+            rows = [row for row in seat.residents.values() if row.state is not State.LEAVING]
+            loads = [self.beliefs.loads(row, seat.degree)[row.level] for row in rows]
+            found += ends(loads, self.beliefs.pace(seat.degree).fixed)
+        return found
 
     def backlog(self) -> float:
         """Seconds of guaranteed work in the house, as if one after the other."""
@@ -464,7 +512,10 @@ class Scheduler:
                     return
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
-        candidates = self.launches.fitting(self.candidates(seat, verdicts, now))
+        found = self.candidates(seat, verdicts, now)
+        keeps = self.promises.admits and seat.promised  # deadlines that were admitted go before shares
+        shares = not keeps and self.beliefs.sure((degree,))
+        candidates = self.launches.shared(seat, found) if shares else self.launches.fitting(found)
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         for candidate in candidates:
@@ -505,13 +556,13 @@ class Scheduler:
         rest = [row for row in rows if not row.promised]
         admits, rank = self.promises.admits, self.promises.rank
         if admits and not seat.promised:
-            return sorted(rest, key=ARRIVAL)
+            return sorted(rest, key=turn)
         oldest = min(rest, key=ARRIVAL, default=None)
         if oldest and not self.house.aged(oldest, now):
             oldest = None
         if admits:
             return [oldest, *seat.promised] if oldest else seat.promised
-        return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), row.request.arrived_at))
+        return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
         """The threshold of the row's next step, and what it may cost."""

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from itertools import chain
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -39,13 +39,23 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
 
 
+class Cut(NamedTuple):
+    """Where the text ends: at one of the strings `stop`, once the answer has more than `min_tokens` tokens. `shown`:
+    what stops it, a string or a token, is part of the text.
+    """
+
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    shown: bool = False
+
+
 class Stream:
     """An async iterator of chunks. Leaving it early (`aclose`, or the `async with` block) cancels the request."""
 
-    def __init__(self, request: Request, text: Text, stop: tuple[str, ...], post: Callable[[Event], None]) -> None:
-        self.request, self.post = request, post
+    def __init__(self, request: Request, text: Text, cut: Cut, post: Callable[[Event], None]) -> None:
+        self.request, self.cut, self.post = request, cut, post
         self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
-        self.detokenizer, self.stops = Detokenizer(text), StopStrings(stop)
+        self.detokenizer, self.stops = Detokenizer(text), StopStrings(cut.stop, cut.shown)
         self.chunks: deque[Chunk | DilaserveError | None] = deque()
         self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says
         self.patient = False
@@ -67,6 +77,11 @@ class Stream:
         return self.stops.found
 
     @property
+    def shows_stop_token(self) -> bool:
+        """The token that ends the answer belongs to its text; no stop string has ended it before."""
+        return self.cut.shown and not self.stopped
+
+    @property
     def waits(self) -> bool:
         """Nobody would notice if all came at the end."""
         return self.patient and not self.stops.stops
@@ -82,11 +97,19 @@ class Stream:
 
     def push(self, ids: list[int], confidences: list[float]) -> None:
         """Raises what the tokenizer raises; the stream then has no text any more."""
+        text = self.shown(ids)
         self.position += len(ids)
-        text = self.stops.push(self.detokenizer.push(ids))
         self.chunks.append(Chunk(text, tuple(ids), tuple(confidences)))
         if not self.patient:
             self.news.ring()
+
+    def shown(self, ids: list[int]) -> str:
+        """The text of the next tokens, up to where it is cut. No stop string ends within the first `min_tokens` tokens;
+        those go one by one, so that their text does not depend on how many come together.
+        """
+        early = max(0, self.request.prompt_tokens + self.cut.min_tokens - self.position) if self.stops.stops else 0
+        first = [self.stops.pass_over(self.detokenizer.push([id])) for id in ids[:early]]
+        return "".join(first) + self.stops.push(self.detokenizer.push(ids[early:]))
 
     def finish(self, reason: FinishReason, usage: Usage) -> None:
         if reason == "cancelled":

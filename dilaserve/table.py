@@ -6,38 +6,43 @@ instance.
 """
 
 import math
-import os
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dilaserve.errors import ConfigError
-from dilaserve.terms import Decoding
+from dilaserve.sharing import SharedBytes
+from dilaserve.terms import MAX_STOP_IDS, Decoding, Ending
 
 RULES = {"threshold": 0, "steps": 1, "factor": 2}
-SHARED = "/dev/shm"
+NO_TOKEN = -1  # fills up a row's end tokens
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
+
+
+PER_POSITION = 0  # as a column's width: one value for each canvas position
 
 
 class Column(NamedTuple):
     name: str
     dtype: str
-    wide: bool  # one value per canvas position, not per row
+    width: int = 1  # values of a row, or `PER_POSITION`
 
 
 COLUMNS = (
-    Column("canvas", "int32", True),
-    Column("confidence", "float32", True),  # of each token when it was unmasked; 0 where none was
-    Column("generation", "int64", False),
-    Column("rule", "int32", False),
-    Column("threshold", "float64", False),
-    Column("factor", "float64", False),
-    Column("temperature", "float32", False),
-    Column("top_p", "float32", False),
-    Column("seed", "int64", False),
-    Column("ignore_eos", "bool", False),
+    Column("canvas", "int32", PER_POSITION),
+    Column("confidence", "float32", PER_POSITION),  # of each token when it was unmasked; 0 where none was
+    Column("generation", "int64"),
+    Column("rule", "int32"),
+    Column("threshold", "float64"),
+    Column("factor", "float64"),
+    Column("temperature", "float32"),
+    Column("top_p", "float32"),
+    Column("top_k", "int32"),  # 0: no limit
+    Column("min_p", "float32"),
+    Column("seed", "int64"),
+    Column("ignore_eos", "bool"),
+    Column("stop_ids", "int32", MAX_STOP_IDS),  # end tokens beside the model's, then `NO_TOKEN`
+    Column("may_end_at", "int32"),  # the first canvas position at which an end token may stand
 )
 
 
@@ -55,20 +60,25 @@ class RequestTable:
     factor: np.ndarray[Any, np.dtype[np.float64]]
     temperature: np.ndarray[Any, np.dtype[np.float32]]
     top_p: np.ndarray[Any, np.dtype[np.float32]]
+    top_k: np.ndarray[Any, np.dtype[np.int32]]
+    min_p: np.ndarray[Any, np.dtype[np.float32]]
     seed: np.ndarray[Any, np.dtype[np.int64]]
     ignore_eos: np.ndarray[Any, np.dtype[np.bool_]]
+    stop_ids: np.ndarray[Any, np.dtype[np.int32]]  # [rows, MAX_STOP_IDS]
+    may_end_at: np.ndarray[Any, np.dtype[np.int32]]
 
-    def __init__(self, rows: int, length: int, buffer: torch.Tensor | None = None) -> None:
+    def __init__(self, rows: int, length: int, memory: SharedBytes | torch.Tensor | None = None) -> None:
         self.rows, self.length = rows, length
-        self.buffer = shared_bytes(nbytes(rows, length)) if buffer is None else buffer
+        self.memory = SharedBytes(nbytes(rows, length)) if memory is None else memory
+        self.buffer = self.memory.tensor if isinstance(self.memory, SharedBytes) else self.memory
         raw, offset = self.buffer.numpy(), 0
         for column in COLUMNS:
             shape, size = extent(column, rows, length)
             setattr(self, column.name, raw[offset : offset + size].view(column.dtype).reshape(shape))
             offset += padded(size)
 
-    def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, torch.Tensor]]:
-        return RequestTable, (self.rows, self.length, self.buffer)
+    def __reduce__(self) -> tuple[type["RequestTable"], tuple[int, int, SharedBytes | torch.Tensor]]:
+        return RequestTable, (self.rows, self.length, self.memory)
 
     def fill(
         self,
@@ -77,7 +87,7 @@ class RequestTable:
         canvas_tokens: int,
         mask_id: int,
         decoding: Decoding,
-        ignore_eos: bool = False,
+        ending: Ending = Ending(),  # noqa: B008 - frozen
     ) -> int:
         """Lay out a new request in a free row; returns the row's new generation number."""
         self.canvas[row, : len(prompt)] = prompt
@@ -88,23 +98,15 @@ class RequestTable:
         self.factor[row] = decoding.factor
         self.temperature[row] = decoding.temperature
         self.top_p[row] = decoding.top_p
+        self.top_k[row] = decoding.top_k
+        self.min_p[row] = decoding.min_p
         self.seed[row] = decoding.seed
-        self.ignore_eos[row] = ignore_eos
+        self.ignore_eos[row] = ending.ignore_eos
+        self.stop_ids[row] = NO_TOKEN
+        self.stop_ids[row, : len(ending.stop_ids)] = ending.stop_ids
+        self.may_end_at[row] = len(prompt) + ending.min_tokens
         self.generation[row] += 1
         return int(self.generation[row])
-
-
-def shared_bytes(size: int) -> torch.Tensor:
-    """Zeros that children can map; raises `ConfigError` where they do not fit, as writing to them would be fatal."""
-    there = shared_memory()
-    if size > there:
-        raise ConfigError(
-            f"the request table takes {size / 2**20:.0f} MiB of shared memory and {there / 2**20:.0f} are free; "
-            "lower --max-queue or --max-model-len"
-        )
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    buffer.share_memory_()  # type: ignore[no-untyped-call]
-    return buffer
 
 
 def private_bytes(size: int) -> torch.Tensor:
@@ -112,20 +114,13 @@ def private_bytes(size: int) -> torch.Tensor:
     return torch.from_numpy(np.zeros(size, dtype=np.uint8))
 
 
-def shared_memory() -> int:
-    """Bytes that are free where shared memory lies."""
-    if not os.path.isdir(SHARED):
-        return sys.maxsize
-    found = os.statvfs(SHARED)
-    return found.f_bavail * found.f_frsize
-
-
 def nbytes(rows: int, length: int) -> int:
     return sum(padded(extent(column, rows, length)[1]) for column in COLUMNS)
 
 
 def extent(column: Column, rows: int, length: int) -> tuple[tuple[int, ...], int]:
-    shape = (rows, length) if column.wide else (rows,)
+    width = length if column.width == PER_POSITION else column.width
+    shape = (rows,) if column.width == 1 else (rows, width)
     return shape, math.prod(shape) * np.dtype(column.dtype).itemsize
 
 

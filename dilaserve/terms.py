@@ -12,6 +12,7 @@ from dilaserve.config import CacheKind
 DecodeRule = Literal["threshold", "steps", "factor"]
 FinishReason = Literal["stop", "length", "cancelled"]
 OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
+MAX_STOP_IDS = 32  # end tokens of a request's own
 
 
 # Requests
@@ -22,7 +23,8 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `threshold` unmasks what reaches a confidence, `steps` a fixed number of tokens each step (LLaDA's own loop, from
     `num_denoising_steps` over the whole canvas), `factor` Fast-dLLM's rule. `refresh_interval` counts steps between
-    refreshes inside a block; 0 refreshes at block starts only.
+    refreshes inside a block; 0 refreshes at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice
+    at a temperature above 0.
     """
 
     rule: DecodeRule = "threshold"
@@ -34,7 +36,20 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     refresh_interval: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
+
+
+class Ending(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Which tokens end a row's answer: those of the model unless `ignore_eos`, and `stop_ids`.
+
+    None of them is chosen for the first `min_tokens` positions of the answer, so that it cannot end before.
+    """
+
+    ignore_eos: bool = False
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
 
 
 class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -60,7 +75,7 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A prompt that waits in, or runs from, a row of the request table.
 
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
-    `max_tokens` of the latter. `ignore_eos` denoises the whole canvas.
+    `max_tokens` of the latter.
     """
 
     id: str
@@ -71,7 +86,6 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     max_tokens: int
     arrived_at: float
     decoding: Decoding
-    ignore_eos: bool = False
     slo: Slo = Slo()
 
 
@@ -255,10 +269,13 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
-    """A worker of the instance is gone; its rows have lost their K/V and nothing else."""
+    """A worker of the instance is gone; its rows have lost their K/V and nothing else. `outside`: somebody else killed
+    it, so that no row can be the reason.
+    """
 
     instance: int
     reason: str
+    outside: bool = False
 
 
 class WorkerUp(msgspec.Struct, frozen=True, gc=False):
@@ -275,6 +292,12 @@ class WorkerLost(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+class Paused(msgspec.Struct, frozen=True, gc=False):
+    """The engine's own process did not run for so many seconds that have just passed, and perhaps no worker did."""
+
+    seconds: float
+
+
 class Replan(msgspec.Struct, frozen=True, gc=False):
     """Somebody wants this plan, which has been checked, and no other; None: from now on what the planner wants."""
 
@@ -289,8 +312,24 @@ class PlanReady(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
+class Full(msgspec.Struct, frozen=True, gc=False):
+    """Every place is taken and a request of this tenant wants one."""
+
+    tenant: str
+
+
 Event: TypeAlias = (
-    Arrival | Cancel | StepDone | InstanceReady | InstanceLost | WorkerUp | WorkerLost | Replan | PlanReady
+    Arrival
+    | Full
+    | Cancel
+    | StepDone
+    | InstanceReady
+    | InstanceLost
+    | WorkerUp
+    | WorkerLost
+    | Paused
+    | Replan
+    | PlanReady
 )
 
 
@@ -337,6 +376,13 @@ class Decline(msgspec.Struct, frozen=True, gc=False):
     vain: bool = False
 
 
+class Refuse(msgspec.Struct, frozen=True, gc=False):
+    """A waiting request that has not started gives its place to another tenant's; `retry_after` in seconds."""
+
+    request: Request
+    retry_after: float
+
+
 class Adjust(msgspec.Struct, frozen=True, gc=False):
     """The row is decoded at this confidence threshold from its next step on."""
 
@@ -380,5 +426,5 @@ class Solve(msgspec.Struct, frozen=True, gc=False):
 
 
 Command: TypeAlias = (
-    Launch | Hurry | Adjust | Emit | Finish | Fail | Decline | Release | Reshard | Reshaped | Kill | Solve
+    Launch | Hurry | Adjust | Emit | Finish | Fail | Decline | Refuse | Release | Reshard | Reshaped | Kill | Solve
 )

@@ -7,69 +7,71 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed
+from dilaserve import files
+from dilaserve.chat_template import ChatTemplate, find
+from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
 from dilaserve.panics import contained
+from dilaserve.template_process import Reply
 
 log = logging.getLogger(__name__)
 ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
 LONGEST = 2**18  # characters, or ids, that are encoded or decoded at once, if the canvas does not hold more
 DENSE = 64  # characters a token, more than texts have
+MARKS = 64  # characters that a message costs besides what it holds
 LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 
 
 class Text:
     """A checkpoint's tokenizer and chat template. Encoding and decoding are safe from several threads."""
 
-    def __init__(self, directory: Path) -> None:
-        file = directory / "tokenizer.json"
-        if not file.exists():
-            raise CheckpointError(f"{directory} holds no tokenizer.json")
-        try:
-            with contained():
-                self.tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-        self.directory = directory
+    def __init__(self, directory: Path, chat_template: Path | None = None) -> None:
+        self.directory, self.given = directory, chat_template
+        self.tokenizer = read_tokenizer(directory)
         self.longest = longest_token(self.tokenizer)
-        self.template: Any = None
+        self.template: ChatTemplate | None = None
+        self.untemplated = "its chat template is not loaded yet"  # why there is no template
+        self.closed = False
 
     def load_template(self) -> None:
-        """Read the chat template; takes a second, because transformers is imported here."""
-        from transformers import PreTrainedTokenizerFast
-        from transformers.utils import logging as chatter
+        """Read the chat template and try it; takes a second. Raises `CheckpointError` for one that is broken."""
+        found = find(self.directory, self.given)
+        if isinstance(found, str):
+            self.untemplated = found
+            log.warning("%s serves no chats: %s", self.directory, found)
+            return
+        self.template = ChatTemplate(found)
+        if self.closed:  # meanwhile
+            self.template.close()
+        else:
+            self.try_template(self.template)
 
-        chatter.set_verbosity_error()
-        try:
-            with contained():
-                self.template = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
-        except Exception as error:  # whatever a damaged tokenizer_config.json leads to
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"the chat template in {self.directory} cannot be read: {reason}") from error
-        if self.template.chat_template:
-            self.try_template()
-
-    def try_template(self) -> None:
+    def try_template(self, template: ChatTemplate) -> None:
         """A template that is broken is found here, and not by the first who chats."""
-        try:
-            self.rendered([{"role": "user", "content": "Hello"}])
-        except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split())
-            if type(error) is TemplateError:  # raised by the template itself, which may want other messages
-                log.warning("the chat template in %s rejects a single message: %s", self.directory, reason)
-                return
-            raise CheckpointError(f"the chat template in {self.directory} is broken: {reason}") from error
+        reply = template.render([{"role": "user", "content": "Hello"}])
+        if reply.text is not None:
+            return
+        if not reply.on_purpose:  # else the template may want other messages
+            raise CheckpointError(f"the chat template in {self.given or self.directory} is broken: {reply.reason}")
+        log.warning("the chat template in %s rejects a single message: %s", self.directory, reply.reason)
+
+    def close(self) -> None:
+        """End what renders the chat template; blocks for a moment."""
+        self.closed = True
+        if self.template:
+            self.template.close()
 
     def highest_id(self) -> int:
         return max(self.tokenizer.get_vocab().values(), default=0)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a turn."""
-        found = (self.tokenizer.token_to_id(token) for token in ENDS)
-        return tuple(id for id in found if id is not None)
+        """Ids of the tokens that end a turn: those that do so in many models, and the tokenizer's own."""
+        found = {token: self.tokenizer.token_to_id(token) for token in (*ENDS, *end_tokens(self.directory))}
+        for token in (token for token, id in found.items() if id is None and token not in ENDS):
+            log.warning("the tokenizer in %s does not know its own eos_token %r", self.directory, token)
+        return tuple(id for id in found.values() if id is not None)
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
         """Raises `BadRequest` for a text that has more than `limit` tokens for sure, before any work."""
@@ -77,7 +79,7 @@ class Text:
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> list[int]:
         """The rendered conversation with the mark that opens the assistant's turn; raises `BadRequest`."""
-        return self.ids(self.render(messages), limit, False)
+        return self.ids(self.render(messages, limit), limit, False)
 
     def ids(self, text: str, limit: int | None, special: bool) -> list[int]:
         """The library holds the interpreter's lock while it encodes, except in batches. Those wait for its threads,
@@ -85,32 +87,37 @@ class Text:
         """
         if limit is not None and self.longest is not None and len(text) > limit * self.longest:
             raise BadRequest(
-                f"a prompt of {len(text)} characters leaves no room for an answer; the canvas holds {limit} tokens",
+                f"this model's maximum context length is {limit} tokens, and a prompt of {len(text)} characters leaves "
+                "no room for an answer; shorten it",
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if len(text) > (most := max(LONGEST, DENSE * (limit or 0))):
-            raise BadRequest(
-                f"a text of {len(text)} characters is too long; send at most {most} at a time",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        check_length(len(text), limit)
         with tokenizing():
             if len(text) < LONG:
                 return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
             return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if self.template is None or not self.template.chat_template:
-            raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
-        try:
-            return self.rendered(messages)
-        except Exception as error:  # a template may raise anything, for reasons in the messages
-            raise BadRequest(f"the chat template rejects these messages: {error}", param="messages") from error
+    def render(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> str:
+        """The conversation as the chat template writes it. Blocking; raises `BadRequest`."""
+        return accepted(self.template_for(messages, limit).render(messages))
 
-    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
-        plain = [dict(message) for message in messages]
-        return str(self.template.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+    def knows_role(self, role: str) -> bool:
+        """Whether the chat template speaks of this role."""
+        return self.template is not None and role in self.template.source.template
+
+    async def rendered(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> str:
+        """`render` without blocking."""
+        return accepted(await self.template_for(messages, limit).rendered(messages))
+
+    def template_for(self, messages: Sequence[Mapping[str, str]], limit: int | None) -> ChatTemplate:
+        """The template, if there is one and the conversation is not too long to be rendered."""
+        if self.template is None:
+            raise BadRequest(
+                f"this model serves no chats: {self.untemplated}, or use /v1/completions", param="messages"
+            )
+        check_length(sum(map(characters, messages)), limit)
+        return self.template
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""
@@ -134,6 +141,60 @@ def tokenizing() -> Iterator[None]:
         raise RequestFailed(
             "the tokenizer failed on this request; the log says why", code="tokenizer_failed"
         ) from error
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """No text is worked on that no canvas of `limit` tokens holds; raises `BadRequest`."""
+    if length > (most := max(LONGEST, DENSE * (limit or 0))):
+        raise BadRequest(
+            f"a text of {length} characters is too long; send at most {most} at a time",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
+def characters(message: Mapping[str, Any]) -> int:
+    """How much there is to render of a message."""
+    return MARKS + sum(len(value) for value in message.values() if isinstance(value, str))
+
+
+def accepted(reply: Reply) -> str:
+    if reply.text is None:
+        raise BadRequest(f"the chat template rejects these messages: {shortened(reply.reason)}", param="messages")
+    return reply.text
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of tokenizer.json, without what was set in it for training alone. Raises `CheckpointError`."""
+    file = directory / "tokenizer.json"
+    try:
+        if not files.present(file):
+            raise CheckpointError(f"{directory} holds no tokenizer.json")
+        files.size(file, files.MOST_TABLE)
+        with contained():
+            tokenizer = Tokenizer.from_file(str(file))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    tokenizer.no_truncation()  # as transformers does with both at every call
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def end_tokens(directory: Path) -> list[str]:
+    """The tokenizer's own end tokens, by the files where they may stand, as text or as a token with its traits."""
+    found = []
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = files.read_json_if_present(directory / name).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token and not isinstance(token, str):
+            raise CheckpointError(f"{directory / name}: eos_token must be a token's text")
+        found += [token] if token else []
+    return list(dict.fromkeys(found))
 
 
 def longest_token(tokenizer: Tokenizer) -> int | None:
@@ -195,25 +256,38 @@ class Detokenizer:
 class StopStrings:
     """Cuts text at the stop string that is complete first, and holds back what might be the beginning of one.
 
-    Where the cut lies does not depend on the pieces in which the text comes.
+    Where the cut lies does not depend on the pieces in which the text comes. `shown`: behind the stop string, else
+    before it.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
+    def __init__(self, stops: Sequence[str], shown: bool = False) -> None:
+        self.stops, self.shown = stops, shown
         self.held = ""
+        self.spared = 0  # characters of `held` within which no stop string may end
         self.found = False
+
+    def pass_over(self, text: str) -> str:
+        """As `push`, but no stop string may end in this text; one may begin in it."""
+        self.spared = len(self.held) + len(text)
+        return self.push(text)
 
     def push(self, text: str) -> str:
         """The part of all text so far that is safe to show now. After `found`, nothing."""
         if not self.stops or self.found:
             return "" if self.found else text
         self.held += text
-        ends = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        self.found, cut = bool(ends), min(ends, default=(0, 0))[1]
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self.first(stop)) >= 0]
+        end, start = min(ends, default=(0, 0))
+        self.found, cut = bool(ends), end if self.shown else start
         keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
         shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
         self.held = self.held[len(shown) :]
+        self.spared = max(0, self.spared - len(shown))
         return shown
+
+    def first(self, stop: str) -> int:
+        """Where the stop string stands first that ends behind what is spared; -1 if nowhere."""
+        return self.held.find(stop, max(0, self.spared - len(stop) + 1))
 
     def flush(self) -> str:
         """What was held back, when no more text will come."""

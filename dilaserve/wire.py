@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from dilaserve import children
 from dilaserve.terms import RowResult, Span
 
 MAX_FRAME = 2**20
@@ -42,9 +43,11 @@ class Loading(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
-    """Worker to engine: loaded; the K/V pool holds this many tokens at degree 1."""
+    """Worker to engine: loaded; the K/V pool holds this many tokens at degree 1. Bytes of weights and pool."""
 
     kv_tokens: int
+    weights: int
+    pool: int
 
 
 class Formed(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
@@ -81,9 +84,10 @@ _reports = msgspec.msgpack.Decoder(Report)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Both ends of one line; datagrams keep their borders."""
+    """Both ends of one line, the second for a child; datagrams keep their borders."""
     kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
-    ends = socket.socketpair(socket.AF_UNIX, kind)
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    ends = one, socket.socket(fileno=children.heritable(other.detach()))
     for end in ends:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_FRAME)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MAX_FRAME)

@@ -13,7 +13,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.card import skinny
 from dilaserve.models import kernels as of_layers
 from dilaserve.worker import kernels as of_logits
 
@@ -34,7 +33,6 @@ KERNELS = {
         4,
         3,
     ),
-    skinny.multiply: ("*16 *16 *16 i32 i32:16 i32:16 i32:16", {"ROWS": 64, "DEPTH": 128, "WIDE": 32}, 4, 3),
     of_layers.join_parts: ("*fp32 *fp32 *16 i32", {"DIM": 128, "WIDE": 128, "SPLITS": 4}, 1, 1),
 }
 DTYPES = ("bf16", "fp16", "fp32")

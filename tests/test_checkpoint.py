@@ -1,18 +1,27 @@
 """Checkpoints that cannot be served: one clear sentence each, before a worker is started."""
 
+import contextlib
 import json
+import math
+import os
+import re
+import tracemalloc
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dilaserve import Config, models
+from dilaserve import Config, models, profiles
+from dilaserve.chat_template import find
 from dilaserve.devices import listed
 from dilaserve.errors import CheckpointError, ConfigError
-from dilaserve.furniture import real
+from dilaserve.furniture import ends, real
 from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models.layers import rms_norm, rotary_table
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.table import RequestTable
 from dilaserve.text import Text
@@ -198,14 +207,14 @@ def test_too_little_memory_is_said_with_both_figures():
     fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
     spec = ModelSpec(**fields | {"parameters": 10**15})
     with pytest.raises(CheckpointError, match=r"needs 3725290\.3 GiB .* in float32 and cpu has .* GiB"):
-        memory.check_weights(spec, torch.device("cpu"), torch.float32, 1.0)
+        memory.check_weights(spec, torch.device("cpu"), torch.float32, memory.Claim())
 
 
 def test_a_pool_or_a_table_that_does_not_fit_is_said_with_its_flag():
     fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
     for tokens, pattern in ((10**15, r"takes 7450580\.6 GiB and cpu has .* lower it"), (1, "less than a page")):
         with pytest.raises(CheckpointError, match=f"--kv-cache-tokens {tokens} {pattern}|{pattern}"):
-            memory.check_pool(ModelSpec(**fields), torch.device("cpu"), torch.float32, 1.0, tokens)
+            memory.check_pool(ModelSpec(**fields), torch.device("cpu"), torch.float32, memory.Claim(), tokens)
     with pytest.raises(ConfigError, match="lower --max-queue or --max-model-len"):
         RequestTable(2**31 - 1, 2**20)
 
@@ -231,3 +240,184 @@ def test_a_shard_of_any_degree_is_a_view_of_the_full_weights(model):
         assert torch.allclose(summed, whole.feed_forward(block, x), atol=1e-4)
         storages = {part.blocks[0].qkv.untyped_storage().data_ptr() for part in parts}
         assert storages == {block.qkv.untyped_storage().data_ptr()}
+
+
+def test_a_directory_that_was_saved_twice_is_read_as_transformers_reads_it(tmp_path):
+    model = checkpoints.make(tmp_path / "model", shards=3)
+    checkpoints.make(model, seed=1)
+    assert set(Checkpoint(model).files.values()) == {model / "model.safetensors"}
+    (model / "model-00002-of-00003.safetensors").unlink()
+    assert models.describe(Checkpoint(model)).layers == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer", "special", "expected"),
+    [
+        ({"eos_token_id": 7}, None, {}, None, {7}),
+        ({"eos_token_id": [7, 9]}, None, {}, None, {7, 9}),
+        ({"eos_token_id": None}, {"eos_token_id": 8}, {}, None, {8}),
+        ({"eos_token_id": None}, {"eos_token_id": [8, 8, 9]}, {}, None, {8, 9}),
+        ({"eos_token_id": None}, {}, {"eos_token": "A"}, None, {"A"}),
+        ({"eos_token_id": None}, {}, {"eos_token": {"__type": "AddedToken", "content": "A"}}, None, {"A"}),
+        ({"eos_token_id": None}, {}, {"eos_token": None}, {"eos_token": "B"}, {"B"}),
+        ({"eos_token_id": None}, {}, {}, {"eos_token": {"content": "B", "lstrip": False}}, {"B"}),
+        ({"eos_token_id": 7}, {"eos_token_id": [8]}, {"eos_token": "A"}, {"eos_token": "B"}, {7, 8, "A", "B"}),
+        ({"eos_token_id": 7}, None, {"eos_token": "not in the vocabulary"}, None, {7}),
+        ({"eos_token_id": []}, {"eos_token_id": None}, {}, {}, set()),
+    ],
+)
+def test_answers_end_with_every_token_that_any_file_names(model, config, generation, tokenizer, special, expected):
+    change(model, **config)
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name, fields in (("generation_config.json", generation), ("special_tokens_map.json", special)):
+        if fields is not None:
+            (model / name).write_text(json.dumps(fields))
+    text = Text(model)
+    always = {checkpoints.EOS, checkpoints.EOT}  # known of many models by their names
+    expected = {text.tokenizer.token_to_id(end) if isinstance(end, str) else end for end in expected}
+    assert set(ends(models.describe(Checkpoint(model)), text, model)) == expected | always
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "pattern"),
+    [
+        ("config.json", {"eos_token_id": "7"}, r"config\.json: eos_token_id must be a token id or a list of them"),
+        ("config.json", {"eos_token_id": [True]}, "must be a token id or a list of them"),
+        ("config.json", {"eos_token_id": [7, -1]}, "eos_token_id -1 does not lie between 0 and 271"),
+        ("config.json", {"eos_token_id": checkpoints.MASK}, "the mask token 258 .* also named as a token that ends"),
+        ("generation_config.json", {"eos_token_id": 272}, r"generation_config\.json: eos_token_id 272 does not lie"),
+        ("generation_config.json", {"eos_token_id": 7.0}, r"generation_config\.json: eos_token_id must be"),
+        ("generation_config.json", [], r"generation_config\.json must hold a JSON object"),
+        ("tokenizer_config.json", {"eos_token": 5}, r"tokenizer_config\.json: eos_token must be a token's text"),
+        ("special_tokens_map.json", {"eos_token": {"content": None}}, None),
+        ("special_tokens_map.json", {"eos_token": ["A"]}, r"special_tokens_map\.json: eos_token must be"),
+    ],
+)
+def test_end_tokens_that_cannot_be_are_named(model, name, fields, pattern):
+    known = json.loads((model / name).read_text()) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(known | fields if isinstance(fields, dict) else fields))
+    with contextlib.nullcontext() if pattern is None else pytest.raises(CheckpointError, match=pattern):
+        ends(models.describe(Checkpoint(model)), Text(model), model)
+
+
+ODD = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    0,
+    0.0,
+    -1,
+    -1e-5,
+    1e-300,
+    1e300,
+    10**30,
+    -(10**30),
+    True,
+    False,
+    "8",
+    [8],
+    {},
+    0.5,
+)
+BORNE = [["mlp_ratio", 0.5], ["eos_token_id", 0], ["eos_token_id", [8]], ["mask_token_id", 0], ["rms_norm_eps", 0.5]]
+NUMBERS = (
+    "d_model",
+    "n_heads",
+    "n_kv_heads",
+    "mlp_hidden_size",
+    "mlp_ratio",
+    "vocab_size",
+    "embedding_size",
+    "n_layers",
+    "max_sequence_length",
+    "mask_token_id",
+    "eos_token_id",
+    "rope_theta",
+    "rms_norm_eps",
+)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_of_the_configuration_is_served_that_the_arithmetic_does_not_bear(model, name):
+    """Whatever is accepted gives finite positions and norms, also of a row of zeros."""
+    for odd in ODD:
+        change(model, **{name: odd})
+        spec = served_or_refused(model, name)
+        if spec is None:
+            continue
+        assert [name, odd] in BORNE
+        table = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, torch.device("cpu"))
+        assert torch.isfinite(torch.view_as_real(table)).all()
+        assert torch.isfinite(rms_norm(torch.zeros(2, 8), torch.ones(8), spec.norm_eps)).all()
+
+
+def served_or_refused(model, pattern):
+    """The spec, or None after one sentence that matches."""
+    try:
+        return models.describe(Checkpoint(model))
+    except CheckpointError as refused:
+        told = refused.message
+    assert re.search(pattern, told)
+    assert len(told.splitlines()) == 1
+    assert len(told) < 400
+    return None
+
+
+@given(theta=st.floats(), eps=st.floats())
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fractions_are_served_or_refused_in_one_sentence(model, theta, eps):
+    change(model, rope_theta=theta, rms_norm_eps=eps)
+    spec = served_or_refused(model, "rope_theta|rms_norm_eps")
+    if spec is not None:
+        assert (spec.rope_theta, spec.norm_eps) == (theta, eps)
+        assert torch.isfinite(torch.view_as_real(rotary_table(64, 64, theta, torch.device("cpu")))).all()
+        assert torch.isfinite(rms_norm(torch.zeros(2, 8), torch.ones(8), eps)).all()
+
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/rag.jinja",
+    "dilaserve-profile.json",
+)
+
+
+def everything_read_from(model):
+    checkpoint = Checkpoint(model)
+    ends(models.describe(checkpoint), Text(model), model)
+    profiles.find(model, None)
+    find(model, None)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_is_read_that_has_no_end_or_is_larger_than_any_can_be(model, name, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model / "cache"))
+    everything_read_from(model)  # what would be imported is
+    if "index" in name:
+        (model / "model.safetensors").unlink()
+    file = model / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    tracemalloc.start()
+    try:
+        with file.open("wb") as stream:
+            stream.write((2**33).to_bytes(8, "little"))
+            stream.truncate(6 * 2**30)
+        with pytest.raises(ConfigError, match=re.escape(str(file))):
+            everything_read_from(model)
+        file.unlink()
+        for make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir):
+            make(file)
+            with pytest.raises(ConfigError, match=re.escape(str(file))):
+                everything_read_from(model)
+            file.rmdir() if file.is_dir() else file.unlink()
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -169,7 +169,7 @@ def test_steps_of_a_gpu_do_what_those_of_a_cpu_do(random_model, machine, count):
     graphs, eager = House(random_model, GPU), House(random_model, GPU, eager=True)
     canvases = graphs.denoised(shapes)
     assert np.array_equal(canvases, eager.denoised(shapes))
-    assert (len(graphs.reuse.graphs), len(eager.reuse.graphs)) == (0 if count > 16 else 1 if count > 8 else 2, 0)
+    assert (len(graphs.reuse.graphs), len(eager.reuse.graphs)) == (2, 0)
     here = House(random_model, CPU).denoised(shapes)
     masks, others = ((found == graphs.spec.mask_id).sum() for found in (canvases, here))
     assert np.mean(here == canvases) > 0.95  # attention rounds once there and more often here
@@ -220,7 +220,7 @@ def test_steps_go_on_where_no_graph_can_be_captured(random_model, machine, monke
     monkeypatch.setattr(torch.cuda, "graph", refused)
     house = House(random_model, GPU)
     assert np.array_equal(house.denoised(shapes_of(3)), expected)
-    assert house.reuse.eager
+    assert house.reuse.graphs.eager
     assert "no CUDA graph of 4 rows (CUDA error: operation not permitted when stream is capturing)" in caplog.text
 
 
@@ -291,7 +291,7 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
         for count in (40, 17, *range(16, 0, -2), 1):
             _, reuse = house.laid_out([(100, 32, 64)] * count)
             list(house.runner.steps(reuse, 4))
-    assert len(house.reuse.graphs) == 9
+    assert len(house.reuse.graphs) == 11
     assert machine.peak[0] > machine.memory - left / 2  # and the room was no waste
 
 
@@ -301,7 +301,7 @@ def test_no_kernel_is_left_to_be_compiled_while_somebody_waits(random_model, mac
     seen, run = [], ReuseSteps.rehearse
     monkeypatch.setattr(ReuseSteps, "rehearse", lambda steps, rows: (seen.append(rows), run(steps, rows)))
     rehearsal.rehearsed(spec, family.Model(spec, weights), 128, 20)
-    assert set(seen) == {20, *GRAPHS}
+    assert set(seen) == {count for count in GRAPHS if count <= 20}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

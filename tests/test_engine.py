@@ -23,7 +23,7 @@ def on(model, **settings):
 
 def children() -> set[int]:
     """Worker processes of this one."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "dilaserve worker"], capture_output=True, text=True)
     return {int(line) for line in found.stdout.split()}
 
 

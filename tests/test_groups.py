@@ -8,6 +8,7 @@ import checkpoints
 import pytest
 import torch
 import torch.multiprocessing as mp
+from knobs import sampling
 
 from dilaserve import models
 from dilaserve.exchange import Exchange
@@ -16,7 +17,7 @@ from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kvcache import KVPool
 from dilaserve.models.spec import Shard
 from dilaserve.worker.groups import Abandoned, Alone, Groups, SharedMemory
-from dilaserve.worker.unmask import Sampling, guess, guess_part
+from dilaserve.worker.unmask import guess, guess_part
 
 MANY = 40  # instances
 SLOT = 4096  # bytes, so that larger tensors pass in pieces
@@ -152,9 +153,17 @@ def test_parts_of_the_vocabulary_give_what_the_whole_gives(size):
     counts = torch.arange(60)
     heat = torch.where(counts % 3 == 0, 0.0, 0.9)
     heat[4] = 1e-40  # as good as cold
-    sampling = Sampling(heat, torch.where(counts % 2 == 0, 0.8, 1.0), counts, counts * 7, counts + 1)
+    hot = dict(temperature=heat, seed=counts, step=counts * 7, position=counts + 1)
+    narrow = dict(top_p=torch.where(counts % 2 == 0, 0.8, 1.0), top_k=counts % 4 * 3, min_p=(counts % 5 == 0) * 0.1)
+    never = torch.where(counts[:, None] % 6 == 0, logits.nan_to_num().topk(3).indices, -1)
     for mask_id in (7, 42):
-        for knobs in (None, sampling):
+        for knobs in (
+            None,
+            sampling(60, **hot),
+            sampling(60, **hot, **narrow),
+            sampling(60, never, **hot, **narrow),
+            sampling(60, never, temperature=0.0),
+        ):
             whole, found = guess(logits.clone(), mask_id, knobs), across(logits, size, mask_id, knobs)
             broken = logits.isnan().any(1)
             assert torch.equal(found.token[~broken], whole.token[~broken])

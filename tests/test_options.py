@@ -60,11 +60,16 @@ def test_the_rule_follows_from_the_knob(wishes, rule):
         (dict(confidence_threshold=1.5), "confidence_threshold"),
         (dict(block_length=0), "block_length"),
         (dict(num_denoising_steps=3), "num_denoising_steps"),
-        (dict(num_denoising_steps=129), "num_denoising_steps"),
+        (dict(num_denoising_steps=0), "num_denoising_steps"),
+        (dict(top_k=-2), "top_k"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(max_tokens=8, min_tokens=9), "min_tokens"),
+        (dict(min_tokens=503), "min_tokens"),
+        (dict(stop_token_ids=(1,) * 33), "stop_token_ids"),
         (dict(decode="steps"), "num_denoising_steps"),
         (dict(confidence_threshold=0.5, num_denoising_steps=8), "num_denoising_steps"),
         (dict(decode="factor", confidence_threshold=0.5), "confidence_threshold"),
-        (dict(stop=("a", "b", "c", "d", "e")), "stop"),
+        (dict(stop=("a",) * 17), "stop"),
         (dict(stop=("",)), "stop"),
         (dict(stop="end"), "stop"),
         (dict(max_tokens=10**400), "max_tokens"),
@@ -76,6 +81,25 @@ def test_what_cannot_be_honoured_is_named(wishes, param):
     with pytest.raises(BadRequest) as caught:
         settled(**wishes)
     assert caught.value.param == param
+
+
+def test_more_steps_than_tokens_are_one_token_a_step():
+    assert settled(max_tokens=32, num_denoising_steps=10**12).decoding.num_denoising_steps == 32
+
+
+def test_an_answer_without_a_limit_is_as_long_as_it_must_be():
+    assert settled(min_tokens=200).max_tokens == 200
+
+
+def test_sixteen_stop_strings_are_allowed():
+    settled(stop=("a",) * 16)
+
+
+@pytest.mark.parametrize("wishes", [dict(max_tokens=503), dict()])
+def test_what_is_too_long_is_told_in_the_words_that_gateways_look_for(wishes):
+    with pytest.raises(BadRequest, match="maximum context length is 512 tokens") as caught:
+        settled(10 if wishes else 512, **wishes)
+    assert caught.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("prompt_tokens", [0, 512, 600])

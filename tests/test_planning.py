@@ -594,7 +594,7 @@ def test_the_planner_in_its_own_process_answers_alike_and_outlives_its_process()
         assert advisor.advise(wanted).plan is None
         dead = advisor.process
         dead.kill()
-        dead.join()
+        dead.wait()
         assert advisor.advise(wanted) is None
         assert "8x1" in advisor.advise(wanted).reason
     assert advisor.process is None

@@ -15,12 +15,15 @@ from dilaserve.policy.admission import (
     fits,
     hopeless,
     least_loaded,
+    place_in,
     retry_after,
 )
 from dilaserve.policy.budget import CREDIT, Bank, borne, price, room, settled
 from dilaserve.policy.caching import CACHES, View, Work, work
 from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
-from dilaserve.policy.demand import alone, drifted, load, together
+from dilaserve.policy.demand import alone, drifted, ends, load, together
+from dilaserve.policy.fairness import Ride, Turns, allowances, gives_way, granted, in_turn, left_over, riders, start
+from dilaserve.policy.ordering import without_deadline
 from dilaserve.policy.thresholds import Wish, by_slack, crowding, fixed_levels, moved
 from dilaserve.policy.transfer import even, steps_per_block
 from dilaserve.terms import Load
@@ -267,3 +270,90 @@ def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
 @given(st.floats(0, 1e6), st.integers(0, 64))
 def test_retry_after_is_a_sensible_wait(backlog, instances):
     assert 0.1 <= retry_after(backlog, instances) <= 60.0
+
+
+SIZES = st.lists(st.floats(0.01, 5.0), min_size=1, max_size=40)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), SIZES, min_size=1))
+def test_tenants_with_work_waiting_get_equal_service_within_the_largest_requests(lines):
+    """Also in any part of the time: none starves, and a tenant alone gets every row."""
+    turns, queues, service = Turns(), {tenant: list(line) for tenant, line in lines.items()}, dict.fromkeys(lines, 0.0)
+    most = {tenant: max(line) for tenant, line in lines.items()}
+    while all(queues.values()):
+        tenant = min(queues, key=lambda name: start(turns, name))
+        seconds = queues[tenant].pop(0)
+        turns, service[tenant] = granted(turns, tenant, seconds), service[tenant] + seconds
+        for one in lines:
+            assert all(abs(service[one] - service[other]) <= most[one] + most[other] + 1e-6 for other in lines)
+    if len(lines) == 1:
+        assert service == {tenant: pytest.approx(sum(line)) for tenant, line in lines.items()}
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), SIZES, min_size=1))
+def test_who_waits_stands_in_the_turns_once_and_in_the_own_order(lines):
+    numbered = {tenant: [(tenant, place) for place in range(len(line))] for tenant, line in lines.items()}
+    order = list(in_turn(numbered, Turns(), lambda row: lines[row[0]][row[1]]))
+    assert sorted(order) == sorted(row for line in numbered.values() for row in line)
+    for tenant, line in numbered.items():
+        assert [row for row in order if row[0] == tenant] == line
+    assert {row[0] for row in order[: len(lines)]} == set(lines)  # the first of each before the second of any
+
+
+def test_a_tenant_that_comes_is_next_and_has_saved_nothing_up():
+    turns = Turns()
+    for _ in range(100):
+        turns = granted(turns, "busy", 1.0)
+    assert list(in_turn({"busy": [0, 0, 0], "new": [1, 1, 1]}, turns, lambda row: 1.0)) == [1, 0, 1, 0, 1, 0]
+    assert len(turns.until) == 1
+
+
+def test_the_tenant_with_most_places_gives_way_until_it_holds_no_more_than_the_newcomer():
+    assert gives_way({"a": 9}, {"a": 10}, "b") == "a"
+    assert gives_way({"a": 9}, {"a": 10}, "a") is None
+    assert gives_way({"a": 3, "b": 2}, {"a": 6, "b": 4}, "b") == "a"
+    assert gives_way({"a": 3, "b": 2}, {"a": 5, "b": 5}, "b") is None
+    assert gives_way({}, {"a": 10}, "b") is None  # all of them run
+
+
+RIDES = st.lists(st.builds(Ride, st.sampled_from("abc"), st.floats(0.002, 0.1)), min_size=1, max_size=12)
+
+
+@given(RIDES, st.floats(0.0001, 0.05))
+def test_tenants_in_company_share_the_time_of_steps_and_every_one_of_them_rides(rides, fixed):
+    credits, spent = {}, dict.fromkeys({ride.tenant for ride in rides}, 0.0)
+    wants = {tenant: sum(ride.seconds for ride in rides if ride.tenant == tenant) for tenant in spent}
+    for _ in range(60):
+        allowed = allowances(rides, credits, fixed)
+        rode = riders(rides, allowed)
+        assert rode
+        assert len(set(rode)) == len(rode)
+        credits = left_over(rides, allowed, rode)
+        for place in rode:
+            spent[rides[place].tenant] += rides[place].seconds
+    for one in spent:
+        assert spent[one] > 0.0
+        for other in spent:
+            if wants[one] > wants[other] > fixed:  # who wants more gets no less, and hardly more
+                assert spent[other] - 0.3 <= spent[one] + 1e-9
+    if len(spent) == 1:
+        assert riders(rides, {tenant: float("inf") for tenant in spent}) == list(range(len(rides)))
+
+
+def test_priority_is_a_head_start_and_no_right_to_starve_others():
+    assert without_deadline(100.0, 2.0) < without_deadline(41.0, 1.0) < without_deadline(120.0, 2.0)
+    assert without_deadline(0.0, 0.5) < without_deadline(61.0, 1.0)
+
+
+@given(st.lists(st.builds(Load, st.floats(1, 50), st.floats(0, 5)), min_size=1, max_size=8), st.floats(0.001, 0.1))
+def test_rows_that_run_together_end_in_order_and_the_last_when_all_is_done(loads, fixed):
+    found = ends(loads, fixed)
+    assert found == pytest.approx(sorted(found))
+    assert found[-1] == pytest.approx(together(loads, fixed))
+    assert ends(loads[:1], fixed) == [pytest.approx(alone(loads[0], fixed))]
+
+
+def test_everybody_who_is_refused_is_told_another_place():
+    assert [place_in([2.0, 1.0], number) for number in (1, 2, 3, 4)] == [1.0, 2.0, 3.0, 4.0]
+    assert place_in([], 1) == 5.0
+    assert place_in([100.0], 9) == 60.0

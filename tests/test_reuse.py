@@ -142,6 +142,23 @@ def test_steps_end_with_the_answer(random_model, static):
     assert (outcome.results[0].masks_left, outcome.results[0].stop_at) == (0, -1)
 
 
+def test_a_block_in_which_no_end_token_may_stand_yet_takes_the_way_that_leaves_it_out(random_model):
+    house, shapes = House(random_model, static=True), [(20, 32, 64)]
+    house.fill(shapes)
+    house.table.threshold[0] = 0.0
+    house.table.stop_ids[0, :2] = 5, 6
+    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    columns = columns_of(house.spans(shapes, refresh=False))
+    for may_end_at, taken in ((20, True), (21, False), (52, False)):
+        house.table.may_end_at[0] = may_end_at
+        assert house.reuse.takes(columns, house.table) == taken
+    house.table.canvas[0, 20:] = house.spec.mask_id
+    head = house.model.head
+    head.data[[5, 6]] = head.data[7] * 1.5  # at least one of the three beats all others where 7 did
+    list(house.runner.steps(house.spans(shapes, refresh=False), 1))
+    assert not set(house.table.canvas[0, 20:52].tolist()) & {5, 6, house.spec.mask_id}
+
+
 def test_a_step_that_might_have_been_the_last_is_followed_by_another(random_model):
     """Of 7 masks, 3 a step, 1 is left where 3 might have gone: the next step waits for the result, and comes."""
     house, shapes = House(random_model, static=True), shapes_of(2)

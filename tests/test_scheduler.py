@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 
 import msgspec
 import pytest
@@ -28,6 +29,7 @@ from dilaserve.terms import (
     InstanceReady,
     Kill,
     Launch,
+    Paused,
     Plan,
     PlanReady,
     Release,
@@ -422,6 +424,17 @@ def test_a_row_in_flight_at_two_crashes_fails_alone():
     assert [span.row for span in launch.batch.spans] == [1]
 
 
+def test_a_row_is_not_to_blame_for_workers_that_somebody_else_kills():
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    for i in range(3):
+        feed(machine, Arrival(request(i, at=float(i))))
+    for life in range(1, 6):
+        assert feed(machine, InstanceLost(life - 1, "killed by SIGKILL", outside=True)) == []
+        (launch,) = feed(machine, InstanceReady(Instance(life, (0,), 4096)))
+        assert {span.row for span in launch.batch.spans} == {0, 1, 2}  # none is taken alone
+
+
 def test_the_mates_of_a_row_that_kills_workers_survive_it():
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
@@ -536,6 +549,21 @@ def test_a_step_that_hangs_is_killed_once_and_only_after_its_time():
     assert list(machine.decide(4.0)) == []
 
 
+@given(st.lists(st.floats(0.1, 100.0), max_size=5))
+def test_a_step_under_way_gets_the_time_again_that_the_engine_did_not_live_through(pauses):
+    machine, lost = scheduler(step_timeout=3.0), 0.0
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0)))
+    known = machine.beliefs.known()
+    for seconds in pauses:
+        lost += seconds
+        assert feed(machine, Paused(seconds), 2.9 + lost) == []
+    assert machine.wake_at() == pytest.approx(3.0 + lost)
+    if pauses:
+        list(machine.observe(done(launch.batch, [result(launch.batch.spans[0], 20, 12)]), 2.9 + lost))
+        assert machine.beliefs.known() == known  # how long it took tells nothing
+
+
 def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     machine = scheduler(plan=SINGLES, solves=True)
     up(machine, range(4))
@@ -625,11 +653,12 @@ def test_a_deadline_that_has_passed_is_no_guess():
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     for row in range(2):
         feed(machine, Arrival(request(row, slo=Slo(seconds=0.3, on_miss="cancel_when_late"))))
-    (declined, _) = machine.decide(0.31)
-    assert (declined.request.row, declined.retry_after is None) == (1, False)
+    assert machine.wake_at() <= 0.3
+    flying, waiting, release = machine.decide(0.3)
+    assert [(one.request.row, one.retry_after is None) for one in (flying, waiting)] == [(0, False), (1, False)]
+    assert release == Release(1)  # the other row is in flight
     batch = machine.house.seats[0].batch
-    (declined, _) = feed(machine, done(batch, [result(span, 9, 20) for span in batch.spans]), 0.32)[1:]
-    assert (declined.request.row, declined.retry_after is None) == (0, True)
+    assert feed(machine, done(batch, [result(span, 9, 20) for span in batch.spans]), 0.32) == [Release(0)]
 
 
 def test_a_row_that_fits_nowhere_any_more_holds_nobody_up_and_ends_when_all_workers_are_back():
@@ -694,11 +723,19 @@ class World:
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
+        self.told, self.timed = Counter(), 0  # last words to clients by kind; those about a deadline
 
     def feed(self, event):
         self.now += self.rng.random()
         self.log.append((event, self.now))
         self.perform(feed(self.machine, event, self.now))
+        self.count()
+
+    def count(self):
+        """Every request is in the house or has one fate."""
+        machine = self.machine
+        assert 0 <= machine.house.running <= len(machine.requests)
+        assert sum(machine.totals.fates.values()) == len(self.ended) == self.rows - len(machine.requests)
 
     def perform(self, commands):
         for command in commands:
@@ -710,6 +747,8 @@ class World:
                     assert batch.instance not in self.hurried
                     self.hurried.add(batch.instance)
                 case Finish(wanted) | Fail(wanted) | Decline(wanted):
+                    self.told[type(command)] += 1
+                    self.timed += wanted.slo.seconds is not None
                     assert wanted.id not in self.ended
                     self.ended.add(wanted.id)
                 case Release(row):
@@ -842,6 +881,9 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert world.ended == {f"r{i}" for i in range(world.rows)}
     assert not world.alive
     assert not world.machine.requests
+    fates = world.machine.totals.fates
+    assert (fates["declined"], fates["failed"]) == (world.told[Decline], world.told[Fail])
+    assert sum(world.machine.totals.deadlines.values()) == world.timed
     assert not world.machine.house.waiting
     assert not world.machine.house.queue
     assert all(abs(held) < 1e-6 for held in world.machine.promises.reserved.values())

@@ -3,7 +3,10 @@
 import asyncio
 import gzip
 import json
+import os
 import random
+import signal
+import time
 import zlib
 
 import aiohttp
@@ -323,12 +326,15 @@ async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
         (CHAT, {"top_p": 0}, 400, "top_p"),
         (CHAT, {"n": 0}, 400, "n"),
         (CHAT, {"n": 5}, 400, "n"),
-        (CHAT, {"stop": ["a"] * 5}, 400, "stop"),
+        (CHAT, {"stop": ["a"] * 17}, 400, "stop"),
         (CHAT, {"seed": 2**64}, 400, "seed"),
         (CHAT, {"decode": "magic"}, 400, "decode"),
         (CHAT, {"cache": "all"}, 400, "cache"),
         (CHAT, {"confidence_threshold": 2}, 400, "confidence_threshold"),
-        (CHAT, {"num_denoising_steps": 1000}, 400, "num_denoising_steps"),
+        (CHAT, {"num_denoising_steps": 0}, 400, "num_denoising_steps"),
+        (CHAT, {"min_tokens": 25}, 400, "min_tokens"),
+        (CHAT, {"stop_token_ids": [5000]}, 400, "stop_token_ids"),
+        (CHAT, {"guided_json": {}}, 400, "guided_json"),
         (CHAT, {"top_logprobs": 3, "logprobs": True}, 400, "top_logprobs"),
         (CHAT, {"frequency_penalty": 0.5}, 400, "frequency_penalty"),
         (CHAT, {"logit_bias": {"5": 1}}, 400, "logit_bias"),
@@ -394,6 +400,42 @@ async def test_defaults_nulls_and_unknown_fields_change_nothing(client):
     status, body, _ = await post(client, CHAT, HELLO | harmless | {"messages": [{"role": "user", "content": parts}]})
     assert status == 200
     assert body["choices"] == plain["choices"]
+
+
+async def test_a_misspelled_field_comes_back_as_a_warning(client, caplog):
+    body = HELLO | {"temprature": 0.5}
+    _, whole, _ = await post(client, CHAT, body)
+    (warning,) = whole["warnings"]
+    assert "temprature" in warning
+    assert "temperature" in warning
+    assert warning in caplog.text
+    *_, last = await stream(client, CHAT, body)
+    assert last["warnings"] == [warning]
+    assert "warnings" not in (await post(client, CHAT, HELLO))[1]
+
+
+async def test_no_route_repeats_more_of_what_was_sent_than_its_share(client):
+    long = "Z" * 5000
+    sent = [
+        *[(CHAT, HELLO | {name: long}, {}) for name in ("model", "decode", "cache", "max_tokens", "tools", "user")],
+        (CHAT, HELLO | {"slo": {"class": long}}, {}),
+        (CHAT, HELLO | {"slo": {"on_miss": long}}, {}),
+        (CHAT, HELLO | {"slo": {long: 1}}, {}),
+        (CHAT, HELLO | {"messages": [{"role": long, "content": "x"}]}, {}),
+        (CHAT, HELLO | {"messages": [{"role": "user", "content": [{"type": long}]}]}, {}),
+        (CHAT, HELLO, {"x-slo-deadline-ms": long}),
+        (CHAT, HELLO, {"x-priority": long}),
+        (CHAT, HELLO, {"x-slo-class": long}),
+        ("/v1/" + long, {}, {}),
+        ("/tokenize", {"prompt": "x", "model": long}, {}),
+        ("/detokenize", {"tokens": [1], "model": long}, {}),
+    ]
+    for path, body, headers in sent:
+        status, answer, _ = await post(client, path, body, **headers)
+        assert (400 <= status < 500, json.dumps(answer).count("Z") <= 100) == (True, True), (path, list(body))
+    for path in ("/v1/models/" + long, "/" + long):
+        async with client.get(path) as response:
+            assert (response.status, (await response.text()).count("Z") <= 100) == (404, True)
 
 
 async def test_broken_requests_get_openais_error_shape(client):
@@ -543,6 +585,9 @@ async def test_openais_own_client_is_served(address, engine):
         assert text == known.text
         with pytest.raises(openai.BadRequestError, match="max_tokens"):
             await client.completions.create(model="random", prompt="x", max_tokens=100_000)
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.chat.completions.create(model="gpt-4", messages=HELLO["messages"])
+        assert caught.value.code == "model_not_found"
 
 
 async def test_the_pages_around_it(client):
@@ -553,7 +598,8 @@ async def test_the_pages_around_it(client):
     assert await get("/health") == (200, {"status": "ok"})
     assert await get("/ready") == (200, {"status": "ready"})
     assert "version" in (await get("/version"))[1]
-    assert (await get("/v1/models"))[1]["data"][0]["max_model_len"] == 256
+    (card,) = (await get("/v1/models"))[1]["data"]
+    assert (card["max_model_len"], card["root"].endswith("random")) == (256, True)
     _, body, _ = await post(client, "/tokenize", {"prompt": "é"})
     assert body["count"] == 2
     assert (await post(client, "/detokenize", {"tokens": body["tokens"]}))[1] == {"prompt": "é"}
@@ -599,3 +645,22 @@ async def test_a_server_that_shuts_down_says_that_it_is_draining():
         async with client.get("/ready") as response:
             message = (await response.json())["error"]["message"]
     assert (response.status, message) == (503, "the server is draining")
+
+
+async def test_a_deadline_that_passes_while_a_worker_is_stopped_is_answered_at_once(client, engine):
+    """A row in flight as well: its client is told, and the row comes back when the step ends."""
+    (worker,) = engine.executor.workers.values()
+    soon = HELLO | {"max_tokens": 128, "slo": {"deadline_ms": 500, "on_miss": "cancel_when_late"}}
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        answers = await asyncio.gather(*(post(client, CHAT, soon) for _ in range(3)))
+        took = time.monotonic() - began
+    finally:
+        os.kill(worker.process.pid, signal.SIGCONT)
+    assert [status in (429, 504) for status, _, _ in answers] == [True] * 3
+    assert {body["error"]["code"] for _, body, _ in answers} == {"deadline"}
+    assert took < 5.0  # 0.5 s and what a busy machine takes
+    await engine.drain(30)
+    engine.draining = False
+    assert len(engine.free) == engine.table.rows

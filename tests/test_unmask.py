@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from knobs import sampling
 from reference import factor_count as reference_factor_count
 
 from dilaserve.table import RULES
 from dilaserve.worker.statistics import Guess
-from dilaserve.worker.unmask import Rules, Sampling, decided, factor_count, guess, gumbel, nucleus
+from dilaserve.worker.unmask import Rules, decided, factor_count, guess, gumbel, narrowed
 
 MASK = 7
 
@@ -66,9 +67,7 @@ def test_the_colder_the_nearer_to_the_best_token(temperature, top_p):
     logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)) * 6
     logits[10:] -= 100.0  # all below 0
     numbers = torch.arange(20)
-    knobs = Sampling(
-        torch.full((20,), temperature), torch.full((20,), top_p), numbers, torch.zeros_like(numbers), numbers
-    )
+    knobs = sampling(20, temperature=temperature, top_p=top_p, seed=numbers, position=numbers)
     assert torch.equal(guess(logits.clone(), MASK, knobs).token, guess(logits.clone(), MASK).token)
 
 
@@ -146,10 +145,9 @@ def test_noise_is_a_function_of_seed_step_and_position():
 def test_sampling_follows_the_temperature_and_leaves_cold_rows_alone():
     count = 4000
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(count, 1)
-    zeros = torch.zeros(count, dtype=torch.int64)
     heat = torch.full((count,), 2.0)
     heat[::2] = 0.0
-    tokens = guess(logits.clone(), 3, Sampling(heat, torch.ones(count), torch.arange(count), zeros, zeros)).token
+    tokens = guess(logits.clone(), 3, sampling(count, temperature=heat, seed=torch.arange(count))).token
     assert (tokens[::2] == 2).all()
     shares = torch.bincount(tokens[1::2], minlength=3) / (count / 2)
     assert torch.allclose(shares[:3], torch.tensor([0.0, 0.5, 1.0]).softmax(0), atol=0.04)
@@ -157,5 +155,74 @@ def test_sampling_follows_the_temperature_and_leaves_cold_rows_alone():
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(3, 1)
-    kept = nucleus(logits, torch.tensor([0.5, 0.6, 1.0])) > -torch.inf
+    kept = narrowed(logits - logits[0, 0], sampling(3, top_p=torch.tensor([0.5, 0.6, 1.0]))) > -torch.inf
     assert kept.tolist() == [[True, False, False, False], [True, True, False, False], [True] * 4]
+
+
+def kept_in_plain_python(logits, top_p, top_k, min_p):
+    """Ids in the order in which vLLM narrows: `min_p`, `top_k`, `top_p` of what is left."""
+    best = max(logits)
+    weights = {i: math.exp(logit - best) for i, logit in enumerate(logits) if math.exp(logit - best) >= min_p}
+    order = sorted(weights, key=lambda i: (-logits[i], i))[: top_k or None]
+    total, before, kept = sum(weights[i] for i in order), 0.0, set()
+    for i in order:
+        if before < top_p:
+            kept.add(i)
+        before += weights[i] / total
+    return kept
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.integers(-40, 40), min_size=1, max_size=12),  # eighths, so that no bound is met by rounding
+    st.sampled_from([0.11, 0.37, 0.73, 0.97, 1.0]),
+    st.integers(0, 13),
+    st.sampled_from([0.0, 0.03, 0.21, 0.71, 1.0]),
+)
+def test_what_may_be_drawn_is_narrowed_as_plain_python_does(eighths, top_p, top_k, min_p):
+    logits = [eighth / 8 for eighth in eighths]
+    scaled = torch.tensor([logits]) - max(logits)
+    found = narrowed(scaled.clone(), sampling(1, top_p=top_p, top_k=top_k, min_p=min_p))[0]
+    kept = {i for i, logit in enumerate(found.tolist()) if logit > -math.inf}
+    assert kept == kept_in_plain_python(logits, top_p, top_k, min_p)
+    assert torch.equal(found[found > -torch.inf], scaled[0][found > -torch.inf])
+
+
+def test_a_draw_depends_on_its_own_knobs_and_not_on_those_beside():
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(3)) * 2
+    numbers = torch.arange(64)
+    knobs = sampling(
+        64,
+        temperature=torch.where(numbers % 5 == 0, 0.0, 1.3),
+        top_p=torch.where(numbers % 2 == 0, 1.0, 0.6),
+        top_k=torch.where(numbers % 3 == 0, 0, 7),
+        min_p=torch.where(numbers % 7 == 0, 0.2, 0.0),
+        seed=numbers,
+        position=numbers,
+    )
+    together = guess(logits.clone(), MASK, knobs)
+    for i in range(64):
+        alone = guess(logits[i : i + 1].clone(), MASK, knobs.of(numbers[i : i + 1]))
+        assert (alone.token.item(), alone.odds.item()) == (together.token[i].item(), together.odds[i].item())
+
+
+def test_knobs_of_a_draw_say_nothing_at_temperature_0():
+    logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(4))
+    cold = sampling(8, temperature=0.0, top_p=0.1, top_k=1, min_p=0.9)
+    found, plain = guess(logits.clone(), MASK, cold), guess(logits.clone(), MASK)
+    assert torch.equal(found.token, plain.token)
+    assert torch.equal(found.odds, plain.odds)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_is_never_chosen_counts_in_the_odds(temperature):
+    logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(5)) * 3
+    best = guess(logits.clone(), MASK).token
+    never = torch.stack([best, torch.full_like(best, -1), best], dim=1)
+    never[20:] = -1
+    found = guess(logits.clone(), MASK, sampling(40, never, temperature=temperature, seed=torch.arange(40)))
+    assert (found.token[:20] != best[:20]).all()
+    probability = logits.double().softmax(1).gather(1, found.token[:, None]).squeeze(1)
+    assert torch.allclose(found.confidence, probability, rtol=1e-5)
+    free = guess(logits.clone(), MASK, sampling(40, temperature=temperature, seed=torch.arange(40)))
+    assert torch.equal(found.token[20:], free.token[20:])

@@ -53,7 +53,8 @@ def kernels(bench: Bench) -> Iterator[str]:
     gate_up = torch.nn.functional.linear(x, block.gate_up).view(64, rig.model.groups, 2, -1)
     yield beside(bench, "gate", [(kit.gated(gate_up.clone()), layers.gated(gate_up.clone()))])
     yield from attention(bench, rig)
-    yield from graphs(bench, rig)
+    yield from replays(bench, rig)
+    yield from mixed(bench, rig)
 
 
 def beside(bench: Bench, what: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], most: float = 2**-7) -> str:
@@ -86,7 +87,7 @@ def attention(bench: Bench, rig: Rig) -> Iterator[str]:
         yield beside(bench, f"attention over {what}", [(found, twin)], most=2e-2)
 
 
-def graphs(bench: Bench, rig: Rig) -> Iterator[str]:
+def replays(bench: Bench, rig: Rig) -> Iterator[str]:
     """The same batch by a graph, by the same function without one, and laid out anew."""
     lengths, found = [64 + 9 * i for i in range(5)], {}
     ways = {
@@ -104,16 +105,37 @@ def graphs(bench: Bench, rig: Rig) -> Iterator[str]:
         list(runner.steps(spans, 4))
         found[way] = rig.table.canvas[: len(lengths), : max(lengths)].copy()
     differ = {way: int((found["graph"] != canvases).sum()) for way, canvases in found.items()}
+    graphs = rig.reuse.graphs
     yield (
-        f"- {len(rig.reuse.graphs)} graphs captured{' (eager)' if rig.reuse.eager else ''}; of {12 * len(lengths)} "
+        f"- {len(graphs)} graphs captured{' (eager)' if graphs.eager else ''}; of {12 * len(lengths)} "
         f"tokens {differ['eager']} differ between replay and plain call, {differ['plain']} where plain torch lays out "
         f"and unmasks, {differ['anew']} where a step is laid out anew"
     )
     for way, what in (("eager", "the same function"), ("plain", "plain torch at both ends")):
         bench.goals.append(Goal(f"graph against {what}", f"{differ[way]} differ", "0 differ", not differ[way]))
     if bench.cuda:
-        count = len(rig.reuse.graphs)
+        count = len(graphs)
         bench.goals.append(Goal("CUDA graphs captured", str(count), "at least 1", count > 0))
+
+
+def mixed(bench: Bench, rig: Rig) -> Iterator[str]:
+    """A step of refresh and reuse rows: by a graph, by the same function without, and laid out anew."""
+    lengths, found = [64 + 9 * i for i in range(5)], {}
+    ways = {"graph": rig.forward, "eager": rig.forwards(eager=True), "anew": None}
+    for way, forward in ways.items():
+        list(rig.plain.steps(rig.laid_out(lengths, refresh=True, quota=2), 1))
+        spans = [
+            span._replace(start=span.block_start, length=BLOCK, quota=3) if row % 2 else span._replace(quota=3)
+            for row, span in enumerate(rig.laid_out(lengths, refresh=True))
+        ]
+        list(rig.runner_of(None, forward).steps(spans, 1))
+        found[way] = rig.table.canvas[: len(lengths), : max(lengths)].copy()
+    differ = {way: int((found["graph"] != canvases).sum()) for way, canvases in found.items()}
+    yield (
+        f"- a step of refresh and reuse rows: of {3 * len(lengths)} tokens {differ['eager']} differ between replay and "
+        f"plain call, {differ['anew']} where it is laid out anew"
+    )
+    bench.goals.append(Goal("graph of a mixed step", f"{differ['eager']} differ", "0 differ", not differ["eager"]))
 
 
 def numerics(bench: Bench) -> Iterator[str]:

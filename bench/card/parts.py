@@ -92,12 +92,7 @@ def products(bench: Bench, rig: Rig) -> Iterator[str]:
     ways: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"library": F.linear}
     if torch.version.cuda:
         ways["cuBLASLt"] = by_lt
-    wide = set(ways)
-    if layers.has_kernels(bench.device):
-        from card.skinny import FORMS, product
-
-        ways |= {"{}x{}/{} w{} s{}".format(*form): partial(product, form=form) for form in FORMS}
-    yield "Share of a copy's bandwidth, %, by rows of the weight x depth / parts, warps and stages of a kernel:"
+    yield "Share of a copy's bandwidth, %:"
     yield ""
     yield f"| weight | tokens | {' | '.join(ways)} | worst difference |"
     yield "|" + "---|" * (3 + len(ways))
@@ -107,10 +102,7 @@ def products(bench: Bench, rig: Rig) -> Iterator[str]:
         for tokens in (BLOCK, 2 * BLOCK, 8 * BLOCK):
             x = torch.randn(tokens, weights[0].shape[1], device=bench.device).to(bench.dtype)
             cells, differ = [], 0.0
-            for way, multiply in ways.items():
-                if way not in wide and tokens > 2 * BLOCK:
-                    cells.append("")  # arithmetic takes longer there
-                    continue
+            for multiply in ways.values():
 
                 def through(multiply: Any = multiply, x: torch.Tensor = x, weights: Any = weights) -> None:
                     for weight in weights:

@@ -27,6 +27,7 @@ from dilaserve.table import RequestTable
 from dilaserve.terms import Decoding, Span
 from dilaserve.worker.batch import columns_of
 from dilaserve.worker.ends import Ends
+from dilaserve.worker.forward_graphs import TOKENS, ForwardGraphs
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 
@@ -142,7 +143,9 @@ class Rig:
         self.pool = KVPool(self.spec, Shard(), flat)
         self.table = RequestTable(rows, self.spec.max_length)
         self.reuse = self.steps()
+        self.forward = self.forwards()
         self.runner, self.plain = self.runner_of(self.reuse), self.runner_of(None)
+        self.replayed = self.runner_of(None, self.forward)
         self.canvas = canvas
 
     def steps(self, eager: bool = False, ends: Ends | None = None) -> ReuseSteps:
@@ -150,8 +153,11 @@ class Rig:
         made.ends = ends or made.ends
         return made
 
-    def runner_of(self, reuse: ReuseSteps | None) -> Runner:
-        return Runner(self.spec, self.model, self.pool, self.table, (), reuse=reuse)
+    def forwards(self, eager: bool = False) -> ForwardGraphs:
+        return ForwardGraphs(self.spec, self.model, self.pool, TOKENS, eager)
+
+    def runner_of(self, reuse: ReuseSteps | None, forward: ForwardGraphs | None = None) -> Runner:
+        return Runner(self.spec, self.model, self.pool, self.table, (), reuse=reuse, forward=forward)
 
     @property
     def nbytes(self) -> int:

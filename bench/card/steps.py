@@ -100,6 +100,7 @@ def gaps(bench: Bench, rig: Rig, canvas: int) -> Iterator[str]:
 
 def refresh(bench: Bench) -> Iterator[str]:
     rig = bench.rig()
+    yield from small_refreshes(bench, rig)
     yield "| tokens | canvases | ms | TFLOP/s | of the product's rate |"
     yield "|---|---|---|---|---|"
     for tokens in bench.shape.refreshes:
@@ -114,3 +115,16 @@ def refresh(bench: Bench) -> Iterator[str]:
             share = 100 * done / spent / bench.rate
             yield f"| {tokens} | {rows} x {canvas} | {1e3 * spent:.2f} | {done / spent / 1e12:.1f} | {share:.0f} % |"
             bench.goal(f"refresh of {rows} x {canvas} tokens", share, 60.0, " %", most=False)
+
+
+def small_refreshes(bench: Bench, rig: Rig) -> Iterator[str]:
+    """What the host's launches cost where a step computes little, and what a graph leaves of it."""
+    yield "| tokens of one canvas | launched one by one, ms | forward pass as a graph, ms |"
+    yield "|---|---|---|"
+    for tokens in (64, 128, 256, 384, 512, 640, 768):
+        if tokens > min(rig.spec.max_length, rig.pool.tokens):
+            continue
+        spans = rig.laid_out([tokens], refresh=True)
+        ways = [bench.seconds(lambda r=r, s=spans: list(r.steps(s, 1)), 5) for r in (rig.plain, rig.replayed)]  # type: ignore[misc]
+        yield f"| {tokens} | {1e3 * ways[0]:.2f} | {1e3 * ways[1]:.2f} |"
+    yield ""

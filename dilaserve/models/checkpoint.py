@@ -3,31 +3,42 @@
 No code that lies in the directory is ever run.
 """
 
-import json
 import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
 from safetensors import safe_open
 
+from dilaserve import files
 from dilaserve.errors import CheckpointError
+from dilaserve.files import read_json, read_json_if_present
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BUNDLED_MODELS = Path(__file__).parent.parent / "bundled"
+BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
+GENERATION = "generation_config.json"
+MOST_SHOWN = 100  # characters of a wrong value that an error repeats
+Bounds = tuple[float, float]
+Number = TypeVar("Number", int, float)
 
 
 def locate(model: str) -> Path:
-    """The directory of a model: a bundled one by its name, else the path itself."""
+    """The directory of a model: a bundled one by its name, else the path itself, wherever the program goes later."""
     bundled = {directory.name: directory for directory in BUNDLED_MODELS.iterdir()}
     try:
-        return bundled[model] if model in bundled else Path(model).expanduser()
-    except RuntimeError as error:  # there is no such user
+        return bundled[model] if model in bundled else Path(model).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # there is no such user, or no working directory
         raise CheckpointError(f"there is no model directory {model}: {error}") from error
+
+
+def shown(value: object) -> str:
+    """A value as an error repeats it."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 class Tensors:
@@ -82,11 +93,46 @@ class Checkpoint:
         value = self.config.get(name)
         if value is None:
             value = default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"{self.directory / 'config.json'}: {name} must be {kind.__name__}, not {value!r}")
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise self.wrong(f"{name} must be {kind.__name__}, not {shown(value)}")
         return value
+
+    def whole(self, name: str, bounds: Bounds, default: int | None = None) -> int:
+        """A whole number of config.json between bounds, which belong to it."""
+        value: int = self.field(name, int, default)
+        return self.bounded(name, value, bounds)
+
+    def number(self, name: str, bounds: Bounds, default: float | None = None) -> float:
+        """A number of config.json between bounds, which NaN and infinity never are."""
+        value = self.config.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.wrong(f"{name} must be a number, not {shown(value)}")
+        return float(self.bounded(name, value, bounds))
+
+    def bounded(self, name: str, value: Number, bounds: Bounds) -> Number:
+        least, most = bounds
+        if not least <= value <= most:
+            raise self.wrong(f"{name} {shown(value)} does not lie between {least} and {most}")
+        return value
+
+    def end_ids(self, vocabulary: int) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer, as config.json and generation_config.json name them: one or a list."""
+        generation = read_json_if_present(self.directory / GENERATION)
+        found = []
+        for file, fields in (("config.json", self.config), (GENERATION, generation)):
+            named = fields.get("eos_token_id")
+            for id in named if isinstance(named, list) else [] if named is None else [named]:
+                if type(id) is not int:
+                    raise self.wrong(f"eos_token_id must be a token id or a list of them, not {shown(named)}", file)
+                if not 0 <= id < vocabulary:
+                    raise self.wrong(f"eos_token_id {shown(id)} does not lie between 0 and {vocabulary - 1}", file)
+                found.append(id)
+        return tuple(sorted(set(found)))
+
+    def wrong(self, reason: str, file: str = "config.json") -> CheckpointError:
+        return CheckpointError(f"{self.directory / file}: {reason}")
 
     def expect(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor is there in its shape, or `CheckpointError` for the first that is not."""
@@ -101,28 +147,22 @@ class Checkpoint:
         return Tensors(self.files)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return value
-
-
 def shards(directory: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it."""
-    if (directory / INDEX).exists():
-        names = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{directory / INDEX} has no weight_map")
-        return {name: directory / Path(str(file)).name for name, file in names.items()}
-    if (directory / SINGLE).exists():
-        return dict.fromkeys((name for name in header(directory / SINGLE)), directory / SINGLE)
-    raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    """Tensor name to the file that holds it. Where a directory was saved twice, the single file counts, as it does
+    for transformers.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    try:
+        if files.present(single):
+            return dict.fromkeys(header(single), single)
+        if not files.present(index):
+            raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    except OSError as error:
+        raise CheckpointError(f"cannot read the model directory {directory}: {error.strerror}") from error
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} has no weight_map")
+    return {name: directory / Path(str(file)).name for name, file in names.items()}
 
 
 class Entry(msgspec.Struct):
@@ -133,20 +173,25 @@ class Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
+_entry = msgspec.json.Decoder(Entry)
+
+
 def header(file: Path) -> dict[str, Entry]:
     """The table at the start of a safetensors file, also checked against the file's length."""
     try:
+        limit = files.size(file) - 8
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
-            limit = file.stat().st_size - 8
-            raw = json.loads(stream.read(size)) if size <= limit else {}
-        known = {name: entry for name, entry in raw.items() if name != "__metadata__"}
-        entries = msgspec.convert(known, dict[str, Entry])
+            if size > files.MOST_TABLE:
+                raise ValueError(f"a table of {size} bytes")
+            raw = stream.read(size) if size <= limit else b"{}"
+        table = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        entries = {name: _entry.decode(entry) for name, entry in table.items() if name != "__metadata__"}
     except FileNotFoundError as error:
         raise CheckpointError(f"the shard {file} is missing") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (struct.error, ValueError, RecursionError, AttributeError, msgspec.ValidationError) as error:
+    except (struct.error, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{file} is not a safetensors file") from error
     end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if not entries or end + size > limit:

@@ -10,13 +10,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dilaserve.errors import CheckpointError
-from dilaserve.models.checkpoint import Checkpoint, Tensors
+from dilaserve.models.checkpoint import Checkpoint, Tensors, shown
 from dilaserve.models.kvcache import KVPool
 from dilaserve.models.layers import Packed, attend, interleaved, kit_for, rms_norm, rotary_table
 from dilaserve.models.spec import ModelSpec, Shard
 
 MAX_DEGREE = 8
+SIZE = (1, 2**24)  # of a dimension, in elements
+LAYERS = (1, 1024)
+LENGTH = (2, 2**24)  # of a canvas, in tokens
+MLP_RATIO = (2**-10, 2**10)
+ROPE_THETA = (1.0, 1e12)  # below, angles grow with the frequency's number until they overflow
+NORM_EPS = (1e-20, 1.0)  # below, a row of zeros may become NaN; above, it outweighs the row
 ROOT = "model.transformer."
 UNSUPPORTED = {  # fields whose other values would change the arithmetic below
     "rope": (True,),
@@ -41,43 +46,40 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     for name, allowed in UNSUPPORTED.items():
         value = checkpoint.config.get(name)
         if value is not None and value not in allowed:
-            raise CheckpointError(f"{checkpoint.directory}: {name} {value!r} is not supported, only {allowed[0]!r}")
-    field = checkpoint.field
-    hidden, heads = field("d_model", int), field("n_heads", int)
-    kv_heads = field("n_kv_heads", int, heads)
-    if min(hidden, heads, kv_heads) < 1 or hidden % heads or heads % kv_heads or hidden // heads % 2:
-        sizes = f"d_model {hidden}, n_heads {heads}, n_kv_heads {kv_heads}"
-        raise CheckpointError(f"{checkpoint.directory}: {sizes} do not go together")
-    vocab = field("embedding_size", int, field("vocab_size", int))
-    within(checkpoint, "mask_token_id", 0, vocab - 1)
-    within(checkpoint, "eos_token_id", 0, vocab - 1)
-    within(checkpoint, "n_layers", 1, 1024)
-    within(checkpoint, "max_sequence_length", 2, 2**24)
-    mlp = field("mlp_hidden_size", int, field("mlp_ratio", int, 4) * hidden)
+            raise checkpoint.wrong(f"{name} {shown(value)} is not supported, only {allowed[0]!r}")
+    whole, number = checkpoint.whole, checkpoint.number
+    hidden, heads = whole("d_model", SIZE), whole("n_heads", SIZE)
+    kv_heads = whole("n_kv_heads", SIZE, heads)
+    if hidden % heads or heads % kv_heads or hidden // heads % 2:
+        raise checkpoint.wrong(f"d_model {hidden}, n_heads {heads}, n_kv_heads {kv_heads} do not go together")
+    vocab = whole("embedding_size", SIZE, whole("vocab_size", SIZE))
+    mlp = whole("mlp_hidden_size", SIZE, mlp_by_ratio(checkpoint, hidden))
     return ModelSpec(
         architecture=checkpoint.architecture,
         vocab_size=vocab,
-        layers=field("n_layers", int),
+        layers=whole("n_layers", LAYERS),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=hidden // heads,
         mlp=mlp,
         groups=math.gcd(kv_heads, mlp, MAX_DEGREE),
-        rope_theta=field("rope_theta", float, 10000.0),
-        norm_eps=field("rms_norm_eps", float, 1e-5),
-        max_length=field("max_sequence_length", int),
-        tied=field("weight_tying", bool, False),
-        mask_id=field("mask_token_id", int),
-        stop_ids=(field("eos_token_id", int),),
+        rope_theta=number("rope_theta", ROPE_THETA, 10000.0),
+        norm_eps=number("rms_norm_eps", NORM_EPS, 1e-5),
+        max_length=whole("max_sequence_length", LENGTH),
+        tied=checkpoint.field("weight_tying", bool, False),
+        mask_id=whole("mask_token_id", (0, vocab - 1)),
+        stop_ids=checkpoint.end_ids(vocab),
         parameters=sum(math.prod(shape) for shape in checkpoint.shapes.values()),
     )
 
 
-def within(checkpoint: Checkpoint, name: str, least: int, most: int) -> None:
-    value = checkpoint.field(name, int)
-    if not least <= value <= most:
-        raise CheckpointError(f"{checkpoint.directory}: {name} {value} does not lie between {least} and {most}")
+def mlp_by_ratio(checkpoint: Checkpoint, hidden: int) -> int:
+    """The MLP's size where config.json states only how many times the hidden size it is."""
+    size = hidden * checkpoint.number("mlp_ratio", MLP_RATIO, 4)
+    if not size.is_integer() and checkpoint.config.get("mlp_hidden_size") is None:
+        raise checkpoint.wrong(f"mlp_ratio times d_model must be a whole number, not {size:g}")
+    return int(size)
 
 
 def tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

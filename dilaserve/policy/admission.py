@@ -7,6 +7,8 @@ import msgspec
 COMPANY = 0.9  # share of the joint demand that counts in the test
 KEPT = 0.8  # share of its slack that a newcomer must keep in company
 HELD = 1.2  # times the joint demand within which a row counts as in time, when a newcomer goes before it
+LONGEST_WAIT = 60.0  # seconds that a client is told to wait; OpenAI's clients ignore longer ones
+NOTHING_RUNS = 5.0  # seconds to wait where no row runs, as while workers start
 HOPELESS = 1.05  # times the estimate, alone on the instance
 
 
@@ -92,6 +94,18 @@ def beyond_hope(left: Sequence[float], needs: Sequence[float]) -> list[int]:
     return lost
 
 
+def place_in(ends: Sequence[float], number: int) -> float:
+    """Seconds until the `number`th place from now is free, when rows end after `ends` seconds and others follow.
+
+    Without rows that run nothing is known: a guess of a few seconds.
+    """
+    if not ends:
+        return NOTHING_RUNS
+    ordered = sorted(ends)
+    seconds = ordered[number - 1] if number <= len(ordered) else ordered[-1] * number / len(ordered)
+    return min(LONGEST_WAIT, max(0.1, seconds))
+
+
 def retry_after(backlog: float, instances: int) -> float:
     """Seconds until about half the guaranteed work in the house is done."""
-    return min(60.0, max(0.1, backlog / (2 * max(1, instances))))
+    return min(LONGEST_WAIT, max(0.1, backlog / (2 * max(1, instances))))

@@ -1,6 +1,6 @@
 """How long a set of rows needs when they run together on one instance."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dilaserve.terms import Load
 
@@ -16,6 +16,22 @@ def together(loads: Iterable[Load], fixed: float) -> float:
 
 def alone(load: Load, fixed: float) -> float:
     return load.steps * fixed + load.work
+
+
+def ends(loads: Sequence[Load], fixed: float) -> list[float]:
+    """Seconds until each row of an instance is done when all run together, the earliest first.
+
+    Until the row with s steps is done, every longer row does s of its own steps, too.
+    """
+    ordered = sorted(loads, key=lambda load: load.steps)
+    per_step = sum(load.work / load.steps for load in ordered if load.steps)
+    done, found = 0.0, []
+    for load in ordered:
+        if load.steps:
+            per_step -= load.work / load.steps
+        done += load.work
+        found.append(load.steps * (fixed + max(0.0, per_step)) + done)
+    return found
 
 
 def load(steps: float, refreshes: float, drift: float, refresh: float, reuse: float) -> Load:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from dilaserve.errors import BadRequest
+from dilaserve.errors import BadRequest, quoted
 from dilaserve.terms import Plan
 
 PART = re.compile(r"(\d{1,4})x(\d{1,4})")
@@ -20,7 +20,7 @@ def parsed(text: str, devices: int, degrees: Sequence[int]) -> Plan:
         found = PART.fullmatch(part.strip())
         if not found or int(found[1]) < 1 or int(found[1]) > devices:
             raise BadRequest(
-                f"plan {text!r} is not COUNTxDEGREE, joined by + (such as 2x1 or 4x1+2x2), for {devices} devices",
+                f"plan {quoted(text)} is not COUNTxDEGREE, joined by + (such as 2x1 or 4x1+2x2), for {devices} devices",
                 param="plan",
             )
         sizes += [int(found[2])] * int(found[1])

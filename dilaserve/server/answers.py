@@ -23,9 +23,14 @@ class Token(NamedTuple):
 
 
 class Form:
-    """One endpoint's way of writing answers; `chat` or plain completions. `stops`: their text may be cut."""
+    """One endpoint's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
+    into the answer, or into the last chunk of each choice.
+    """
 
-    def __init__(self, engine: Engine, chat: bool, logprobs: bool, stops: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, chat: bool, logprobs: bool, stops: bool = False, warnings: Sequence[str] = ()
+    ) -> None:
+        self.warned: Json = {"warnings": list(warnings)} if warnings else {}
         self.engine, self.chat, self.logprobs, self.stops = engine, chat, logprobs, stops
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
@@ -64,7 +69,8 @@ class Form:
     def closing(self, index: int, chunk: Chunk) -> Json:
         silent: Json = {"delta": {}} if self.chat else {"text": ""}
         return self.piece({"index": index, **silent, "finish_reason": chunk.finish_reason}) | {
-            "dilaserve": cost([chunk.usage] if chunk.usage else [])
+            "dilaserve": cost([chunk.usage] if chunk.usage else []),
+            **self.warned,
         }
 
     def counted(self, prompt_tokens: int, completion_tokens: int) -> Json:
@@ -82,6 +88,7 @@ class Form:
             "choices": choices,
             "usage": usage(prompt_tokens, spent),
             "dilaserve": cost([completion.usage for completion in completions]),
+            **self.warned,
         }
 
     def choice(self, index: int, completion: Completion, echo: str) -> Json:

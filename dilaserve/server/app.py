@@ -5,6 +5,7 @@ import contextlib
 import gc
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__, children, listening
+from dilaserve import __version__, children, interruption, listening
 from dilaserve.config import Config
 from dilaserve.engine import Engine, Prompt, Stream
 from dilaserve.errors import (
@@ -26,10 +27,12 @@ from dilaserve.errors import (
     NotFound,
     Unauthorized,
     Unavailable,
+    quoted,
+    shortened,
 )
 from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, real
-from dilaserve.server import metrics, openai, plans, sse
+from dilaserve.server import messages, metrics, openai, plans, schema, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.server.connection import Connection
 from dilaserve.server.intake import Intake
@@ -40,7 +43,8 @@ from dilaserve.text import LONGEST
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Announce = Callable[[str, str, bool], None]
+Announce = Callable[[str, str, bool, bool], None]  # address, model, whether a key is needed, whether it chats
+Asked = TypeVar("Asked", bound=schema.Common)
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 INTAKE: web.AppKey[Intake] = web.AppKey("intake", Intake)
@@ -75,6 +79,7 @@ async def serve(
             os._exit(1)
         stop.set()
         if not started and me:
+            interruption.leave_soon(0)
             me.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -83,7 +88,7 @@ async def serve(
         async with Engine(config, progress, furnish) as engine, running(engine, config, sockets) as address:
             started = True
             freeze()
-            announce(address, engine.model.name, config.server.api_key is not None)
+            announce(address, engine.model.name, config.server.api_key is not None, engine.text.template is not None)
             if engine.advice:
                 log.info("%s", engine.advice)
             ended = asyncio.create_task(engine.ended())
@@ -242,7 +247,7 @@ def sends(request: web.Request, key: str) -> bool:
 def refused(error: DilaserveError) -> web.Response:
     headers = {}
     if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if error.vain:
         headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:
@@ -253,12 +258,14 @@ def refused(error: DilaserveError) -> web.Response:
 def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
     """aiohttp's own refusals (404, 405, 413 …) in OpenAI's shape."""
     reasons = {
-        404: f"there is no {request.method} {request.path}",
-        405: f"{request.path} does not take {request.method}",
+        404: f"there is no {shortened(f'{request.method} {request.path}')}",
+        405: f"{request.path} does not take {shortened(request.method)}",
         417: "the only expectation that is met is 100-continue; leave out the header Expect",
         413: f"the body exceeds {request.app[CONFIG].server.max_body_bytes} bytes (--max-body-bytes)",
     }
-    ours = BadRequest(reasons.get(error.status, error.text or error.reason), code=STATUSES.get(error.status))
+    ours = BadRequest(
+        reasons.get(error.status) or shortened(error.text or error.reason), code=STATUSES.get(error.status)
+    )
     headers = {"allow": error.headers["allow"]} if "allow" in error.headers else {}
     response = answer(failure(ours), error.status, headers)
     if error.status == 400:  # the body is broken, and with it what would come behind it
@@ -272,7 +279,17 @@ def answer(body: object, status: int = 200, headers: dict[str, str] | None = Non
 
 async def read(request: web.Request, kind: type[T]) -> T:
     """The body as a request of this kind."""
-    return await request.app[INTAKE].read(request, lambda body: openai.decoded(body, kind))
+    return await request.app[INTAKE].read(request, lambda body: schema.decoded(body, kind))
+
+
+async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
+    """The body, and warnings about it, which go into the answer and the log."""
+    asked, warnings = await request.app[INTAKE].read(
+        request, lambda body: (schema.decoded(body, kind), schema.misspelled(body, kind))
+    )
+    for warning in warnings:
+        log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
+    return asked, warnings
 
 
 # routes
@@ -313,29 +330,33 @@ def card(engine: Engine) -> Json:
         "object": "model",
         "created": about.created,
         "owned_by": "dilaserve",
+        "root": about.root,
         "max_model_len": about.max_model_len,
     }
 
 
 def known(engine: Engine, name: str | None) -> None:
     if name is not None and name != engine.model.name:
-        raise NotFound(f"the model {name!r} is not served here, only {engine.model.name!r}", param="model")
+        raise NotFound(
+            f"the model {quoted(name)} is not served here, only {engine.model.name!r}",
+            param="model",
+            code="model_not_found",
+        )
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
-    asked = await read(request, openai.ChatRequest)
-    form = Form(request.app[ENGINE], chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop))
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    return await respond(request, asked, form, [openai.conversation(asked.messages)])
+    asked, warnings = await read_warned(request, schema.ChatRequest)
+    engine = request.app[ENGINE]
+    form = Form(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
+    return await respond(request, asked, form, [messages.conversation(asked.messages, engine.text)])
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
-    asked = await read(request, openai.CompletionRequest)
+    asked, warnings = await read_warned(request, schema.CompletionRequest)
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
-    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop))
+    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings)
     return await respond(request, asked, form, prompts, bool(asked.echo))
 
 
@@ -348,12 +369,12 @@ async def spoken(engine: Engine, ids: list[int]) -> str:
 
 
 async def respond(
-    request: web.Request, asked: openai.Common, form: Form, prompts: Sequence[Prompt], echoes: bool = False
+    request: web.Request, asked: schema.Common, form: Form, prompts: Sequence[Prompt], echoes: bool = False
 ) -> web.StreamResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
     known(engine, asked.model)
-    openai.refuse(asked)
+    openai.check_stream(asked)
     openai.with_headers(asked, request.headers)
     n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
@@ -383,16 +404,19 @@ async def replan(request: web.Request) -> web.StreamResponse:
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, openai.TokenizeRequest), request.app[ENGINE]
-    if (asked.prompt is None) == (asked.messages is None):
-        raise BadRequest("give either prompt or messages")
-    prompt: Prompt = asked.prompt if asked.prompt is not None else openai.conversation(asked.messages or [])
+    asked, engine = await read(request, schema.TokenizeRequest), request.app[ENGINE]
+    known(engine, asked.model)
+    openai.check_tokenize(asked)
+    prompt: Prompt = (
+        asked.prompt if asked.prompt is not None else messages.conversation(asked.messages or [], engine.text)
+    )
     ids = await engine.tokenize(prompt)
     return answer({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, openai.DetokenizeRequest), request.app[ENGINE]
+    asked, engine = await read(request, schema.DetokenizeRequest), request.app[ENGINE]
+    known(engine, asked.model)
     try:
         if len(asked.tokens) > LONGEST:
             raise BadRequest(f"{len(asked.tokens)} tokens are too many; send at most {LONGEST} at a time")

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import HttpVersion11, StreamReader, web
 from aiohttp.http_parser import RawRequestMessage
 
-from dilaserve.errors import BadRequest
+from dilaserve.errors import BadRequest, shortened
 from dilaserve.server.answers import failure
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class Connection(web.RequestHandler):
         if status != 400:
             return super().handle_error(request, status, exc, message)
         id, reason = secrets.token_hex(12), " ".join((message or "").split()).rstrip(" ^")
+        reason = shortened(reason)
         log.info("request %s cannot be read: %s", id, reason)
         response = web.Response(
             body=msgspec.json.encode(failure(BadRequest(f"the request cannot be read: {reason}"))),

@@ -1,6 +1,6 @@
 """What Prometheus reads: counts since the start, and what is in the house now."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,8 +18,8 @@ class House(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, scheduler = self.engine, self.engine.scheduler
         totals, profile = scheduler.totals, engine.profile
-        yield gauge("requests_running", "requests with a seat", scheduler.house.running)
-        yield gauge("requests_waiting", "requests without a seat", len(scheduler.requests) - scheduler.house.running)
+        yield gauge("requests_running", "requests with a row on an instance", scheduler.house.running)
+        yield gauge("requests_waiting", "requests without one", len(scheduler.requests) - scheduler.house.running)
         yield gauge("instances", "instances that are up", len(engine.capacity))
         degrees = GaugeMetricFamily(
             "dilaserve_plan_instances", "instances that are up, by tensor-parallel degree", labels=["degree"]
@@ -44,10 +44,9 @@ class House(Collector):
         yield counter("wasted_seconds", "those of requests that missed their deadline", totals.wasted)
         yield counter("decide_seconds", "seconds in which the scheduler decided", profile.deciding)
         yield counter("decisions", "times the scheduler decided", profile.decisions)
-        fates = CounterMetricFamily("dilaserve_deadlines", "requests with a deadline, by their fate", labels=["fate"])
-        for fate in ("met", "missed", "declined"):
-            fates.add_metric([fate], getattr(totals, fate))
-        yield fates
+        yield counter("requests_received", "requests (choices, each counts), refused ones too", totals.received)
+        yield by_fate("requests", "requests that have ended, each once, by fate", totals.fates)
+        yield by_fate("deadlines", "those with a deadline; met and missed are answered ones", totals.deadlines)
         spent = sum(bank.spent for bank in scheduler.promises.banks.values())
         served = sum(bank.served for bank in scheduler.promises.banks.values())
         yield gauge("accuracy_drop", "mean drop that the banks have counted, in points", spent / max(1, served))
@@ -59,6 +58,13 @@ def gauge(name: str, about: str, value: float) -> Metric:
 
 def counter(name: str, about: str, value: float) -> Metric:
     return CounterMetricFamily(f"dilaserve_{name}", about, value=value)
+
+
+def by_fate(name: str, about: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"dilaserve_{name}", about, labels=["fate"])
+    for fate, count in counts.items():
+        family.add_metric([fate], count)
+    return family
 
 
 def text(engine: Engine) -> bytes:

@@ -1,170 +1,44 @@
-"""OpenAI's wire as structs: what may come in, what is refused and why, and how it becomes the engine's options."""
+"""How a request becomes the engine's options: OpenAI's names, headers of gateways, and how often each prompt runs."""
 
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from dilaserve.config import CacheKind
-from dilaserve.errors import BadRequest
+from dilaserve.errors import BadRequest, quoted
 from dilaserve.options import Options
-from dilaserve.terms import DecodeRule, OnMiss
+from dilaserve.server.schema import ChatRequest, Common, Slo, TokenizeRequest
 
-HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
-HALF_WITHIN = 2**18  # bytes of a body that is not JSON in which that reason is looked for
-T = TypeVar("T")
 N = TypeVar("N", int, float)
-NO_SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool | None = None
-
-
-class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """When the answer is wanted, and what becomes of it otherwise; `task` names a quality profile."""
-
-    deadline_ms: float | None = None
-    class_: str | None = msgspec.field(default=None, name="class")
-    on_miss: OnMiss | None = None
-    priority: int | None = None
-    min_confidence_threshold: float | None = None
-    task: str | None = None
-
-
-class Common(msgspec.Struct, kw_only=True):
-    """Fields of both endpoints. null means the default everywhere."""
-
-    model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    # ours
-    decode: DecodeRule | None = None
-    confidence_threshold: float | None = None
-    num_denoising_steps: int | None = None
-    factor: float | None = None
-    block_length: int | None = None
-    cache: CacheKind | None = None
-    refresh_interval: int | None = None
-    ignore_eos: bool | None = None
-    slo: Slo | None = None
-    priority: int | None = None
-    min_confidence_threshold: float | None = None
-    # known, and refused unless at their default
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: Any = None
-    response_format: Any = None
-    suffix: Any = None
-    best_of: Any = None
-    top_logprobs: int | None = None
-
-
-class Part(msgspec.Struct, frozen=True):
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct, frozen=True):
-    role: str
-    content: str | list[Part] | None = None
-    tool_calls: Any = None
-
-
-class ChatRequest(Common, kw_only=True):
-    messages: list[Message]
-    logprobs: bool | None = None
-
-
-class CompletionRequest(Common, kw_only=True):
-    prompt: str | list[Any]
-    logprobs: int | None = None
-    echo: bool | None = None
-
-
-class TokenizeRequest(msgspec.Struct):
-    prompt: str | None = None
-    messages: list[Message] | None = None
-
-
-class DetokenizeRequest(msgspec.Struct):
-    tokens: list[int]
-
-
-class Refusal(NamedTuple):
-    """Values of a known field that change nothing, and why others cannot be honoured."""
-
-    harmless: tuple[Any, ...]
-    reason: str
-
-
-REFUSALS = {
-    "frequency_penalty": Refusal((0,), NO_SAMPLING),
-    "presence_penalty": Refusal((0,), NO_SAMPLING),
-    "logit_bias": Refusal(({},), NO_SAMPLING),
-    "tools": Refusal(([],), "tools are not supported"),
-    "tool_choice": Refusal(("none", "auto"), "tools are not supported"),
-    "parallel_tool_calls": Refusal((True, False), "tools are not supported"),
-    "functions": Refusal(([],), "functions are not supported"),
-    "function_call": Refusal(("none", "auto"), "functions are not supported"),
-    "audio": Refusal((), "this server answers in text"),
-    "modalities": Refusal((["text"],), "this server answers in text"),
-    "response_format": Refusal(({"type": "text"},), "only {'type': 'text'} is supported"),
-    "suffix": Refusal(("",), "text after the answer is not supported"),
-    "best_of": Refusal((1,), "use n"),
-    "top_logprobs": Refusal((0,), "only the chosen token's probability is kept"),
-}
-
-_decoders: dict[type, msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-}
-
-
-def decoded(body: bytes | bytearray, kind: type[T]) -> T:
-    """The body as a request of this kind; `BadRequest` names the field that is wrong."""
-    try:
-        request: T = (_decoders.get(kind) or msgspec.json.Decoder(kind)).decode(body)
-    except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `")
-        missing = re.search(r"missing required field `(\w+)`", text)
-        places = [path.rstrip("`").removeprefix("$").removeprefix("."), missing[1] if missing else ""]
-        param = ".".join(filter(None, places)) or None
-        raise BadRequest(f"{param}: {text}" if param else text, param=param) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if not body.strip():
-            raise BadRequest("the body is empty; send JSON") from error
-        if HALF.search(body, 0, HALF_WITHIN):
-            raise BadRequest("the body is not valid JSON: a string holds half of a surrogate pair") from error
-        raise BadRequest(f"the body is not valid JSON: {error}") from error
-    return request
-
-
-def refuse(request: Common) -> None:
-    """Raise `BadRequest` for a known field whose value cannot be honoured."""
-    for name in request.__struct_fields__:
-        value, refusal = getattr(request, name), REFUSALS.get(name)
-        if refusal and value is not None and value not in refusal.harmless:
-            raise BadRequest(f"{name} cannot be honoured: {refusal.reason}", param=name, code="unsupported_parameter")
-    if request.stream_options is not None and not request.stream:
+def check_stream(request: Common) -> None:
+    """Raise `BadRequest` for options of a stream that is none, or that cannot be honoured."""
+    if (wanted := request.stream_options) is None:
+        return
+    if wanted.include_usage and not request.stream:
         raise BadRequest("stream_options needs stream: true", param="stream_options")
+    if wanted.continuous_usage_stats:
+        raise BadRequest(
+            "continuous_usage_stats cannot be honoured: usage is counted at the end",
+            param="stream_options.continuous_usage_stats",
+            code="unsupported_parameter",
+        )
+
+
+def check_tokenize(request: TokenizeRequest) -> None:
+    """Raise `BadRequest` for a request to /tokenize that is not of one text, with the special tokens it has here."""
+    if (request.prompt is None) == (request.messages is None):
+        raise BadRequest("give either prompt or messages")
+    added = request.prompt is not None  # the chat template writes them itself
+    if request.add_special_tokens not in (None, added):
+        raise BadRequest(
+            f"add_special_tokens is always {str(added).lower()} here; leave it out",
+            param="add_special_tokens",
+            code="unsupported_parameter",
+        )
 
 
 def with_headers(request: Common, headers: Mapping[str, str]) -> None:
@@ -184,7 +58,7 @@ def number(headers: Mapping[str, str], name: str, kind: Callable[[str], N]) -> N
     try:
         return kind(text)
     except ValueError as error:
-        raise BadRequest(f"the header {name} is not a number: {text[:40]!r}", param=name) from error
+        raise BadRequest(f"the header {name} is not a number: {quoted(text)}", param=name) from error
 
 
 def deadlines(request: Common) -> dict[str, Any]:
@@ -209,14 +83,19 @@ def options(request: Common, choice: int) -> Options:
         "max_tokens": max_tokens(request),
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "seed": None if request.seed is None else request.seed + choice,
+        "seed": None if request.seed is None else wrapped(request.seed, choice),
         "stop": (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop),
-        "refresh_interval": request.refresh_interval,
-        "ignore_eos": request.ignore_eos,
+        "stop_token_ids": None if request.stop_token_ids is None else tuple(request.stop_token_ids),
     }
-    own = ("decode", "confidence_threshold", "num_denoising_steps", "factor", "block_length", "cache")
+    own = ["top_k", "min_p", "min_tokens", "include_stop_str_in_output", "refresh_interval", "ignore_eos"]
+    own += ["decode", "confidence_threshold", "num_denoising_steps", "factor", "block_length", "cache"]
     given |= {name: getattr(request, name) for name in own} | deadlines(request)
     return Options(**{name: value for name, value in given.items() if value is not None})
+
+
+def wrapped(seed: int, choice: int) -> int:
+    """The seed counted up, as 64 bits do."""
+    return seed if abs(seed) > 2**63 else (seed + choice + 2**63) % 2**64 - 2**63
 
 
 @contextlib.contextmanager
@@ -257,32 +136,6 @@ def choices_wanted(request: Common, prompts: int, most: int, places: int) -> int
             param=param,
         )
     return n
-
-
-def conversation(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as the chat template takes them; text parts are joined."""
-    if not messages:
-        raise BadRequest("messages must not be empty", param="messages")
-    return [{"role": role(message, i), "content": content(message, i)} for i, message in enumerate(messages)]
-
-
-def role(message: Message, i: int) -> str:
-    if message.role not in ROLES:
-        raise BadRequest(f"the role {message.role!r} is not one of {', '.join(ROLES)}", param=f"messages[{i}].role")
-    return ROLES[message.role]
-
-
-def content(message: Message, i: int) -> str:
-    if message.tool_calls:
-        raise BadRequest("tools are not supported", param=f"messages[{i}].tool_calls")
-    if isinstance(message.content, str):
-        return message.content
-    if message.content is None:
-        raise BadRequest("a message needs content", param=f"messages[{i}].content")
-    for part in message.content:
-        if part.type != "text" or part.text is None:
-            raise BadRequest(f"a content part of type {part.type!r} is not text", param=f"messages[{i}].content")
-    return "".join(part.text or "" for part in message.content)
 
 
 def prompts(prompt: str | list[Any]) -> list[str | list[int]]:

@@ -14,7 +14,7 @@ from dilaserve import profiles
 from dilaserve.advisor import Advisor
 from dilaserve.config import Config
 from dilaserve.errors import ConfigError
-from dilaserve.furniture import Furnish
+from dilaserve.furniture import Furnish, template_file
 from dilaserve.models.checkpoint import locate
 from dilaserve.profiles import ModelProfile
 from dilaserve.quality import ANY
@@ -53,7 +53,7 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
 
 def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
     """Pretended devices behind the model's own tokenizer."""
-    text = Text(locate(settings.model.model))
+    text = Text(locate(settings.model.model), template_file(settings))
     limit = settings.model.max_model_len or 4096
     return pretended(costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, counsel=Advisor)
 

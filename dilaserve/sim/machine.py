@@ -76,7 +76,11 @@ class SimMachine:
             self.instances.pop(id, None)
         for instance in moves.begins:
             self.instances[instance.id] = instance
-            self.loop.call_later(self.delay, self.post, InstanceReady(instance))
+            self.loop.call_later(self.delay, self.formed, instance)
+
+    def formed(self, instance: Instance) -> None:
+        if instance.id in self.instances:  # it may have been lost meanwhile
+            self.post(InstanceReady(instance))
 
     def kill(self, instance: int, reason: str) -> None:
         """Pretended steps do not hang; where one is said to, its instance is gone."""
@@ -117,9 +121,14 @@ class SimMachine:
             unmasked=count,
             masks_left=row.masks,
             prefix=prefix,
-            stop_at=max(span.block_start, prefix - 1) if ended else -1,
+            stop_at=self.stop_at(span, prefix) if ended else -1,
             confidence=count * (1 + threshold) / 2,
         )
+
+    def stop_at(self, span: Span, prefix: int) -> int:
+        """Where the answer ends, -1 if the request does not let it."""
+        last = max(span.block_start, prefix - 1)
+        return -1 if self.table.ignore_eos[span.row] or last < self.table.may_end_at[span.row] else last
 
     def slowed(self, drawn: int, slowness: float) -> int:
         exact = drawn / slowness

@@ -46,7 +46,7 @@ class PlainText(Text):
     """Stands in for a tokenizer: prompts are token ids, and no text comes out."""
 
     def __init__(self) -> None:
-        self.template = None
+        self.template, self.untemplated = None, "its text is filler"
 
     def load_template(self) -> None:
         pass
@@ -78,7 +78,7 @@ def pretended(
         table = RequestTable(rows, limit, private_bytes(nbytes(rows, limit)))
         pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
-        card = ModelCard(profile.model, limit, 0, 0)
+        card = ModelCard(profile.model, limit, 0, 0, profile.model)
         names = [f"sim:{i}" for i in range(devices)]
         planner = counsel(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
         return Furniture(

@@ -21,8 +21,10 @@ from dilaserve.models.layers import varlen_for
 from dilaserve.models.llada import Model, Weights
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
-from dilaserve.table import RequestTable
+from dilaserve.sharing import SharedBytes
+from dilaserve.table import RequestTable, private_bytes
 from dilaserve.worker import memory, rehearsal
+from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.groups import Abandoned, Groups
 from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
@@ -61,9 +63,15 @@ class Shared(NamedTuple):
     table: RequestTable
     exchange: Exchange
 
+    @property
+    def descriptors(self) -> list[int]:
+        """Which a worker has to inherit."""
+        return [part.memory.fd for part in self if isinstance(part.memory, SharedBytes)]
 
-def main(job: Job, rank: int, shared: Shared, line: socket.socket) -> None:
-    """Entry point of the child process."""
+
+def main(job: Job, rank: int, shared: Shared, fd: int) -> None:
+    """Entry point of the child process; `fd` is its end of the line to the engine."""
+    line = socket.socket(fileno=fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     if torch.device(job.device).type == "cpu":
@@ -93,7 +101,8 @@ class Worker:
         self, job: Job, rank: int, shared: Shared, spec: ModelSpec, weights: Weights, flat: torch.Tensor
     ) -> None:
         self.job, self.shared, self.spec, self.weights, self.flat = job, shared, spec, weights, flat
-        self.reuse: ReuseSteps | None = None  # for instances of this device alone
+        self.reuse: ReuseSteps | None = None  # for instances of this device alone, as is `forward`
+        self.forward: ForwardGraphs | None = None
         self.groups = Groups(job.backend, shared.exchange, rank, job.store)
         self.turns: torch.Tensor | None = None
 
@@ -111,16 +120,19 @@ class Worker:
         model: Model = family.Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
         self.turns = model.turns
         pool = KVPool(self.spec, shard, self.flat)
-        reuse = self.reuse_steps(model, pool) if group.size == 1 else None
-        return Runner(
-            self.spec, model, pool, self.shared.table, self.job.stop_ids, group, reuse, self.job.batched_tokens
-        )
+        if group.size == 1:
+            self.prepare_alone(model, pool)
+        reuse, forward = (self.reuse, self.forward) if group.size == 1 else (None, None)
+        table, tokens = self.shared.table, self.job.batched_tokens
+        return Runner(self.spec, model, pool, table, self.job.stop_ids, group, reuse, tokens, forward)
 
-    def reuse_steps(self, model: Model, pool: KVPool) -> ReuseSteps | None:
-        """The same ones whenever the device is alone, as they read the same memory; None where they would not pay."""
+    def prepare_alone(self, model: Model, pool: KVPool) -> None:
+        """Steps on fixed buffers, once: whenever the device is alone they read the same memory. Not where they would
+        not pay.
+        """
         if self.reuse is None and varlen_for(self.flat.device, self.flat.dtype, self.spec.head_dim):
             self.reuse = ReuseSteps(self.spec, model, pool, self.job.max_rows, self.job.eager)
-        return self.reuse
+            self.forward = ForwardGraphs(self.spec, model, pool, self.job.batched_tokens, self.job.eager)
 
 
 def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
@@ -136,9 +148,16 @@ def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
     held = Shard(rank % job.shards, job.shards)
     weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
     tokens = kv_tokens(job, spec, weights)
-    flat = torch.zeros((tokens + PAGE) * spec.kv_elements, dtype=dtype, device=device)  # the last page pads batches
-    wire.send(line, wire.Ready(tokens))
+    flat = zeros((tokens + PAGE) * spec.kv_elements, dtype, device)  # the last page pads batches
+    wire.send(line, wire.Ready(tokens, spec.shard_parameters(job.shards) * dtype.itemsize, flat.nbytes))
     return Worker(job, rank, shared, spec, weights, flat)
+
+
+def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the CPU, memory is taken where they are written: a pool is as large as the rows that have used it."""
+    if device.type != "cpu":
+        return torch.zeros(elements, dtype=dtype, device=device)
+    return private_bytes(elements * dtype.itemsize).view(dtype)
 
 
 def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
@@ -155,7 +174,10 @@ def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
         return job.kv_tokens
     tokens = memory.kv_tokens(spec, device, dtype, job.claim, job.kv_wanted, need)
     if tokens < PAGE:
-        raise CheckpointError(f"{device} has no memory left for a K/V pool after the weights")
+        raise CheckpointError(
+            f"{device} has no memory left for a K/V pool after the weights and a step of {job.batched_tokens} tokens; "
+            "lower --max-num-batched-tokens or use a smaller model"
+        )
     return tokens
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import sys
+from pathlib import Path
 
 import msgspec
 import torch
 
+from dilaserve import host
 from dilaserve.errors import CheckpointError
 from dilaserve.models.spec import ModelSpec
 from dilaserve.pages import PAGE
@@ -13,13 +16,31 @@ from dilaserve.pages import PAGE
 log = logging.getLogger(__name__)
 GIB = 2**30
 LOGITS_BYTES = 2**30  # the runner works on slices of the logits; this bounds one with its copies
+LOGITS_COPIES = 4  # of one slice, in float32
+HOST_SHARE = 0.9  # of the host's memory that is left at the start, which CPU workers divide; the rest is spared
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """The parts of a GPU's memory that a worker may use, and that nobody may; workers of one GPU divide the rest."""
+    """The parts of a GPU's memory that a worker may use, and that nobody may; workers of one GPU divide the rest.
+
+    A CPU worker may have `nbytes` of the host's memory, itself included; `origin` tells the log how that came about.
+    """
 
     share: float = 1.0
     spared: float = 0.0
+    nbytes: int = sys.maxsize
+    origin: str = ""
+
+
+def host_claim(workers: int) -> Claim:
+    """The part of the host's memory for each of so many CPU workers, divided once, before any of them has started."""
+    left = host.memory_left()
+    each = int(HOST_SHARE * left.nbytes / workers)
+    origin = (
+        f"{each / GIB:.2f} GiB for each CPU worker: {workers} of them share {100 * HOST_SHARE:.0f} % "
+        f"of the {left.nbytes / GIB:.2f} GiB that {left.bound} leaves"
+    )
+    return Claim(nbytes=each, origin=origin)
 
 
 def pin(buffer: torch.Tensor, device: torch.device) -> None:
@@ -69,7 +90,7 @@ def kv_tokens(spec: ModelSpec, device: torch.device, dtype: torch.dtype, claim: 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
     """An upper bound of what one step of `tokens` packed tokens allocates."""
     layer = tokens * (8 * spec.hidden + 4 * spec.mlp) * dtype.itemsize
-    return layer + LOGITS_BYTES
+    return layer + min(LOGITS_BYTES, LOGITS_COPIES * 4 * tokens * spec.vocab_size)
 
 
 def available(device: torch.device, claim: Claim) -> int:
@@ -80,11 +101,10 @@ def available(device: torch.device, claim: Claim) -> int:
         free, total = torch.cuda.mem_get_info(device)
         mine = torch.cuda.memory_reserved(device)
         return max(0, int(min(free - claim.spared * total, claim.share * total - mine)))
-    return free_on_host()
+    return max(0, min(claim.nbytes - own(), host.memory_left().nbytes))
 
 
-def free_on_host() -> int:
-    """Bytes that programs may still take of the machine's own memory."""
-    with open("/proc/meminfo") as lines:
-        fields = dict(line.split(":") for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+def own() -> int:
+    """Bytes of the host's memory that this process has taken for itself; files that it maps are not among them."""
+    fields = host.entries(Path("/proc/self/status"))
+    return 1024 * fields.get("RssAnon", 0)

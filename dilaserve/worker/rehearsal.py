@@ -14,6 +14,7 @@ from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.pages import PAGE
 from dilaserve.worker.batch import Array
 from dilaserve.worker.ends import WIDTH
+from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, ReuseSteps
 from dilaserve.worker.unmask import Sampling, guess
 
@@ -39,6 +40,8 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
         captured = [count for count in steps.buckets if count <= GRAPHS[-1]]
         graphs = 2 * peak(device, lambda: each(steps.rehearse, captured))  # a pool that all share, and its holes
+        forward = ForwardGraphs(spec, model, pool, tokens, eager=True)
+        graphs += 2 * peak(device, lambda: each(forward.graphs.rehearse, (forward.most,)))
     return max(refresh, reuse) + graphs + SLACK
 
 
@@ -85,7 +88,9 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
     mask_id = min(spec.mask_id, model.vocabulary.stop - model.vocabulary.start - 1)
     for part in torch.split(hidden, max(1, MAX_LOGITS // spec.vocab_size)):
         half, places = torch.full((len(part),), 0.5, device=device), torch.arange(len(part), device=device)
-        guess(model.logits(part), mask_id, Sampling(half, half, places, places, places))
+        never = places[:, None]
+        knobs = Sampling(half, half, places.int(), half, places, places, places, never)
+        guess(model.logits(part), mask_id, knobs)
 
 
 def spread(offsets: Array, device: torch.device, canvas: int, varlen: bool) -> list[Group] | Runs:

@@ -5,7 +5,6 @@ Rows without masks are frozen. The canvas of the active blocks stays on the devi
 read a step's result while the next one runs. On a CPU the same function runs as it is.
 """
 
-import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +17,12 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.table import RequestTable
 from dilaserve.worker.batch import Blocks, Columns
 from dilaserve.worker.ends import DEPTH, FIELDS, WIDTH, Buffers, ends_for
+from dilaserve.worker.graphs import Graphs
 from dilaserve.worker.statistics import Guess, best
 
-log = logging.getLogger(__name__)
 MAX_LOGITS = 2**26  # elements of [positions, vocab] at a time
 STRIDE = 2  # of the counts to which batches are padded; two blocks fill the smallest tile of a product
-GRAPHS = (1, *range(STRIDE, 17, STRIDE))  # rows; beyond, a step computes for longer than it takes to begin
+GRAPHS = (1, *range(STRIDE, 33, STRIDE))  # rows; beyond, a step computes for longer than its launches take a host
 
 
 class Found(NamedTuple):
@@ -43,7 +42,6 @@ class ReuseSteps:
         self.spec, self.model, self.pool = spec, model, pool
         self.device = pool.keys[0].device
         self.cuda = self.device.type == "cuda"
-        self.eager = eager or not self.cuda
         self.buckets = buckets(rows)
         most, device = self.buckets[-1], self.device
         self.staged = torch.zeros(most, WIDTH + len(FIELDS), dtype=torch.int64, pin_memory=self.cuda)
@@ -55,16 +53,15 @@ class ReuseSteps:
         )
         self.ends = ends_for(device)
         self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.memory: Any = None  # that all graphs share: one runs at a time
+        sizes = [size for size in self.buckets if size <= GRAPHS[-1]]
+        self.graphs = Graphs(device, sizes, self.step, self.pad, "rows", eager)
         if self.cuda:
-            # Of each stream the library for products keeps a workspace for good.
-            self.copies, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self.computed, self.arrived = ([torch.cuda.Event() for _ in range(DEPTH)] for _ in range(2))  # type: ignore[no-untyped-call]
         self.rows = self.bucket = self.launched = self.seen = 0
 
     def takes(self, columns: Columns, table: RequestTable) -> bool:
-        """Whether the batch is of reuse rows alone, greedy, with blocks of at most a page."""
+        """Whether the batch is of reuse rows alone, greedy, with blocks of at most a page in which answers may end."""
         widths = columns.block_end - columns.block_start
         return bool(
             len(columns.row) <= self.buckets[-1]
@@ -72,6 +69,7 @@ class ReuseSteps:
             and (columns.length == widths).all()
             and widths.max() <= WIDTH
             and not table.temperature[columns.row].any()
+            and (columns.block_start >= table.may_end_at[columns.row]).all()
         )
 
     def load(self, columns: Columns, blocks: Blocks, table: RequestTable) -> None:
@@ -105,10 +103,7 @@ class ReuseSteps:
         """Begin the next step of the batch."""
         slot = self.launched % DEPTH
         self.launched += 1
-        if graph := self.graphs.get(self.bucket):
-            graph.replay()
-        else:
-            self.step(self.bucket)
+        self.graphs.replay(self.bucket)
         if not self.cuda:
             self.landed[slot].copy_(self.buffers.found[slot])
             return
@@ -142,45 +137,18 @@ class ReuseSteps:
         return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True))) if len(pieces) > 1 else pieces[0]
 
     def make_ready(self, rows: int) -> None:
-        """Capture the graph of a bucket when it is first needed, that of the largest before it: the smaller ones then
-        find room in its memory. Goes on without graphs where one cannot be captured.
-        """
-        if self.eager or rows in self.graphs or rows > GRAPHS[-1]:
-            return
-        largest = max(size for size in self.buckets if size <= GRAPHS[-1])
-        try:
-            for size in dict.fromkeys((largest, rows)):
-                if size not in self.graphs:
-                    self.graphs[size] = self.captured(size)
-        except RuntimeError as error:
-            log.warning("no CUDA graph of %d rows (%s); steps go on without graphs", rows, str(error).splitlines()[0])
-            self.eager = True
-            self.graphs.clear()
-        self.buffers.turn.fill_(DEPTH - 1)
-        self.launched = self.seen = 0
-
-    def captured(self, rows: int) -> torch.cuda.CUDAGraph:
-        """The step of so many rows as a graph, after it has run once on padding so that all kernels are there."""
-        self.rehearse(rows)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-            self.step(rows)
-        self.memory = self.memory or graph.pool()
-        return graph
+        if self.graphs.make_ready(rows):
+            self.buffers.turn.fill_(DEPTH - 1)
+            self.launched = self.seen = 0
 
     def rehearse(self, rows: int) -> None:
-        """Run the step on padding alone, beside the current stream as captures want it."""
+        """Run the step on padding alone."""
+        self.graphs.rehearse(rows)
+
+    def pad(self, rows: int) -> None:
+        """Make the first rows of the batch padding."""
         self.clear(self.staged.numpy()[:rows])
         self.buffers.batch[:rows].copy_(self.staged[:rows])
-        if not self.cuda:
-            self.step(rows)
-            return
-        here = torch.cuda.current_stream(self.device)
-        self.side.wait_stream(here)
-        with torch.cuda.stream(self.side):
-            self.step(rows)
-        here.wait_stream(self.side)
-        torch.cuda.synchronize(self.device)
 
 
 def buckets(rows: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ from dilaserve.models.layers import Group as SpanGroup
 from dilaserve.models.layers import Packed, PackedSpan, Runs, grouped, varlen_for
 from dilaserve.models.llada import Model
 from dilaserve.models.spec import ModelSpec
-from dilaserve.table import RULES, RequestTable
+from dilaserve.table import NO_TOKEN, RULES, RequestTable
 from dilaserve.terms import RowResult, Span
 from dilaserve.worker.batch import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
 from dilaserve.worker.ends import DEPTH
+from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.groups import Alone, Group
 from dilaserve.worker.reuse import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.staging import Staging
@@ -43,8 +45,8 @@ class Runner:
     """Runs an instance's batches as one rank of its TP group, with one model and one K/V pool.
 
     All ranks read the same rows and have read them before the last collective of a step; behind it rank 0 alone judges
-    and writes. Batches that `reuse` takes go through it, the others are laid out anew. A launch does not go on into a
-    step of more than `max_tokens` (None: no limit).
+    and writes. Batches that `reuse` takes go through it; the others are laid out anew, and computed by `forward` if it
+    takes them. A launch does not go on into a step of more than `max_tokens` (None: no limit).
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Runner:
         group: Group = Alone(),  # noqa: B008 - has no state
         reuse: ReuseSteps | None = None,
         max_tokens: int | None = None,
+        forward: ForwardGraphs | None = None,
     ) -> None:
         self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
-        self.reuse, self.max_tokens = reuse, max_tokens
+        self.reuse, self.forward, self.max_tokens = reuse, forward, max_tokens
         self.device = pool.keys[0].device
         self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
         self.staging = Staging(self.device)
@@ -130,7 +133,7 @@ class Runner:
             last = read == launched and (over or launched == most)
             now = time.perf_counter()
             yield Outcome(results, now - mark, arrived - entered, last)
-            mark = entered = now
+            mark, entered = now, arrived if launched > read else now  # a step that is under way has gone on meanwhile
 
     @torch.inference_mode()
     def step(self, columns: Columns) -> Outcome | None:
@@ -144,9 +147,9 @@ class Runner:
         masked = (canvas == self.spec.mask_id) & blocks.valid
         wanted, where = np.flatnonzero(masked[blocks.valid]), np.flatnonzero(masked)
         others = [wanted, where, *self.rules(columns), *self.sampling(columns, blocks, masked)]
-        packed, (kept, places, *knobs) = self.pack(columns, others)
+        forward, (kept, places, *knobs) = self.prepared(columns, others)
         entered = time.perf_counter()
-        hidden = self.model.hidden(packed, self.pool)[kept]
+        hidden = forward()[kept]
         guessed = self.guess(hidden, Sampling(*knobs[RULE_KNOBS:]) if knobs[RULE_KNOBS:] else None)
         if self.group.rank:
             return None
@@ -166,7 +169,7 @@ class Runner:
             return self.guess_slice(hidden, sampling)
         pieces = []
         for first in range(0, len(hidden), size):
-            part = sampling and Sampling(*(knob[first : first + size] for knob in sampling))
+            part = sampling and sampling.of(slice(first, first + size))
             pieces.append(self.guess_slice(hidden[first : first + size], part))
         return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
@@ -176,20 +179,39 @@ class Runner:
             return guess(logits, mask_id, sampling)
         return guess_part(logits, self.group, self.model.vocabulary, self.spec.vocab_size, mask_id, sampling)
 
+    def prepared(
+        self, columns: Columns, others: Sequence[np.ndarray[Any, Any] | None]
+    ) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+        """The forward pass, ready to be run, and other arrays on the device. It gives the hidden states of the active
+        blocks; the first of the others, which are indices into these, is made to fit what it gives.
+        """
+        if self.forward is None or not self.forward.takes(columns):
+            packed, rest = self.pack(columns, others)
+            return partial(self.model.hidden, packed, self.pool), rest
+        wanted, *others = others
+        tokens = active_tokens(columns)[wanted]
+        longs, ints, *rest = self.staging.send(
+            [*self.forward.laid_out(*self.tokens(columns), columns), tokens, *others]
+        )
+        return partial(self.forward.hidden, longs, ints), rest
+
+    def tokens(self, columns: Columns) -> tuple[Array, Array, Array]:
+        """Id, position and pool token of each of the spans' tokens, one after the other."""
+        positions = ranges(columns.start, columns.length)
+        ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
+        return ids.astype(np.int64), positions, positions + np.repeat(columns.kv_start, columns.length)
+
     def pack(
         self, columns: Columns, others: Sequence[np.ndarray[Any, Any] | None] = ()
     ) -> tuple[Packed, list[torch.Tensor]]:
         """Lay the spans' tokens one after the other, and say which of them the last layer must finish; other arrays
         come along.
         """
-        positions = ranges(columns.start, columns.length)
-        ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
-        slots = positions + np.repeat(columns.kv_start, columns.length)
         kept, widths = None, columns.block_end - columns.block_start
         if bool((widths < columns.length).any()):
-            kept = ranges(starts(columns.length) + columns.block_start - columns.start, widths)
+            kept = active_tokens(columns)
         runs = self.runs(columns, widths) if self.varlen else [None] * 4
-        arrays = [ids.astype(np.int64), positions, slots, kept, *runs, *others]
+        arrays = [*self.tokens(columns), kept, *runs, *others]
         tokens, places, targets, there, ends, kept_ends, first, keys, *rest = self.staging.send(arrays)
 
         def spans(offsets: torch.Tensor | None, lengths: Array) -> list[SpanGroup] | Runs:
@@ -207,13 +229,23 @@ class Runner:
         return [array.astype(np.int32) for array in (*ends, np.append(columns.kv_start, 0), columns.keys)]
 
     def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """The knobs of `unmask.Sampling` of each mask; none when every row is greedy."""
-        temperature = self.table.temperature[columns.row]
-        if not temperature.any():
+        """The knobs of `unmask.Sampling` of each mask; none when every row is greedy and may end anywhere."""
+        table, row = self.table, columns.row
+        early = blocks.positions < table.may_end_at[row, None]
+        if not table.temperature[row].any() and not (early & masked).any():
             return []
         masks = masked.sum(1)
-        knobs = (temperature, self.table.top_p[columns.row], self.table.seed[columns.row], columns.step)
-        return [*(np.repeat(knob, masks) for knob in knobs), blocks.positions[masked]]
+        knobs = (table.temperature, table.top_p, table.top_k, table.min_p, table.seed)
+        each = [np.repeat(knob, masks) for knob in (*(knob[row] for knob in knobs), columns.step)]
+        ends = np.repeat(self.ends(row), masks, axis=0)
+        never = np.where(early[masked][:, None], ends, NO_TOKEN)
+        return [*each, blocks.positions[masked], never.astype(np.int64)]
+
+    def ends(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The tokens that end each row's answer, [rows, ids], filled up with `NO_TOKEN`."""
+        models = np.where(self.table.ignore_eos[row, None], NO_TOKEN, self.stop_ids)
+        own = self.table.stop_ids[row]
+        return np.concatenate([models, own[:, (own != NO_TOKEN).any(0)]], axis=1)
 
     def rules(self, columns: Columns) -> list[np.ndarray[Any, Any] | None]:
         """The knobs of `unmask.Rules` of each row."""
@@ -242,8 +274,8 @@ class Runner:
     ) -> list[RowResult]:
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
-        heeds = ~self.table.ignore_eos[columns.row, None]
-        stops = (canvas[..., None] == self.stop_ids).any(-1) & blocks.valid & heeds
+        may_end = blocks.valid & (blocks.positions >= self.table.may_end_at[columns.row, None])
+        stops = (canvas[..., None] == self.ends(columns.row)[:, None]).any(-1) & may_end
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
         fields = (columns.row, columns.generation, taken.sum(1), masked.sum(1), prefix, stop_at, confidence)
@@ -268,6 +300,11 @@ def follow(courses: list[list[Span]], results: list[RowResult]) -> bool:
         if not course:
             return False
     return True
+
+
+def active_tokens(columns: Columns) -> Array:
+    """The packed tokens of the active blocks, row by row."""
+    return ranges(starts(columns.length) + columns.block_start - columns.start, columns.block_end - columns.block_start)
 
 
 def packed_spans(offsets: Array, lengths: Array, columns: Columns) -> list[PackedSpan]:

@@ -3,6 +3,8 @@
 Pure tensor functions. One sweep over the logits per row, never a softmax in float64 over the vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,26 +14,57 @@ from dilaserve.worker.statistics import HOPELESS, Guess, best, weighed
 
 
 class Sampling(NamedTuple):
-    """Per-mask knobs, all [masks]; a row's random stream depends on its seed, step and position alone."""
+    """Knobs of each mask's choice; a row's random stream depends on its seed, step and position alone."""
 
-    temperature: torch.Tensor  # float32
-    top_p: torch.Tensor  # float32
-    seed: torch.Tensor  # int64
-    step: torch.Tensor  # int64
-    position: torch.Tensor  # int64
+    temperature: torch.Tensor  # float32 [masks]
+    top_p: torch.Tensor  # float32 [masks]
+    top_k: torch.Tensor  # int32 [masks]; 0: no limit
+    min_p: torch.Tensor  # float32 [masks]
+    seed: torch.Tensor  # int64 [masks]
+    step: torch.Tensor  # int64 [masks]
+    position: torch.Tensor  # int64 [masks]
+    never: torch.Tensor  # int64 [masks, ids]; tokens that are not chosen here, filled up with -1
+
+    def of(self, masks: torch.Tensor | slice) -> "Sampling":
+        """The knobs of some of the masks."""
+        return Sampling(*(knob[masks] for knob in self))
+
+    @property
+    def hot(self) -> torch.Tensor:
+        """The masks whose token is drawn, [hot]."""
+        return (self.temperature > 0).nonzero().squeeze(1)
+
+    @property
+    def narrow(self) -> torch.Tensor:
+        """Which masks draw from a part of the vocabulary, bool [masks]."""
+        return (self.temperature > 0) & ((self.top_p < 1) | (self.top_k > 0) | (self.min_p > 0))
 
 
 def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) -> Guess:
     """The best (or sampled) token of each row of logits [masks, vocab]; the mask token is never chosen.
 
-    The first of equal logits wins, as in torch.argmax. `logits` is overwritten.
+    The first of equal logits wins, as in torch.argmax. What is never chosen counts in the odds. `logits` is
+    overwritten.
     """
     if sampling is None:
         return best(logits, mask_id)
     logits = logits.float()
     mask_logit = logits[:, mask_id].clone()
     logits[:, mask_id] = -torch.inf
-    return weighed(logits, sample(logits, sampling), mask_logit)
+    with without(logits, sampling.never):
+        token = sample(logits, sampling)
+    return weighed(logits, token, mask_logit)
+
+
+@contextlib.contextmanager
+def without(logits: torch.Tensor, never: torch.Tensor, first: int = 0) -> Iterator[None]:
+    """Hides the tokens `never` [masks, ids] of the logits [masks, part], whose first column is the id `first`."""
+    row, place = ((never >= first) & (never < first + logits.shape[1])).nonzero(as_tuple=True)
+    column = never[row, place] - first
+    hidden = logits[row, column]
+    logits[row, column] = -torch.inf
+    yield
+    logits[row, column] = hidden
 
 
 def guess_part(
@@ -39,13 +72,14 @@ def guess_part(
 ) -> Guess:
     """`guess` where each rank has the logits of its part of the vocabulary, [masks, part]; `logits` is overwritten.
 
-    Five numbers a mask and rank are exchanged; the logits themselves only of rows that sample from a nucleus.
+    Five numbers a mask and rank are exchanged; the logits themselves only of rows that draw from a part of the
+    vocabulary.
     """
     logits = logits.float()
-    narrow = None if sampling is None else ((sampling.temperature > 0) & (sampling.top_p < 1)).nonzero().squeeze(1)
+    narrow = None if sampling is None else sampling.narrow.nonzero().squeeze(1)
     whole = None
     if sampling is not None and narrow is not None and len(narrow):
-        whole = guess(gathered(logits[narrow], group, vocab), mask_id, Sampling(*(knob[narrow] for knob in sampling)))
+        whole = guess(gathered(logits[narrow], group, vocab), mask_id, sampling.of(narrow))
     found = joined(group.all_gather(judged(logits, vocabulary.start, mask_id - vocabulary.start, sampling)))
     if whole is not None:
         found.token[narrow], found.odds[narrow] = whole
@@ -69,18 +103,24 @@ def judged(logits: torch.Tensor, first: int, mask: int, sampling: Sampling | Non
     if 0 <= mask < logits.shape[1]:
         mask_logit = logits[:, mask].clone()
         logits[:, mask] = -torch.inf
-    token = logits.argmax(1, keepdim=True)
-    score = logits.gather(1, token).double()
-    hot = (sampling.temperature > 0).nonzero().squeeze(1) if sampling is not None else token[:0, 0]
-    if sampling is not None and len(hot):
-        noise = gumbel(sampling.seed[hot], sampling.step[hot], sampling.position[hot], logits.shape[1], first)
-        scores = logits[hot].double() / sampling.temperature[hot, None] + noise  # no float32 for tiny temperatures
-        token[hot] = scores.argmax(1, keepdim=True)
-        score[hot] = scores.gather(1, token[hot])
+    with without(logits, sampling.never, first) if sampling is not None else contextlib.nullcontext():
+        token, score = scored(logits, first, sampling)
     chosen = logits.gather(1, token)
     others = logits.sub_(chosen).exp_().scatter_(1, token, 0.0).sum(1, keepdim=True)
     others.masked_fill_(chosen == -torch.inf, 0.0)
     return torch.cat([score, token + first, chosen, others, mask_logit[:, None]], dim=1).T.contiguous()
+
+
+def scored(logits: torch.Tensor, first: int, sampling: Sampling | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column of a rank's candidate and its score in float64, [masks, 1] each."""
+    token = logits.argmax(1, keepdim=True)
+    score = logits.gather(1, token).double()
+    if sampling is not None and len(hot := sampling.hot):
+        noise = gumbel(sampling.seed[hot], sampling.step[hot], sampling.position[hot], logits.shape[1], first)
+        scores = logits[hot].double() / sampling.temperature[hot, None] + noise  # no float32 for tiny temperatures
+        token[hot] = scores.argmax(1, keepdim=True)
+        score[hot] = scores.gather(1, token[hot])
+    return token, score
 
 
 def joined(parts: torch.Tensor) -> Guess:
@@ -95,24 +135,34 @@ def joined(parts: torch.Tensor) -> Guess:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Gumbel-max over the nucleus for rows with a temperature, argmax for the others; [masks, 1]."""
+    """Gumbel-max over what the knobs leave for rows with a temperature, argmax for the others; [masks, 1]."""
     token = logits.argmax(1, keepdim=True)
-    hot = (sampling.temperature > 0).nonzero().squeeze(1)
-    if len(hot):
-        scaled = (logits[hot] - logits[hot].amax(1, keepdim=True)) / sampling.temperature[hot, None]  # best at 0
-        noise = gumbel(sampling.seed[hot], sampling.step[hot], sampling.position[hot], logits.shape[1])
-        token[hot] = (nucleus(scaled, sampling.top_p[hot]) + noise).argmax(1, keepdim=True)
+    if len(hot := sampling.hot):
+        knobs = sampling.of(hot)
+        scaled = (logits[hot] - logits[hot].amax(1, keepdim=True)) / knobs.temperature[:, None]  # best at 0
+        if len(narrow := knobs.narrow.nonzero().squeeze(1)):  # the others are left alone, whoever is beside them
+            scaled[narrow] = narrowed(scaled[narrow], knobs.of(narrow))
+        noise = gumbel(knobs.seed, knobs.step, knobs.position, logits.shape[1])
+        token[hot] = (scaled + noise).argmax(1, keepdim=True)
     return token
 
 
-def nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Logits outside the smallest set of tokens whose probability reaches top_p become -inf."""
-    if bool((top_p >= 1).all()):
-        return logits
-    ordered, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
-    before = ordered.cumsum(1) - ordered
-    outside = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= top_p[:, None])
-    return logits.masked_fill(outside, -torch.inf)
+def narrowed(logits: torch.Tensor, knobs: Sampling) -> torch.Tensor:
+    """Logits whose best is 0, [rows, vocab], with -inf for tokens that are not to be drawn. In this order, as in vLLM:
+
+    1. `min_p`: less probable than this share of the best token's probability.
+    2. `top_k`: not among so many most probable ones, the first of equals before the others.
+    3. `top_p`: outside the smallest set of those left whose probability reaches it among them.
+    """
+    logits = logits.masked_fill(logits < knobs.min_p.log()[:, None], -torch.inf)
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    most = torch.where(knobs.top_k > 0, knobs.top_k, logits.shape[1])
+    ordered = ordered.masked_fill(rank >= most[:, None], -torch.inf)
+    probability = ordered.softmax(1)
+    before = probability.cumsum(1) - probability
+    outside = (before >= knobs.top_p[:, None]) & (knobs.top_p < 1)[:, None]
+    return torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(outside, -torch.inf))
 
 
 def gumbel(seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, vocab: int, first: int = 0) -> torch.Tensor:

@@ -1,0 +1,39 @@
+"""What became of every request, each counted once when it ends, and the device seconds that requests took."""
+
+from typing import Literal
+
+Fate = Literal["answered", "declined", "cancelled", "failed", "refused"]
+FATES: dict[Fate, str] = {
+    "answered": "finished with a whole answer",
+    "declined": "told that the deadline cannot be met, at once or later",
+    "cancelled": "left by the client",
+    "failed": "given up because of an error on the server",
+    "refused": "refused because the queue is full",
+}
+
+
+class Totals:
+    """Sums since the start.
+
+    `fates` counts all requests that have ended. `deadlines` counts those with a deadline: "met" or "missed" for an
+    answered one, else the fate. `device` are the seconds of steps on requests that ended, `wasted` the part on requests
+    that missed their deadline through the server's fault.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.fates: dict[str, int] = dict.fromkeys(FATES, 0)
+        self.deadlines = dict.fromkeys(("met", "missed", *FATES), 0)
+        del self.deadlines["answered"]
+        self.device = self.wasted = 0.0
+
+    def ended(self, fate: Fate, met: bool | None) -> None:
+        """Count a request; `met` tells whether it was in time for its deadline, None: it has none."""
+        self.fates[fate] += 1
+        if met is not None:
+            self.deadlines[fate if fate != "answered" else "met" if met else "missed"] += 1
+
+    def spent(self, seconds: float, wasted: bool) -> None:
+        """Add device seconds of a request that has ended, or of the step that it was in when it ended."""
+        self.device += seconds
+        self.wasted += seconds if wasted else 0.0

@@ -1,0 +1,206 @@
+"""What may come in: each endpoint's body as a struct, how bytes become one, and what is said of those that do not."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, TypeVar
+
+import msgspec
+
+from dilaserve.config import CacheKind
+from dilaserve.errors import BadRequest, quoted, shortened
+from dilaserve.server import unsupported
+from dilaserve.server.unsupported import Unsupported
+from dilaserve.terms import DecodeRule, OnMiss
+
+T = TypeVar("T")
+HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
+HALF_WITHIN = 2**18  # bytes of a body that is not JSON in which that reason is looked for
+MAX_DEFAULT = 8192  # bytes of a value that can be a default; longer ones are refused unread
+MAX_NAMES = 10_000  # colons of a body in which misspelled fields are looked for
+MAX_WARNINGS = 8
+MAX_UNKNOWN = 32  # unknown names that are compared with known ones, at half a millisecond each
+MAX_NAME = 48  # characters of a name that can be a misspelled one
+ALIKE = 0.8  # of difflib's ratio, from which a name is taken for a misspelled one
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When the answer is wanted, and what becomes of it otherwise; `task` names a quality profile."""
+
+    deadline_ms: float | None = None
+    class_: str | None = msgspec.field(default=None, name="class")
+    on_miss: OnMiss | None = None
+    priority: int | None = None
+    min_confidence_threshold: float | None = None
+    task: str | None = None
+
+
+class Common(msgspec.Struct, kw_only=True):
+    """Fields of both endpoints. null means the default everywhere."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # ours
+    decode: DecodeRule | None = None
+    confidence_threshold: float | None = None
+    num_denoising_steps: int | None = None
+    factor: float | None = None
+    block_length: int | None = None
+    cache: CacheKind | None = None
+    refresh_interval: int | None = None
+    ignore_eos: bool | None = None
+    slo: Slo | None = None
+    priority: int | None = None
+    min_confidence_threshold: float | None = None
+
+
+class Part(msgspec.Struct, frozen=True, gc=False):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Function(msgspec.Struct, frozen=True):
+    """A call of a function, or of a custom tool, whose `input` is text."""
+
+    name: str
+    arguments: Any = None
+    input: str | None = None
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    id: str | None = None
+    function: Function | None = None
+    custom: Function | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[str | Part] | None = None
+    refusal: str | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: Function | None = None
+
+
+class ChatRequest(Common, kw_only=True):
+    messages: list[Message]
+    logprobs: bool | None = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    prompt: str | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+class TokenizeRequest(msgspec.Struct):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    tokens: list[int]
+    model: str | None = None
+
+
+REFUSED: Mapping[type, Mapping[str, Unsupported]] = {
+    ChatRequest: unsupported.CHAT,
+    CompletionRequest: unsupported.COMPLETIONS,
+    TokenizeRequest: unsupported.TOKENIZE,
+}
+
+
+def with_refused(kind: type[T]) -> type[T]:
+    """The struct with the fields that are refused for it, which stay as they were sent until they are looked at."""
+    fields = [(name, msgspec.Raw, msgspec.Raw(b"null")) for name in REFUSED.get(kind, {})]
+    made: type[T] = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True)  # type: ignore[assignment]
+    return made
+
+
+_decoders: dict[type, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(with_refused(kind))
+    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+}
+
+
+def decoded(body: bytes | bytearray, kind: type[T]) -> T:
+    """The body as a request of this kind; `BadRequest` names the field that is wrong, or that cannot be honoured."""
+    request: T = parsed(body, _decoders.get(kind) or msgspec.json.Decoder(kind))
+    for name, about in REFUSED.get(kind, {}).items():
+        refuse(name, getattr(request, name), about)
+    return request
+
+
+def parsed(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `")
+        missing = re.search(r"missing required field `(\w+)`", text)
+        places = [path.rstrip("`").removeprefix("$").removeprefix("."), missing[1] if missing else ""]
+        param = shortened(".".join(filter(None, places))) or None
+        raise BadRequest(f"{param}: {shortened(text)}" if param else shortened(text), param=param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if not body.strip():
+            raise BadRequest("the body is empty; send JSON") from error
+        if HALF.search(body, 0, HALF_WITHIN):
+            raise BadRequest("the body is not valid JSON: a string holds half of a surrogate pair") from error
+        raise BadRequest(f"the body is not valid JSON: {shortened(str(error))}") from error
+
+
+def refuse(name: str, sent: msgspec.Raw, about: Unsupported) -> None:
+    """Raise `BadRequest` for a value that cannot be honoured."""
+    if about.harmless is unsupported.anything:
+        return
+    given = parsed(bytes(sent), _any) if memoryview(sent).nbytes <= MAX_DEFAULT else ...
+    if given is not None and not about.harmless(given):
+        raise BadRequest(f"{name} cannot be honoured: {about.reason}", param=name, code="unsupported_parameter")
+
+
+_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+_names = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def misspelled(body: bytes | bytearray, kind: type[msgspec.Struct]) -> list[str]:
+    """A warning for each unknown field of a body, which is valid, that looks like a known one."""
+    if body.count(b":") > MAX_NAMES:
+        return []
+    known = {*kind.__struct_fields__, *REFUSED.get(kind, ())}
+    targets = {plain(name): name for name in known}
+    found: list[str] = []
+    unknown = (name for name in _names.decode(body) if name not in known and len(name) <= MAX_NAME)
+    for name in islice(unknown, MAX_UNKNOWN):
+        if len(found) == MAX_WARNINGS:
+            break
+        if near := difflib.get_close_matches(plain(name), targets, 1, ALIKE):
+            found.append(f"the field {quoted(name)} is unknown and was ignored; did you mean {targets[near[0]]!r}?")
+    return found
+
+
+def plain(name: str) -> str:
+    """The letters by which names are compared: maxTokens is max_tokens."""
+    return name.lower().replace("_", "").replace("-", "")

@@ -1,0 +1,229 @@
+"""Chat templates: rendered as transformers renders them, and no template keeps anybody waiting or eats the memory."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import threading
+
+import checkpoints
+import pytest
+
+from dilaserve.chat_template import ChatTemplate, find, loaded
+from dilaserve.errors import BadRequest, CheckpointError, Unavailable
+from dilaserve.template_process import MEMORY, MOST_TEXT, Source
+from dilaserve.text import Text
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HELLO = [{"role": "user", "content": "Hello"}]
+SLOW, LARGE = "takes more than [.0-9]+ seconds", f"it takes more than {MEMORY // 2**20} MiB"
+
+
+@pytest.fixture
+def model(tmp_path, random_model):
+    """A directory with a tokenizer alone; write its template with `configure`."""
+    (tmp_path / "tokenizer.json").write_bytes((random_model / "tokenizer.json").read_bytes())
+    return tmp_path
+
+
+def configure(model, template, **more):
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **more}))
+
+
+def moody() -> str:
+    """A template that does what the first message asks for."""
+    cases = {
+        "loop": ENDLESS,
+        "count": "{{ 7 ** (7 ** (8 + messages | length)) }}",
+        "grow": "{{ 'x' * (3000000000 * messages | length) }}",
+        "print": f"{{{{ 'x' * ({MOST_TEXT} + messages | length) }}}}",
+        "double": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "refuse": "{{ raise_exception('not you') }}",
+        "fail": "{{ 1 / 0 }}",
+    }
+    asked = "{% set asked = messages[0]['content'] %}"
+    return asked + "".join(f"{{% if asked == '{name}' %}}{case}{{% endif %}}" for name, case in cases.items()) + "fine"
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """Renders for less than a second."""
+    template = ChatTemplate(Source(moody(), {}, 0.3))
+    yield template
+    template.close()
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """Renders for so long that memory is short first, also where that is slow."""
+    template = ChatTemplate(Source(moody(), {}, 60.0))
+    yield template
+    template.close()
+
+
+def asking(content):
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("content", ["loop", "count"])
+def test_a_rendering_is_bounded_in_time_and_the_next_one_works(hasty, content):
+    reply = hasty.render(asking(content))
+    assert (reply.text, reply.on_purpose) == (None, False)
+    assert reply.reason == "it takes more than 0.3 seconds of CPU time"
+    assert hasty.render(HELLO).text == "fine"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("grow", LARGE),
+        ("double", LARGE),
+        ("print", f"it makes a text of {MOST_TEXT + 5} characters and may make {MOST_TEXT}"),
+        ("refuse", "not you"),
+        ("fail", "division by zero"),
+    ],
+)
+def test_a_rendering_is_bounded_in_size_and_the_next_one_works(patient, content, reason):
+    reply = patient.render(asking(content))
+    assert (reply.text, reply.reason, reply.on_purpose) == (None, reason, content == "refuse")
+    assert patient.render(HELLO).text == "fine"
+
+
+def test_a_process_that_is_killed_from_outside_is_replaced(patient):
+    patient.render(HELLO)
+    first = patient.process.pid
+    os.kill(first, signal.SIGKILL)
+    assert patient.render(HELLO).text == "fine"
+    assert patient.process.pid != first
+
+
+async def test_the_loop_and_other_threads_go_on_while_a_template_loops(hasty):
+    endless = asyncio.create_task(hasty.rendered(asking("loop")))
+    turns = 0
+    while not endless.done():
+        await asyncio.to_thread(int)
+        turns += 1
+    assert re.search(SLOW, endless.result().reason)
+    assert turns > 10
+
+
+def test_closing_ends_a_rendering_that_is_under_way():
+    template = ChatTemplate(Source(ENDLESS, {}, 60.0))
+    template.start()
+    pid, ended = template.process.pid, []
+
+    def render():
+        with pytest.raises(Unavailable):
+            template.render(HELLO)
+        ended.append(True)
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    template.close()
+    thread.join(30)
+    assert ended
+    assert template.process is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (ENDLESS, SLOW),
+        ("{{ 'x' * 3000000000 }}", LARGE),
+        ("{{ x", "unexpected end of template"),
+        ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "recursion"),
+        (5, "is broken|is no text|cannot be read"),
+        ("x" * (2**20 + 1), None),
+    ],
+)
+def test_a_template_that_never_works_is_named_at_the_start(model, template, reason):
+    configure(model, template)
+    text = Text(model)
+    try:
+        if reason is None:
+            text.load_template()
+            assert len(text.render(HELLO)) == 2**20 + 1  # the configuration's bound is a wider one
+        else:
+            with pytest.raises(CheckpointError, match=f"chat template in .*({reason})"):
+                text.load_template()
+    finally:
+        text.close()
+
+
+def test_a_template_that_wants_other_messages_is_served(model):
+    configure(model, "{{ raise_exception('a system message first') }}")
+    text = Text(model)
+    text.load_template()
+    with pytest.raises(BadRequest, match="rejects these messages: a system message first"):
+        text.render(HELLO)
+    text.close()
+
+
+TEMPLATES = (
+    checkpoints.TEMPLATE,
+    "{{ bos_token }}{% for m in messages %}\n  {% if loop.last %}\n  {{ m | tojson }}\n  {% endif %}\n{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content | trim }}{% endfor %}",
+    "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}{{ eos_token }}",
+    "{{ tools is none }}{{ documents is none }}{{ strftime_now('%Y') }}{{ add_generation_prompt }}",
+    "{{ messages | tojson(indent=2) }}{{ messages | tojson(ensure_ascii=true, sort_keys=true) }}",
+    "{{ namespace(a=1).a }}{{ messages[0].name is defined }}{{ messages[0]['content'].split('o')[-1] }}",
+)
+CONVERSATIONS = (
+    HELLO,
+    [{"role": "system", "content": " <be> 'brief' & é漢 \n"}, {"role": "user", "content": "  Hello you  "}],
+    [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": "oh"}, HELLO[0]],
+)
+
+
+def test_what_is_rendered_is_what_transformers_renders(model):
+    for template in TEMPLATES:
+        configure(
+            model, template, bos_token="<|startoftext|>", eos_token={"__type": "AddedToken", "content": "<|end|>"}
+        )
+        theirs, ours = loaded(model), ChatTemplate(find(model, None))
+        for messages in CONVERSATIONS:
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            assert ours.render(messages).text == expected
+        ours.close()
+
+
+def test_a_model_without_a_template_says_so_and_how_to_get_one(model):
+    lists = [{"name": "tools", "template": "a"}, {"name": "rag", "template": "b"}]
+    for template, reason in ((None, "it has no chat template"), (lists, "its chat templates are tools, rag and none")):
+        configure(model, template)
+        text = Text(model)
+        text.load_template()
+        with pytest.raises(BadRequest, match=f"serves no chats: {reason}.*--chat-template, or use /v1/completions"):
+            text.encode_chat(HELLO)
+        assert text.encode("Hello")
+    configure(model, [*lists, {"name": "default", "template": "c"}])
+    assert find(model, None).template == "c"
+
+
+def test_a_file_takes_the_place_of_the_models_own_template(model, tmp_path):
+    configure(model, ENDLESS)
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{{ messages[0].content }}, é!")
+    text = Text(model, mine)
+    text.load_template()
+    assert text.render(HELLO) == "Hello, é!"
+    text.close()
+    mine.write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=f"cannot be read from {mine}: .*decode"):
+        find(model, mine)
+    with pytest.raises(CheckpointError, match=r"cannot be read from /nowhere\.jinja: No such file"):
+        find(model, model.__class__("/nowhere.jinja"))
+
+
+def test_a_conversation_longer_than_any_canvas_is_not_rendered(model):
+    configure(model, ENDLESS)
+    text = Text(model)
+    text.template = ChatTemplate(Source(ENDLESS, {}))
+    for messages in (HELLO * 5000, [{"role": "user", "content": "a" * 300_000}]):
+        with pytest.raises(BadRequest, match="is too long"):
+            text.encode_chat(messages)
+    assert text.template.process is None

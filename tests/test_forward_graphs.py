@@ -1,0 +1,86 @@
+"""Forward passes on fixed, padded buffers, on the CPU and as graphs on a pretended GPU, against steps laid out anew."""
+
+import numpy as np
+import pytest
+import torch
+from pretended import pretend
+from test_cuda import GPU, anew  # noqa: F401 - a fixture
+from test_reuse import CPU, House, shapes_of
+
+from dilaserve.worker import rehearsal
+from dilaserve.worker.batch import columns_of
+from dilaserve.worker.forward_graphs import SPANS, STRIDE, TOKENS, ForwardGraphs
+
+
+def runner_of(directory, device=CPU, dtype=torch.float32, *, forward=True, eager=False):
+    house = House(directory, False, device, dtype)
+    if forward:
+        house.runner.forward = ForwardGraphs(house.spec, house.model, house.pool, TOKENS, eager)
+    return house
+
+
+def denoised(house, shapes, steps=5):
+    """Canvases after steps in which every second row refreshes, the others reuse what the first step wrote."""
+    house.fill(shapes)
+    refresh, reuse = house.spans(shapes, refresh=True), house.spans(shapes, refresh=False)
+    list(house.runner.steps(refresh, 1))
+    for step in range(steps):
+        mixed = [
+            one if (row + step) % 2 else other for row, (one, other) in enumerate(zip(refresh, reuse, strict=True))
+        ]
+        list(house.runner.steps(mixed, 1))
+    return house.table.canvas.copy()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_padded_forward_passes_give_the_tokens_of_steps_laid_out_anew(random_model, count):
+    shapes = shapes_of(count)
+    plain, padded = (denoised(runner_of(random_model, forward=way), shapes) for way in (False, True))
+    assert np.array_equal(plain, padded)
+
+
+def test_padding_writes_to_the_spare_page_alone(random_model):
+    house = runner_of(random_model)
+    shapes = [(20, 16, 37)]
+    for keys in (*house.pool.keys, *house.pool.values):
+        keys.fill_(7.0)
+    denoised(house, shapes, steps=2)
+    canvas = 20 + 37
+    assert all(bool((keys[canvas : house.pool.spare] == 7.0).all()) for keys in (*house.pool.keys, *house.pool.values))
+
+
+def test_graphs_give_the_tokens_of_the_same_function_without_graphs(random_model):
+    shapes = shapes_of(5)
+    with pretend():
+        graphs, eager = (runner_of(random_model, GPU, torch.bfloat16, eager=way) for way in (False, True))
+        assert np.array_equal(denoised(graphs, shapes), denoised(eager, shapes))
+        assert len(graphs.runner.forward.graphs) >= 2
+        assert not eager.runner.forward.graphs
+
+
+def test_only_small_steps_of_few_rows_are_replayed(random_model):
+    house = runner_of(random_model)
+    forward = house.runner.forward
+
+    def takes(shapes):
+        return forward.takes(columns_of(house.spans(shapes, refresh=True)))
+
+    assert takes([(TOKENS // 2 - 32, 32, 32)] * 2)
+    assert not takes([(TOKENS // 2 - 32, 32, 32)] * 2 + [(1, 1, 1)])
+    assert takes([(4, 4, 4)] * SPANS)
+    assert not takes([(4, 4, 4)] * (SPANS + 1))
+
+
+def test_a_server_whose_largest_step_is_small_has_graphs_up_to_that_size(random_model):
+    house = runner_of(random_model)
+    assert ForwardGraphs(house.spec, house.model, house.pool, 200).most == 200 // STRIDE * STRIDE
+    assert ForwardGraphs(house.spec, house.model, house.pool, 8).most == STRIDE
+
+
+def test_the_largest_graph_is_rehearsed_so_that_its_memory_is_known(random_model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ForwardGraphs, "forward", lambda forward, size: seen.append(size))
+    with pretend():
+        house = House(random_model, False, GPU, torch.bfloat16)
+        rehearsal.rehearsed(house.spec, house.model, 2048, 8)
+    assert seen == [TOKENS]
