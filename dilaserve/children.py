@@ -21,6 +21,7 @@ BOOT = (
     "import pickle, sys; read = sys.stdin.buffer; "
     "sys.path[:] = pickle.load(read); run, arguments = pickle.load(read); run(*arguments)"
 )
+PREFERRED = {"TORCH_BLAS_PREFER_CUBLASLT": "1"}  # on CUDA: 4 % of a reuse step of one row, as its products are small
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # who starts threads while it is imported
 
 
@@ -59,7 +60,7 @@ def start(
     Raises `OSError` where the system has no process for it.
     """
     command = [get_executable(), "-c", BOOT, name]
-    environment = {**os.environ, **dict.fromkeys(POOLS, str(threads))}
+    environment = {**PREFERRED, **os.environ, **dict.fromkeys(POOLS, str(threads))}
     written = pickle.dumps([os.path.join(HERE, entry) for entry in sys.path]) + pickle.dumps((run, tuple(arguments)))
     with blocked(signal.SIGINT, signal.SIGTERM):
         child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=inherited, cwd="/", env=environment)

@@ -99,7 +99,7 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path, text):
         Text(tmp_path)
     panics = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(text.tokenizer.to_str()) | panics))
-    with pytest.raises(CheckpointError, match="cannot be read: Precompiled"):
+    with pytest.raises(CheckpointError, match="cannot be read: the library panicked: Precompiled"):
         Text(tmp_path)
 
 

@@ -259,7 +259,7 @@ def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
     """aiohttp's own refusals (404, 405, 413 …) in OpenAI's shape."""
     reasons = {
         404: f"there is no {shortened(f'{request.method} {request.path}')}",
-        405: f"{request.path} does not take {shortened(request.method)}",
+        405: f"{shortened(request.path)} does not take {shortened(request.method)}",
         417: "the only expectation that is met is 100-continue; leave out the header Expect",
         413: f"the body exceeds {request.app[CONFIG].server.max_body_bytes} bytes (--max-body-bytes)",
     }
