@@ -1,7 +1,7 @@
 """How long hostile request bodies hold up the server's event loop, and what memory they leave behind.
 
-`python bench/stalls.py` starts a server of the bundled model on the CPU, sends every shape of body alone and in a crowd, and
-prints the longest stall that a probe inside the server process saw, and the slowest answer of /health meanwhile.
+`python bench/stalls.py` starts a server of the bundled model on the CPU and sends every shape of body alone and in a
+crowd. It prints the longest stall that a probe inside the server process saw, and the slowest answer of /health.
 """
 
 import asyncio

@@ -35,10 +35,11 @@ from dilaserve.furniture import Furnish, real
 from dilaserve.server import messages, metrics, openai, plans, schema, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.server.connection import Connection
+from dilaserve.server.feeder import Feeder
 from dilaserve.server.intake import Intake
 from dilaserve.server.paths import rooted
 from dilaserve.stream import collect
-from dilaserve.text import LONGEST
+from dilaserve.text import LONGEST, MARKS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -135,6 +136,7 @@ async def opened(server: web.Server | None, sockets: Sequence[socket.socket], ro
     def connected() -> Connection:
         return Connection(  # which inflates nothing: it would, without a bound, what comes behind a refusal
             server,
+            feeder,
             loop=loop,
             keepalive_timeout=IDLE_WITHIN,
             access_log=None,
@@ -142,6 +144,7 @@ async def opened(server: web.Server | None, sockets: Sequence[socket.socket], ro
         )
 
     loop = asyncio.get_running_loop()
+    feeder = Feeder(loop)
     async with contextlib.AsyncExitStack() as stack:
         for one in sockets:
             try:
@@ -279,13 +282,14 @@ def answer(body: object, status: int = 200, headers: dict[str, str] | None = Non
 
 async def read(request: web.Request, kind: type[T]) -> T:
     """The body as a request of this kind."""
-    return await request.app[INTAKE].read(request, lambda body: schema.decoded(body, kind))
+    asked: list[T] = await request.app[INTAKE].read(request, lambda body: schema.decoded(body, kind))
+    return asked[0]
 
 
 async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
     """The body, and warnings about it, which go into the answer and the log."""
     asked, warnings = await request.app[INTAKE].read(
-        request, lambda body: (schema.decoded(body, kind), schema.misspelled(body, kind))
+        request, lambda body: schema.decoded(body, kind), lambda body: schema.misspelled(body, kind)
     )
     for warning in warnings:
         log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
@@ -348,7 +352,11 @@ async def chat(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.ChatRequest)
     engine = request.app[ENGINE]
     form = Form(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
-    return await respond(request, asked, form, [messages.conversation(asked.messages, engine.text)])
+    return await respond(request, asked, form, [await conversation(engine, asked.messages)])
+
+
+async def conversation(engine: Engine, said: list[schema.Message]) -> Prompt:
+    return await engine.off_loop(MARKS * len(said), lambda: messages.conversation(said, engine.text))
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
@@ -407,9 +415,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     asked, engine = await read(request, schema.TokenizeRequest), request.app[ENGINE]
     known(engine, asked.model)
     openai.check_tokenize(asked)
-    prompt: Prompt = (
-        asked.prompt if asked.prompt is not None else messages.conversation(asked.messages or [], engine.text)
-    )
+    prompt = asked.prompt if asked.prompt is not None else await conversation(engine, asked.messages or [])
     ids = await engine.tokenize(prompt)
     return answer({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
 

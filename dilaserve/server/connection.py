@@ -14,6 +14,7 @@ from aiohttp.http_parser import RawRequestMessage
 
 from dilaserve.errors import BadRequest, shortened
 from dilaserve.server.answers import failure
+from dilaserve.server.feeder import Feeder
 
 log = logging.getLogger(__name__)
 PROBE_AFTER = 1.0  # seconds between questions whether a client that sends no more still reads
@@ -28,10 +29,13 @@ class Connection(web.RequestHandler):
     says that nobody is there.
     """
 
-    __slots__ = ("asked", "half_closed", "probe", "timer")
+    __slots__ = ("asked", "ended", "feeder", "half_closed", "pending", "probe", "timer")
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, manager: web.Server, feeder: Feeder, **named: Any) -> None:
+        super().__init__(manager, **named)
+        self.feeder = feeder
+        self.pending = bytearray()  # received, and not parsed yet
+        self.ended = False  # the client's end has come behind what is pending
         self.asked: StreamReader | None = None  # the body of the last request that was taken up
         self.half_closed = False
         self.probe: Callable[[], None] = self.send_interim
@@ -48,8 +52,33 @@ class Connection(web.RequestHandler):
 
         return made
 
+    # what comes in
+
+    def data_received(self, data: bytes) -> None:
+        if not data:  # aiohttp goes on with what it holds
+            self.parse(data)
+            return
+        self.feeder.feed(self, data)
+        if self.pending:
+            self._pause_transport_reading()
+
+    def parse(self, data: bytes) -> None:
+        super().data_received(data)
+
+    def drained(self) -> None:
+        """Nothing is pending any more."""
+        if not self._reading_paused and not self._buffer_paused:
+            self._resume_transport_reading()
+        if self.ended and not self.eof_received() and self.transport is not None:
+            self.transport.close()
+
+    # the end of what comes in
+
     def eof_received(self) -> bool:  # type: ignore[override]
         """True keeps the connection open for writing."""
+        if self.pending:
+            self.ended = True
+            return True
         if not self.owes_answer():
             return False
         if not self.half_closed:
@@ -90,6 +119,7 @@ class Connection(web.RequestHandler):
         if self.timer:
             self.timer.cancel()
         self.probe = self.send_interim
+        self.force_close()  # what is pending is dropped when it is parsed
         super().connection_lost(exc)
 
     def handle_error(

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -44,14 +44,16 @@ class Intake:
             self.trimming.cancel()
         self.thread.shutdown(wait=False, cancel_futures=True)
 
-    async def read(self, request: web.Request, decode: Callable[[Buffer], T]) -> T:
-        """The decoded body. Raises `BadRequest` for one that holds too much, `Unavailable` while too many bytes are in
-        flight, aiohttp's errors for one that cannot be read.
+    async def read(self, request: web.Request, *decoders: Callable[[Buffer], Any]) -> list[Any]:
+        """What each of the decoders makes of the body.
+
+        Raises `BadRequest` for one that holds too much, `Unavailable` while too many bytes are in flight, and
+        aiohttp's errors for one that cannot be read.
         """
         window = window_of(request)
         async with self.claimed() as claim:
             body = await self.opened(await received(request, claim), window, claim)
-            return await self.pace.run(lambda: decode(body))
+            return [await self.pace.run(partial(decode, body)) for decode in decoders]
 
     async def opened(self, body: Buffer, window: int | None, claim: "Claim") -> Buffer:
         """Inflated and counted; of large bodies one at a time."""

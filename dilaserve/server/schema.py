@@ -165,7 +165,7 @@ def parsed(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
         param = shortened(".".join(filter(None, places))) or None
         raise BadRequest(f"{param}: {shortened(text)}" if param else shortened(text), param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if not body.strip():
+        if not body or body.isspace():
             raise BadRequest("the body is empty; send JSON") from error
         if HALF.search(body, 0, HALF_WITHIN):
             raise BadRequest("the body is not valid JSON: a string holds half of a surrogate pair") from error
