@@ -182,8 +182,10 @@ def test_flags_go_before_the_environment_before_the_file(tmp_path):
     file.write_text("port = 1\nhost = 'file'\ncache = 'none'\n")
     found = config.load({"port": "3"}, {"DILASERVE_PORT": "2", "DILASERVE_HOST": "environment"}, file)
     assert (found.server.port, found.server.host, found.decode.cache) == (3, "environment", "none")
-    with pytest.raises(ConfigError, match=r"--port 'tcp://1' \(in the environment, as DILASERVE_PORT\)"):
-        config.load({}, {"DILASERVE_PORT": "tcp://1"})
+    with pytest.raises(ConfigError, match=r"--port 'many' \(in the environment, as DILASERVE_PORT\)"):
+        config.load({}, {"DILASERVE_PORT": "many"})
+    file.write_text("host = ['127.0.0.1', '::1']")
+    assert config.load({}, {}, file).server.host == "127.0.0.1,::1"
     with pytest.raises(ConfigError, match=r"--port 'eighty': "):
         config.load({"port": "eighty"}, {"DILASERVE_PORT": "80"})
     with pytest.raises(ConfigError, match="unknown setting 'prot'"):
@@ -194,6 +196,64 @@ def test_flags_go_before_the_environment_before_the_file(tmp_path):
     file.write_text("port = = 1")
     with pytest.raises(ConfigError, match="not valid TOML"):
         config.load({}, {}, file)
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting():
+    injected = {
+        "DILASERVE_PORT": "tcp://10.0.0.7:8000",
+        "DILASERVE_SERVICE_HOST": "10.0.0.7",
+        "DILASERVE_SERVICE_PORT": "8000",
+        "DILASERVE_SERVICE_PORT_HTTP": "8000",
+        "DILASERVE_PORT_8000_TCP": "tcp://10.0.0.7:8000",
+        "DILASERVE_PORT_8000_TCP_ADDR": "10.0.0.7",
+    }
+    assert config.load({}, injected) == config.load({}, {})
+    assert config.linked(injected) == ["DILASERVE_PORT"]
+    assert config.load({}, injected | {"DILASERVE_PORT": "80"}).server.port == 80
+    assert config.linked({"DILASERVE_PORT": "80"}) == []
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_standard_streams_that_are_closed_or_full_do_not_matter(closed, tmp_path):
+    """Each number below 3 is taken, so that nothing else gets it, and what is printed goes nowhere."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, logging\n"
+        "from dilaserve import cli\n"
+        "from dilaserve.descriptors import ensure_standard_streams\n"
+        "from dilaserve.display import counting, loading\n"
+        "ensure_standard_streams()\n"
+        "logging.basicConfig(stream=sys.stderr)\n"
+        "cli.announce('http://127.0.0.1:1', 'model', False, True)\n"
+        "cli.announce('http://127.0.0.1:1', 'model', False, True)\n"
+        "with loading() as show: show('cpu', 0, 1)\n"
+        "with counting() as show: show('cpu', 0, 1)\n"
+        "free = os.open('/dev/null', os.O_RDONLY)\n"
+        f"open({str(tmp_path / 'found')!r}, 'w').write(str(free))\n"
+    )
+    done = subprocess.run(f"{sys.executable} {script} {closed}", shell=True, timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert int((tmp_path / "found").read_text()) > 2
+
+
+def test_a_server_without_standard_streams_serves(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = f"exec {sys.executable} -m dilaserve emulate --port {port} --sim-devices 1 <&- >&- 2>&-"
+    with subprocess.Popen(command, shell=True, env=os.environ | {"DILASERVE_PORT": "tcp://10.0.0.7:8000"}) as process:
+        try:
+            until = time.monotonic() + 100
+            while process.poll() is None and time.monotonic() < until:
+                try:
+                    assert ask(f"http://127.0.0.1:{port}").status == 200
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_model):

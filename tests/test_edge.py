@@ -12,7 +12,7 @@ import pytest_asyncio
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders, models
 
 from dilaserve import Config, Engine, Options, listening
 from dilaserve.errors import BadRequest, ConfigError, RequestFailed, Unavailable
@@ -192,8 +192,8 @@ async def test_a_request_that_needs_no_room_is_answered_while_bodies_wait(addres
 # panics
 
 
-async def test_a_panic_of_the_tokenizer_fails_one_request_and_is_logged(engine, address, caplog):
-    tokenizer, decoder = engine.text.tokenizer, engine.text.tokenizer.decoder
+async def test_a_panic_while_a_prompt_is_encoded_fails_one_request_and_is_logged(engine, address, caplog):
+    tokenizer = engine.text.tokenizer
     tokenizer.enable_padding(length=2**62)  # more than there is memory
     try:
         for path in ("/tokenize", COMPLETE):
@@ -205,19 +205,33 @@ async def test_a_panic_of_the_tokenizer_fails_one_request_and_is_logged(engine, 
     finally:
         tokenizer.no_padding()
     assert "capacity overflow" in caplog.text
-    tokenizer.decoder = decoders.Strip("a", 0, 10_000)
-    try:
+    assert final(await answered(address, written(COMPLETE, HELLO, "connection: close")))[0] == 200
+
+
+class Panicking:
+    """A tokenizer whose decoder panics, for a text that its own decoder panics at."""
+
+    def __init__(self, tokenizer):
+        self.encode = tokenizer.encode
+        self.broken = Tokenizer(models.BPE({"a": 0}, []))
+        self.broken.decoder = decoders.Strip("a", 0, 10_000)
+
+    def decode(self, ids, skip_special_tokens):
+        return self.broken.decode([0])
+
+
+async def test_a_panic_while_an_answer_is_decoded_fails_one_request_and_frees_its_row(engine, address, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.text, "tokenizer", Panicking(engine.text.tokenizer))
         with pytest.raises(RequestFailed):
             await engine.generate("hi", Options(max_tokens=4))
-        streamed = await answered(address, written(COMPLETE, HELLO | {"stream": True}, "connection: close"))
+        streamed = await answered(address, written(COMPLETE, LONG | {"stream": True}, "connection: close"))
         assert b'"code":"tokenizer_failed"' in streamed
-        whole = final(await answered(address, written(COMPLETE, HELLO, "connection: close")))
-        assert whole[0] == 500
-    finally:
-        tokenizer.decoder = decoder
-    assert final(await answered(address, written(COMPLETE, HELLO, "connection: close")))[0] == 200
-    await asyncio.wait_for(engine.idle.wait(), 30)
+        for path, body in ((COMPLETE, HELLO), ("/detokenize", {"tokens": [1]})):
+            assert final(await answered(address, written(path, body, "connection: close")))[0] == 500
+        await asyncio.wait_for(engine.idle.wait(), 30)
     assert len(engine.free) == engine.table.rows
+    assert final(await answered(address, written(COMPLETE, HELLO, "connection: close")))[0] == 200
 
 
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, KeyboardInterrupt, SystemExit, ValueError])
