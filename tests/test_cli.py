@@ -124,7 +124,7 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--max-queue", "9" * 30], "--max-queue"),
         (["--cpu-threads", "100000"], "--cpu-threads"),
         (["--grace-period", "nan"], "--grace-period 'nan'"),
-        (["--model", "a" * 300], "model directory aaa"),
+        (["--model", "a" * 300], f"model directory {Path.cwd()}/aaa"),
         (["--profile", "a" * 300], "the profile aaa"),
         (["calibrate", "--profile", "a" * 300], "the profile cannot be written to aaa"),
         (["dance"], "unknown command 'dance'"),
