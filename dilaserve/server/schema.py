@@ -20,7 +20,7 @@ HALF_WITHIN = 2**18  # bytes of a body that is not JSON in which that reason is 
 MAX_DEFAULT = 8192  # bytes of a value that can be a default; longer ones are refused unread
 MAX_NAMES = 10_000  # colons of a body in which misspelled fields are looked for
 MAX_WARNINGS = 8
-MAX_UNKNOWN = 32  # unknown names that are compared with known ones, at half a millisecond each
+MAX_UNKNOWN = 8  # unknown names that are compared with known ones, at a millisecond or two each
 MAX_NAME = 48  # characters of a name that can be a misspelled one
 ALIKE = 0.8  # of difflib's ratio, from which a name is taken for a misspelled one
 
