@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-if "PRETENDED_GPUS" in os.environ and "--multiprocessing-fork" in sys.orig_argv:
+if "PRETENDED_GPUS" in os.environ and sys.orig_argv[-1].startswith("dilaserve worker"):
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import pretended
 
