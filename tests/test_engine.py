@@ -117,8 +117,8 @@ async def test_what_takes_long_to_read_leaves_the_loop(random_model):
             loops.append(threading.current_thread() is threading.main_thread())
             return []
 
-        engine.text.encode = engine.text.encode_chat = lambda prompt, limit: work()
-        message = {"role": "user", "content": ""}
+        engine.text.encode, engine.text.ids = lambda prompt, limit: work(), lambda text, limit, special: work()
+        message = {"role": "user", "content": "a" * 64}
         for prompt in ("hello", "a" * 4096, [message], [message] * 64, [message | {"content": "a" * 4096}]):
             await engine.tokenize(prompt)
         assert loops == [True, False, True, False, False]
