@@ -15,7 +15,7 @@ from dilaserve.pages import PAGE
 from dilaserve.worker.batch import Array
 from dilaserve.worker.ends import WIDTH
 from dilaserve.worker.forward_graphs import ForwardGraphs
-from dilaserve.worker.reuse import GRAPHS, MAX_LOGITS, ReuseSteps
+from dilaserve.worker.reuse import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.unmask import Sampling, guess
 
 SLACK = 2**28  # bytes, for what the allocator cannot use
@@ -38,8 +38,8 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     if alone and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
         steps = ReuseSteps(spec, model, pool, rows, eager=True)
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
-        captured = [count for count in steps.buckets if count <= GRAPHS[-1]]
-        graphs = 2 * peak(device, lambda: each(steps.rehearse, captured))  # a pool that all share, and its holes
+        sizes = steps.graphs.sizes
+        graphs = 2 * peak(device, lambda: each(steps.rehearse, sizes))  # a pool that all share, and its holes
         forward = ForwardGraphs(spec, model, pool, tokens, eager=True)
         graphs += 2 * peak(device, lambda: each(forward.graphs.rehearse, (forward.most,)))
     return max(refresh, reuse) + graphs + SLACK
