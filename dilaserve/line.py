@@ -9,6 +9,7 @@ from dilaserve.policy.fairness import Turns, in_turn
 from dilaserve.progress import Progress
 
 Spot = tuple[float, float, int]  # key, arrival, row
+SLACK = 64  # entries of requests that have left, which are kept in any case
 
 
 class Line:
@@ -18,10 +19,16 @@ class Line:
         self.key = key
         self.lines: dict[str, list[tuple[Spot, Progress]]] = {}
         self.spots: dict[int, Spot] = {}  # by row
+        self.arrivals: list[tuple[float, int]] = []  # a heap; who has left drops out when it comes to the front
 
     def add(self, progress: Progress) -> None:
         request = progress.request
         spot = self.spots[request.row] = (self.key(progress), request.arrived_at, request.row)
+        if len(self.arrivals) > SLACK + 2 * len(self.spots):
+            self.arrivals = [(arrived_at, row) for row, (_, arrived_at, _) in self.spots.items()]
+            heapq.heapify(self.arrivals)
+        else:
+            heapq.heappush(self.arrivals, (request.arrived_at, request.row))
         insort(self.lines.setdefault(request.slo.tenant, []), (spot, progress), key=lambda entry: entry[0])
 
     def remove(self, progress: Progress) -> None:
@@ -46,7 +53,11 @@ class Line:
     @property
     def since(self) -> float:
         """When the first came, of a line that is not empty."""
-        return min(spot[1] for spot in self.spots.values())
+        while True:
+            arrived_at, row = self.arrivals[0]
+            if row in self.spots and self.spots[row][1] == arrived_at:
+                return arrived_at
+            heapq.heappop(self.arrivals)
 
     def counts(self) -> dict[str, int]:
         return {tenant: len(line) for tenant, line in self.lines.items()}
