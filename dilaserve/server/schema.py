@@ -149,10 +149,21 @@ _decoders: dict[type, msgspec.json.Decoder[Any]] = {
 
 def decoded(body: bytes | bytearray, kind: type[T]) -> T:
     """The body as a request of this kind; `BadRequest` names the field that is wrong, or that cannot be honoured."""
+    check_encoding(body)
     request: T = parsed(body, _decoders.get(kind) or msgspec.json.Decoder(kind))
     for name, about in REFUSED.get(kind, {}).items():
         refuse(name, getattr(request, name), about)
     return request
+
+
+def check_encoding(body: bytes | bytearray) -> None:
+    """Raise `BadRequest` unless all of the body is UTF-8, also in fields that no decoder looks at."""
+    if body.isascii():
+        return
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {shortened(str(error))}") from error
 
 
 def parsed(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
