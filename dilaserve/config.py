@@ -115,9 +115,16 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = ""
     guaranteed_rows: Annotated[Positive, Meta(description="rows with a promised deadline on one device, at most")] = 6
     batch_cap: Annotated[Positive | None, Meta(description="rows in one step, at most")] = None
-    best_effort_age: Annotated[Patience, Meta(description="seconds after which late requests go before all others")] = (
-        30.0
-    )
+    best_effort_age: Annotated[
+        Patience, Meta(description="seconds after which best-effort requests get rows before others")
+    ] = 30.0
+    best_effort_backlog: Annotated[
+        Patience,
+        Meta(
+            description="seconds of unfinished work without deadlines for each device, beyond which such requests are "
+            "refused while others with deadlines come"
+        ),
+    ] = 30.0
     step_timeout: Annotated[
         Patience,
         Meta(description="seconds after which a step counts as hung, if that is 20 times what was predicted"),

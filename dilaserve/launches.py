@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
 from dilaserve.house import House
+from dilaserve.policy.best_effort import after_step
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.fairness import Ride, allowances, left_over, riders
 from dilaserve.progress import Progress, Ready, Seat, State
@@ -54,6 +55,14 @@ class Launches:
         seat.credits = left_over(rides, allowed, rode)
         return chosen
 
+    def keeping(self, seat: Seat, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The same where deadlines are kept; `seat` keeps what best-effort rows may add to its steps."""
+        chosen = self.fitting(candidates)
+        with_deadline = sum(one.seconds for one in chosen if seat.residents[one.key].promised)
+        led = 0.0 if seat.residents[candidates[0].key].promised else candidates[0].seconds
+        seat.saved = after_step(seat.saved, self.beliefs.pace(seat.degree).fixed + with_deadline, led)
+        return chosen
+
     def begin(self, seat: Seat, candidates: Sequence[Candidate], now: float) -> Batch:
         """The next batch of the instance, of these rows, noted in their progress and at their seat."""
         chosen = [seat.residents[candidate.key] for candidate in candidates]
@@ -68,6 +77,8 @@ class Launches:
             progress.launched(work, now)
         seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
         seat.features = batch_features(spans, masks)
+        seat.added = dict(zip([candidate.key for candidate in candidates], seconds, strict=True))
+        seat.ends_at = now + fixed + sum(seconds)
         self.batches += 1
         steps, longest, then = self.steps(seat, chosen), seconds, []
         if steps > 1:

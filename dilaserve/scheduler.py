@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 
+from dilaserve.backlog import Backlog
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
@@ -13,12 +14,14 @@ from dilaserve.house import ARRIVAL, House, turn
 from dilaserve.launches import Launches, rested
 from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import beyond_hope, place_in, retry_after
-from dilaserve.policy.composition import Candidate
+from dilaserve.policy.best_effort import STEP, may_lead
+from dilaserve.policy.composition import Candidate, within
 from dilaserve.policy.demand import alone, ends
 from dilaserve.policy.thresholds import Verdict, Wish, crowding
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.quality import QualityProfile
+from dilaserve.recent import RecentLeast
 from dilaserve.terms import (
     Adjust,
     Arrival,
@@ -56,6 +59,8 @@ from dilaserve.traffic import Seen, Traffic
 TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
+BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
+LATELY = 30.0  # seconds for which a deadline counts as one of those that come
 NEVER = float("inf")
 
 
@@ -85,11 +90,14 @@ class Scheduler:
         self.returning: list[float] = []  # when those who were refused may try again, a heap
         self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
         self.expiry = Expiry()  # of requests whose client does not want the answer late
+        self.backlog = Backlog()
+        self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
+        self.tightest = RecentLeast(LATELY)  # seconds from arrival to deadline
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.patience = policy.step_timeout
-        self.ticked_at = -NEVER
+        self.ticked_at = self.decided_at = -NEVER
         self.overdue_at = NEVER  # no step in flight counts as hung before
         self.totals = Totals()
 
@@ -134,6 +142,7 @@ class Scheduler:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
+        self.decided_at = now
         for progress in self.expiry.passed(now):
             yield from self.decline(progress, now)
         if self.layout.moot:
@@ -176,6 +185,8 @@ class Scheduler:
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
         solve_at = self.solve_at if self.asks else NEVER
+        if self.promises.admits and self.house.queue.untested:
+            return self.decided_at  # a decision tests only so many
         return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at)
 
     def next_overdue(self) -> float:
@@ -228,7 +239,6 @@ class Scheduler:
         for progress in rows:
             self.house.unseat(progress, seat)
             progress.did(Did.EVICTED)
-            progress.tested = False
         self.house.moving += rows
 
     def watch(self, now: float) -> Iterator[Command]:
@@ -269,6 +279,8 @@ class Scheduler:
             progress.deadline = request.arrived_at + slo.seconds
         elif slo.multiple is not None:
             progress.deadline = request.arrived_at + slo.multiple * self.beliefs.unloaded(progress)
+        if progress.deadline is not None:
+            self.tightest.add(progress.deadline - request.arrived_at, now)
         if self.solves:
             if self.traffic.since is None:
                 self.solve_at = min(self.solve_at, now + SOLVE_SOON)
@@ -278,17 +290,33 @@ class Scheduler:
         progress.promised = progress.deadline is not None
         rejects = progress.promised and slo.on_miss == "reject" and not self.admissible(progress, now)
         self.house.enter(progress)
+        progress.seconds = self.beliefs.unloaded(progress)
+        self.backlog.add(progress)
         if rejects:
             yield from self.decline(progress, now)
+        elif self.is_too_much(progress, now):
+            yield from self.gone(progress, Refuse(request, self.place_in(now)), now, "refused")
         elif self.promises.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(progress, progress.deadline, len(self.requests))
+
+    def is_too_much(self, progress: Progress, now: float) -> bool:
+        """Whether the request would be best effort, while deadlines come and more of that waits than will be done."""
+        if not self.promises.admits or self.tightest.at(now) == NEVER:
+            return False
+        devices = sum(seat.degree for seat in self.house.seats.values())
+        seconds, requests = self.most_best_effort
+        if self.backlog.best_effort <= seconds * max(1, devices) and self.backlog.requests <= requests:
+            return False
+        if not progress.promised:
+            return True
+        return progress.request.slo.on_miss == "best_effort" and not self.admissible(progress, now)
 
     def admissible(self, progress: Progress, now: float) -> bool:
         """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
         house = self.house
         if not self.promises.admits or (not house.seats and (house.closing or self.layout.forming)):
             return True
-        return bool(house.seat_with_slack(progress, house.open, {}, now)) or house.tries(progress, now)
+        return house.any_with_slack(progress, now) or house.tries(progress, now)
 
     def decline(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met, or has passed: tell the client, now."""
@@ -298,7 +326,7 @@ class Scheduler:
         request, usage = progress.request, progress.usage(now)
         if progress.steps:
             return Decline(request, usage, None)
-        wait = retry_after(self.backlog(), len(self.house.seats))
+        wait = retry_after(self.backlog.timed, len(self.house.seats))
         return Decline(request, usage, wait, self.promises.is_vain(progress))
 
     def seen(self, progress: Progress, now: float) -> Seen:
@@ -358,6 +386,7 @@ class Scheduler:
         """The one way out: the client is told now; the row is free now or after its step in flight."""
         del self.requests[progress.request.id]
         self.house.leave(progress)
+        self.backlog.remove(progress)
         progress.did(Did.ENDED)
         self.settle_bank(progress, fate)
         self.account(progress, now, fate)
@@ -439,32 +468,40 @@ class Scheduler:
         """
         self.ticked_at = now
         if self.promises.sheds:
-            sure = self.promises.shed
-            spare = sum(not seat.promised for seat in self.house.seats.values())
-            for progress in list(self.house.queue):
-                past = self.promises.is_past(progress, now)
-                if past or (sure and self.promises.is_hopeless(progress, now)):
-                    spare -= 1
-                    if spare < 0 or past:
-                        yield from self.give_up(progress, now)
+            yield from self.give_up_hopeless(now)
         if not self.promises.moves_floor:
             return
-        missing = sum(progress.tested for progress in self.house.queue)
-        total = len(self.house.queue)
-        crowd = float(total)  # each that waits is one more on some instance
+        waiting = len(self.house.queue)
+        missing, total, crowd = len(self.house.queue.tested), waiting, float(waiting)  # each is one more somewhere
         for seat in self.house.seats.values():
-            wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
-            missing += sum(verdict.late for verdict in self.promises.verdicts(wishes, seat.degree))
-            crowd += crowding([wish.loads[0] for wish in wishes], self.beliefs.pace(seat.degree).fixed)
-            total += len(wishes)
+            if seat.promised:
+                missing, total = missing + seat.late, total + len(seat.promised)
+                crowd += seat.crowding
         self.promises.look(missing, total, crowd / max(1, len(self.house.seats)))
+
+    def give_up_hopeless(self, now: float) -> Iterator[Command]:
+        """As many as there are instances without deadlines are kept: they are tried there, as estimates may err."""
+        spare = sum(not seat.promised for seat in self.house.seats.values())
+        for progress in self.house.hopeless.passed(now):
+            if progress not in self.house.queue:
+                continue
+            past = self.promises.is_past(progress, now)
+            if past or (self.promises.shed and self.promises.is_hopeless(progress, now)):
+                spare -= 1
+                if spare < 0 or past:
+                    yield from self.give_up(progress, now)
+                    continue
+            again = max(now + TICK, self.promises.hopeless_at(progress))
+            self.house.hopeless.add(progress, again, len(self.house.queue))
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
             yield from self.decline(progress, now)
             return
+        self.backlog.remove(progress)
         self.house.demote(progress)
+        self.backlog.add(progress)
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
@@ -493,10 +530,6 @@ class Scheduler:
             found += ends(loads, self.beliefs.pace(seat.degree).fixed)
         return found
 
-    def backlog(self) -> float:
-        """Seconds of guaranteed work in the house, as if one after the other."""
-        return sum(self.beliefs.unloaded(progress) for progress in self.requests.values() if progress.promised)
-
     # steps
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
@@ -512,10 +545,16 @@ class Scheduler:
                     return
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
+        seat.late = sum(verdict.late for verdict in verdicts.values())
+        seat.crowding = crowding([wish.loads[0] for wish in wishes], pace.fixed)
         found = self.candidates(seat, verdicts, now)
-        keeps = self.promises.admits and seat.promised  # deadlines that were admitted go before shares
-        shares = not keeps and self.beliefs.sure((degree,))
-        candidates = self.launches.shared(seat, found) if shares else self.launches.fitting(found)
+        if self.promises.admits and seat.promised:  # deadlines that were admitted go before shares
+            candidates = self.launches.keeping(seat, found)
+        else:
+            if self.promises.admits:
+                found = within(found, STEP * self.tightest.at(now))
+            sure = self.beliefs.sure((degree,))
+            candidates = self.launches.shared(seat, found) if sure else self.launches.fitting(found)
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         for candidate in candidates:
@@ -551,17 +590,27 @@ class Scheduler:
         return found
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
-        """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
+        """Who may step, in the order of service.
+
+        Rows with admitted deadlines go before the others. Of these one leads the step now and then, as far as their
+        share of device time allows; those that reuse their K/V ride where deadlines have time to spare.
+        """
         rows = seat.residents.values()
-        rest = [row for row in rows if not row.promised]
-        admits, rank = self.promises.admits, self.promises.rank
-        if admits and not seat.promised:
-            return sorted(rest, key=turn)
-        oldest = min(rest, key=ARRIVAL, default=None)
+        if not self.promises.admits:
+            return self.served_unadmitted(seat, now)
+        rest = sorted([row for row in rows if not row.promised], key=turn)
+        if not seat.promised:
+            return rest
+        lead = rest[:1] if may_lead(seat.saved) else []
+        ride = [row for row in rest[len(lead) :] if not self.launches.ready(row, seat.degree).work.refresh]
+        return [*lead, *seat.promised, *ride]
+
+    def served_unadmitted(self, seat: Seat, now: float) -> list[Progress]:
+        """The same where deadlines are not tested: one order for all, but for one row that has aged."""
+        rows, rank = seat.residents.values(), self.promises.rank
+        oldest = min([row for row in rows if not row.promised], key=ARRIVAL, default=None)
         if oldest and not self.house.aged(oldest, now):
             oldest = None
-        if admits:
-            return [oldest, *seat.promised] if oldest else seat.promised
         return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
