@@ -1,4 +1,4 @@
-"""Which requests are to be declined at which instant, if they have not ended by then."""
+"""Which requests are to be looked at by when, if they have not ended by then: at their deadline, for one."""
 
 import heapq
 from itertools import count
@@ -30,9 +30,9 @@ class Expiry:
             heapq.heappop(self.heap)
         return self.heap[0][0] if self.heap else float("inf")
 
-    def passed(self, now: float) -> list[Progress]:
-        """Take out the requests whose deadline has passed."""
-        found = []
-        while self.next_at() <= now + EARLY:
+    def passed(self, now: float, most: int) -> list[Progress]:
+        """Take out up to so many of the requests whose time has come; `next_at` tells whether there are more."""
+        found: list[Progress] = []
+        while len(found) < most and self.next_at() <= now + EARLY:
             found.append(heapq.heappop(self.heap)[2])
         return found

@@ -19,7 +19,7 @@ from dilaserve.promises import Promises
 from dilaserve.terms import Instance, Load
 
 LOOKS = 8  # requests at the head of the queue that each decision tests on the instances between two steps
-TESTS = 1000  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
+TESTS = 600  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
 WINDOW = 64  # requests that failed the test and that a tick tests again, at most
 STALE = 10.0  # seconds without a step after which what is believed of an instance may be wrong
 FARTHEST = 10.0  # times too long that a step may seem to take
@@ -128,16 +128,23 @@ class House:
             return
         idle = [seat for seat in self.open if seat.flying is None]
         head = list(islice(queue.by_turn(self.turns, self.beliefs.unloaded), LOOKS)) if idle else []
-        again = queue.next_tested(WINDOW) if everywhere else []
-        everywhere_for = {progress.request.row for progress in [*queue.next_untested(WINDOW), *again]}
-        tests, tenants = TESTS, dict[int, list[Tenant]]()
-        for progress in queue.in_order([*head, *queue.next_untested(WINDOW), *again]):
-            seats = self.open if progress.request.row in everywhere_for else idle
-            if tests <= 0:
-                return
-            tests -= len(seats) * len(progress.thresholds)
-            if not self.place_one(progress, seats, tenants, now) and seats is not idle:
+        looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
+        tenants: dict[int, list[Tenant]] = {}
+        for progress in queue.in_order([*head, *looked.values()]):
+            seats = self.open if progress.request.row in looked else idle
+            if not self.place_one(progress, seats, tenants, now) and progress.request.row in looked:
                 queue.failed(progress)
+
+    def affordable(self, some: Sequence[Progress]) -> dict[int, Progress]:
+        """The first of these, by row, as many as a decision may test on all instances; one at least."""
+        found: dict[int, Progress] = {}
+        tests = 0
+        for progress in some:
+            if tests >= TESTS:
+                break
+            tests += len(self.seats) * len(progress.thresholds)
+            found[progress.request.row] = progress
+        return found
 
     def place_one(
         self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float

@@ -4,7 +4,7 @@ import math
 
 
 class RecentLeast:
-    """The least value of the last `window` seconds, or of up to twice as many; two numbers are all it keeps."""
+    """The least value of the last `window` seconds, or of up to three times as many; two numbers are all it keeps."""
 
     def __init__(self, window: float) -> None:
         self.window = window

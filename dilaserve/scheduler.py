@@ -60,6 +60,7 @@ TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
+MOST_ENDS = 64  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
 LATELY = 30.0  # seconds for which a deadline counts as one of those that come
 NEVER = float("inf")
 
@@ -98,6 +99,7 @@ class Scheduler:
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.patience = policy.step_timeout
         self.ticked_at = self.decided_at = -NEVER
+        self.gives_up = False  # more requests have become hopeless than one decision looks at
         self.overdue_at = NEVER  # no step in flight counts as hung before
         self.totals = Totals()
 
@@ -143,7 +145,7 @@ class Scheduler:
 
     def decide(self, now: float) -> Iterator[Command]:
         self.decided_at = now
-        for progress in self.expiry.passed(now):
+        for progress in self.expiry.passed(now, MOST_ENDS):
             yield from self.decline(progress, now)
         if self.layout.moot:
             yield from self.reshape(now)
@@ -155,8 +157,10 @@ class Scheduler:
         if now >= self.solve_at and self.asks:
             yield self.solve(now)
         ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits or self.promises.floor)
+        if self.promises.sheds and (ticks or self.gives_up):
+            yield from self.give_up_hopeless(now)
         if ticks:
-            yield from self.tick(now)
+            self.tick(now)
         self.house.place(now, everywhere=bool(ticks))
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
@@ -185,8 +189,8 @@ class Scheduler:
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
         solve_at = self.solve_at if self.asks else NEVER
-        if self.promises.admits and self.house.queue.untested:
-            return self.decided_at  # a decision tests only so many
+        if self.gives_up or (self.promises.admits and self.house.queue.untested):
+            return self.decided_at  # a decision looks at only so many
         return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at)
 
     def next_overdue(self) -> float:
@@ -461,14 +465,9 @@ class Scheduler:
 
     # deadlines
 
-    def tick(self, now: float) -> Iterator[Command]:
-        """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds.
-
-        That a deadline has passed is no belief, and holds while what steps cost is a guess.
-        """
+    def tick(self, now: float) -> None:
+        """Every quarter of a second: move the floor of the thresholds, by what instances saw at their last step."""
         self.ticked_at = now
-        if self.promises.sheds:
-            yield from self.give_up_hopeless(now)
         if not self.promises.moves_floor:
             return
         waiting = len(self.house.queue)
@@ -480,9 +479,14 @@ class Scheduler:
         self.promises.look(missing, total, crowd / max(1, len(self.house.seats)))
 
     def give_up_hopeless(self, now: float) -> Iterator[Command]:
-        """As many as there are instances without deadlines are kept: they are tried there, as estimates may err."""
+        """Give up on requests that wait and can no longer end in time.
+
+        As many as there are instances without deadlines are kept: they are tried there, as estimates may err. That a
+        deadline has passed is no estimate, and holds while what steps cost is a guess.
+        """
         spare = sum(not seat.promised for seat in self.house.seats.values())
-        for progress in self.house.hopeless.passed(now):
+        hopeless = self.house.hopeless
+        for progress in hopeless.passed(now, MOST_ENDS):
             if progress not in self.house.queue:
                 continue
             past = self.promises.is_past(progress, now)
@@ -492,7 +496,8 @@ class Scheduler:
                     yield from self.give_up(progress, now)
                     continue
             again = max(now + TICK, self.promises.hopeless_at(progress))
-            self.house.hopeless.add(progress, again, len(self.house.queue))
+            hopeless.add(progress, again, len(self.house.queue))
+        self.gives_up = hopeless.next_at() <= now
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
