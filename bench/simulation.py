@@ -5,7 +5,7 @@
 The real engine and scheduler on a virtual clock, the same arrivals for every system; by default LLaDA-8B on eight
 H200s, from data sheets. 1.0x is the throughput at which first come, first served at threshold .9 saturates: what it
 finishes when everything waits from the start. Whatever was not answered in time counts as missed. A request is
-cancelled when its deadline passes, but for the row "best effort", where it goes on.
+cancelled when its deadline passes, but in the row "best effort", where it goes on.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from replay import middle_rate
 from rich.console import Console
 from rich.progress import Progress
-from slo import ABLATIONS, SYSTEMS
+from slo import ABLATIONS, BEST_EFFORT, SYSTEMS
 
 from dilaserve.cli import parsed
 from dilaserve.config import Config
@@ -31,8 +31,7 @@ from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job
 from dilaserve.terms import OnMiss
 
-BEST_EFFORT = "dilaserve best effort"  # what a request gets that says nothing of missed deadlines
-EVERYBODY = {**SYSTEMS, BEST_EFFORT: SYSTEMS["dilaserve"], **ABLATIONS}
+EVERYBODY = {**SYSTEMS, **ABLATIONS}
 LIMIT = 4096
 WARM_UP = 0.1  # of the time, left out
 CONSOLE = Console(stderr=True)
