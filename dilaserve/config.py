@@ -118,6 +118,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     best_effort_age: Annotated[
         Patience, Meta(description="seconds after which best-effort requests get rows before others")
     ] = 30.0
+    best_effort_share: Annotated[
+        Annotated[float, Meta(ge=0.0, le=1.0)],
+        Meta(description="share of their time that busy instances give to requests without deadlines, or late"),
+    ] = 0.01
     best_effort_backlog: Annotated[
         Patience,
         Meta(

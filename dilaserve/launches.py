@@ -24,6 +24,7 @@ class Launches:
         policy = config.scheduler
         self.house, self.beliefs, self.repeats = house, beliefs, repeats
         self.patience = policy.step_timeout
+        self.share = policy.best_effort_share
         self.compose = COMPOSITIONS[policy.scheduling]
         self.cap = policy.batch_cap or house.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
@@ -60,7 +61,7 @@ class Launches:
         chosen = self.fitting(candidates)
         with_deadline = sum(one.seconds for one in chosen if seat.residents[one.key].promised)
         led = 0.0 if seat.residents[candidates[0].key].promised else candidates[0].seconds
-        seat.saved = after_step(seat.saved, self.beliefs.pace(seat.degree).fixed + with_deadline, led)
+        seat.saved = after_step(seat.saved, self.share, self.beliefs.pace(seat.degree).fixed + with_deadline, led)
         return chosen
 
     def begin(self, seat: Seat, candidates: Sequence[Candidate], now: float) -> Batch:

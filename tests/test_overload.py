@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
-from dilaserve.policy.best_effort import MOST_SAVED, SHARE, after_step, may_lead
+from dilaserve.policy.best_effort import MOST_SAVED, after_step, may_lead
 from dilaserve.policy.composition import Candidate, within
 from dilaserve.profiles import guessed
 from dilaserve.progress import State
@@ -104,9 +104,9 @@ def test_best_effort_rows_take_no_more_than_their_share_and_one_step(wanted):
     longest = max((seconds for _, seconds in wanted), default=0.0)
     for deadlines, seconds in wanted:
         taken = seconds if may_lead(saved) else 0.0
-        saved = after_step(saved, deadlines, taken)
+        saved = after_step(saved, 0.1, deadlines, taken)
         spent, kept = spent + taken, kept + deadlines
-        assert spent <= SHARE * kept + longest + 1e-9
+        assert spent <= 0.1 * kept + longest + 1e-9
         assert saved <= MOST_SAVED
 
 

@@ -4,7 +4,6 @@ A deficit counter per instance (as in deficit round robin; Shreedhar, Varghese, 
 deadlines add a share of their seconds to it. A best-effort row that goes before them takes what it adds to the step.
 """
 
-SHARE = 0.01  # of the seconds of steps with deadlines; past capacity each 0.01 costs 0.5 to 1 points of deadlines met
 MOST_SAVED = 0.5  # seconds that an instance saves up at most, so that no burst follows a long time without such rows
 STEP = 0.1  # of the tightest deadline seen lately: the longest step without deadlines, as an arrival waits for its end
 
@@ -14,6 +13,6 @@ def may_lead(saved: float) -> bool:
     return saved > 0.0
 
 
-def after_step(saved: float, deadlines: float, taken: float) -> float:
+def after_step(saved: float, share: float, deadlines: float, taken: float) -> float:
     """The seconds saved up after a step of `deadlines` seconds, and `taken` more by the best-effort row that led it."""
-    return min(MOST_SAVED, saved + SHARE * deadlines - taken)
+    return min(MOST_SAVED, saved + share * deadlines - taken)
