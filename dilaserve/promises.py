@@ -75,6 +75,11 @@ class Promises:
         seconds = self.beliefs.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
         return self.order(Place(progress.request.arrived_at, deadline, seconds))
 
+    @property
+    def rank_moves(self) -> bool:
+        """Whether the order of rows changes as they get on."""
+        return self.order is ORDERS["least-slack"]
+
     def wish(self, progress: Progress, now: float, degree: int) -> Wish:
         return Wish(progress.left(now), self.beliefs.loads(progress, degree), self.deepest(progress), progress.borne)
 

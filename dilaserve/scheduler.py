@@ -539,6 +539,8 @@ class Scheduler:
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
         degree, pace = seat.degree, self.beliefs.pace(seat.degree)
+        if self.promises.rank_moves:
+            seat.promised.sort(key=self.promises.rank)
         wishes = [self.promises.wish(progress, now, degree) for progress in seat.promised]
         if self.promises.sheds:
             sure = self.promises.shed

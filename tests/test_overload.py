@@ -63,8 +63,12 @@ def feed(machine, event, now=0.0):
 
 
 def steps(machine, batch, at, left=28):
-    """The batch is done: each row has so many masks left in its block."""
-    results = [RowResult(span.row, span.generation, 4, left, span.block_end - left, -1, 3.6) for span in batch.spans]
+    """The batch is done: each row has so many masks left in its block, or as many as a dict says by row."""
+    masks = {span.row: left[span.row] if isinstance(left, dict) else left for span in batch.spans}
+    results = [
+        RowResult(span.row, span.generation, 4, masks[span.row], span.block_end - masks[span.row], -1, 3.6)
+        for span in batch.spans
+    ]
     return feed(machine, StepDone(batch.instance, batch.id, tuple(results), 0.01, 0.01), at)
 
 
@@ -221,6 +225,24 @@ def test_the_least_of_lately_is_of_one_window_to_three(came, later):
     in_one = [value for at, value in all_of_them if at > now - window]
     in_three = [value for at, value in all_of_them if at >= now - 3 * window - 1e-9]
     assert min(in_three, default=float("inf")) <= least <= min(in_one, default=float("inf"))
+
+
+def test_the_order_by_slack_follows_rows_as_they_get_on():
+    machine = scheduler(scheduling="least-slack")
+    feed(machine, InstanceReady(Instance(0, (0,), 8192)))
+    need = unloaded(machine)
+    (batch,) = launched(
+        feed(machine, Arrival(request(0, seconds=100.0 + 9.5 * need, answer=640)))
+    )  # ten times the work
+    list(machine.observe(Arrival(request(1, seconds=100.0)), 0.0))
+    orders = []
+    for left in (24, 16, 8, 4):  # the second gets on, the first does not
+        (batch,) = launched(steps(machine, batch, 0.001, {0: 28, 1: left}))
+        promised = machine.house.seats[0].promised
+        ranks = [machine.promises.rank(progress) for progress in promised]
+        assert ranks == sorted(ranks)
+        orders.append([progress.request.row for progress in promised])
+    assert (orders[0], orders[-1]) == ([1, 0], [0, 1])
 
 
 # the floor of the thresholds
