@@ -230,13 +230,11 @@ def test_the_least_of_lately_is_of_one_window_to_three(came, later):
 def test_the_order_by_slack_follows_rows_as_they_get_on():
     machine = scheduler(scheduling="least-slack")
     feed(machine, InstanceReady(Instance(0, (0,), 8192)))
-    need = unloaded(machine)
-    (batch,) = launched(
-        feed(machine, Arrival(request(0, seconds=100.0 + 9.5 * need, answer=640)))
-    )  # ten times the work
+    short, long = [machine.beliefs.unloaded(machine.promises.arrived(request(0, answer=n))) for n in (64, 640)]
+    (batch,) = launched(feed(machine, Arrival(request(0, seconds=100.0 + long - 0.4 * short, answer=640))))
     list(machine.observe(Arrival(request(1, seconds=100.0)), 0.0))
     orders = []
-    for left in (24, 16, 8, 4):  # the second gets on, the first does not
+    for left in (30, 16, 8, 4):  # the second gets on, the first does not
         (batch,) = launched(steps(machine, batch, 0.001, {0: 28, 1: left}))
         promised = machine.house.seats[0].promised
         ranks = [machine.promises.rank(progress) for progress in promised]
