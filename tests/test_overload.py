@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dilaserve import quality
 from dilaserve.config import Config
 from dilaserve.policy.best_effort import MOST_SAVED, after_step, may_lead
 from dilaserve.policy.composition import Candidate, within
@@ -358,3 +359,18 @@ def test_the_backlog_is_what_is_unfinished(seed):
         assert machine.backlog.timed == pytest.approx(sum(row.seconds for row in rows if row.promised))
         assert machine.backlog.best_effort == pytest.approx(sum(row.seconds for row in rows if not row.promised))
         assert machine.backlog.requests == sum(not row.promised for row in rows)
+
+
+def test_an_arrival_of_thousands_of_short_blocks_is_no_more_work_than_one_of_few(monkeypatch):
+    calls = []
+    original = quality.joined
+    monkeypatch.setattr(quality, "joined", lambda *args: calls.append(args) or original(*args))
+    counts = []
+    for block in (32, 1):
+        machine = scheduler()
+        feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
+        calls.clear()
+        decoding = Decoding(block_length=block)
+        feed(machine, Arrival(msgspec.structs.replace(request(0, seconds=1e4, answer=4000), decoding=decoding)))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] < 100
