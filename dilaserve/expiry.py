@@ -1,6 +1,7 @@
 """Which requests are to be declined at which instant, if they have not ended by then."""
 
 import heapq
+from collections.abc import Iterator
 from itertools import count
 
 from dilaserve.progress import Progress, State
@@ -30,9 +31,7 @@ class Expiry:
             heapq.heappop(self.heap)
         return self.heap[0][0] if self.heap else float("inf")
 
-    def passed(self, now: float) -> list[Progress]:
-        """Take out the requests whose deadline has passed."""
-        found = []
+    def passed(self, now: float) -> Iterator[Progress]:
+        """Take out the requests whose deadline has passed, each when it is asked for."""
         while self.next_at() <= now + EARLY:
-            found.append(heapq.heappop(self.heap)[2])
-        return found
+            yield heapq.heappop(self.heap)[2]
