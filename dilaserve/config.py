@@ -8,12 +8,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Unpack, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from dilaserve.errors import ConfigError
+from dilaserve.keywords import Keywords
 
 BUNDLED = "dilaserve-tiny"
 CacheKind = Literal["none", "prefix", "dual"]
@@ -178,7 +179,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
 
     @staticmethod
-    def of(**settings: Any) -> "Config":
+    def of(**settings: Unpack[Keywords]) -> "Config":
         """A configuration with these leaf settings, checked; `ConfigError` names what is wrong."""
         return build(settings)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from operator import attrgetter
 
+from dilaserve.backlog import Backlog
 from dilaserve.config import Config
 from dilaserve.deadline_queue import DeadlineQueue
 from dilaserve.expiry import Expiry
@@ -40,6 +41,7 @@ class House:
         self.waiting = Line(turn)  # without a promised deadline
         self.queue = DeadlineQueue(promises.rank)  # with one
         self.hopeless = Expiry()  # requests of the queue, by when they can no longer end in time
+        self.backlog = Backlog()
         self.turns = Turns()  # of tenants
         self.held: Counter[str] = Counter()  # rows on instances, by tenant
         self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand

@@ -68,14 +68,10 @@ class Launches:
         """The next batch of the instance, of these rows, noted in their progress and at their seat."""
         chosen = [seat.residents[candidate.key] for candidate in candidates]
         fixed = self.beliefs.pace(seat.degree).fixed
-        spans, masks, seconds, refreshing = [], 0, [], False
-        for progress, candidate in zip(chosen, candidates, strict=True):
-            work = self.ready(progress, seat.degree).work
-            spans.append(progress.span(work))
-            masks += progress.masks
-            seconds.append(candidate.seconds)
-            refreshing |= work.refresh
-            progress.launched(work, now)
+        works = [self.ready(progress, seat.degree).work for progress in chosen]
+        spans = [progress.span(work) for progress, work in zip(chosen, works, strict=True)]
+        masks, refreshing = sum(progress.masks for progress in chosen), any(work.refresh for work in works)
+        seconds = [candidate.seconds for candidate in candidates]
         seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
         seat.features = batch_features(spans, masks)
         seat.added = dict(zip([candidate.key for candidate in candidates], seconds, strict=True))
@@ -87,6 +83,10 @@ class Launches:
             ahead = self.ahead(candidates, longest, steps)
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
+        for progress, work in zip(
+            chosen, works, strict=True
+        ):  # at last, so that an error before leaves rows as they are
+            progress.launched(work, now)
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
         seat.went_on, seat.hurried, seat.disturbed, seat.launched_at = False, False, False, now
         seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))

@@ -285,7 +285,7 @@ class Progress:
             deadline_met=None if self.deadline is None else now <= self.deadline,
             min_threshold=self.thresholds[self.deepest] if ruled else None,
             mean_threshold=self.threshold_sum / self.steps if ruled else None,
-            expected_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
+            expected_accuracy_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
             device=self.device,
         )
 

@@ -1,13 +1,14 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 
-from dilaserve.backlog import Backlog
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
+from dilaserve.errors import OURS
 from dilaserve.expiry import Expiry
 from dilaserve.fates import Fate, Totals
 from dilaserve.house import ARRIVAL, House, turn
@@ -46,6 +47,7 @@ from dilaserve.terms import (
     Refuse,
     Release,
     Replan,
+    Request,
     Reshaped,
     Reshard,
     RowResult,
@@ -56,6 +58,7 @@ from dilaserve.terms import (
 )
 from dilaserve.traffic import Seen, Traffic
 
+log = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
@@ -91,7 +94,6 @@ class Scheduler:
         self.returning: list[float] = []  # when those who were refused may try again, a heap
         self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
         self.expiry = Expiry()  # of requests whose client does not want the answer late
-        self.backlog = Backlog()
         self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
         self.tightest = RecentLeast(LATELY)  # seconds from arrival to deadline
         self.layout = Layout(plan, degrees)
@@ -102,6 +104,7 @@ class Scheduler:
         self.gives_up = False  # more requests have become hopeless than one decision looks at
         self.overdue_at = NEVER  # no step in flight counts as hung before
         self.totals = Totals()
+        self.disturbed = False  # a handler has stopped half-way since the last repair
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
         match event:
@@ -223,7 +226,7 @@ class Scheduler:
                 self.house.closing[id] = self.house.seats.pop(id)
         for id, seat in list(self.house.closing.items()):
             if seat.flying is None:
-                self.vacate(self.house.closing.pop(id))
+                yield from self.vacate(self.house.closing.pop(id))
                 ends.append(id)
         self.house.reseated()
         there = [*self.house.instances(), *self.layout.forming.values()]
@@ -232,7 +235,7 @@ class Scheduler:
         if ends or begins:
             yield Reshard(Moves(tuple(ends), tuple(begins)))
 
-    def vacate(self, seat: Seat) -> None:
+    def vacate(self, seat: Seat) -> Iterator[Command]:
         """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
 
         They wait for the new instances rather than crowd the old ones that stay.
@@ -241,9 +244,13 @@ class Scheduler:
         if ends := [row.stepped_at for row in rows if row.steps]:
             self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
         for progress in rows:
-            self.house.unseat(progress, seat)
-            progress.did(Did.EVICTED)
-        self.house.moving += rows
+            yield from self.contained(progress, self.vacated(progress, seat))
+        self.house.moving += [progress for progress in rows if progress.state is State.WAITING]
+
+    def vacated(self, progress: Progress, seat: Seat) -> Iterator[Command]:
+        self.house.unseat(progress, seat)
+        progress.did(Did.EVICTED)
+        yield from ()
 
     def watch(self, now: float) -> Iterator[Command]:
         """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
@@ -295,7 +302,7 @@ class Scheduler:
         rejects = progress.promised and slo.on_miss == "reject" and not self.admissible(progress, now)
         self.house.enter(progress)
         progress.seconds = self.beliefs.unloaded(progress)
-        self.backlog.add(progress)
+        self.house.backlog.add(progress)
         if rejects:
             yield from self.decline(progress, now)
         elif self.is_too_much(progress, now):
@@ -309,7 +316,7 @@ class Scheduler:
             return False
         devices = sum(seat.degree for seat in self.house.seats.values())
         seconds, requests = self.most_best_effort
-        if self.backlog.best_effort <= seconds * max(1, devices) and self.backlog.requests <= requests:
+        if self.house.backlog.best_effort <= seconds * max(1, devices) and self.house.backlog.requests <= requests:
             return False
         if not progress.promised:
             return True
@@ -330,7 +337,7 @@ class Scheduler:
         request, usage = progress.request, progress.usage(now)
         if progress.steps:
             return Decline(request, usage, None)
-        wait = retry_after(self.backlog.timed, len(self.house.seats))
+        wait = retry_after(self.house.backlog.timed, len(self.house.seats))
         return Decline(request, usage, wait, self.promises.is_vain(progress))
 
     def seen(self, progress: Progress, now: float) -> Seen:
@@ -354,17 +361,24 @@ class Scheduler:
             seat.flying, seat.overdue_at = None, NEVER
             self.layout.moot |= event.instance in self.house.closing
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
-            leaving = progress.state is State.LEAVING
-            progress.stepped_at = now
-            progress.device += share * event.seconds
-            if event.last:
-                progress.did(Did.RETURNED)
-            if leaving:
-                self.totals.spent(share * event.seconds, progress.wasted)
-                if event.last:
-                    yield self.release(progress)
-            elif not rested(progress, result):
-                yield from self.returned(progress, result, now)
+            done = self.row_done(progress, result, share * event.seconds, event.last, now)
+            yield from self.contained(progress, done)
+
+    def row_done(
+        self, progress: Progress, result: RowResult, seconds: float, last: bool, now: float
+    ) -> Iterator[Command]:
+        """The part of one row in a step that is finished; `seconds` are its share of it."""
+        leaving = progress.state is State.LEAVING
+        progress.stepped_at = now
+        progress.device += seconds
+        if last:
+            progress.did(Did.RETURNED)
+        if leaving:
+            self.totals.spent(seconds, progress.wasted)
+            if last:
+                yield self.release(progress)
+        elif not rested(progress, result):
+            yield from self.returned(progress, result, now)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
@@ -388,15 +402,49 @@ class Scheduler:
 
     def gone(self, progress: Progress, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
         """The one way out: the client is told now; the row is free now or after its step in flight."""
-        del self.requests[progress.request.id]
         self.house.leave(progress)
-        self.backlog.remove(progress)
+        self.house.backlog.remove(progress)
         progress.did(Did.ENDED)
         self.settle_bank(progress, fate)
+        words = [farewell, self.release(progress)] if progress.state is State.GONE else [farewell]
         self.account(progress, now, fate)
-        yield farewell
-        if progress.state is State.GONE:
-            yield self.release(progress)
+        del self.requests[progress.request.id]  # last: while it is known, an error here still ends it as failed
+        yield from words
+
+    # errors
+
+    def contained(self, progress: Progress, commands: Iterator[Command]) -> Iterator[Command]:
+        """The commands of one row among several; if they raise, its request ends and the others go on."""
+        try:
+            yield from commands
+        except Exception as error:
+            yield from self.expel(progress, error)
+
+    def expel(self, progress: Progress, error: Exception) -> Iterator[Command]:
+        """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
+        request = progress.request
+        known = self.requests.pop(request.id, None)  # else its client has been told already
+        seats = [*self.house.seats.values(), *self.house.closing.values()]
+        flying = any(row is progress for seat in seats for row in seat.flying or ())
+        progress.state = State.LEAVING if flying else State.GONE
+        self.disturbed = True
+        if known:
+            progress.wasted = progress.deadline is not None
+            self.totals.ended("failed", False if progress.wasted else None)
+            self.totals.spent(progress.device, progress.wasted)
+            yield failed(request, error)
+        else:
+            log.error("request %s had ended, and an error came behind it", request.id, exc_info=error)
+        if not flying:
+            yield Release(request.row)
+
+    def turn_away(self, request: Request, error: Exception) -> Iterator[Command]:
+        """Taking in a request has raised: it ends."""
+        timed = request.slo.seconds is not None or request.slo.multiple is not None
+        self.totals.received += 1
+        self.totals.ended("failed", False if timed else None)
+        yield failed(request, error)
+        yield Release(request.row)
 
     def settle_bank(self, progress: Progress, fate: Fate) -> None:
         """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
@@ -410,10 +458,10 @@ class Scheduler:
         """Count the request's fate, once, and the device seconds spent on it."""
         met = None if progress.deadline is None else fate == "answered" and now <= progress.deadline
         progress.wasted = met is False and fate != "cancelled"
-        self.totals.ended(fate, met)
-        self.totals.spent(progress.device, progress.wasted)
         if self.solves and met is not None and fate != "cancelled":
             self.traffic.ended(progress.request.arrived_at, met, now)
+        self.totals.ended(fate, met)
+        self.totals.spent(progress.device, progress.wasted)
 
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""
@@ -438,22 +486,24 @@ class Scheduler:
         Those in flight are suspected of it, unless it was killed from outside: the next step of each is taken alone,
         and if that is lost too, so are they.
         """
-        back: list[Progress] = []
-        for progress in list(seat.residents.values()):
-            stepping = progress.state is State.STEPPING and not outside
-            if stepping and progress.suspect:
-                told = "the request failed twice on our side; it was given up"
-                why = f"in flight at two lost workers in a row, the last: {reason}"
-                yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
-            leaving = progress.state is State.LEAVING
-            progress.suspect |= stepping
-            self.house.unseat(progress, seat)
-            progress.did(Did.EVICTED)
-            if leaving:
-                yield Release(progress.request.row)
-            else:
-                back.append(progress)
-        self.house.wait_again(back)
+        rows = list(seat.residents.values())
+        for progress in rows:
+            yield from self.contained(progress, self.lost(progress, seat, reason, outside, now))
+        self.house.wait_again([progress for progress in rows if progress.state is State.WAITING])
+
+    def lost(self, progress: Progress, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:
+        """One row of an instance that is lost."""
+        stepping = progress.state is State.STEPPING and not outside
+        if stepping and progress.suspect:
+            told = "the request failed twice on our side; it was given up"
+            why = f"in flight at two lost workers in a row, the last: {reason}"
+            yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
+        leaving = progress.state is State.LEAVING
+        progress.suspect |= stepping
+        self.house.unseat(progress, seat)
+        progress.did(Did.EVICTED)
+        if leaving:
+            yield Release(progress.request.row)
 
     def fail_large(self, now: float) -> Iterator[Command]:
         """All workers are back, some with less memory than before: rows that fit on no instance end."""
@@ -504,9 +554,9 @@ class Scheduler:
         if progress.request.slo.on_miss != "best_effort":
             yield from self.decline(progress, now)
             return
-        self.backlog.remove(progress)
+        self.house.backlog.remove(progress)
         self.house.demote(progress)
-        self.backlog.add(progress)
+        self.house.backlog.add(progress)
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
@@ -627,6 +677,11 @@ class Scheduler:
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)
+
+
+def failed(request: Request, error: Exception) -> Fail:
+    """The last word on a request whose handling has raised."""
+    return Fail(request, f"its handling raised {type(error).__name__}: {error}", OURS, error)
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:

@@ -8,15 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.errors import MAX_ECHO, BadRequest, quoted, shortened
+from dilaserve.prompts import ROLES, Message, conversation
 from dilaserve.server import openai, unsupported
-from dilaserve.server.messages import ROLES, conversation
 from dilaserve.server.schema import (
     MAX_DEFAULT,
     REFUSED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
     TokenizeRequest,
     decoded,
     misspelled,
