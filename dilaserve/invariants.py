@@ -113,12 +113,9 @@ def lines(scheduler: Scheduler) -> Iterator[str]:
     if queue.untested.keys() & queue.tested.keys() or queue.untested.keys() | queue.tested.keys() != waiting:
         yield "the queue of deadlines does not know whom it has tested"
     timed = sum(row.seconds for row in rows if row.promised)
-    best_effort = [row.seconds for row in rows if not row.promised]
-    if (
-        backlog.requests != len(best_effort)
-        or not near(backlog.timed, timed)
-        or not near(backlog.best_effort, sum(best_effort))
-    ):
+    others = [row.seconds for row in rows if not row.promised]
+    same = near(backlog.timed, timed) and near(backlog.best_effort, sum(others))
+    if not same or backlog.requests != len(others):
         yield "the work that is not done yet is summed wrongly"
 
 

@@ -39,6 +39,8 @@ class Keywords(TypedDict, total=False):
     guaranteed_rows: int
     batch_cap: int | None
     best_effort_age: float
+    best_effort_share: float
+    best_effort_backlog: float
     step_timeout: float
     profile: str | None
     max_queue: int

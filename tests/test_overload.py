@@ -336,7 +336,7 @@ def test_best_effort_work_is_refused_when_there_is_more_than_will_be_done_while_
     assert refused(1002, 0.2, seconds=need / 100)  # it would be best effort
     assert not refused(1003, 0.2, seconds=1000.0)
     assert not refused(1004, 100.0)  # no deadline has come for long
-    assert machine.backlog.requests == 41 + int(5.0 / need)
+    assert machine.house.backlog.requests == 41 + int(5.0 / need)
 
 
 @settings(max_examples=30, deadline=None)
@@ -356,9 +356,9 @@ def test_the_backlog_is_what_is_unfinished(seed):
         if rng.random() < 0.05 and machine.house.seats:
             feed(machine, InstanceLost(max(machine.house.seats), "killed"), now)
         rows = list(machine.requests.values())
-        assert machine.backlog.timed == pytest.approx(sum(row.seconds for row in rows if row.promised))
-        assert machine.backlog.best_effort == pytest.approx(sum(row.seconds for row in rows if not row.promised))
-        assert machine.backlog.requests == sum(not row.promised for row in rows)
+        assert machine.house.backlog.timed == pytest.approx(sum(row.seconds for row in rows if row.promised))
+        assert machine.house.backlog.best_effort == pytest.approx(sum(row.seconds for row in rows if not row.promised))
+        assert machine.house.backlog.requests == sum(not row.promised for row in rows)
 
 
 def test_an_arrival_of_thousands_of_short_blocks_is_no_more_work_than_one_of_few(monkeypatch):
