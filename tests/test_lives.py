@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 
 import msgspec
 import pytest
@@ -41,6 +42,7 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
+from dilaserve.text import Text
 from dilaserve.worker.groups import Groups, file_of
 
 LIVES = 100
@@ -133,13 +135,13 @@ def test_an_instance_that_does_not_go_when_it_is_killed_is_killed_again():
     assert [killed_at(machine), killed_at(machine)] == [3.0, 9.0]
 
 
-def slow(seconds):
+def slow(seconds, text=None):
     """Furniture whose steps take so long, which nobody knows."""
     profile = llada_8b_h200()
     law = profile.costs["cuda x1"]
     guess = msgspec.structs.replace(profile, costs={"cuda x1": msgspec.structs.replace(law, guess=True)})
     truth = msgspec.structs.replace(law, fixed=seconds)
-    return pretended(guess, 1, 1024, truth={1: truth})
+    return pretended(guess, 1, 1024, truth={1: truth}, text=text)
 
 
 @pytest.mark.parametrize(("seconds", "kills"), [(30.0, 0), (150.0, 0), (300.0, 1)])
@@ -148,23 +150,22 @@ def test_a_slow_machine_that_nobody_knows_is_learned_and_not_killed_again_and_ag
         async with Engine(Config.of(), furnish=slow(seconds)) as engine:
             killed, kill = [], engine.executor.kill
             engine.executor.kill = lambda instance, reason: (killed.append(reason), kill(instance, reason))
-            answers = [await engine.generate([0] * 32, Options(max_tokens=64, ignore_eos=True)) for _ in range(40)]
-            assert engine.scheduler.beliefs.pace(1).sure
-            return killed, answers, engine.scheduler.beliefs.pace(1).fixed
+            while not engine.scheduler.beliefs.pace(1).sure:
+                await engine.generate([0] * 32, Options(max_tokens=64, ignore_eos=True))
+            return killed, engine.scheduler.beliefs.pace(1).fixed
 
-    killed, answers, learned = virtually(served())
+    killed, learned = virtually(served())
     assert len(killed) == kills
-    assert {answer.finish_reason for answer in answers} == {"length"}
     assert learned == pytest.approx(seconds, rel=0.3)
 
 
-def test_calibrate_measures_a_slow_machine():
+def test_calibrate_measures_a_slow_machine(random_model):
     async def measured():
-        async with Engine(Config.of(), furnish=slow(30.0)) as engine:
+        async with Engine(Config.of(), furnish=slow(30.0, Text(random_model))) as engine:
             question = Question("a" * 20, task="prompts")
-            return await quality(engine, {"prompts": [(question, None)] * 2}, lambda what, done, total: None)
+            return await quality(engine, {"prompts": [(question, None)]}, lambda what, done, total: None)
 
-    assert virtually(measured()).tasks["prompts"].samples == 2
+    assert virtually(measured()).tasks["prompts"].samples == 1
 
 
 def test_a_worker_that_is_of_no_use_is_started_again_after_longer_and_longer_pauses():
@@ -376,14 +377,17 @@ def test_gloo_leaves_no_connections_no_threads_and_no_files_of_lives_that_are_ov
         for thread in threads:
             thread.join()
 
-    seen = []
     for life in range(1, 9):
         meet(life, (1, life))
         assert os.path.exists(file_of(store, ((0, 1), (1, life))))
-        seen.append(counts())
+        if life == 2:
+            known = counts()
+    tries = iter(range(1000))
+    while counts() > known and next(tries, None) is not None:
+        time.sleep(0.01)  # a thread that was joined is seen a moment longer
+    assert counts() == known
     for groups in ranks:
         groups.close()
-    assert seen[-1] == seen[1]
 
 
 # the planner

@@ -142,6 +142,16 @@ async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(eng
     assert [answer.token_ids for answer in answers] == [known.token_ids] * 8
 
 
+def test_no_thread_waits_for_ever_for_a_process_that_cannot_be_killed(monkeypatch, caplog):
+    monkeypatch.setattr(children, "PATIENCE", 0.01)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        with monkeypatch.context() as kept:
+            kept.setattr(child, "kill", lambda: None)
+            children.end(child)
+        child.kill()
+    assert caplog.messages == [f"the process {child.pid} (60) cannot be killed"]
+
+
 def ended(rank, how):
     return rank, Death(how, "the reason")
 
