@@ -125,7 +125,7 @@ class RequestTable:
         A row whose generation has moved on since the step was launched stays as it is: it is another request's now.
         `row` and `generation` are [rows], the others [rows, width]. Returns which tokens were written, [rows, width].
         """
-        written = chosen & (self.generation[row] == generation)[:, None]
+        written: np.ndarray[Any, np.dtype[np.bool_]] = chosen & (self.generation[row] == generation)[:, None]
         rows, places = np.broadcast_to(row[:, None], written.shape)[written], positions[written]
         self.confidence[rows, places] = confidence[written]
         self.canvas[rows, places] = token[written]

@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 
 def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Columns:
     stage = np.array(stages or [0] * len(spans), dtype=np.int64)
-    return Columns(*np.array(spans, dtype=np.int64).T, stage)
+    return Columns(*[*np.array(spans, dtype=np.int64).T, stage])
 
 
 def active_blocks(columns: Columns) -> Blocks:
