@@ -21,6 +21,10 @@ PATIENCE = 60.0  # seconds until an answer is given up, the first of a new proce
 MODEST = 10  # how much nicer than its parent the process is
 
 
+class PlannerGone(Exception):
+    """The planner's process has died, or has not answered in time."""
+
+
 class Advisor:
     """Ask it from a thread: `await asyncio.to_thread(advisor, demand)`.
 
@@ -47,11 +51,14 @@ class Advisor:
                     self.pipe.send(self.news)
 
     def __call__(self, demand: Demand) -> PlanReady:
+        """Raises `PlannerGone`."""
         advice = self.advise(demand)
-        return PlanReady(None, "the planner is gone") if advice is None else PlanReady(advice.plan, advice.reason)
+        if advice is None:
+            raise PlannerGone("the planner's process has died or does not answer; the next question starts another")
+        return PlanReady(advice.plan, advice.reason)
 
     def advise(self, demand: Demand) -> Advice | None:
-        """None: the process has died or does not answer; the plan stays as it is."""
+        """None: the process has died or does not answer."""
         with self.turn:
             try:
                 if self.process is None:

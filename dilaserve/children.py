@@ -8,6 +8,7 @@ script again, refuse to work inside a daemonic process, and end its children whe
 import atexit
 import contextlib
 import fcntl
+import logging
 import os
 import pickle
 import signal
@@ -17,11 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.spawn import get_executable
 from typing import Any, Protocol
 
+log = logging.getLogger(__name__)
 BOOT = (
     "import pickle, sys; read = sys.stdin.buffer; "
     "sys.path[:] = pickle.load(read); run, arguments = pickle.load(read); run(*arguments)"
 )
 PREFERRED = {"TORCH_BLAS_PREFER_CUBLASLT": "1"}  # on CUDA: 4 % of a reuse step of one row, as its products are small
+PATIENCE = 10.0  # seconds that a killed process gets to end
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # who starts threads while it is imported
 
 
@@ -84,8 +87,12 @@ def heritable(fd: int) -> int:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child; one that the kernel keeps for long is left to it."""
     child.kill()
-    child.wait()
+    try:
+        child.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        log.error("the process %d (%s) cannot be killed", child.pid, child.args[-1])  # type: ignore[index]
     running.pop(child, None)
 
 

@@ -132,7 +132,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 30.0
     step_timeout: Annotated[
         Patience,
-        Meta(description="seconds after which a step counts as hung, if that is 20 times what was predicted"),
+        Meta(
+            description="seconds after which a step counts as hung, if that is 20 times what was predicted; ten times "
+            "as many while step costs are a guess, and twice as many after each kill"
+        ),
     ] = 20.0
     profile: Annotated[
         Words | None, Meta(description="calibration file (default: beside the model, else in the cache directory)")

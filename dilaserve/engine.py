@@ -13,6 +13,7 @@ from typing import Self
 import msgspec
 import numpy as np
 
+from dilaserve import backoff
 from dilaserve.bell import Bell
 from dilaserve.config import Config
 from dilaserve.containment import Guard
@@ -60,6 +61,7 @@ from dilaserve.terms import (
     Launch,
     Paused,
     Plan,
+    PlanReady,
     Refuse,
     Release,
     Replan,
@@ -81,6 +83,8 @@ __all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "
 log = logging.getLogger(__name__)
 MAX_HISTORY = 256  # changes of plan that are remembered
 NO_CHOICE = "instances of one size are all that there can be"
+PLANNER_PAUSE = 2.0  # seconds before a planner that has failed is asked again; doubles with each failure in a row
+MOST_PLANNER_PAUSE = 60.0  # seconds; it doubles no further
 
 
 class Profile(msgspec.Struct):
@@ -135,6 +139,7 @@ class Engine:
         self.streams: dict[str, Stream] = {}
         self.planner = planner
         self.told: dict[int, StepCost] = {}  # the laws that the planner knows
+        self.planner_failures = 0  # in a row
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
         self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
@@ -162,7 +167,7 @@ class Engine:
         furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
         self.executor, self.table, self.text = furniture.executor, furniture.table, furniture.text
         self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
-        self.free = list(reversed(range(self.table.rows)))
+        self.free = deque(range(self.table.rows))  # the row that has been free for longest goes first
         self.devices, self.degrees = furniture.devices, furniture.degrees
         self.planner = self.planner or furniture.planner
         self.unplanned = None if self.planner else furniture.unplanned or NO_CHOICE
@@ -298,15 +303,25 @@ class Engine:
         return checked(known, len(self.devices), self.degrees)
 
     async def _ask(self, planner: Counsel, demand: Demand) -> None:
-        """Let the planner think in a thread; a planner that fails is not asked again."""
-        laws, quality = self.scheduler.beliefs.known()
+        """Let the planner think in a thread; one that fails is asked again, after a pause that doubles each time."""
         try:
-            if not alike(laws, self.told):
-                self.told = laws
-                await asyncio.to_thread(planner.learned, laws, quality)
-            self._post(await asyncio.to_thread(planner, demand))
+            answer = await self._counsel(planner, demand)
+            self.planner_failures = 0
         except Exception:
-            log.exception("the planner has failed; the plan stays as it is")
+            self.planner_failures += 1
+            pause = backoff.pause(self.planner_failures, PLANNER_PAUSE, MOST_PLANNER_PAUSE)
+            log.exception("the planner has failed; the plan stays as it is, and it is asked again in %g s", pause)
+            await asyncio.sleep(pause)
+            answer = PlanReady(None, "the planner has failed")
+        self._post(answer)
+
+    async def _counsel(self, planner: Counsel, demand: Demand) -> PlanReady:
+        """The planner's answer, with what has been learned of step costs and quality since it last heard of them."""
+        laws, quality = self.scheduler.beliefs.known()
+        if not alike(laws, self.told):
+            await asyncio.to_thread(planner.learned, laws, quality)
+            self.told = laws
+        return await asyncio.to_thread(planner, demand)
 
     # requests
 
@@ -431,7 +446,7 @@ class Engine:
         if not self.free:
             timed = slo.seconds is not None or slo.multiple is not None
             raise self._full(self.scheduler.refused(timed, now))
-        return self.free.pop()
+        return self.free.popleft()
 
     def _full(self, retry_after: float) -> Overloaded:
         limit = self.config.scheduler.max_queue

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, Self
 
 import msgspec
 
-from dilaserve import children, host, wire
+from dilaserve import backoff, children, host, wire
 from dilaserve.errors import CheckpointError, ConfigError, DilaserveError
 from dilaserve.terms import (
     Batch,
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
 Post = Callable[[Event], None]
 PATIENCE = 5.0  # seconds a worker gets to leave before it is killed
+MORTAL = 1.0  # seconds after its kill in which a process ends, unless the kernel keeps it; it runs none of its code
 LOOK = 0.01  # seconds between two looks whether a process has left
 RESPAWN_PAUSE = 0.5  # seconds before a worker that did not come up is started again; doubles with each attempt
 MOST_PAUSE = 10.0  # seconds; it doubles no further
@@ -74,10 +75,12 @@ class Executor(Protocol):
 
 
 class Forming(msgspec.Struct):
-    """An instance, and its ranks that have not joined it yet."""
+    """An instance, and its ranks that have not joined it yet; once it is lost, why, and those that have not left it."""
 
     instance: Instance
     missing: set[int]
+    death: "Death | None" = None
+    staying: set[int] = set()
 
 
 class Ended(enum.Enum):
@@ -109,6 +112,7 @@ class ProcessExecutor:
         self.workers: dict[int, WorkerHandle] = {}
         self.instances: dict[int, Forming] = {}
         self.failures = [0] * len(jobs)  # to load, in a row, by rank
+        self.useful: set[int] = set()  # ranks whose process has finished a step
         self.owner = os.getpid()
 
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
@@ -153,25 +157,27 @@ class ProcessExecutor:
                 self.workers[rank].send(wire.Form(instance.id, list(instance.ranks), lives))
 
     def kill(self, instance: int, reason: str) -> None:
-        """End the ranks that the others wait for."""
+        """End the ranks that the others wait for; of an instance that is lost, those that do not leave it."""
         if known := self.instances.get(instance):
-            for rank in self.shared.exchange.behind(known.instance.ranks):
-                self.workers[rank].kill(reason)
+            for rank in tuple(known.staying) or self.shared.exchange.behind(known.instance.ranks):
+                if rank in self.workers:
+                    self.workers[rank].kill(reason)
 
     async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
         """Keep one worker alive: start it, hear it out, and start it again when it is gone.
 
         Raises `DilaserveError` when so many ranks fail to load again and again that no instance is left.
         """
-        tries = 0  # since it was up
+        tries = 0  # since it was of use, or somebody else ended it
         for life in itertools.count(1):
             death = await self.live(rank, job, life, ready)
             if not ready.done() and death.ended is not Ended.KILLED:
                 ready.set_exception(refusal(death))
                 return
-            tries = 0 if death.ended is Ended.LOST else tries + 1
+            well = death.ended is Ended.LOST and (death.outside or rank in self.useful)
+            tries = 0 if well else tries + 1
             self.count(rank, job, death)
-            pause = min(MOST_PAUSE, RESPAWN_PAUSE * 2 ** min(tries - 1, 32)) if tries else 0.0
+            pause = backoff.pause(tries, RESPAWN_PAUSE, MOST_PAUSE)
             log.warning("worker %d on %s is gone (%s); starting another in %g s", rank, job.device, death.reason, pause)
             await asyncio.sleep(pause)
 
@@ -211,6 +217,8 @@ class ProcessExecutor:
                         ready.set_result(None)
                 case wire.Formed(instance):
                     self.formed(rank, instance)
+                case wire.Left(instance):
+                    self.left(rank, instance)
                 case wire.Broken(message):
                     broken = message
         self.abandon(rank)
@@ -218,26 +226,46 @@ class ProcessExecutor:
         if self.workers.pop(rank, None):
             self.post(WorkerLost(rank, death.reason))
             for instance in self.abandon(rank):
-                del self.instances[instance]
-                self.post(InstanceLost(instance, death.reason, death.outside))
+                self.lost(instance, death)
+                self.left(rank, instance)
         return death
 
     def attach(self, rank: int, handle: "WorkerHandle") -> None:
         """From now on steps go to this worker, and its reports are read straight from the loop, without a task."""
         self.workers[rank] = handle
+        self.useful.discard(rank)
         handle.on_done(lambda done: self.step_done(rank, done))
 
     def step_done(self, rank: int, done: wire.Done) -> None:
         for id, known in self.instances.items():
             if rank in known.instance.ranks:
+                self.useful.update(known.instance.ranks)
                 self.post(StepDone(id, done.batch, tuple(done.results), done.seconds, done.forward, done.last))
 
     def formed(self, rank: int, instance: int) -> None:
         known = self.instances.get(instance)
-        if known and rank in known.missing:
+        if known and rank in known.missing and known.death is None:
             known.missing.remove(rank)
             if not known.missing:
                 self.post(InstanceReady(known.instance))
+
+    def lost(self, instance: int, death: Death) -> None:
+        """A rank of the instance is gone, perhaps not the first: ask the others to leave it."""
+        known = self.instances[instance]
+        if known.death is None:
+            known.death = death
+            known.staying = {rank for rank in known.instance.ranks if rank in self.workers}
+            for rank in known.staying:
+                self.workers[rank].send(wire.Leave(instance))
+
+    def left(self, rank: int, instance: int) -> None:
+        """A rank has left a lost instance, or is gone. Once all have, none of them writes to its rows any more."""
+        known = self.instances.get(instance)
+        if known and known.death:
+            known.staying.discard(rank)
+            if not known.staying:
+                del self.instances[instance]
+                self.post(InstanceLost(instance, known.death.reason, known.death.outside))
 
     def abandon(self, rank: int) -> list[int]:
         """Let the peers of a lost worker leave what they do together; returns the instances that are lost."""
@@ -291,6 +319,7 @@ class WorkerHandle:
         self.job, self.life = job, life
         self.ready = wire.Ready(0, 0, 0)
         self.verdict = ""  # why it was killed from here
+        self.heard = False  # it has said its last
         self.loop = asyncio.get_running_loop()
         self.others: asyncio.Queue[wire.Report | None] = asyncio.Queue()
         self.done: Callable[[wire.Done], None] = lambda done: None
@@ -326,8 +355,16 @@ class WorkerHandle:
             self.kill(f"an order could not be sent to it: {error.strerror}")
 
     def kill(self, verdict: str) -> None:
+        """It counts as gone from now on, whether the kernel ends it or not."""
         self.verdict = verdict
         self.process.kill()
+        self.end_reports()
+
+    def end_reports(self) -> None:
+        self.loop.remove_reader(self.line)
+        if not self.heard:
+            self.heard = True
+            self.others.put_nowait(None)
 
     def readable(self) -> None:
         try:
@@ -342,8 +379,9 @@ class WorkerHandle:
             self.done(report)
             return
         if report is None:
-            self.loop.remove_reader(self.line)
-        self.others.put_nowait(report)
+            self.end_reports()
+        else:
+            self.others.put_nowait(report)
 
     async def report(self) -> wire.Report | None:
         """The next report that is not `Done`; None when the worker is gone."""
@@ -355,8 +393,8 @@ class WorkerHandle:
         return f"{self.job.device} {weights:.2f} GiB of weights, {pool:.2f} GiB of K/V ({self.ready.kv_tokens} tokens)"
 
     async def death(self, broken: str) -> Death:
-        """How a worker ended whose line is closed; `broken` is what it has said of that."""
-        left = await self.left(PATIENCE)
+        """How a worker ended whose line is closed, or that was killed; `broken` is what it has said of that."""
+        left = await self.left(MORTAL if self.verdict else PATIENCE)
         code = self.process.returncode if left else None
         starved = code == -signal.SIGKILL and host.out_of_memory_kills() > self.out_of_memory_kills
         outside = code is not None and code < 0 and -code not in CRASHES and not (broken or self.verdict or starved)
@@ -382,7 +420,8 @@ class WorkerHandle:
         self.line.close()
         if not await self.left(PATIENCE):
             self.process.kill()
-            await self.left(PATIENCE)
+            if not await self.left(PATIENCE):
+                log.error("the process %d of the worker on %s cannot be killed", self.process.pid, self.job.device)
         children.running.pop(self.process, None)
 
 

@@ -1,6 +1,7 @@
 """Who is in the house: the rows that wait, the instances, and who has a seat on which."""
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -382,6 +383,26 @@ class House:
             seat.promised.remove(progress)
         seat.pages.give(progress.kv_start)
         progress.seat, progress.fresh, progress.loads, progress.ready = None, False, None, None
+
+    def doom(self, rank: int) -> None:
+        """The worker is gone: nothing more is launched on its instance, which is lost once its peers have left it."""
+        for seat in chain(self.seats.values(), self.closing.values()):
+            seat.doomed |= rank in seat.instance.ranks
+
+    def move_to(self, instance: Instance, forming: Iterable[Instance]) -> None:
+        """Rows of an old plan go on: an instance that stands takes its part, by devices, of what fits on it, and leaves
+        the others to those that are still to stand.
+        """
+        pages, mine = self.seats[instance.id].pages, len(instance.ranks)
+        coming = {rank for other in (*forming, *self.closing_instances()) for rank in other.ranks}
+        fitting = [row for row in self.moving if pages.ever_fits(row.request.canvas_tokens)]
+        fitting.sort(key=lambda row: (row.left(0.0), ARRIVAL(row)))
+        part = fitting[: math.ceil(len(fitting) * mine / (mine + len(coming)))]
+        self.moving = [row for row in self.moving if row not in part]
+        self.wait_again(part)
+
+    def closing_instances(self) -> list[Instance]:
+        return [seat.instance for seat in self.closing.values()]
 
     def wait_again(self, rows: list[Progress]) -> None:
         """Rows that had a seat go back into the order that they were in."""

@@ -1,6 +1,7 @@
-"""Batches of one step or of several: what an instance is told, what it went on to do, and when it had better end."""
+"""Batches of one step or of several: what an instance is told, what it reports, when it had better end or is hung."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dilaserve.beliefs import Beliefs, batch_features
@@ -9,10 +10,10 @@ from dilaserve.house import House
 from dilaserve.policy.best_effort import after_step
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.fairness import Ride, allowances, left_over, riders
+from dilaserve.policy.patience import step_limit
 from dilaserve.progress import Progress, Ready, Seat, State
-from dilaserve.terms import Batch, Hurry, RowResult
+from dilaserve.terms import Batch, Hurry, RowResult, Span
 
-OVERDUE = 20.0  # times what was predicted, after which a step counts as hung
 AHEAD = 8  # blocks that the rows of a launch may begin in it after their first, all together, but at least one each
 MOST_AHEAD = 32  # rows; among more there is always one whose answer ends
 
@@ -29,6 +30,7 @@ class Launches:
         self.cap = policy.batch_cap or house.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
         self.batches = 0
+        self.kills: Counter[int] = Counter()  # of hung steps by degree, until steps of it are known to be done
 
     def ready(self, progress: Progress, degree: int) -> Ready:
         """Kept until the row has stepped."""
@@ -89,8 +91,24 @@ class Launches:
             progress.launched(work, now)
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
         seat.went_on, seat.hurried, seat.disturbed, seat.launched_at = False, False, False, now
-        seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))
+        seat.overdue_at = math.ceil(now + self.limit(seat, (fixed + sum(longest)) * steps))
         return batch
+
+    def limit(self, seat: Seat, predicted: float) -> float:
+        """Seconds after which steps on the instance that should take so many count as hung."""
+        known = self.beliefs.pace(seat.degree).sure
+        return step_limit(self.patience, predicted, known, self.kills[seat.degree])
+
+    def hung(self, seat: Seat, now: float) -> None:
+        """A step on the instance counts as hung; it is looked at again in case the instance does not go."""
+        self.kills[seat.degree] += not seat.killed
+        seat.killed = True
+        seat.overdue_at = math.ceil(now + self.limit(seat, 0.0))
+
+    def done(self, degree: int) -> None:
+        """A step at this degree is done. While its cost is a guess that says nothing of slower ones."""
+        if self.kills and self.beliefs.pace(degree).sure:
+            del self.kills[degree]
 
     def steps(self, seat: Seat, chosen: Sequence[Progress]) -> int:
         """How often the batch is stepped at most: until a row changes how, and once if anybody waits."""
@@ -131,28 +149,34 @@ class Launches:
                     seat.hurried = True
                     yield Hurry(seat.batch)
 
-    def went_on(self, seat: Seat, flying: Sequence[Progress], results: Sequence[RowResult]) -> None:
-        """Note what a step was that a batch took after its first: rows go to another block, or come to reuse; one whose
-        block is done may have rested before.
+    def reported(self, seat: Seat, flying: Sequence[Progress], results: Sequence[RowResult]) -> None:
+        """Note what a step was that a batch took after its first, as the worker reports it.
+
+        What the device did for a row that rested is part of the step and of none of the row's counts.
         """
         masks, seconds, refreshing = 0, [], False
         for place, (progress, result) in enumerate(zip(flying, results, strict=True)):
-            refresh = False
-            if progress.state is State.STEPPING and not rested(progress, result):
-                work = progress.next_work()
-                progress.goes_on(work)
-                seat.spans[place] = progress.span(work)
-                masks += progress.masks
-                refresh = work.refresh
-                refreshing |= refresh
+            span = seat.spans[place] = stage(seat, place, result)
+            refresh = refreshes(span) and not result.rested
+            if progress.state is State.STEPPING and not result.rested:
+                assert span.block_start == progress.block_start
+                progress.took(refresh)
+            masks += result.unmasked + result.masks_left
+            refreshing |= refresh
             seconds.append(self.beliefs.step_seconds(progress, refresh, seat.degree))
         seat.features, seat.refreshing = batch_features(seat.spans, masks), refreshing
         seat.shares = shares(self.beliefs.pace(seat.degree).fixed, seconds)
 
 
-def rested(progress: Progress, result: RowResult) -> bool:
-    """Whether the row took no part in a step that had begun when its block was done."""
-    return not result.masks_left and result.prefix == progress.block_start
+def stage(seat: Seat, place: int, result: RowResult) -> Span:
+    """The span that the row at this place of the batch has taken."""
+    assert seat.batch is not None
+    return seat.batch.then[place][result.stage - 1] if result.stage else seat.batch.spans[place]
+
+
+def refreshes(span: Span) -> bool:
+    """Whether the step rewrites all K/V of the row."""
+    return span.length == span.keys
 
 
 def shares(fixed: float, seconds: Sequence[float]) -> list[float]:

@@ -1,25 +1,28 @@
 """Which instances there are, which there should be, and the change from one to the other. Remembers, has no clock."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from dilaserve.pages import PAGE
 from dilaserve.policy.layouts import shrunk
+from dilaserve.policy.patience import forming_limit
 from dilaserve.terms import Change, Instance, Plan
 
 
 class Layout:
-    """The wanted plan, the workers that are up, and the instances that are being formed.
+    """The wanted plan, the workers that are up, and the instances that are being formed, for `patience` seconds each.
 
     Without a wanted plan, instances are taken as they come.
     """
 
-    def __init__(self, wanted: Plan | None, degrees: Sequence[int]) -> None:
-        self.wanted, self.degrees = wanted, tuple(degrees)
+    def __init__(self, wanted: Plan | None, degrees: Sequence[int], patience: float) -> None:
+        self.wanted, self.degrees, self.patience = wanted, tuple(degrees), patience
         self.workers: dict[int, int] = {}  # K/V tokens at degree 1, by rank
         self.forming: dict[int, Instance] = {}
         self.next_id = 0
-        self.form_by = math.inf  # when instances that are being formed count as hung
+        self.limits: dict[int, float] = {}  # when each of them counts as hung
+        self.hung: Counter[int] = Counter()  # that were not formed in time, in a row, by degree
         self.moot = False  # something has happened that may call for moves
         self.change: Pending | None = None
         self.stopped: dict[int, float] = {}  # end of the last step with rows, by rank whose instance is no more
@@ -41,7 +44,12 @@ class Layout:
         if reason not in self.change.reasons:
             self.change.at, self.change.reasons = at, [*self.change.reasons[-2:], reason]
 
-    def begun(self, busy: set[int]) -> list[Instance]:
+    @property
+    def form_by(self) -> float:
+        """When the first of the instances that are being formed counts as hung."""
+        return min(self.limits.values(), default=math.inf)
+
+    def begun(self, busy: set[int], now: float) -> list[Instance]:
         """The groups of the target whose devices are all free, as instances that are being formed from now on."""
         begins = []
         for group in self.target().groups:
@@ -49,8 +57,35 @@ class Layout:
                 room = min(self.workers[rank] for rank in group) // PAGE * PAGE * len(group)
                 begins.append(Instance(self.next_id, group, room))
                 self.next_id += 1
-        self.forming |= {instance.id: instance for instance in begins}
+        for instance in begins:
+            self.forming[instance.id] = instance
+            self.limits[instance.id] = self.limit(instance, now)
         return begins
+
+    def limit(self, instance: Instance, now: float) -> float:
+        return math.ceil(now + forming_limit(self.patience, self.hung[len(instance.ranks)]))
+
+    def formed(self, instance: Instance) -> None:
+        self.over(instance.id)
+        self.moot = True
+        del self.hung[len(instance.ranks)]
+
+    def over(self, instance: int) -> None:
+        """The instance is not being formed any more."""
+        self.forming.pop(instance, None)
+        self.limits.pop(instance, None)
+
+    def overdue(self, now: float) -> list[int]:
+        """The instances that should have been formed by now; each is given its time once more until it is lost."""
+        late = [id for id, limit in self.limits.items() if now >= limit]
+        for id in late:
+            self.hung[len(self.forming[id].ranks)] += 1
+            self.limits[id] = self.limit(self.forming[id], now)
+        return late
+
+    def paused(self, seconds: float) -> None:
+        """What is being formed gets the time again in which nothing ran."""
+        self.limits = {id: limit + seconds for id, limit in self.limits.items()}
 
     def resumed(self, ranks: Sequence[int], now: float) -> None:
         """The first step of a new instance: its rows have waited since the earliest end of its devices' last ones."""

@@ -56,12 +56,14 @@ class Seat:
         self.promised: list[Progress] = []  # those with a deadline, in order of service
         self.flying: list[Progress] | None = None
         self.batch: Batch | None = None
-        self.spans: list[Span] = []  # of its last step that is known
+        self.spans: list[Span] = []  # of its last step that is known, by row in flight
         self.went_on = False  # it has taken more steps than its first
         self.hurried = False  # the batch was told to end with the step that is under way
         self.launched_at = 0.0
         self.disturbed = False  # the engine did not run for a part of the step in flight
         self.overdue_at = math.inf  # when the step in flight counts as hung
+        self.killed = False  # a step on it counted as hung
+        self.doomed = False  # a worker of it is gone; it is lost as soon as the others have left it
         self.features = Features(0, 0, 0, 0, 0)
         self.refreshing = False
         self.saved = 0.0  # seconds that best-effort rows may still add to steps with deadlines
@@ -238,13 +240,13 @@ class Progress:
         self.did(Did.LAUNCHED)
         if self.started_at is None:
             self.started_at = now
-        self.goes_on(todo)
+        self.took(todo.refresh)
 
-    def goes_on(self, todo: Work) -> None:
-        """Take a step, of a batch of several perhaps."""
+    def took(self, refresh: bool) -> None:
+        """Count a step that has begun, of a batch of several perhaps."""
         self.ready = None
-        self.since_refresh = 1 if todo.refresh else self.since_refresh + 1
-        self.refreshes += todo.refresh
+        self.since_refresh = 1 if refresh else self.since_refresh + 1
+        self.refreshes += refresh
         self.fresh = True
 
     def advance(self, result: RowResult) -> None:

@@ -1,7 +1,6 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 
@@ -12,7 +11,7 @@ from dilaserve.errors import OURS
 from dilaserve.expiry import Expiry
 from dilaserve.fates import Fate, Totals
 from dilaserve.house import ARRIVAL, House, turn
-from dilaserve.launches import Launches, rested
+from dilaserve.launches import Launches
 from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import beyond_hope, place_in, retry_after
 from dilaserve.policy.best_effort import STEP, may_lead
@@ -65,6 +64,7 @@ SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the pla
 BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
 MOST_ENDS = 64  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
 LATELY = 30.0  # seconds for which a deadline counts as one of those that come
+MOVE_PATIENCE = 1.0  # seconds that rows of an old plan wait for its new instances, before they go on where room is
 NEVER = float("inf")
 
 
@@ -96,10 +96,10 @@ class Scheduler:
         self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
         self.tightest = RecentLeast(LATELY)  # seconds from arrival to deadline
-        self.layout = Layout(plan, degrees)
+        self.layout = Layout(plan, degrees, policy.step_timeout)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
-        self.patience = policy.step_timeout
+        self.move_by = NEVER  # when rows of an old plan wait no longer
         self.ticked_at = self.decided_at = -NEVER
         self.gives_up = False  # more requests have become hopeless than one decision looks at
         self.overdue_at = NEVER  # no step in flight counts as hung before
@@ -119,12 +119,12 @@ class Scheduler:
                 if loser := self.house.gives_way(tenant):
                     yield from self.gone(loser, Refuse(loser.request, self.place_in(now)), now, "refused")
             case InstanceReady(instance):
-                self.layout.forming.pop(instance.id, None)
-                self.layout.moot = True
+                self.layout.formed(instance)
                 self.house.seats[instance.id] = Seat(instance)
                 self.house.reseated()
+                self.house.move_to(instance, self.layout.forming.values())
             case InstanceLost(instance, reason, outside):
-                self.layout.forming.pop(instance, None)
+                self.layout.over(instance)
                 self.layout.moot = True
                 if seat := self.house.seats.pop(instance, None) or self.house.closing.pop(instance, None):
                     self.house.reseated()
@@ -136,6 +136,7 @@ class Scheduler:
             case WorkerLost(rank, reason):
                 self.layout.asked(now, self.house.instances(), f"worker {rank} is gone ({reason})")
                 self.layout.workers.pop(rank, None)
+                self.house.doom(rank)
             case Paused(seconds):
                 self.paused(seconds)
             case Replan(plan, reason):
@@ -152,7 +153,7 @@ class Scheduler:
             yield from self.decline(progress, now)
         if self.layout.moot:
             yield from self.reshape(now)
-        if self.house.moving and not self.house.closing and not self.layout.forming:
+        if self.house.moving and (now >= self.move_by or not (self.house.closing or self.layout.forming)):
             moved_rows, self.house.moving = self.house.moving, []
             self.house.wait_again(moved_rows)
         if now >= self.overdue_at or now >= self.layout.form_by:
@@ -194,7 +195,8 @@ class Scheduler:
         solve_at = self.solve_at if self.asks else NEVER
         if self.gives_up or (self.promises.admits and self.house.queue.untested):
             return self.decided_at  # a decision looks at only so many
-        return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at)
+        move_by = self.move_by if self.house.moving else NEVER
+        return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at, move_by)
 
     def next_overdue(self) -> float:
         """When the first of the steps in flight counts as hung."""
@@ -219,27 +221,28 @@ class Scheduler:
             return
         groups, ends = set(self.layout.target().groups), []
         for id, seat in list(self.house.closing.items()):
-            if seat.instance.ranks in groups:
+            if seat.instance.ranks in groups and not seat.doomed:
                 self.house.seats[id] = self.house.closing.pop(id)
         for id, seat in list(self.house.seats.items()):
-            if seat.instance.ranks not in groups:
+            if seat.instance.ranks not in groups or seat.doomed:
                 self.house.closing[id] = self.house.seats.pop(id)
         for id, seat in list(self.house.closing.items()):
             if seat.flying is None:
-                yield from self.vacate(self.house.closing.pop(id))
+                yield from self.vacate(self.house.closing.pop(id), now)
                 ends.append(id)
         self.house.reseated()
         there = [*self.house.instances(), *self.layout.forming.values()]
-        begins = self.layout.begun({rank for instance in there for rank in instance.ranks})
-        self.layout.form_by = math.ceil(now + self.patience) if self.layout.forming else NEVER
+        begins = self.layout.begun({rank for instance in there for rank in instance.ranks}, now)
         if ends or begins:
             yield Reshard(Moves(tuple(ends), tuple(begins)))
 
-    def vacate(self, seat: Seat) -> Iterator[Command]:
+    def vacate(self, seat: Seat, now: float) -> Iterator[Command]:
         """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
 
-        They wait for the new instances rather than crowd the old ones that stay.
+        For a moment they wait for the new instances rather than crowd the old ones that stay.
         """
+        if not self.house.moving:
+            self.move_by = now + MOVE_PATIENCE
         rows = list(seat.residents.values())
         if ends := [row.stepped_at for row in rows if row.steps]:
             self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
@@ -257,13 +260,11 @@ class Scheduler:
         for seats in (self.house.seats, self.house.closing):
             for id, seat in seats.items():
                 if now >= seat.overdue_at:
-                    seat.overdue_at = NEVER
+                    self.launches.hung(seat, now)
                     yield Kill(id, f"no answer to a step for {now - seat.launched_at:.3g} s")
         self.overdue_at = self.next_overdue()
-        if now >= self.layout.form_by:
-            self.layout.form_by = NEVER
-            for id in self.layout.forming:
-                yield Kill(id, f"an instance was not formed within {self.patience:g} s")
+        for id in self.layout.overdue(now):
+            yield Kill(id, "the instance was not formed in time")
 
     def solve(self, now: float) -> Solve:
         self.solving, self.solve_at = True, now + (SOLVE_SOON if self.traffic.begins(now) else SOLVE_EVERY)
@@ -353,13 +354,16 @@ class Scheduler:
             return  # the instance was lost after it had sent this
         flying = seat.flying
         if seat.went_on:
-            self.launches.went_on(seat, flying, event.results)
+            self.launches.reported(seat, flying, event.results)
+        self.launches.done(seat.degree)
         if not seat.disturbed:
             self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
         seat.launched_at, seat.went_on, seat.disturbed = now, True, False
         if event.last:
-            seat.flying, seat.overdue_at = None, NEVER
+            seat.flying, seat.overdue_at, seat.ends_at = None, NEVER, -NEVER
             self.layout.moot |= event.instance in self.house.closing
+        else:
+            seat.ends_at = now + self.beliefs.pace(seat.degree).fixed + sum(seat.added.values())
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
             done = self.row_done(progress, result, share * event.seconds, event.last, now)
             yield from self.contained(progress, done)
@@ -377,7 +381,7 @@ class Scheduler:
             self.totals.spent(seconds, progress.wasted)
             if last:
                 yield self.release(progress)
-        elif not rested(progress, result):
+        elif not result.rested:
             yield from self.returned(progress, result, now)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
@@ -477,7 +481,7 @@ class Scheduler:
                     seat.overdue_at += seconds
                     seat.launched_at += seconds
                     seat.disturbed = True
-        self.layout.form_by += seconds
+        self.layout.paused(seconds)
         self.overdue_at = self.next_overdue()
 
     def evict(self, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:

@@ -2,7 +2,7 @@
 
 Knows the layout and nothing of what the numbers mean. A structure of arrays; each column has one writer at a time: the
 engine fills a row before its first step and owns the knobs, afterwards canvas and confidence belong to the row's
-instance.
+instance, as long as the row's generation is the one that the step was launched with.
 """
 
 import math
@@ -89,7 +89,11 @@ class RequestTable:
         decoding: Decoding,
         ending: Ending = Ending(),  # noqa: B008 - frozen
     ) -> int:
-        """Lay out a new request in a free row; returns the row's new generation number."""
+        """Lay out a new request in a free row; returns the row's new generation number.
+
+        The generation goes first: a step of the row's last request, if one is still under way, writes nothing after it.
+        """
+        self.generation[row] += 1
         self.canvas[row, : len(prompt)] = prompt
         self.canvas[row, len(prompt) : canvas_tokens] = mask_id
         self.confidence[row, :canvas_tokens] = 0.0
@@ -105,8 +109,27 @@ class RequestTable:
         self.stop_ids[row] = NO_TOKEN
         self.stop_ids[row, : len(ending.stop_ids)] = ending.stop_ids
         self.may_end_at[row] = len(prompt) + ending.min_tokens
-        self.generation[row] += 1
         return int(self.generation[row])
+
+    def unmask(
+        self,
+        row: np.ndarray[Any, Any],
+        generation: np.ndarray[Any, Any],
+        positions: np.ndarray[Any, Any],
+        chosen: np.ndarray[Any, np.dtype[np.bool_]],
+        token: np.ndarray[Any, Any],
+        confidence: np.ndarray[Any, Any],
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Put the `chosen` tokens of a step on the canvases; the one way in which a worker writes to the table.
+
+        A row whose generation has moved on since the step was launched stays as it is: it is another request's now.
+        `row` and `generation` are [rows], the others [rows, width]. Returns which tokens were written, [rows, width].
+        """
+        written: np.ndarray[Any, np.dtype[np.bool_]] = chosen & (self.generation[row] == generation)[:, None]
+        rows, places = np.broadcast_to(row[:, None], written.shape)[written], positions[written]
+        self.confidence[rows, places] = confidence[written]
+        self.canvas[rows, places] = token[written]
+        return written
 
 
 def private_bytes(size: int) -> torch.Tensor:

@@ -151,6 +151,9 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token
     in the block (-1 if none counts), `confidence` the sum over the tokens unmasked.
+
+    `stage` says what the step was: the row's first span in the batch (0) or one that follows it (n + 1: the n-th of its
+    `then`). `rested`: the block was done before, so that the row took no part.
     """
 
     row: int
@@ -160,6 +163,8 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     prefix: int
     stop_at: int
     confidence: float
+    stage: int = 0
+    rested: bool = False
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
@@ -276,8 +281,10 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
-    """A worker of the instance is gone; its rows have lost their K/V and nothing else. `outside`: somebody else killed
-    it, so that no row can be the reason.
+    """A worker of the instance is gone, and the others have left it, so that none of them writes to its rows any more.
+
+    The rows have lost their K/V and nothing else. `outside`: somebody else killed the worker, so that no row can be the
+    reason.
     """
 
     instance: int
@@ -293,7 +300,7 @@ class WorkerUp(msgspec.Struct, frozen=True, gc=False):
 
 
 class WorkerLost(msgspec.Struct, frozen=True, gc=False):
-    """The worker is gone; `InstanceLost` follows if it belonged to one."""
+    """The worker is gone; if it belonged to an instance, `InstanceLost` follows once its peers have left that."""
 
     rank: int
     reason: str

@@ -31,6 +31,12 @@ class Run(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     then: list[list[Span]] = []
 
 
+class Leave(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Engine to worker: a member of this instance is gone; say so when you do nothing for the instance any more."""
+
+    instance: int
+
+
 class Stop(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     """Engine to worker: leave."""
 
@@ -56,6 +62,12 @@ class Formed(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     instance: int
 
 
+class Left(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """Worker to engine: this rank has left the instance and writes to none of its rows any more."""
+
+    instance: int
+
+
 class Broken(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     """Worker to engine: I leave, and why."""
 
@@ -75,8 +87,8 @@ class Done(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     last: bool = True
 
 
-Order: TypeAlias = Form | Run | Stop
-Report: TypeAlias = Loading | Ready | Formed | Broken | Done
+Order: TypeAlias = Form | Run | Leave | Stop
+Report: TypeAlias = Loading | Ready | Formed | Left | Broken | Done
 
 _encoder = msgspec.msgpack.Encoder()
 _orders = msgspec.msgpack.Decoder(Order)

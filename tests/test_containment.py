@@ -33,7 +33,7 @@ HANDLERS = [
     *((Beliefs, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
     *((Progress, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
     *((Line, name) for name in ("add", "remove")),
-    *((Launches, "ready"), (Launches, "went_on")),
+    *((Launches, "ready"), (Launches, "reported")),
 ]
 
 

@@ -176,6 +176,18 @@ def test_steps_of_a_gpu_do_what_those_of_a_cpu_do(random_model, machine, count):
     assert masks == others or masks < 3 * count
 
 
+def test_every_step_of_a_launch_says_what_it_was(random_model, machine):
+    house, shapes = House(random_model, GPU), shapes_of(3)
+    refresh, reuse = house.laid_out(shapes)
+    outcomes = list(house.runner.steps(refresh, 6, [(span,) for span in reuse]))
+    stages = [[result.stage for result in outcome.results] for outcome in outcomes]
+    assert stages == [[0] * 3, *[[1] * 3] * (len(outcomes) - 1)]
+    left = [span.block_end - span.block_start for span in refresh]
+    for outcome in outcomes:
+        assert [result.rested for result in outcome.results] == [not masks for masks in left]
+        left = [result.masks_left for result in outcome.results]
+
+
 def test_rows_come_and_go_between_launches(random_model, machine):
     """Batches of all sizes on the same buffers, in any order, say the same with graphs and without."""
     houses, rng = [House(random_model, GPU, eager) for eager in (False, True)], np.random.default_rng(3)

@@ -74,7 +74,7 @@ async def test_a_stream_that_is_left_frees_its_row(random_model):
                 await engine.submit(PROMPTS[1], WISH)
             assert caught.value.retry_after
         await engine.drain(30)
-        assert engine.free == [0]
+        assert list(engine.free) == [0]
         assert not engine.scheduler.requests
         engine.draining = False
         assert (await engine.generate(PROMPTS[1], WISH)).finish_reason == "length"

@@ -26,6 +26,7 @@ from dilaserve.server.plans import shown
 from dilaserve.terms import Plan
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+PROMPT = [5, 6, 7]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -215,6 +216,28 @@ async def test_a_rank_that_hangs_is_taken_for_dead(mortal):
     await whole(mortal)
     assert mortal.executor.workers[1].process.pid != stopped
     assert any("no answer to a step for" in change.reason for change in mortal.history)
+
+
+async def test_the_rows_of_a_lost_instance_wait_for_the_rank_that_lives_on(mortal, monkeypatch):
+    """However long that rank is held between its last collective and its write, its rows are nobody else's yet."""
+    await whole(mortal)
+    monkeypatch.setattr(mortal.scheduler.launches, "patience", 600.0)
+    stream = await mortal.submit(PROMPT, Options(max_tokens=200, block_length=4, ignore_eos=True, cache="none"))
+    await anext(stream)
+    held, dies = (mortal.executor.workers[rank].process.pid for rank in (0, 1))
+    os.kill(held, signal.SIGSTOP)
+    os.waitpid(held, os.WUNTRACED)  # noqa: ASYNC222
+    for _ in range(100):
+        await asyncio.sleep(0)  # all that it has said is read, and its next step is under way
+    await stream.aclose()
+    lost = mortal.profile.workers_lost
+    os.kill(dies, signal.SIGKILL)
+    await until(lambda: mortal.profile.workers_lost > lost and len(mortal.executor.workers) == 2)
+    assert stream.request.row not in mortal.free
+    os.kill(held, signal.SIGCONT)
+    await until(lambda: stream.request.row in mortal.free)
+    await whole(mortal)
+    assert mortal.executor.workers[0].process.pid == held
 
 
 async def test_an_error_in_a_step_fails_the_request_that_brings_it_alone(mortal):

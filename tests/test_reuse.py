@@ -25,6 +25,7 @@ from dilaserve.terms import Decoding, Span
 from dilaserve.worker import rehearsal
 from dilaserve.worker.batch import columns_of
 from dilaserve.worker.ends import WIDTH
+from dilaserve.worker.groups import Alone
 from dilaserve.worker.reuse import ReuseSteps, buckets
 from dilaserve.worker.runner import Runner
 
@@ -60,7 +61,8 @@ class House:
             canvas = prompt + length
             start, queries = (0, canvas) if refresh else (prompt, block)
             quota = 3 if row % 3 == 1 else 0
-            spans.append(Span(row, 1, kv_start, start, queries, canvas, prompt, prompt + block, quota, 0))
+            generation = int(self.table.generation[row])
+            spans.append(Span(row, generation, kv_start, start, queries, canvas, prompt, prompt + block, quota, 0))
             kv_start += -(-canvas // PAGE) * PAGE
         return spans
 
@@ -99,6 +101,16 @@ def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
         assert np.allclose(plain.table.confidence, static.table.confidence, rtol=1e-4)
 
 
+def done(outcome):
+    """What a step did to its rows, whatever launch it was of."""
+    return [msgspec.structs.replace(result, generation=0, stage=0) for result in outcome.results]
+
+
+def stages(outcome):
+    """Which of its spans each row took; None: it rested."""
+    return [None if result.rested else result.stage for result in outcome.results]
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_steps_that_reuse_follow_a_refresh_in_one_launch(random_model, static):
     shapes, houses = [(20, 32, 32), (33, 32, 40), (46, 32, 32)], [House(random_model, static) for _ in range(2)]
@@ -110,7 +122,8 @@ def test_steps_that_reuse_follow_a_refresh_in_one_launch(random_model, static):
     apart = [*other.runner.steps(refresh, 1), *other.runner.steps(reuse, len(together) - 1)]
     assert len(together) > 2
     assert [outcome.last for outcome in together] == [False] * (len(together) - 1) + [True]
-    assert [outcome.results for outcome in together] == [outcome.results for outcome in apart]
+    assert [stages(outcome) for outcome in together] == [[0] * 3] + [[1] * 3] * (len(together) - 1)
+    assert [done(outcome) for outcome in together] == [done(outcome) for outcome in apart]
     assert np.array_equal(one.table.canvas, other.table.canvas)
 
 
@@ -275,23 +288,72 @@ def test_a_launch_goes_on_into_the_next_block(random_model, static):
         house.table.threshold[:2] = 0.0  # all masks in a step
         house.table.rule[:2] = 0
 
+    def launch(house):
+        (*first,) = house.spans(shapes, refresh=True)
+        then = [[span._replace(start=span.block_start, length=span.block_end - span.block_start)] for span in first]
+        for course, span in zip(then, first, strict=True):
+            length = span.block_end - span.block_start
+            later = span._replace(block_start=span.block_end, block_end=span.block_end + length)
+            course += [later, later._replace(start=later.block_start, length=length)]
+        return first, then
+
     for house in houses:
         fill(house)
-    (*first,) = one.spans(shapes, refresh=True)
-    then = [[span._replace(start=span.block_start, length=span.block_end - span.block_start)] for span in first]
-    for course, span in zip(then, first, strict=True):
-        length = span.block_end - span.block_start
-        later = span._replace(block_start=span.block_end, block_end=span.block_end + length)
-        course += [later, later._replace(start=later.block_start, length=length)]
+    first, then = launch(one)
     together = list(one.runner.steps(first, 8, then))
     assert [[result.masks_left for result in outcome.results] for outcome in together] == [[0, 0], [0, 0]]
+    assert [stages(outcome) for outcome in together] == [[0, 0], [2, 2]]  # no step was left to reuse the first block
     apart = [list(other.runner.steps(spans, 1)) for spans in (first, [course[1] for course in then])]
-    assert [outcome.results for outcome in together] == [outcome.results for (outcome,) in apart]
+    assert [done(outcome) for outcome in together] == [done(outcome) for (outcome,) in apart]
     assert np.array_equal(one.table.canvas, other.table.canvas)
     fill(one)
     one.runner.max_tokens = sum(span.length for span in first) - 1
+    first, then = launch(one)
     (outcome,) = one.runner.steps(first, 8, then)
-    assert (outcome.results, outcome.last) == (together[0].results, True)
+    assert (done(outcome), outcome.last) == (done(together[0]), True)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_whose_block_is_done_rests_and_the_report_says_so(random_model, static):
+    house, shapes = House(random_model, static), [(20, 32, 64), (45, 24, 96)]
+    house.fill(shapes)
+    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    house.table.canvas[0, 20:52] = 7
+    (outcome,) = house.runner.steps(house.spans(shapes, refresh=False), 1)
+    assert [result.rested for result in outcome.results] == [True, False]
+    assert outcome.results[0].unmasked == 0
+
+
+class Held(Alone):
+    """A rank that is held between its last collective and its write: `meanwhile` is called there."""
+
+    def __init__(self, meanwhile):
+        self.meanwhile = meanwhile
+
+    def check(self):
+        self.meanwhile()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_that_is_late_writes_nothing_to_a_row_that_is_anothers_by_then(random_model, static):
+    house, shapes = House(random_model, static), [(20, 32, 32), (33, 32, 40)]
+    house.fill(shapes)
+    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    spans, kept = house.spans(shapes, refresh=False), house.table.canvas[1].copy()
+    table, prompt = house.table, np.full(30, 9, dtype=np.int32)
+
+    def given_away():
+        table.fill(0, prompt, 100, house.spec.mask_id, Decoding())
+
+    if static:
+        read = house.reuse.read
+        house.reuse.read = lambda: (given_away(), read())[1]
+    else:
+        house.runner.group = Held(given_away)
+    list(house.runner.steps(spans, 1))
+    assert table.canvas[0, :100].tolist() == [9] * 30 + [house.spec.mask_id] * 70
+    assert not table.confidence[0, :100].any()
+    assert (table.canvas[1] != kept).any()  # the other row is still its request's
 
 
 async def test_who_arrives_need_not_wait_for_all_the_steps_of_a_launch(random_model, monkeypatch):

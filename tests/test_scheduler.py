@@ -45,7 +45,8 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
-from dilaserve.worker.runner import answered, follow
+from dilaserve.worker.courses import Courses
+from dilaserve.worker.runner import answered
 
 
 def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: B008
@@ -73,9 +74,9 @@ def feed(machine, event, now=0.0):
     return [*machine.observe(event, now), *machine.decide(now)]
 
 
-def result(span, masks_left=0, prefix=None, stop_at=-1, unmasked=4):
-    end = span.block_end if prefix is None else prefix
-    return RowResult(span.row, span.generation, unmasked, masks_left, end, stop_at, 0.9 * unmasked)
+def result(span, masks_left=0, prefix=None, stop_at=-1, unmasked=4, stage=0):
+    end, rested = span.block_end if prefix is None else prefix, not unmasked and not masks_left
+    return RowResult(span.row, span.generation, unmasked, masks_left, end, stop_at, 0.9 * unmasked, stage, rested)
 
 
 def done(batch, results, last=True):
@@ -168,13 +169,26 @@ def test_a_launch_goes_on_into_the_next_blocks():
         return prefixes, row.steps, row.refreshes, seat.features.tokens, seat.refreshing
 
     assert step(first, masks_left=28, prefix=12) == ([12], 1, 1, 106, True)
-    assert step(reuse) == ([42], 2, 1, 32, False)
-    assert step(reuse, unmasked=0) == ([], 2, 1, 32, False)  # it had begun: the row rested
-    assert step(refresh, masks_left=30, prefix=43) == ([43], 3, 2, 106, True)
-    assert step(again, masks_left=29, prefix=44) == ([44], 4, 2, 32, False)
-    emit, launch = feed(machine, done(launch.batch, [result(again)]))
+    assert step(reuse, stage=1) == ([42], 2, 1, 32, False)
+    assert step(reuse, unmasked=0, stage=1) == ([], 2, 1, 32, False)  # it had begun: the row rested
+    assert step(refresh, masks_left=30, prefix=43, stage=2) == ([43], 3, 2, 106, True)
+    assert step(again, masks_left=29, prefix=44, stage=3) == ([44], 4, 2, 32, False)
+    emit, launch = feed(machine, done(launch.batch, [result(again, stage=3)]))
     (span,) = launch.batch.spans
     assert (emit.prefix, span.start, span.block_start) == (74, 0, 74)
+
+
+def test_what_a_step_was_is_what_the_worker_says_and_not_what_it_should_have_been():
+    """A worker that cannot reuse its K/V refreshes again: counts and costs are those of what was run."""
+    machine = scheduler(repeats=8)
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(machine, Arrival(request(0, answer=96)))
+    (first,), (seat,), row = launch.batch.spans, machine.house.seats.values(), machine.requests["r0"]
+    seen = []
+    for left, stage in ((28, 0), (24, 0), (20, 1), (16, 0)):
+        feed(machine, done(launch.batch, [result(first, left, 12, stage=stage)], last=False))
+        seen.append((row.refreshes, row.since_refresh, seat.features.tokens, seat.refreshing))
+    assert seen == [(1, 1, 106, True), (2, 1, 106, True), (2, 2, 32, False), (3, 1, 106, True)]
 
 
 @pytest.mark.parametrize(
@@ -608,8 +622,8 @@ def test_an_instance_that_does_not_come_up_is_killed():
     (reshard,) = machine.decide(1.0)
     first, second = reshard.moves.begins
     assert feed(machine, InstanceReady(first), 2.0) == []
-    assert machine.wake_at() == 5.0
-    (kill,) = machine.decide(5.0)
+    assert machine.wake_at() == 4.0
+    (kill,) = machine.decide(4.0)
     assert kill.instance == second.id
 
 
@@ -724,8 +738,11 @@ class World:
         self.hurried, self.begun = set(), set()  # instances told to hurry; those a step ahead of what they know
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
+        self.dying = {}  # instances of which a rank is gone: the ranks that have not left them yet, by id
+        self.pools = self.rng.choice(((400,), (400, 224)))  # tokens that workers come up with; each holds any canvas
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
         self.told, self.timed = Counter(), 0  # last words to clients by kind; those about a deadline
+        self.taken, self.refreshed = Counter(), Counter()  # steps and refreshes by row, as usage has them
 
     def feed(self, event):
         self.now += self.rng.random()
@@ -754,12 +771,16 @@ class World:
                     self.timed += wanted.slo.seconds is not None
                     assert wanted.id not in self.ended
                     self.ended.add(wanted.id)
+                    if isinstance(command, Finish):
+                        counts = command.usage.steps, command.usage.refreshes
+                        assert counts == (self.taken[wanted.row], self.refreshed[wanted.row])
                 case Release(row):
                     self.alive.remove(row)
                 case Reshard(moves):
                     for id in moves.ends:
                         assert id not in self.flying
                         del self.instances[id]
+                        self.dying.pop(id, None)
                     for instance in moves.begins:
                         others = [*self.instances.values(), *self.forming.values()]
                         assert not {rank for other in others for rank in other.ranks} & set(instance.ranks)
@@ -768,6 +789,7 @@ class World:
 
     def launched(self, batch):
         assert batch.instance in self.instances
+        assert batch.instance not in self.dying
         assert batch.instance not in self.flying
         rows = [span.row for span in batch.spans]
         busy = [span.row for other in self.flying.values() for span in other.spans]
@@ -777,8 +799,8 @@ class World:
         places = sorted((span.kv_start, span.kv_start + span.keys) for span in batch.spans)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
         self.flying[batch.instance] = batch
-        rest = batch.then or [()] * len(batch.spans)
-        self.courses[batch.instance] = [[span, *others] for span, others in zip(batch.spans, rest, strict=True)]
+        self.courses[batch.instance] = Courses(batch.spans, batch.then)
+        self.refreshed.update(span.row for span in batch.spans if span.length == span.keys)
         self.steps[batch.instance] = 0
         self.hurried.discard(batch.instance)
         self.begun.discard(batch.instance)
@@ -799,8 +821,12 @@ class World:
             self.toggle(self.rng.randrange(4))
         elif choice < 0.43:
             self.feed(Replan(self.rng.choice(PLANS), "asked"))
-        elif choice < 0.55 and self.forming:
-            self.form(self.rng.choice(sorted(self.forming)))
+        elif choice < 0.45:
+            self.feed(Paused(self.rng.choice((0.1, 5.0, 100.0))))
+        elif choice < 0.48 and self.dying:
+            self.lose(self.rng.choice(sorted(self.dying)))
+        elif choice < 0.58 and (ready := sorted(self.forming.keys() - self.dying.keys())):
+            self.form(self.rng.choice(ready))
         elif self.flying:
             self.finish(self.rng.choice(sorted(self.flying)))
 
@@ -812,17 +838,24 @@ class World:
     def toggle(self, rank):
         if rank not in self.up:
             self.up.add(rank)
-            self.feed(WorkerUp(rank, 400))
+            self.feed(WorkerUp(rank, self.rng.choice(self.pools)))
             return
         self.up.remove(rank)
         list(self.driver.observe(WorkerLost(rank, "killed"), self.now))
         self.log.append((WorkerLost(rank, "killed"), self.now))
-        for there in (self.instances, self.forming):
-            for id in [id for id, instance in there.items() if rank in instance.ranks]:
-                del there[id]
-                self.flying.pop(id, None)
-                self.feed(InstanceLost(id, "killed"))
+        for id, instance in [*self.instances.items(), *self.forming.items()]:
+            if rank in instance.ranks and (id in self.instances or id in self.forming):
+                staying = self.dying.setdefault(id, set(instance.ranks))
+                staying.discard(rank)
+                if not staying or self.rng.random() < 0.5:
+                    self.lose(id)
         self.perform(list(self.driver.decide(self.now)))
+
+    def lose(self, id):
+        """All ranks that live on have left the instance."""
+        for there in (self.instances, self.forming, self.flying, self.dying):
+            there.pop(id, None)
+        self.feed(InstanceLost(id, "killed", outside=self.rng.random() < 0.5))
 
     def form(self, id):
         self.instances[id] = self.forming.pop(id)
@@ -831,13 +864,17 @@ class World:
     def finish(self, instance):
         """One step; where all rows reuse, another may have begun before this one's result was known."""
         batch, courses, results = self.flying[instance], self.courses[instance], []
-        spans = [course[0] for course in courses]
-        for span in spans:
+        spans, seat = courses.spans, self.machine.house.seats.get(instance) or self.machine.house.closing[instance]
+        there = [progress.state is not State.LEAVING for progress in seat.flying]
+        for span, stage, here in zip(spans, courses.stages, there, strict=True):
             key = (span.row, span.block_start)
             before = self.masks.get(key, span.block_end - span.block_start)
             left = self.masks[key] = max(0, before - self.rng.randint(1, 8))
             stop_at = self.rng.randrange(span.block_start, span.block_end) if self.rng.random() < 0.1 else -1
-            results.append(result(span, left, span.block_end - left, stop_at, before - left))
+            results.append(result(span, left, span.block_end - left, stop_at, before - left, stage))
+            if here and before:
+                self.taken[span.row] += 1
+                self.refreshed[span.row] += self.steps[instance] > 0 and span.length == span.keys
         self.steps[instance] += 1
         last = self.steps[instance] == batch.steps
         over = answered(results) or instance in self.hurried
@@ -848,20 +885,19 @@ class World:
             self.feed(done(batch, results, last=False))
             return
         self.begun.discard(instance)
-        last = last or over or not follow(courses, results)
-        tokens = sum(course[0].length for course in courses if course)
-        last = last or (tokens > self.machine.launches.max_tokens and len(courses) > 1)
-        seat = self.machine.house.seats.get(instance) or self.machine.house.closing[instance]
-        there = [progress.state is not State.LEAVING for progress in seat.flying]
+        last = last or over or not courses.follow(results)
+        tokens = sum(span.length for span in courses.spans)
+        last = last or (tokens > self.machine.launches.max_tokens and len(spans) > 1)
         if last:
             del self.flying[instance]
         self.feed(done(batch, results, last))
-        if seat.batch is batch:  # the house knows what its rows have done
-            for known, span, here in zip(seat.spans, spans, there, strict=True):
-                assert not here or known[3:8] == span[3:8]
+        if seat.batch is batch:  # the scheduler knows what its rows have done
+            assert [known[3:8] for known in seat.spans] == [span[3:8] for span in spans]
 
     def settle(self):
         """Bring up every instance and let everything end."""
+        while self.dying:
+            self.lose(min(self.dying))
         for rank in {0, 1, 2, 3} - self.up:
             self.toggle(rank)
         while self.flying or self.machine.requests or self.forming:
@@ -891,7 +927,7 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert not world.machine.house.queue
     assert all(abs(held) < 1e-6 for held in world.machine.promises.reserved.values())
     for seat in world.machine.house.seats.values():
-        assert seat.pages.free == [(0, 384 * seat.degree)]
+        assert seat.pages.free == [(0, seat.pages.capacity)]
     assert world.machine.plan == world.machine.layout.wanted
     assert not world.machine.house.closing
 

@@ -119,6 +119,39 @@ async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engi
     assert (await engine.generate(PROMPT, WISH)).token_ids == known.token_ids
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(engine, monkeypatch, caplog):
+    """As when a driver keeps it in the kernel: it neither ends nor closes its line."""
+    monkeypatch.setattr(executor, "MORTAL", 0.01)
+    monkeypatch.setattr(executor, "PATIENCE", 0.01)
+    wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
+    known = await engine.generate(PROMPT, wish)
+    load = [asyncio.create_task(engine.generate(PROMPT, wish)) for _ in range(8)]
+    steps = engine.profile.steps + 3
+    await until(lambda: engine.profile.steps >= steps)
+    process = engine.executor.workers[0].process
+    monkeypatch.setattr(process, "kill", lambda: os.kill(process.pid, signal.SIGSTOP))
+    (instance,) = [id for id, one in engine.executor.instances.items() if one.instance.ranks == (0,)]
+    engine.executor.kill(instance, "it hangs")
+    answers = await asyncio.gather(*load)
+    await until(lambda: len(engine.capacity) == 2)
+    assert process.poll() is None
+    assert f"the process {process.pid} of the worker on cpu cannot be killed" in caplog.messages
+    strike(process.pid)
+    process.wait()
+    assert [answer.token_ids for answer in answers] == [known.token_ids] * 8
+
+
+def test_no_thread_waits_for_ever_for_a_process_that_cannot_be_killed(monkeypatch, caplog):
+    monkeypatch.setattr(children, "PATIENCE", 0.01)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        with monkeypatch.context() as kept:
+            kept.setattr(child, "kill", lambda: None)
+            children.end(child)
+        child.kill()
+    assert caplog.messages == [f"the process {child.pid} (60) cannot be killed"]
+
+
 def ended(rank, how):
     return rank, Death(how, "the reason")
 

@@ -177,11 +177,10 @@ class Rig:
         rng, spans, start = np.random.default_rng(seed), [], 0
         for row, canvas in enumerate(lengths):
             block = canvas - BLOCK - after
-            self.table.fill(
-                row, rng.integers(0, 250, block).astype(np.int32), canvas, self.spec.mask_id, Decoding(rule="steps")
-            )
+            ids = rng.integers(0, 250, block).astype(np.int32)
+            generation = self.table.fill(row, ids, canvas, self.spec.mask_id, Decoding(rule="steps"))
             queries = (0, canvas) if refresh else (block, BLOCK)
-            spans.append(Span(row, 1, start, *queries, canvas, block, block + BLOCK, quota, 0))
+            spans.append(Span(row, generation, start, *queries, canvas, block, block + BLOCK, quota, 0))
             start += -(-canvas // PAGE) * PAGE
         return spans
 

@@ -11,7 +11,7 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Columns(NamedTuple):
-    """The spans of a batch, each field an array [rows]."""
+    """The spans of a batch, each field an array [rows], and the stages of their rows in the launch (see `Courses`)."""
 
     row: Array
     generation: Array
@@ -23,6 +23,7 @@ class Columns(NamedTuple):
     block_end: Array
     quota: Array
     step: Array
+    stage: Array
 
 
 class Blocks(NamedTuple):
@@ -32,8 +33,9 @@ class Blocks(NamedTuple):
     valid: np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def columns_of(spans: Sequence[Span]) -> Columns:
-    return Columns(*np.array(spans, dtype=np.int64).T)
+def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Columns:
+    stage = np.array(stages or [0] * len(spans), dtype=np.int64)
+    return Columns(*[*np.array(spans, dtype=np.int64).T, stage])
 
 
 def active_blocks(columns: Columns) -> Blocks:

@@ -7,7 +7,8 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ c10d: Any = torch.distributed  # what it is made of has no types
 SPINS = 300  # looks at a peer's counter before the core is offered to others
 OFFERING = 300e-6  # seconds of that before sleeping between looks; who has slept is woken before who has spun
 NAP = 50e-6  # seconds
+Members = tuple[tuple[int, ...], tuple[int, ...]]  # ranks, and which of its lives each is in
 WAIT = datetime.timedelta(minutes=30)  # of torch.distributed; the engine's watchdog is much sooner
 
 
@@ -168,24 +170,27 @@ class Distributed:
 class Groups:
     """Makes the groups that this worker joins.
 
-    `store` is a file through which torch.distributed introduces peers; process groups are kept as long as all members
-    live, because NCCL takes long to make one. `lives` number the processes that a rank has had.
+    `store` begins the names of files through which torch.distributed introduces peers, one for each process group.
+    Those are kept as long as all members live, because NCCL takes long to make one. `lives` number the processes that a
+    rank has had.
     """
 
     def __init__(self, backend: str, exchange: Exchange, rank: int, store: str) -> None:
         self.backend, self.exchange, self.me, self.store = backend, exchange, rank, store
-        self.known: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
+        self.known: dict[Members, Any] = {}
         self.current = -1  # the instance that was joined last
+        self.key: Members | None = None  # of the process group that it meets through
         self.guards: list[threading.Thread] = []
 
     def join(self, instance: int, ranks: Sequence[int], lives: Sequence[int]) -> Group:
         position = list(ranks).index(self.me)
-        self.current = instance
+        self.current, self.key = instance, None
+        self.forget(dict(zip(ranks, lives, strict=True)))
         if len(ranks) == 1:
             return Alone()
         if self.backend == "shm":
             return SharedMemory(self.exchange, instance, ranks, position)
-        key = tuple(ranks), tuple(lives)
+        key = self.key = tuple(ranks), tuple(lives)
         if key not in self.known:
             try:
                 self.known[key] = made(self.backend, self.store, key, position)
@@ -196,7 +201,29 @@ class Groups:
             self.guard(group, instance, key)
         return Distributed(group, position, len(ranks), lambda: self.exchange.abandoned(self.me, instance))
 
-    def guard(self, group: Any, instance: int, key: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    def leave(self, instance: int) -> bool:
+        """A member of the instance is gone, and so is what the others met through; whether this worker was of it."""
+        if self.current != instance:
+            return False
+        self.current = -1
+        if self.key:
+            self.drop(self.key)
+        return True
+
+    def forget(self, lives: Mapping[int, int]) -> None:
+        """Give up the groups of members that have another life now, by rank."""
+        for key in list(self.known):
+            if any(lives.get(rank, life) != life for rank, life in zip(*key, strict=True)):
+                self.drop(key)
+
+    def drop(self, key: Members) -> None:
+        """End a process group: its threads and connections, and the file that introduced its members."""
+        group = self.known.pop(key, None)
+        if group is not None and self.backend == "nccl":
+            group.abort()
+        Path(file_of(self.store, key)).unlink(missing_ok=True)
+
+    def guard(self, group: Any, instance: int, key: Members) -> None:
         """A kernel of NCCL waits for dead peers for ever; abort it when the engine says that they are.
 
         As long as the worker is of this instance: the next one may meet through the same group, and has its own guard.
@@ -205,8 +232,8 @@ class Groups:
         def watch() -> None:
             while self.current == instance and not self.exchange.abandoned(self.me, instance):
                 time.sleep(0.02)
-            if self.current == instance and self.known.pop(key, None) is not None:
-                group.abort()
+            if self.current == instance and self.known.get(key) is group:
+                self.drop(key)
 
         self.guards = [guard for guard in self.guards if guard.is_alive()]
         self.guards.append(threading.Thread(target=watch, daemon=True))
@@ -223,10 +250,14 @@ class Groups:
         self.known.clear()
 
 
-def made(backend: str, file: str, key: tuple[tuple[int, ...], tuple[int, ...]], position: int) -> Any:
+def file_of(store: str, key: Members) -> str:
+    """Where members write how to reach them, such as store-0.1-3.7 for ranks 0 and 1 in their lives 3 and 7."""
+    return "-".join([store, *(".".join(map(str, numbers)) for numbers in key)])
+
+
+def made(backend: str, store: str, key: Members, position: int) -> Any:
     """A process group of these members alone, without a default group (torch.distributed's own constructors)."""
-    store = c10d.PrefixStore(repr(key), c10d.FileStore(file, -1))
-    size = len(key[0])
+    meeting, size = c10d.FileStore(file_of(store, key), -1), len(key[0])
     if backend == "nccl":
-        return c10d.ProcessGroupNCCL(store, position, size)
-    return c10d.ProcessGroupGloo(store, position, size, WAIT)
+        return c10d.ProcessGroupNCCL(meeting, position, size)
+    return c10d.ProcessGroupGloo(meeting, position, size, WAIT)

@@ -197,13 +197,19 @@ def progress(spec: ModelSpec, checkpoint: Checkpoint, line: socket.socket) -> Ca
 
 
 def serve(worker: Worker, line: socket.socket) -> None:
-    """Obey until the engine is gone. A step or a group that a lost peer has spoilt is dropped: the engine knows."""
+    """Obey until the engine is gone. A step or a group that a lost peer has spoilt is dropped.
+
+    The engine knows of the loss, and asks with `Leave` for the word that nothing of the instance is under way.
+    """
     runner: Runner | None = None
     while not isinstance(order := wire.receive_order(line), wire.Stop | None):
         with contextlib.suppress(Abandoned):
             if isinstance(order, wire.Form):
                 runner = worker.form(order)
                 wire.send(line, wire.Formed(order.instance))
+            elif isinstance(order, wire.Leave):
+                runner = None if worker.groups.leave(order.instance) else runner
+                wire.send(line, wire.Left(order.instance))
             elif runner:
                 for outcome in runner.steps(order.spans, order.steps, order.then, worker.hurried(order.batch)):
                     wire.send(line, wire.Done(order.batch, *outcome))

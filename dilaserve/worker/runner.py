@@ -16,6 +16,7 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.table import NO_TOKEN, RULES, RequestTable
 from dilaserve.terms import RowResult, Span
 from dilaserve.worker.batch import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
+from dilaserve.worker.courses import Courses
 from dilaserve.worker.ends import DEPTH
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.groups import Alone, Group
@@ -79,10 +80,10 @@ class Runner:
 
         Ranks other than 0 take one and say nothing. Raises `Abandoned`.
         """
-        courses = [[span, *others] for span, others in zip(spans, then or [()] * len(spans), strict=True)]
+        courses = Courses(spans, then)
         count, last = 0, False
         while not last:
-            columns = columns_of([course[0] for course in courses])
+            columns = columns_of(courses.spans, courses.stages)
             stretch: Iterable[Outcome]
             if self.reuse is not None and self.reuse.takes(columns, self.table):
                 stretch = self.pipelined(self.reuse, columns, most - count, hurried)
@@ -94,13 +95,13 @@ class Runner:
                 count += 1
                 if outcome.last:
                     over = count == most or answered(outcome.results) or hurried()
-                    last = over or not follow(courses, outcome.results) or not self.fits(courses)
+                    last = over or not courses.follow(outcome.results) or not self.fits(courses.spans)
                 yield outcome._replace(last=last)
 
-    def fits(self, courses: Sequence[Sequence[Span]]) -> bool:
+    def fits(self, spans: Sequence[Span]) -> bool:
         """Whether what follows is within the largest step; one row alone always is."""
-        tokens = sum(course[0].length for course in courses)
-        return self.max_tokens is None or tokens <= self.max_tokens or len(courses) == 1
+        tokens = sum(span.length for span in spans)
+        return self.max_tokens is None or tokens <= self.max_tokens or len(spans) == 1
 
     def pipelined(
         self, reuse: ReuseSteps, columns: Columns, most: int, hurried: Callable[[], bool]
@@ -263,10 +264,7 @@ class Runner:
         confidence: np.ndarray[Any, Any],
     ) -> np.ndarray[Any, Any]:
         """Put accepted tokens, all [rows, width], on their canvases; returns the confidence spent per row, [rows]."""
-        rows = np.broadcast_to(columns.row[:, None], taken.shape)[taken]
-        positions = blocks.positions[taken]
-        self.table.confidence[rows, positions] = confidence[taken]
-        self.table.canvas[rows, positions] = token[taken]
+        self.table.unmask(columns.row, columns.generation, blocks.positions, taken, token, confidence)
         return np.asarray(np.where(taken, confidence, 0.0).sum(1))
 
     def results(
@@ -278,28 +276,15 @@ class Runner:
         stops = (canvas[..., None] == self.ends(columns.row)[:, None]).any(-1) & may_end
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
-        fields = (columns.row, columns.generation, taken.sum(1), masked.sum(1), prefix, stop_at, confidence)
+        unmasked, left = taken.sum(1), masked.sum(1)
+        rested = unmasked + left == 0
+        fields = (columns.row, columns.generation, unmasked, left, prefix, stop_at, confidence, columns.stage, rested)
         return [RowResult(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
 
 
 def answered(results: list[RowResult]) -> bool:
     """Whether a row has no mask before a stop token."""
     return any(0 <= result.stop_at < result.prefix for result in results)
-
-
-def follow(courses: list[list[Span]], results: list[RowResult]) -> bool:
-    """Take each row from what it has done to what follows; whether all have something to do."""
-    for course, result in zip(courses, results, strict=True):
-        block = course[0].block_start
-        if result.masks_left:
-            if len(course) > 1 and course[1].block_start == block:
-                del course[0]
-            continue
-        while course and course[0].block_start == block:
-            del course[0]
-        if not course:
-            return False
-    return True
 
 
 def active_tokens(columns: Columns) -> Array:
