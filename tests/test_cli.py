@@ -44,7 +44,7 @@ def failed(code, out, err):
 
 @pytest.fixture
 def here(capsys):
-    """Runs a command in this process, which saves its imports; gives its exit code and what it wrote to both streams."""
+    """Runs a command in this process, which saves its imports; gives its exit code and what it wrote."""
 
     def run_here(*words):
         try:
@@ -269,7 +269,8 @@ def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_mode
     flags = ("--model", str(random_model), "--devices", "cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert (told := failed(*here(*flags, "--port", port))).startswith(f"dilaserve: cannot listen on 127.0.0.1:{port}")
+        told = failed(*here(*flags, "--port", port))
+        assert told.startswith(f"dilaserve: cannot listen on 127.0.0.1:{port}")
         assert told.rstrip().endswith("; choose another --port")
     told = failed(*here(*flags, "--host", "999.1.1.1"))
     assert told.startswith("dilaserve: cannot listen on 999.1.1.1:")
