@@ -93,7 +93,7 @@ def knee(devices: int) -> float:
     """Requests a second that data-parallel instances carry at the reference threshold."""
     known = llada_8b_h200()
     forecast = Forecast(known.quality)
-    ahead = forecast.blocks("any", 0, ANSWER // 32, 32)[0]
+    ahead = forecast.ahead("any", 0, 0, ANSWER // 32, 32)
     pace = paced(known.costs[cost_key("cuda", 1)], Kind(PROMPT + ANSWER, ANSWER), ahead, 6, 32, 0.0)
     lives: list[float] = pace.life.tolist()
     return devices * max(rows / life for rows, life in enumerate(lives, 1))

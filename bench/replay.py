@@ -19,6 +19,7 @@ import aiohttp
 from dilaserve.sim.workload import arrivals, scaled, trace
 from dilaserve.tasks import TASKS, Problem, check, held_out
 from dilaserve.tasks.problem import operations
+from dilaserve.terms import OnMiss
 
 MAX_TOKENS = 96
 UNHURRIED = 1000.0  # a deadline that nobody misses
@@ -67,24 +68,31 @@ async def server(flags: Sequence[str], devices: str, model: str) -> AsyncIterato
 
 
 async def replay(
-    address: str, asks: Sequence[Ask], unloaded: dict[str, float], patience: float = PATIENCE, tenant: str = ""
+    address: str,
+    asks: Sequence[Ask],
+    unloaded: dict[str, float],
+    patience: float = PATIENCE,
+    tenant: str = "",
+    on_miss: OnMiss = "cancel_when_late",
 ) -> list[Fate]:
     """Ask every problem at its time; `tenant` owns the accuracy budget."""
     timeout = aiohttp.ClientTimeout(total=patience)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(address, connector=connector, timeout=timeout) as session:
         began = time.perf_counter()
-        return list(await asyncio.gather(*(one(session, ask, unloaded, began, tenant) for ask in asks)))
+        return list(await asyncio.gather(*(one(session, ask, unloaded, began, tenant, on_miss) for ask in asks)))
 
 
 def chat(problem: Problem) -> list[dict[str, str]]:
     return [{"role": "user", "content": problem.prompt}]
 
 
-async def one(session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, float], began: float, tenant: str) -> Fate:
+async def one(
+    session: aiohttp.ClientSession, ask: Ask, unloaded: dict[str, float], began: float, tenant: str, on_miss: OnMiss
+) -> Fate:
     await asyncio.sleep(max(0.0, began + ask.at - time.perf_counter()))
     deadline = ask.scale * unloaded[class_of(ask.problem)]
-    slo = {"deadline_ms": 1000 * deadline, "task": ask.problem.task, "on_miss": "cancel_when_late"}
+    slo = {"deadline_ms": 1000 * deadline, "task": ask.problem.task, "on_miss": on_miss}
     body = {"messages": chat(ask.problem), "max_tokens": MAX_TOKENS, "slo": slo, "user": tenant}
     sent = time.perf_counter()
     try:

@@ -4,7 +4,8 @@
 
 The real engine and scheduler on a virtual clock, the same arrivals for every system; by default LLaDA-8B on eight
 H200s, from data sheets. 1.0x is the throughput at which first come, first served at threshold .9 saturates: what it
-finishes when everything waits from the start. Whatever was not answered in time counts as missed.
+finishes when everything waits from the start. Whatever was not answered in time counts as missed. A request is
+cancelled when its deadline passes, but in the row "best effort", where it goes on.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from replay import middle_rate
 from rich.console import Console
 from rich.progress import Progress
-from slo import ABLATIONS, SYSTEMS
+from slo import ABLATIONS, BEST_EFFORT, SYSTEMS
 
 from dilaserve.cli import parsed
 from dilaserve.config import Config
@@ -28,6 +29,7 @@ from dilaserve.sim.command import costs, prepared
 from dilaserve.sim.report import Report, report
 from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job
+from dilaserve.terms import OnMiss
 
 EVERYBODY = {**SYSTEMS, **ABLATIONS}
 LIMIT = 4096
@@ -42,13 +44,20 @@ def system(name: str, scale: float, devices: int) -> Config:
     return prepared(settings, ((scale, 1.0),))
 
 
-def jobs(args: argparse.Namespace, rate: float, scale: float | None, seed: int, seconds: float) -> list[Job]:
+def jobs(
+    args: argparse.Namespace,
+    rate: float,
+    scale: float | None,
+    seed: int,
+    seconds: float,
+    on_miss: OnMiss = "cancel_when_late",
+) -> list[Job]:
     if args.trace:
         times = workload.scaled(workload.trace(args.trace), rate, start=0.1 * seed)
     else:
         each = workload.arrivals(args.arrivals, rate, random.Random(f"{seed} {rate:.4f}"))
         times = zip(each, itertools.repeat(args.prompt), itertools.repeat(args.answer), strict=False)
-    return workload.jobs(times, seconds, LIMIT, (ANY,), ((scale, 1.0),), seed, "cancel_when_late")
+    return workload.jobs(times, seconds, LIMIT, (ANY,), ((scale, 1.0),), seed, on_miss)
 
 
 def saturation(args: argparse.Namespace, profile: ModelProfile) -> float:
@@ -88,7 +97,8 @@ def measure(args: argparse.Namespace) -> str:
             for load in args.loads:
                 found = []
                 for seed in range(args.seeds):
-                    todo = jobs(args, load * rate, args.scale, seed, args.seconds)
+                    on_miss: OnMiss = "best_effort" if name == BEST_EFFORT else "cancel_when_late"
+                    todo = jobs(args, load * rate, args.scale, seed, args.seconds, on_miss)
                     furnish = pretended(profile, args.devices, LIMIT, seed=seed)
                     outcome = simulate(system(name, args.scale, args.devices), furnish, [ANY], todo)
                     found.append(report(outcome, args.seconds, WARM_UP))

@@ -130,7 +130,7 @@ def quality() -> QualityProfile:
 def lives(law: StepCost) -> list[float]:
     """Seconds of a request on an instance, by rows that share it."""
     forecast = Forecast(quality())
-    ahead = forecast.blocks(ANY, 0, ANSWER // BLOCK, BLOCK)[0]
+    ahead = forecast.ahead(ANY, 0, 0, ANSWER // BLOCK, BLOCK)
     found: list[float] = paced(law, Kind(PROMPT + ANSWER, ANSWER), ahead, ROWS, BLOCK, 0.0).life.tolist()
     return found
 

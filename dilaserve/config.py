@@ -8,12 +8,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Unpack, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from dilaserve.errors import ConfigError
+from dilaserve.keywords import Keywords
 
 BUNDLED = "dilaserve-tiny"
 CacheKind = Literal["none", "prefix", "dual"]
@@ -115,9 +116,20 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = ""
     guaranteed_rows: Annotated[Positive, Meta(description="rows with a promised deadline on one device, at most")] = 6
     batch_cap: Annotated[Positive | None, Meta(description="rows in one step, at most")] = None
-    best_effort_age: Annotated[Patience, Meta(description="seconds after which late requests go before all others")] = (
-        30.0
-    )
+    best_effort_age: Annotated[
+        Patience, Meta(description="seconds after which best-effort requests get rows before others")
+    ] = 30.0
+    best_effort_share: Annotated[
+        Annotated[float, Meta(ge=0.0, le=1.0)],
+        Meta(description="share of their time that busy instances give to requests without deadlines, or late"),
+    ] = 0.01
+    best_effort_backlog: Annotated[
+        Patience,
+        Meta(
+            description="seconds of unfinished work without deadlines for each device, beyond which such requests are "
+            "refused while others with deadlines come"
+        ),
+    ] = 30.0
     step_timeout: Annotated[
         Patience,
         Meta(description="seconds after which a step counts as hung, if that is 20 times what was predicted"),
@@ -167,7 +179,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
 
     @staticmethod
-    def of(**settings: Any) -> "Config":
+    def of(**settings: Unpack[Keywords]) -> "Config":
         """A configuration with these leaf settings, checked; `ConfigError` names what is wrong."""
         return build(settings)
 

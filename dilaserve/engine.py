@@ -7,24 +7,35 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Self, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Self
 
 import msgspec
 import numpy as np
 
 from dilaserve.bell import Bell
 from dilaserve.config import Config
+from dilaserve.containment import Guard
 from dilaserve.cost import StepCost, alike
 from dilaserve.devices import steps_for
-from dilaserve.errors import BadRequest, DeadlineMissed, Overloaded, RequestFailed, Unavailable, quoted
+from dilaserve.errors import (
+    OURS,
+    BadRequest,
+    ConfigError,
+    DeadlineMissed,
+    Overloaded,
+    RequestFailed,
+    Unavailable,
+    quoted,
+)
 from dilaserve.executor import Executor, Progress
 from dilaserve.furniture import Furnish, ModelCard, real
-from dilaserve.options import Options, Settled, check, parse_classes, settle, wanted
+from dilaserve.offload import Offload
+from dilaserve.options import Options, Settled, parse_classes, settle, validated, wanted
 from dilaserve.pages import PAGE
 from dilaserve.planner import Counsel
 from dilaserve.policy.layouts import checked, parsed, spelled
+from dilaserve.prompts import Prompt, conversation, is_conversation, listed, token_ids
 from dilaserve.pulse import Pulse
 from dilaserve.scheduler import Scheduler
 from dilaserve.stream import Chunk, Completion, Cut, Stream, collect
@@ -62,17 +73,14 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
+from dilaserve.text import MARKS
+from dilaserve.validation import converted, plain
 
 __all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-Message: TypeAlias = Mapping[str, str]
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 MAX_HISTORY = 256  # changes of plan that are remembered
-LONG_TEXT = 4096  # characters, or ids, from which work on them leaves the loop
 NO_CHOICE = "instances of one size are all that there can be"
-TEXT_THREADS = 2  # that encode and decode long texts
 
 
 class Profile(msgspec.Struct):
@@ -98,6 +106,12 @@ class Engine:
     leaving cancels what still runs and ends the workers. `furnish` provides what it works with; the simulator has
     its own. `planner` is asked now and then, off the loop, whether another plan would be better, if --plan is auto;
     without one the furniture's is.
+
+    All methods are for the event loop that entered the engine. `DilaServe` does the same for programs without one.
+
+    An engine that is entered has these attributes: `model` (its name, length and size), `config`, `devices`,
+    `degrees` (how many devices may run the model together), `profile` (where time went), `history` (changes of plan),
+    `advice` (what the user should hear at the start, or None), and `failure` (the error that ended it, or None).
     """
 
     def __init__(
@@ -107,6 +121,10 @@ class Engine:
         furnish: Furnish = real,
         planner: Counsel | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise ConfigError(
+                f"config must be a dilaserve.Config, not {type(config).__name__}; write Config.of(devices=…)"
+            )
         self.config = config or Config()
         self.furnish = furnish
         self.classes = parse_classes(self.config.scheduler.slo_class)
@@ -126,13 +144,16 @@ class Engine:
         self.main: asyncio.Task[None] | None = None
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_at = math.inf
-        self.threads = ThreadPoolExecutor(TEXT_THREADS, "dilaserve-text")
+        self.off_loop = Offload()
+        self.broken: Exception | None = None  # ends the engine as soon as its consumer sees it
         self.rang_at = -math.inf
         self.owner = os.getpid()
 
     # life
 
     async def __aenter__(self) -> Self:
+        if self.main:
+            raise Unavailable("an engine is entered once; make another one")
         self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
         self.bell = Bell()
         self.pulse = Pulse(self.loop)
@@ -153,10 +174,11 @@ class Engine:
         self.scheduler = Scheduler(
             self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves, steps
         )
+        self.guard = Guard(self.scheduler)
         started: asyncio.Future[None] = self.loop.create_future()
         formed: asyncio.Future[Change] = self.loop.create_future()
         self.planned.append(formed)
-        self.main = asyncio.create_task(self.live(self.executor, started), name="dilaserve engine")
+        self.main = asyncio.create_task(self._live(self.executor, started), name="dilaserve engine")
         try:
             for stage in (started, formed):
                 await asyncio.wait([self.main, stage], return_when=asyncio.FIRST_COMPLETED)
@@ -164,32 +186,32 @@ class Engine:
                     self.main.result()
                 stage.result()
         except BaseException:
-            await self.leave()
+            await self._leave()
             raise
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self.leave()
+        await self._leave()
 
-    async def leave(self) -> None:
+    async def _leave(self) -> None:
         if os.getpid() != self.owner:
             return  # a fork of the program ends, and not the engine
         if self.main:
             self.main.cancel()
             await asyncio.wait([self.main])
         if self.planner:
-            await asyncio.to_thread(self.planner.close)
-        await asyncio.to_thread(self.text.close)
-        self.threads.shutdown(wait=False, cancel_futures=True)
+            await apart(self.planner.close)
+        await apart(self.text.close)
+        self.off_loop.close()
 
-    async def live(self, executor: Executor, started: asyncio.Future[None]) -> None:
+    async def _live(self, executor: Executor, started: asyncio.Future[None]) -> None:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
         try:
             async with asyncio.TaskGroup() as group:
                 self.group = group
-                group.create_task(self.consume(executor))
+                group.create_task(self._consume(executor))
                 running = asyncio.get_running_loop().create_future()
-                group.create_task(executor.run(self.post, running))
+                group.create_task(executor.run(self._post, running))
                 await asyncio.gather(running, asyncio.to_thread(self.text.load_template))
                 started.set_result(None)
         except BaseExceptionGroup as broken:
@@ -217,6 +239,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Nothing has broken; see `failure` if it has."""
         return self.failure is None
 
     async def ended(self) -> None:
@@ -236,7 +259,7 @@ class Engine:
         except TimeoutError:
             for stream in self.streams.values():
                 stream.fail(Unavailable("the server has shut down before the answer was finished", retry_after=5.0))
-                self.post(Cancel(stream.id, "cancelled"))
+                self._post(Cancel(stream.id, "cancelled"))
 
     # the plan
 
@@ -257,29 +280,31 @@ class Engine:
         the planner thinks, until another is asked for; "auto" leaves it to the planner again. Raises `BadRequest` for a
         plan that cannot be.
         """
-        wanted = None if plan == "auto" else self.possible(plan)
+        self._check_running()
+        wanted = None if plan == "auto" else self._possible(plan)
         if wanted is None and self.planner is None:
             raise BadRequest(f"there is no planner here: {self.unplanned}; name a plan such as 2x1", param="plan")
-        if self.main is None or self.main.done():
-            raise Unavailable("the engine has stopped")
+        reason = converted(reason, str, "reason")
         done: asyncio.Future[Change] = self.loop.create_future()
         self.planned.append(done)
-        self.post(Replan(wanted, reason))
+        self._post(Replan(wanted, reason))
         return await done
 
-    def possible(self, plan: Plan | str) -> Plan:
+    def _possible(self, plan: Plan | str) -> Plan:
         if isinstance(plan, str):
             return parsed(plan, len(self.devices), self.degrees)
-        return checked(plan, len(self.devices), self.degrees)
+        groups = plan.groups if isinstance(plan, Plan) else plan
+        known = Plan(converted(groups, tuple[tuple[int, ...], ...], "plan"))
+        return checked(known, len(self.devices), self.degrees)
 
-    async def ask(self, planner: Counsel, demand: Demand) -> None:
+    async def _ask(self, planner: Counsel, demand: Demand) -> None:
         """Let the planner think in a thread; a planner that fails is not asked again."""
         laws, quality = self.scheduler.beliefs.known()
         try:
             if not alike(laws, self.told):
                 self.told = laws
                 await asyncio.to_thread(planner.learned, laws, quality)
-            self.post(await asyncio.to_thread(planner, demand))
+            self._post(await asyncio.to_thread(planner, demand))
         except Exception:
             log.exception("the planner has failed; the plan stays as it is")
 
@@ -291,35 +316,17 @@ class Engine:
         Raises `BadRequest` for what cannot be honoured, `Overloaded` when every row is taken, `DeadlineMissed` when
         the deadline cannot be kept and the client wants to know at once, `Unavailable` while draining.
         """
-        if self.main is None:
-            raise Unavailable("the engine is not running; enter it with `async with` first")
-        check(options := options or Options())
+        self._check_running()
+        options = validated(options)
         ids = await self.tokenize(prompt, self.model.max_model_len)
         settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
-        check_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
-        self.check_room(settled)
+        token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
+        self._check_room(settled)
+        id = secrets.token_hex(12) if id is None else plain(converted(id, str, "id"))
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        row = self.place(slo)
-        canvas = np.array(ids, dtype=np.int32)
-        generation = self.table.fill(
-            row, canvas, settled.canvas_tokens, self.mask_id, settled.decoding, ending(options)
-        )
-        request = Request(
-            id=id or secrets.token_hex(12),
-            row=row,
-            generation=generation,
-            prompt_tokens=len(ids),
-            canvas_tokens=settled.canvas_tokens,
-            max_tokens=settled.max_tokens,
-            arrived_at=self.loop.time(),
-            decoding=settled.decoding,
-            slo=slo,
-        )
-        stream = self.streams[request.id] = Stream(request, self.text, cutting(options), self.post)
-        self.idle.clear()
-        self.post(Arrival(request))
+        stream = self._start(id, ids, settled, slo, options)
         if slo.on_miss == "reject":
             try:
                 await stream.admitted()
@@ -344,30 +351,58 @@ class Engine:
 
         Raises `BadRequest`, also for a text that has more than `limit` tokens for sure.
         """
-        if isinstance(prompt, str):
-            return await self.off_loop(len(prompt), lambda: self.text.encode(prompt, limit))
-        if all(isinstance(item, Mapping) for item in prompt) and prompt:
-            messages: Sequence[Message] = prompt  # type: ignore[assignment]
+        self._check_running()
+        held = listed(prompt)
+        if isinstance(held, str):
+            return await self.off_loop(len(held), lambda: self.text.encode(held, limit))
+        if is_conversation(held):
+            messages = await self.off_loop(MARKS * len(held), lambda: conversation(held, self.text))
             text = await self.text.rendered(messages, limit)
             return await self.off_loop(len(text), lambda: self.text.ids(text, limit, special=False))
-        return await self.off_loop(len(prompt), lambda: self.checked(prompt))
-
-    def checked(self, prompt: Sequence[object]) -> list[int]:
-        ids: list[int] = list(prompt)  # type: ignore[arg-type]
-        check_ids(ids, self.vocab_size, "prompt")
-        return ids
+        return await self.off_loop(len(held), lambda: token_ids(held, self.vocab_size))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self.text.decode(ids)
+        """The text of token ids, without special tokens. Raises `BadRequest`."""
+        return self.text.decode(token_ids(ids, self.vocab_size, "ids"))
 
-    async def off_loop(self, size: int, work: Callable[[], T]) -> T:
-        """Long work in one of a few threads: many would take the interpreter's lock from the loop in turns."""
-        return work() if size < LONG_TEXT else await self.loop.run_in_executor(self.threads, work)
+    def _check_running(self) -> None:
+        """Raises `Unavailable` for whoever is not where the engine is."""
+        if self.main is None:
+            raise Unavailable("the engine is not running; enter it with `async with` first")
+        if asyncio.get_running_loop() is not self.loop:
+            raise Unavailable("the engine lives in another event loop; call it from there, or use dilaserve.DilaServe")
 
-    def check_room(self, settled: Settled) -> None:
+    def _start(self, id: str, ids: list[int], settled: Settled, slo: Slo, options: Options) -> Stream:
+        """Give a checked request a row, fill it and tell the scheduler. Raises `Overloaded`."""
+        prompt, row = np.array(ids, dtype=np.int32), self._place(slo)
+        try:
+            generation = self.table.fill(
+                row, prompt, settled.canvas_tokens, self.mask_id, settled.decoding, ending(options)
+            )
+            request = Request(
+                id=id,
+                row=row,
+                generation=generation,
+                prompt_tokens=len(ids),
+                canvas_tokens=settled.canvas_tokens,
+                max_tokens=settled.max_tokens,
+                arrived_at=self.loop.time(),
+                decoding=settled.decoding,
+                slo=slo,
+            )
+            stream = Stream(request, self.text, cutting(options), self._post)
+        except BaseException:
+            self.free.append(row)
+            raise
+        self.streams[id] = stream
+        self.idle.clear()
+        self._post(Arrival(request))
+        return stream
+
+    def _check_room(self, settled: Settled) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if self.pools and settled.canvas_tokens > (pool := self.smallest_pool()):
+        if self.pools and settled.canvas_tokens > (pool := self._smallest_pool()):
             cure = "lower max_tokens" if settled.max_tokens > settled.decoding.block_length else "shorten the prompt"
             raise BadRequest(
                 f"a canvas of {settled.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
@@ -375,77 +410,89 @@ class Engine:
                 param="max_tokens",
             )
 
-    def place(self, slo: Slo) -> int:
+    def _place(self, slo: Slo) -> int:
         """A free row of the table; when all are taken, that of a tenant with more waiting. Raises `Overloaded`."""
+        try:
+            return self._free_row(slo)
+        except (Overloaded, RequestFailed):
+            raise
+        except Exception as error:  # it would have ended the consumer, whose work this is
+            self.broken = error
+            self.bell.ring()
+            raise Unavailable("the engine has stopped") from error
+
+    def _free_row(self, slo: Slo) -> int:
         now = self.loop.time()
         if not self.free:
-            self.observe(self.executor, now)  # what is on its way may free a row
+            self._observe(self.executor, now)  # what is on its way may free a row
         if not self.free:
-            for command in self.scheduler.observe(Full(slo.tenant), now):
-                self.perform(command, self.executor)
+            for command in self.guard.observe(Full(slo.tenant), now):
+                self._perform(command, self.executor)
         if not self.free:
             timed = slo.seconds is not None or slo.multiple is not None
-            raise self.full(self.scheduler.refused(timed, now))
+            raise self._full(self.scheduler.refused(timed, now))
         return self.free.pop()
 
-    def full(self, retry_after: float) -> Overloaded:
+    def _full(self, retry_after: float) -> Overloaded:
         limit = self.config.scheduler.max_queue
         return Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=retry_after)
 
-    def smallest_pool(self) -> int:
+    def _smallest_pool(self) -> int:
         """K/V tokens that every instance has under any plan, so that no change of plan leaves a row without a place."""
         return min(self.pools.values()) // PAGE * PAGE * min(self.degrees)
 
     # the loop
 
-    def post(self, event: Event) -> None:
+    def _post(self, event: Event) -> None:
         """Put an event into the inbox; from the loop's thread only."""
         self.inbox.append(event)
         self.bell.ring()
 
-    async def consume(self, executor: Executor) -> None:
+    async def _consume(self, executor: Executor) -> None:
         """The one consumer: every event is observed, then idle instances get their next step."""
         bell, scheduler, profile = self.bell, self.scheduler, self.profile
         while True:
             await bell.wait()
+            if self.broken:
+                raise self.broken
             now = max(self.loop.time(), self.rang_at)
             if paused := self.pulse.missed(now):
                 log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
                 self.inbox.appendleft(Paused(paused))
-            self.observe(executor, now)
+            self._observe(executor, now)
             began = time.perf_counter()
-            commands = list(scheduler.decide(now))
+            commands = list(self.guard.decide(now))
             profile.deciding += time.perf_counter() - began
             profile.decisions += 1
             for command in commands:
-                self.perform(command, executor)
-            self.wake_at(scheduler.wake_at())
+                self._perform(command, executor)
+            self._wake_at(scheduler.wake_at())
 
-    def observe(self, executor: Executor, now: float) -> None:
+    def _observe(self, executor: Executor, now: float) -> None:
         """Take in every event that has come."""
         while self.inbox:
             event = self.inbox.popleft()
-            self.note(event)
-            for command in self.scheduler.observe(event, now):
-                self.perform(command, executor)
+            self._note(event)
+            for command in self.guard.observe(event, now):
+                self._perform(command, executor)
             if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
                 stream.seen.ring()
 
-    def wake_at(self, when: float) -> None:
+    def _wake_at(self, when: float) -> None:
         """Decide again at that time, whatever happens or not."""
         if when != self.alarm_at:
             self.alarm_at = when
             if self.alarm:
                 self.alarm.cancel()
-            self.alarm = None if when == math.inf else self.loop.call_at(when, self.ring, when)
+            self.alarm = None if when == math.inf else self.loop.call_at(when, self._ring, when)
             self.pulse.watch(when < math.inf)
 
-    def ring(self, when: float) -> None:
+    def _ring(self, when: float) -> None:
         """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""
         self.rang_at, self.alarm_at, self.alarm = when, math.inf, None
         self.bell.ring()
 
-    def note(self, event: Event) -> None:
+    def _note(self, event: Event) -> None:
         """What the engine itself remembers of an event."""
         match event:
             case StepDone():
@@ -462,14 +509,12 @@ class Engine:
             case WorkerLost(rank):
                 self.profile.workers_lost += 1
 
-    def perform(self, command: Command, executor: Executor) -> None:
+    def _perform(self, command: Command, executor: Executor) -> None:
         match command:
             case Launch(batch):
                 executor.launch(batch)
             case Hurry(batch):
                 executor.hurry(batch)
-            case Emit(request, prefix):
-                self.emit(request, prefix)
             case Adjust(row, threshold):
                 self.table.threshold[row] = threshold
             case Reshard(moves):
@@ -478,45 +523,73 @@ class Engine:
                 self.moved = True
                 executor.reshard(moves)
             case Reshaped(change):
-                self.reshaped(change)
+                self._reshaped(change)
             case Kill(instance, reason):
                 executor.kill(instance, reason)
             case Solve(demand):
                 if self.planner:
-                    self.group.create_task(self.ask(self.planner, demand))
-            case Finish(request, reason, usage):
-                stream = self.streams.pop(request.id)
-                try:
-                    self.deliver(stream)
-                    if reason == "stop" and stream.shows_stop_token:
-                        stream.final += 1
-                        self.deliver(stream)
-                    stream.finish(reason, usage)
-                except RequestFailed as error:
-                    stream.fail(error)
-            case Fail(request, reason, told):
-                log.error("request %s failed: %s", request.id, reason)
-                self.streams.pop(request.id).fail(RequestFailed(told))
-            case Decline(request, usage, retry, vain):
-                self.streams.pop(request.id).fail(missed(usage, retry, vain))
-            case Refuse(request, retry_after):
-                self.streams.pop(request.id).fail(self.full(retry_after))
+                    self.group.create_task(self._ask(self.planner, demand))
+            case Emit() | Finish() | Fail() | Decline() | Refuse():
+                self._tell(command)
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
                     self.idle.set()
 
-    def reshaped(self, change: Change) -> None:
+    def _tell(self, command: Emit | Finish | Fail | Decline | Refuse) -> None:
+        """Pass on to the client's stream what the scheduler says of a request. An error fails this request alone."""
+        request = command.request
+        if isinstance(command, Fail):
+            log.error("request %s failed: %s", request.id, command.reason, exc_info=command.error)
+        if (stream := self.streams.get(request.id)) is None:
+            return  # its client has been told of another error
+        if not isinstance(command, Emit):
+            del self.streams[request.id]
+        if stream.over:
+            return
+        try:
+            self._told(stream, command)
+        except RequestFailed as error:
+            self._drop(stream, error)
+        except Exception:
+            log.exception("request %s failed: its answer could not be passed on", request.id)
+            self._drop(stream, RequestFailed(OURS))
+
+    def _drop(self, stream: Stream, error: RequestFailed) -> None:
+        """The client of a stream is told, and its request ends if it still runs."""
+        if not stream.over:
+            stream.fail(error)
+        if stream.id in self.streams:
+            self._post(Cancel(stream.id, "cancelled"))
+
+    def _told(self, stream: Stream, command: Emit | Finish | Fail | Decline | Refuse) -> None:
+        match command:
+            case Emit(_, prefix):
+                self._emit(stream, prefix)
+            case Finish(_, reason, usage):
+                self._deliver(stream)
+                if reason == "stop" and stream.shows_stop_token:
+                    stream.final += 1
+                    self._deliver(stream)
+                stream.finish(reason, usage)
+            case Fail(_, _, told):
+                stream.fail(RequestFailed(told))
+            case Decline(_, usage, retry, vain):
+                stream.fail(missed(usage, retry, vain))
+            case Refuse(_, retry_after):
+                stream.fail(self._full(retry_after))
+
+    def _reshaped(self, change: Change) -> None:
         """A plan stands: tell those who wait for it; one that is new, or stands anew, is remembered and logged too."""
         if self.moved or change.before != change.after:
-            self.remember(change)
+            self._remember(change)
         self.moved = False
         for waiter in self.planned:
             if not waiter.done():
                 waiter.set_result(change)
         self.planned.clear()
 
-    def remember(self, change: Change) -> None:
+    def _remember(self, change: Change) -> None:
         if self.history:
             pause = "" if change.pause is None else f", rows paused {1000 * change.pause:.1f} ms"
             plans = f"{spelled(change.before)} to {spelled(change.after)}"
@@ -525,30 +598,29 @@ class Engine:
             self.profile.paused += change.pause or 0.0
         self.history.append(change)
 
-    def emit(self, request: Request, prefix: int) -> None:
-        stream = self.streams[request.id]
+    def _emit(self, stream: Stream, prefix: int) -> None:
         stream.final = prefix
         if stream.waits or stream.over:
             return
-        try:
-            self.deliver(stream)
-        except RequestFailed as error:
-            stream.fail(error)
-            self.post(Cancel(request.id, "cancelled"))
-            return
+        self._deliver(stream)
         if stream.stopped:
-            self.post(Cancel(request.id, "stop"))
+            self._post(Cancel(stream.id, "stop"))
 
-    def deliver(self, stream: Stream) -> None:
+    def _deliver(self, stream: Stream) -> None:
         """Give the stream what has become final since the last time."""
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    if not set(map(type, ids)) <= {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < vocab_size:
-        raise BadRequest(f"token ids are whole numbers from 0 to {vocab_size - 1}", param=param)
+async def apart(work: Callable[[], None]) -> None:
+    """Blocking work in a thread, or on the spot where the interpreter ends and starts no threads any more."""
+    try:
+        done = asyncio.get_running_loop().run_in_executor(None, work)
+    except RuntimeError:
+        work()
+    else:
+        await done
 
 
 def ending(options: Options) -> Ending:

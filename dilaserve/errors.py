@@ -111,6 +111,9 @@ class Unavailable(DilaserveError):
     code = "unavailable"
 
 
+OURS = "an error on our side ended the request; others are not affected"  # what clients are told of one
+
+
 class RequestFailed(DilaserveError):
     """The engine gave up on this request; others are not affected."""
 

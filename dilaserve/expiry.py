@@ -1,6 +1,7 @@
-"""Which requests are to be declined at which instant, if they have not ended by then."""
+"""Which requests are to be looked at by when, if they have not ended by then: at their deadline, for one."""
 
 import heapq
+from collections.abc import Iterator
 from itertools import count
 
 from dilaserve.progress import Progress, State
@@ -30,9 +31,9 @@ class Expiry:
             heapq.heappop(self.heap)
         return self.heap[0][0] if self.heap else float("inf")
 
-    def passed(self, now: float) -> list[Progress]:
-        """Take out the requests whose deadline has passed."""
-        found = []
-        while self.next_at() <= now + EARLY:
-            found.append(heapq.heappop(self.heap)[2])
-        return found
+    def passed(self, now: float, most: int) -> Iterator[Progress]:
+        """Take out up to so many of the requests whose time has come, each when it is asked for."""
+        for _ in range(most):
+            if self.next_at() > now + EARLY:
+                return
+            yield heapq.heappop(self.heap)[2]

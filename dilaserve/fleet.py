@@ -58,7 +58,7 @@ def points(
     drops = forecast.profile.task(kind.task).drop
     found: list[Point] = []
     for level, drop in enumerate(drops[:levels]):
-        ahead = forecast.blocks(forecast.name(kind.task), level, *canvas(kind, forecast))[0]
+        ahead = forecast.ahead(forecast.name(kind.task), level, 0, *canvas(kind, forecast))
         pace = paced(law, kind, ahead, rows, forecast.profile.block_length, overhead)
         spread = (ahead.variance + (max(LEAST_SPREAD, forecast.profile.spread) * ahead.steps) ** 2) ** 0.5
         rates = np.array(RATES) * np.max(np.arange(1, rows + 1) / pace.life)
@@ -79,7 +79,7 @@ def reached(known: list[Point], rate: float) -> float:
 
 def unloaded(law: StepCost, forecast: Forecast, kind: Kind, overhead: float = 0.0) -> float:
     """Seconds of a request alone at the reference threshold."""
-    ahead = forecast.blocks(forecast.name(kind.task), 0, *canvas(kind, forecast))[0]
+    ahead = forecast.ahead(forecast.name(kind.task), 0, 0, *canvas(kind, forecast))
     return float(paced(law, kind, ahead, 1, forecast.profile.block_length, overhead).life[0])
 
 

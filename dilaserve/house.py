@@ -1,21 +1,27 @@
 """Who is in the house: the rows that wait, the instances, and who has a seat on which."""
 
-from bisect import insort
+import heapq
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from operator import attrgetter
 
+from dilaserve.backlog import Backlog
 from dilaserve.config import Config
+from dilaserve.deadline_queue import DeadlineQueue
+from dilaserve.expiry import Expiry
 from dilaserve.line import Line
 from dilaserve.policy.admission import Room, Tenant, fits, least_loaded
 from dilaserve.policy.fairness import Turns, gives_way, granted, in_turn
-from dilaserve.policy.ordering import without_deadline
+from dilaserve.policy.ordering import ORDERS, without_deadline
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.terms import Instance, Load
 
-LOOKS = 8  # waiting requests that a decision may test in vain
+LOOKS = 8  # requests at the head of the queue that each decision tests on the instances between two steps
+TESTS = 600  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
+WINDOW = 64  # requests that failed the test and that a tick tests again, at most
 STALE = 10.0  # seconds without a step after which what is believed of an instance may be wrong
 FARTHEST = 10.0  # times too long that a step may seem to take
 ARRIVAL = attrgetter("request.arrived_at")
@@ -33,7 +39,9 @@ class House:
         self.max_promised = config.scheduler.guaranteed_rows
         self.age = config.scheduler.best_effort_age
         self.waiting = Line(turn)  # without a promised deadline
-        self.queue = Line(promises.rank)  # with one
+        self.queue = DeadlineQueue(promises.rank)  # with one
+        self.hopeless = Expiry()  # requests of the queue, by when they can no longer end in time
+        self.backlog = Backlog()
         self.turns = Turns()  # of tenants
         self.held: Counter[str] = Counter()  # rows on instances, by tenant
         self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
@@ -60,21 +68,29 @@ class House:
             self.place_promised(now, everywhere)
             self.place_rest(self.waiting.by_turn(self.turns, self.beliefs.unloaded))
         else:
-            self.place_rest(self.untested(first))
+            self.place_rest(self.unadmitted(first))
 
-    def untested(self, first: Progress | None) -> Iterable[Progress]:
+    def unadmitted(self, first: Progress | None) -> Iterator[Progress]:
         """All that wait, with and without deadlines, in the order in which they get rows; `first` goes before all."""
-        rank, lines = self.promises.rank, dict[str, list[Progress]]()
-        for progress in sorted([*self.queue, *self.waiting], key=lambda row: (row.late, rank(row), turn(row))):
-            if progress is not first:
-                lines.setdefault(progress.request.slo.tenant, []).append(progress)
+        names = dict.fromkeys([*self.queue.lines, *self.waiting.lines])
+        lines = {name: self.line_of(name) for name in names}
         rest = in_turn(lines, self.turns, self.beliefs.unloaded)
-        return rest if first is None else chain([first], rest)
+        return chain([first] if first else [], (progress for progress in rest if progress is not first))
+
+    def line_of(self, tenant: str) -> Iterator[Progress]:
+        """A tenant's requests in the order of service where deadlines are not tested; those that missed theirs last."""
+        timed = [progress for _, progress in self.queue.lines.get(tenant, ())]
+        others = [progress for _, progress in self.waiting.lines.get(tenant, ())]
+        timely = (progress for progress in others if not progress.late)
+        late = (progress for progress in others if progress.late)
+        if self.promises.order is ORDERS["fcfs"]:
+            return chain(heapq.merge(timed, timely, key=arrival_turn), late)
+        return chain(timed, timely, late)
 
     def place_aged(self, now: float) -> Progress | None:
-        """Whoever has waited for too long goes before promises, one at a time in the house, so that none starves.
+        """A best-effort request that has waited for too long gets a row before requests with deadlines do.
 
-        Returns who found no room yet.
+        Returns it if there was no room; an instance without such a row then takes no deadlines until there is.
         """
         self.kept = None
         if not self.waiting or now - self.waiting.since <= self.age:
@@ -83,15 +99,17 @@ class House:
         first = next((row for row in rows if self.aged(row, now) and self.ever_fits(row)), None)
         if first is None:
             return None
-        seats = list(self.seats.values())
-        if any(self.aged(row, now) for seat in seats for row in seat.residents.values() if not row.promised):
-            return None
         if seat := self.seat_for(first):
             self.waiting.remove(first)
             self.seat(first, seat)
             return None
-        self.kept = min(seats, key=lambda seat: len(seat.residents))
+        seats = [seat for seat in self.seats.values() if self.holds(seat, first) and not self.has_aged(seat, now)]
+        self.kept = min(seats, key=lambda seat: len(seat.residents), default=None)
         return first
+
+    def has_aged(self, seat: Seat, now: float) -> bool:
+        """Whether a best-effort row of the instance has waited for too long: one at a time may keep deadlines out."""
+        return any(self.aged(row, now) for row in seat.residents.values() if not row.promised)
 
     def aged(self, progress: Progress, now: float) -> bool:
         return now - progress.request.arrived_at > self.age
@@ -102,29 +120,61 @@ class House:
         return [seat for seat in self.seats.values() if seat is not self.kept]
 
     def place_promised(self, now: float, everywhere: bool) -> None:
-        """Newcomers are tested on every instance, those who failed once on the instances between two steps."""
-        if not self.queue:
+        """Test those that wait with a deadline, as many as a decision may.
+
+        Newcomers are tested on every instance; those at the head of the queue on the instances between two steps; at a
+        tick (`everywhere`) those whose last test is longest ago on every instance again.
+        """
+        queue = self.queue
+        if not queue:
             return
         idle = [seat for seat in self.open if seat.flying is None]
-        tested: dict[int, list[Tenant]] = {}
-        looks = 0
-        for progress in self.queue.by_turn(self.turns, self.beliefs.unloaded):
-            if progress.tested and not everywhere and (looks >= LOOKS or not idle):
-                continue
-            looks += progress.tested
-            seats = idle if progress.tested and not everywhere else self.open
-            progress.tested = True
-            seat = self.seat_with_slack(progress, seats, tested, now)
-            if seat is None:
-                seat = self.seat_for_hopeless(progress, now)
-            if seat is not None and self.make_room(seat, progress, now):
-                self.queue.remove(progress)
-                self.seat(progress, seat)
-                tested.pop(seat.instance.id, None)
+        head = list(islice(queue.by_turn(self.turns, self.beliefs.unloaded), LOOKS)) if idle else []
+        looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
+        tenants: dict[int, list[Tenant]] = {}
+        for progress in queue.in_order([*head, *looked.values()]):
+            seats = self.open if progress.request.row in looked else idle
+            if not self.place_one(progress, seats, tenants, now) and progress.request.row in looked:
+                queue.failed(progress)
+
+    def affordable(self, some: Sequence[Progress]) -> dict[int, Progress]:
+        """The first of these, by row, as many as a decision may test on all instances; one at least."""
+        found: dict[int, Progress] = {}
+        tests = 0
+        for progress in some:
+            if tests >= TESTS:
+                break
+            tests += len(self.seats) * len(progress.thresholds)
+            found[progress.request.row] = progress
+        return found
+
+    def place_one(
+        self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float
+    ) -> bool:
+        """Give the request a row on the best of these instances that keep its deadline and have room, if one does."""
+        found = self.seats_with_slack(progress, seats, tenants, now)
+        seat = next((seat for seat in found if self.make_room(seat, progress, now)), None)
+        if seat is None:
+            seat = self.seat_for_hopeless(progress, now)
+            if seat is None or not self.make_room(seat, progress, now):
+                return False
+        self.queue.remove(progress)
+        self.seat(progress, seat)
+        tenants.pop(seat.instance.id, None)
+        return True
+
+    def any_with_slack(self, progress: Progress, now: float) -> bool:
+        """Whether an instance would keep the deadline, with its room made free if need be."""
+        return any(True for _ in self.seats_with_slack(progress, self.open, {}, now))
 
     def enter(self, progress: Progress) -> None:
-        """Wait in the order of service, or of arrival and priority without a promise."""
-        (self.queue if progress.promised else self.waiting).add(progress)
+        """Wait in the order of service, or of arrival and priority without a deadline."""
+        if not progress.promised:
+            self.waiting.add(progress)
+            return
+        self.queue.add(progress)
+        if self.promises.sheds:
+            self.hopeless.add(progress, self.promises.hopeless_at(progress), len(self.queue))
 
     def leave(self, progress: Progress) -> None:
         """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""
@@ -144,7 +194,9 @@ class House:
             return None
         if not self.promises.is_hopeless(progress, now):
             return None
-        return min(seats, key=lambda seat: len(seat.promised), default=None)
+        return min(
+            [seat for seat in seats if self.holds(seat, progress)], key=lambda seat: len(seat.promised), default=None
+        )
 
     def tries(self, progress: Progress, now: float) -> bool:
         """Whether a request that seems hopeless is worth a try: an instance has stood idle for long, and what is
@@ -174,6 +226,9 @@ class House:
         if self.held[tenant] or max(self.held.values(), default=0) < 2:
             return None
         for seat in self.seats.values():
+            starts = [row.kv_start for row in self.surplus_rows(seat)]
+            if not seat.pages.fits_without(progress.request.canvas_tokens, starts):
+                continue
             while victim := self.surplus(seat):
                 self.evict(victim, seat)
                 kv_start = seat.pages.take(progress.request.canvas_tokens)
@@ -184,15 +239,18 @@ class House:
 
     def surplus(self, seat: Seat) -> Progress | None:
         """The row that came last, of the tenant with most rows, if that has several."""
-        held = self.held
-        rows = [
+        rows = self.surplus_rows(seat)
+        return max(rows, key=lambda row: (self.held[row.request.slo.tenant], ARRIVAL(row)), default=None)
+
+    def surplus_rows(self, seat: Seat) -> list[Progress]:
+        """Rows of tenants that have several, which may be evicted."""
+        return [
             row
             for row in seat.residents.values()
             if row.state is State.RESIDENT
-            and held[row.request.slo.tenant] > 1
+            and self.held[row.request.slo.tenant] > 1
             and not (row.promised and self.promises.admits)
         ]
-        return max(rows, key=lambda row: (held[row.request.slo.tenant], ARRIVAL(row)), default=None)
 
     def evict(self, progress: Progress, seat: Seat) -> None:
         """The row waits again; its next step refreshes."""
@@ -204,20 +262,22 @@ class House:
         """The waiting request that makes room in a full queue for one of this tenant: the last to come that has not
         started, of the tenant that holds most places.
         """
-        fresh: dict[str, list[Progress]] = {}
-        if not {*self.queue.lines, *self.waiting.lines} - {tenant}:
-            return None  # it would be one of its own
-        for progress in chain(self.queue, self.waiting):
-            if progress.started_at is None:
-                fresh.setdefault(progress.request.slo.tenant, []).append(progress)
-        waiting = {name: len(rows) for name, rows in fresh.items()}
-        held = Counter(self.queue.counts()) + Counter(self.waiting.counts()) + self.held
-        loser = gives_way(waiting, held, tenant)
-        return None if loser is None else max(fresh[loser], key=ARRIVAL)
+        waiting = Counter(self.queue.counts()) + Counter(self.waiting.counts())
+        held = waiting + self.held
+        while loser := gives_way(waiting, held, tenant):
+            rows = [row for line in (self.queue, self.waiting) for _, row in line.lines.get(loser, ())]
+            if fresh := [row for row in rows if row.started_at is None]:
+                return max(fresh, key=ARRIVAL)
+            del waiting[loser]
+        return None
 
     def ever_fits(self, progress: Progress) -> bool:
         """Whether an instance holds the canvas when nobody else is there."""
-        return any(seat.pages.ever_fits(progress.request.canvas_tokens) for seat in self.seats.values())
+        return any(self.holds(seat, progress) for seat in self.seats.values())
+
+    def holds(self, seat: Seat, progress: Progress) -> bool:
+        """Whether the instance has K/V for the canvas when nobody else is there."""
+        return seat.pages.ever_fits(progress.request.canvas_tokens)
 
     def seat_for(self, progress: Progress) -> Seat | None:
         """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
@@ -234,58 +294,71 @@ class House:
                 return self.seats[id]
         return None
 
-    def seat_with_slack(
+    def seats_with_slack(
         self, progress: Progress, seats: Sequence[Seat], tenants: dict[int, list[Tenant]], now: float
-    ) -> Seat | None:
-        """The instance that keeps the most slack, at the highest threshold at which any passes the test.
+    ) -> Iterator[Seat]:
+        """The instances that pass the test and can hold the canvas, at the highest threshold first, most slack first.
 
         `tenants` keeps the rows of the instances that were looked at.
         """
-        loads = {degree: self.beliefs.loads(progress, degree) for degree in self.promises.degrees}
-        looked = [seat for seat in seats if len(seat.promised) < self.max_promised]
+        looked = [seat for seat in seats if len(seat.promised) < self.max_promised and self.holds(seat, progress)]
         if not looked:
-            return None
-        degrees = {seat.degree for seat in looked}
-        paces = {degree: self.beliefs.pace(degree).fixed for degree in degrees}
+            return
+        loads = {degree: self.beliefs.loads(progress, degree) for degree in {seat.degree for seat in looked}}
+        paces = {degree: self.beliefs.pace(degree).fixed for degree in loads}
         for seat in looked:
             if seat.instance.id not in tenants:
                 tenants[seat.instance.id] = self.tenants(seat, now)
         deepest = self.promises.deepest(progress)
         for level in range(min(self.promises.floor, deepest), deepest + 1):
-            newcomers = {degree: tenant(progress, loads[degree][level], now) for degree in degrees}
             found: list[tuple[float, int]] = []
             for seat in looked:
-                slack = fits(newcomers[seat.degree], tenants[seat.instance.id], paces[seat.degree])
+                newcomer = tenant(progress, loads[seat.degree][level], max(now, seat.ends_at))
+                slack = fits(newcomer, tenants[seat.instance.id], paces[seat.degree])
                 if slack is not None:
                     found.append((slack, -seat.instance.id))
-            if found:
-                return self.seats[-max(found)[1]]
-        return None
+            for _, id in sorted(found, reverse=True):
+                yield self.seats[-id]
 
     def tenants(self, seat: Seat, now: float) -> list[Tenant]:
-        loads = self.beliefs.loads
-        return [tenant(row, loads(row, seat.degree)[row.level], now) for row in seat.promised]
+        """The rows with deadlines, as they are when the step in flight ends."""
+        loads, at = self.beliefs.loads, max(now, seat.ends_at)
+        return [tenant(row, self.after_step(row, loads(row, seat.degree)[row.level]), at) for row in seat.promised]
+
+    def after_step(self, row: Progress, need: Load) -> Load:
+        """What the row needs beside the step in flight, if it is in it."""
+        if row.state is not State.STEPPING or row.seat is None:
+            return need
+        added = row.seat.added.get(row.request.row, 0.0)
+        return Load(max(0.0, need.steps - 1.0), max(0.0, need.work - added))
 
     def make_room(self, seat: Seat, progress: Progress, now: float) -> bool:
         """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes.
 
-        The first to come stays if it has aged.
+        Nobody is evicted if that is not enough.
         """
-        while True:
-            if len(seat.residents) < self.max_rows * seat.degree:
-                kv_start = seat.pages.take(progress.request.canvas_tokens)
-                if kv_start is not None:
-                    progress.kv_start = kv_start
-                    return True
-            idle = [row for row in seat.residents.values() if row.state is State.RESIDENT and not row.promised]
-            last = max(idle, key=ARRIVAL, default=None)
-            if last is None or (self.aged(last, now) and last is self.first(seat)):
-                return False
-            self.evict(last, seat)
+        canvas = progress.request.canvas_tokens
+        rows = self.evictable(seat, now)
+        starts = [row.kv_start for row in rows]
+        over = max(0, len(seat.residents) + 1 - self.max_rows * seat.degree)  # rows that must go in any case
+        if over > len(rows) or not seat.pages.fits_without(canvas, starts):
+            return False
+        enough = bisect_left(
+            range(over, len(rows)), True, key=lambda count: seat.pages.fits_without(canvas, starts[:count])
+        )
+        for row in rows[: over + enough]:
+            self.evict(row, seat)
+        kv_start = seat.pages.take(canvas)
+        assert kv_start is not None, "pages that were counted as free are not"
+        progress.kv_start = kv_start
+        return True
 
-    def first(self, seat: Seat) -> Progress:
-        """The best-effort row of an instance that came first."""
-        return min([row for row in seat.residents.values() if not row.promised], key=ARRIVAL)
+    def evictable(self, seat: Seat, now: float) -> list[Progress]:
+        """Best-effort rows between two steps, the last to come first; the first of all stays if it has aged."""
+        rest = sorted([row for row in seat.residents.values() if not row.promised], key=ARRIVAL, reverse=True)
+        if rest and self.aged(rest[-1], now):
+            rest.pop()
+        return [row for row in rest if row.state is State.RESIDENT]
 
     def seat(self, progress: Progress, seat: Seat) -> None:
         tenant = progress.request.slo.tenant
@@ -321,6 +394,11 @@ class House:
         progress.promised, progress.late = False, True
         if progress.seat is None:
             self.enter(progress)
+
+
+def arrival_turn(progress: Progress) -> float:
+    """The order of arrival, in which priority counts without a deadline."""
+    return ARRIVAL(progress) if progress.promised else turn(progress)
 
 
 def turn(progress: Progress) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dilaserve.beliefs import Beliefs, batch_features
 from dilaserve.config import Config
 from dilaserve.house import House
+from dilaserve.policy.best_effort import after_step
 from dilaserve.policy.composition import COMPOSITIONS, Candidate
 from dilaserve.policy.fairness import Ride, allowances, left_over, riders
 from dilaserve.progress import Progress, Ready, Seat, State
@@ -23,6 +24,7 @@ class Launches:
         policy = config.scheduler
         self.house, self.beliefs, self.repeats = house, beliefs, repeats
         self.patience = policy.step_timeout
+        self.share = policy.best_effort_share
         self.compose = COMPOSITIONS[policy.scheduling]
         self.cap = policy.batch_cap or house.max_rows
         self.max_tokens = config.device.max_num_batched_tokens
@@ -54,20 +56,26 @@ class Launches:
         seat.credits = left_over(rides, allowed, rode)
         return chosen
 
+    def keeping(self, seat: Seat, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The same where deadlines are kept; `seat` keeps what best-effort rows may add to its steps."""
+        chosen = self.fitting(candidates)
+        with_deadline = sum(one.seconds for one in chosen if seat.residents[one.key].promised)
+        led = 0.0 if seat.residents[candidates[0].key].promised else candidates[0].seconds
+        seat.saved = after_step(seat.saved, self.share, self.beliefs.pace(seat.degree).fixed + with_deadline, led)
+        return chosen
+
     def begin(self, seat: Seat, candidates: Sequence[Candidate], now: float) -> Batch:
         """The next batch of the instance, of these rows, noted in their progress and at their seat."""
         chosen = [seat.residents[candidate.key] for candidate in candidates]
         fixed = self.beliefs.pace(seat.degree).fixed
-        spans, masks, seconds, refreshing = [], 0, [], False
-        for progress, candidate in zip(chosen, candidates, strict=True):
-            work = self.ready(progress, seat.degree).work
-            spans.append(progress.span(work))
-            masks += progress.masks
-            seconds.append(candidate.seconds)
-            refreshing |= work.refresh
-            progress.launched(work, now)
+        works = [self.ready(progress, seat.degree).work for progress in chosen]
+        spans = [progress.span(work) for progress, work in zip(chosen, works, strict=True)]
+        masks, refreshing = sum(progress.masks for progress in chosen), any(work.refresh for work in works)
+        seconds = [candidate.seconds for candidate in candidates]
         seat.shares, seat.refreshing = shares(fixed, seconds), refreshing
         seat.features = batch_features(spans, masks)
+        seat.added = dict(zip([candidate.key for candidate in candidates], seconds, strict=True))
+        seat.ends_at = now + fixed + sum(seconds)
         self.batches += 1
         steps, longest, then = self.steps(seat, chosen), seconds, []
         if steps > 1:
@@ -75,6 +83,10 @@ class Launches:
             ahead = self.ahead(candidates, longest, steps)
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
+        for progress, work in zip(
+            chosen, works, strict=True
+        ):  # at last, so that an error before leaves rows as they are
+            progress.launched(work, now)
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
         seat.went_on, seat.hurried, seat.disturbed, seat.launched_at = False, False, False, now
         seat.overdue_at = math.ceil(now + max(self.patience, OVERDUE * (fixed + sum(longest)) * steps))

@@ -19,10 +19,12 @@ class Line:
         self.key = key
         self.lines: dict[str, list[tuple[Spot, Progress]]] = {}
         self.spots: dict[int, Spot] = {}  # by row
+        self.members: dict[int, Progress] = {}  # by row
         self.arrivals: list[tuple[float, int]] = []  # a heap; who has left drops out when it comes to the front
 
     def add(self, progress: Progress) -> None:
         request = progress.request
+        self.members[request.row] = progress
         spot = self.spots[request.row] = (self.key(progress), request.arrived_at, request.row)
         if len(self.arrivals) > SLACK + 2 * len(self.spots):
             self.arrivals = [(arrived_at, row) for row, (_, arrived_at, _) in self.spots.items()]
@@ -34,6 +36,7 @@ class Line:
     def remove(self, progress: Progress) -> None:
         tenant = progress.request.slo.tenant
         line = self.lines[tenant]
+        del self.members[progress.request.row]
         del line[bisect_left(line, self.spots.pop(progress.request.row), key=lambda entry: entry[0])]
         if not line:
             del self.lines[tenant]
@@ -42,7 +45,7 @@ class Line:
         return len(self.spots)
 
     def __contains__(self, progress: Progress) -> bool:
-        return progress.request.row in self.spots
+        return self.members.get(progress.request.row) is progress
 
     def __iter__(self) -> Iterator[Progress]:
         """In order, whoever's they are. Requests may leave meanwhile."""

@@ -1,17 +1,24 @@
 """What a caller may ask for, checked against what the model and the house allow."""
 
 import re
+import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
 from dilaserve.errors import BadRequest, ConfigError, quoted
 from dilaserve.terms import MAX_STOP_IDS, DecodeRule, Decoding, OnMiss, Slo
+from dilaserve.validation import converted, plain, whole
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
 MAX_TENANT_LENGTH = 512  # characters; tenants are remembered
+MAX_DEADLINE = 86_400_000.0  # milliseconds: a day
+RENAMED = {
+    "tenant": ("user", 1),
+    "deadline": ("deadline_ms", 1000),
+}  # old name: the new one, and its units in an old one
 KNOBS: dict[str, DecodeRule] = {
     "confidence_threshold": "threshold",
     "num_denoising_steps": "steps",
@@ -33,11 +40,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tokens: no end token is chosen for a position before, even if one later in the canvas is unmasked earlier, and no
     stop string that is complete before counts.
 
-    `deadline` is in seconds from arrival, or `slo_class` names one that was configured; `on_miss` says what becomes of
-    the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0; without a deadline each level is a
-    head start of a minute over other requests of the same tenant. `min_confidence_threshold` bounds
-    threshold control, which leaves alone a request that states its `confidence_threshold`. `tenant` owns the accuracy
-    budget, `task` names a quality profile.
+    `deadline_ms` is in milliseconds from arrival, or `slo_class` names a deadline that was configured; `on_miss` says
+    what becomes of the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0; without a deadline
+    each level is a head start of a minute over other requests of the same user. `min_confidence_threshold` bounds
+    threshold control, which leaves alone a request that states its `confidence_threshold`. `user` is the tenant that
+    owns the accuracy budget, `task` names a quality profile.
+
+    `deadline` (in seconds) and `tenant` are old names of `deadline_ms` and `user`; they raise a `DeprecationWarning`.
     """
 
     max_tokens: int | None = None
@@ -58,13 +67,22 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheKind | None = None
     refresh_interval: int = 0
     ignore_eos: bool = False
-    deadline: float | None = None
+    deadline_ms: float | None = None
     slo_class: str | None = None
     on_miss: OnMiss = "best_effort"
     priority: int = 0
     min_confidence_threshold: float | None = None
-    tenant: str = ""
+    user: str = ""
     task: str | None = None
+    # old names
+    deadline: float | None = None
+    tenant: str | None = None
+
+    def __post_init__(self) -> None:
+        for old, (new, scale) in RENAMED.items():
+            if getattr(self, old) is not None:
+                units = " (in milliseconds)" if scale != 1 else ""
+                warnings.warn(f"Options({old}=…) is deprecated; write {new}{units}", DeprecationWarning, stacklevel=2)
 
 
 class SloClass(NamedTuple):
@@ -86,9 +104,9 @@ class Settled(NamedTuple):
 def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig) -> Settled:
     """Fill in what is left open and lay out the canvas, at most `limit` tokens.
 
-    The answer's region is rounded up to whole blocks where the canvas has room. Raises `BadRequest`.
+    The options are `validated`. The answer's region is rounded up to whole blocks where the canvas has room. Raises
+    `BadRequest`.
     """
-    check(options)
     rule = rule_of(options)
     block_length = options.block_length or defaults.block_length
     max_tokens = answer_length(options, prompt_tokens, limit, defaults)
@@ -113,6 +131,35 @@ def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults
     return Settled(canvas_tokens, max_tokens, decoding)
 
 
+def validated(options: Options | None) -> Options:
+    """The options with the type and the range of every field checked, and old names replaced.
+
+    Whatever passes is safe for the scheduler and the workers. Raises `BadRequest`, which names the field.
+    """
+    if options is None:
+        return Options()
+    if not isinstance(options, Options):
+        kind = type(options).__name__
+        raise BadRequest(
+            f"options must be dilaserve.Options, not {kind}; write Options(max_tokens=32)", param="options"
+        )
+    found = converted(renamed({name: plain(getattr(options, name)) for name in Options.__struct_fields__}), Options)
+    check(found)
+    return found
+
+
+def renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without old names, whose values go to the new ones."""
+    for old, (new, scale) in RENAMED.items():
+        value = fields.pop(old)
+        if value is None:
+            continue
+        if type(fields[new]) not in (str, type(None)) or fields[new]:
+            raise BadRequest(f"{old} is an old name of {new}; give {new} alone", param=new)
+        fields[new] = value * scale if type(value) in (int, float) else value
+    return fields
+
+
 def check(options: Options) -> None:
     """Every number inside its limits, or `BadRequest` for the first that is not."""
     within("temperature", options.temperature, 0.0, 2.0)
@@ -129,14 +176,14 @@ def check(options: Options) -> None:
     within("refresh_interval", options.refresh_interval, 0, 2**31)
     within("priority", options.priority, -8, 8)
     within("min_confidence_threshold", options.min_confidence_threshold, 0.0, 1.0)
-    if options.deadline is not None and not 0.0 < options.deadline <= 86400.0:
-        raise BadRequest("slo.deadline_ms must be above 0 and at most 86400000 (a day)", param="slo.deadline_ms")
+    if options.deadline_ms is not None and not 0.0 < options.deadline_ms <= MAX_DEADLINE:
+        raise BadRequest(f"deadline_ms must be above 0 and at most {MAX_DEADLINE:.0f} (a day)", param="deadline_ms")
     if options.top_p == 0.0:
         raise BadRequest("top_p must be above 0", param="top_p")
-    if len(options.tenant) > MAX_TENANT_LENGTH:
-        raise BadRequest(f"user has at most {MAX_TENANT_LENGTH} characters, not {len(options.tenant)}", param="user")
-    if isinstance(options.stop, str):
-        raise BadRequest("stop is a tuple of strings; write (text,) for a single one", param="stop")
+    for name, text in {"user": options.user, "task": options.task or "", "stop": "".join(options.stop)}.items():
+        whole(text, name)
+    if len(options.user) > MAX_TENANT_LENGTH:
+        raise BadRequest(f"user has at most {MAX_TENANT_LENGTH} characters, not {len(options.user)}", param="user")
     if len(options.stop) > MAX_STOPS:
         raise BadRequest(f"at most {MAX_STOPS} stop strings are allowed, not {len(options.stop)}", param="stop")
     if len(options.stop_token_ids) > MAX_STOP_IDS:
@@ -150,13 +197,14 @@ def check(options: Options) -> None:
 
 def wanted(options: Options, classes: Mapping[str, SloClass]) -> Slo:
     """The deadline and its terms; raises `BadRequest` for an unknown class, or for a class and a deadline at once."""
-    seconds, multiple, weight = options.deadline, None, 2.0**options.priority
+    seconds = None if options.deadline_ms is None else options.deadline_ms / 1000
+    multiple, weight = None, 2.0**options.priority
     if options.slo_class is not None:
         if seconds is not None:
-            raise BadRequest("slo.deadline_ms and slo.class exclude each other; give one", param="slo")
+            raise BadRequest("deadline_ms and slo_class exclude each other; give one", param="slo")
         if options.slo_class not in classes:
             known = ", ".join(sorted(classes)) or "none are configured (--slo-class)"
-            raise BadRequest(f"unknown class {quoted(options.slo_class)}; known: {known}", param="slo.class")
+            raise BadRequest(f"unknown class {quoted(options.slo_class)}; known: {known}", param="slo_class")
         multiple, seconds, share = classes[options.slo_class]
         weight *= share
     return Slo(
@@ -165,7 +213,7 @@ def wanted(options: Options, classes: Mapping[str, SloClass]) -> Slo:
         weight=weight,
         floor=options.min_confidence_threshold or 0.0,
         on_miss=options.on_miss,
-        tenant=options.tenant,
+        tenant=options.user,
         task=options.task,
         fixed=options.confidence_threshold is not None,
     )

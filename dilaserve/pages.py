@@ -1,6 +1,7 @@
 """Who owns which part of an instance's K/V pool. Counts tokens; has never seen a tensor."""
 
 from bisect import insort
+from collections.abc import Sequence
 
 PAGE = 32  # tokens; one block of the default length
 
@@ -29,6 +30,11 @@ class PagePool:
     def give(self, start: int) -> None:
         insort(self.free, (start, self.runs.pop(start)))
         self.free = joined(self.free)
+
+    def fits_without(self, tokens: int, starts: Sequence[int]) -> bool:
+        """Whether there is a run of at least `tokens` once the runs that begin at `starts` are given back."""
+        free = joined(sorted([*self.free, *[(start, self.runs[start]) for start in starts]]))
+        return any(length >= rounded(tokens) for _, length in free)
 
     def ever_fits(self, tokens: int) -> bool:
         return rounded(tokens) <= self.capacity

@@ -64,8 +64,13 @@ class Seat:
         self.overdue_at = math.inf  # when the step in flight counts as hung
         self.features = Features(0, 0, 0, 0, 0)
         self.refreshing = False
+        self.saved = 0.0  # seconds that best-effort rows may still add to steps with deadlines
         self.credits: dict[str, float] = {}  # seconds of step time that tenants have saved up, while others wait too
         self.shares: list[float] = []  # of the step's time, by row in flight
+        self.added: dict[int, float] = {}  # seconds that each row adds to the step in flight
+        self.ends_at = -math.inf  # when the step in flight is expected to end
+        self.late = 0  # rows with deadlines that its last step expected to miss them
+        self.crowding = 0.0  # of the rows with deadlines at its last step
 
 
 class Loads(msgspec.Struct):
@@ -131,7 +136,8 @@ class Progress:
         self.state = State.WAITING
         self.seat: Seat | None = None
         self.deadline: float | None = None
-        self.promised = self.late = self.tested = False
+        self.promised = self.late = False
+        self.seconds = 0.0  # that it takes alone, as was expected when it came
         self.wasted = False  # it has ended, and what it took was spent in vain
         self.charged = False  # its tenant has paid a turn for its row
         self.suspect = False  # in flight when a worker died, and not stepped since
@@ -279,7 +285,7 @@ class Progress:
             deadline_met=None if self.deadline is None else now <= self.deadline,
             min_threshold=self.thresholds[self.deepest] if ruled else None,
             mean_threshold=self.threshold_sum / self.steps if ruled else None,
-            expected_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
+            expected_accuracy_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
             device=self.device,
         )
 

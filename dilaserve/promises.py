@@ -6,7 +6,7 @@ from itertools import islice
 
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import SchedulerConfig
-from dilaserve.policy.admission import hopeless
+from dilaserve.policy.admission import HOPELESS, hopeless
 from dilaserve.policy.budget import Bank, borne, price, room, settled
 from dilaserve.policy.demand import alone
 from dilaserve.policy.ordering import ORDERS, Place
@@ -75,6 +75,11 @@ class Promises:
         seconds = self.beliefs.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
         return self.order(Place(progress.request.arrived_at, deadline, seconds))
 
+    @property
+    def rank_moves(self) -> bool:
+        """Whether the order of rows changes as they get on."""
+        return self.order is ORDERS["least-slack"]
+
     def wish(self, progress: Progress, now: float, degree: int) -> Wish:
         return Wish(progress.left(now), self.beliefs.loads(progress, degree), self.deepest(progress), progress.borne)
 
@@ -108,6 +113,14 @@ class Promises:
             if not hopeless(wish.left, alone(wish.loads[wish.deepest], self.beliefs.pace(degree).fixed)):
                 return False
         return True
+
+    def hopeless_at(self, progress: Progress) -> float:
+        """When a request that waits can no longer end in time, as expected now; its deadline while that is a guess."""
+        assert progress.deadline is not None, "only requests with deadlines become hopeless"
+        if not self.shed:
+            return progress.deadline
+        wishes = [(self.wish(progress, 0.0, degree), self.beliefs.pace(degree).fixed) for degree in self.degrees]
+        return progress.deadline - HOPELESS * min(alone(wish.loads[wish.deepest], fixed) for wish, fixed in wishes)
 
     def is_vain(self, progress: Progress) -> bool:
         """Whether a row without steps had too little time when it came; not known before what steps cost is."""

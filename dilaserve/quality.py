@@ -7,7 +7,7 @@ be, a task has laws by the length of the prompt.
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise, zip_longest
 from operator import add, mul
 from typing import NamedTuple
@@ -23,7 +23,12 @@ PRIOR = 400.0  # weight of what was known of a bin against what is seen, in step
 MOST_CHAINS = 1024  # that are kept; requests may bring any block length
 MOST_THRESHOLDS = 4096  # that are remembered; requests may bring any
 TRUST = 40.0  # weight of what is known of any task, in steps of one bin
+RARELY = 1e-4  # times that a text is expected to end in some blocks, below which an approximation is used
 ROUNDING = 1e-12  # of a sum of squares, that is no difference
+
+
+COUNTS_A_STEP = 64  # counts of steps that are added up at one step, in about 0.1 ms
+DONE = object()
 
 
 def bin_of(masks: int) -> int:
@@ -44,6 +49,7 @@ class Law(msgspec.Struct, frozen=True):
 
 
 Laws = tuple[tuple[Law, ...], ...]  # [level][part]
+Step = tuple[str, int, int, int, int]  # kind, level, part, bin of the masks left, tokens unmasked
 
 
 class TaskProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,9 +181,9 @@ class Forecast:
         self.laws: dict[str, Laws] = dict(by_kind(profile))
         self.observed, self.next_look = 0, FIRST_LOOK
         self.version = 0  # how often the laws have changed
-        self.counts: dict[tuple[str, int, int, int, int], int] = {}  # steps since the laws were last worked out
+        self.counts: dict[Step, int] = {}  # steps since the laws were last worked out
+        self.learning: Iterator[None] | None = None  # what is left to do until the laws have taken them in
         self.chains: dict[tuple[str, int, int, int], Chain] = {}
-        self.futures: dict[tuple[str, int, int, int], list[Outlook]] = {}
         self.known_tracks: dict[tuple[str, tuple[int, ...], int, int, int], list[Track]] = {}
         self.ladders: dict[str, list[Rung]] = {}
         self.nearest: dict[float, int] = {}  # level by threshold
@@ -188,30 +194,55 @@ class Forecast:
         return kind_of(name, bisect_left(lengths, prompt_tokens)) if lengths else name
 
     def observe(self, kind: str, level: int, part: int, masks: int, unmasked: int) -> None:
-        """A step has unmasked so many tokens, 0 when the text ended; now and then the laws take it in."""
+        """A step has unmasked so many tokens, 0 when the text ended; now and then the laws take it in.
+
+        That is done in small parts, one at a step, so that no step waits for all of it.
+        """
         step = kind, level, part, bin_of(masks), unmasked
         self.counts[step] = self.counts.get(step, 0) + 1
         self.observed += 1
-        if self.observed >= self.next_look and self.learns:
+        if self.learning is not None and next(self.learning, DONE) is DONE:
+            self.learning = None
+        if self.observed >= self.next_look and self.learns and self.learning is None:
             self.next_look += min(self.observed, RELEARN)
-            self.relearn()
+            self.learning = self.learned()
+
+    def relearn(self) -> None:
+        """Take in at once what was seen."""
+        for learning in (self.learning or (), self.learned()):
+            for _ in learning:
+                pass
+        self.learning = None
 
     def seen(self) -> dict[tuple[str, int, int], list[list[float]]]:
         """What was counted, as laws have it, by level and part: of each kind, of its task, and of any."""
         found: dict[tuple[str, int, int], list[list[float]]] = {}
-        for (kind, level, part, bin, unmasked), count in self.counts.items():
-            for name in {kind, task_of(kind), ANY}:
-                counts = found.setdefault((name, level, part), [[] for _ in BINS])[bin]
-                counts.extend([0.0] * (unmasked + 1 - len(counts)))
-                counts[unmasked] += count
+        gather(found, self.counts.items())
         return found
 
-    def relearn(self) -> None:
-        """Add what was seen to the counts of the profile, each bin of which counts as at most `PRIOR` steps."""
-        for (kind, level, part), rows in self.seen().items():
-            laws = [list(parts) for parts in self.laws[kind]]
-            laws[level][part] = added(laws[level][part], rows)
-            self.laws[kind] = tuple(tuple(parts) for parts in laws)
+    def learned(self) -> Iterator[None]:
+        """Add what was seen to the counts of the profile, each bin of which counts as at most `PRIOR` steps.
+
+        Of a kind of request what it did counts for itself, for its task, and for any. Nothing changes before the end.
+        """
+        counts, self.counts = list(self.counts.items()), {}
+        return self.learned_from(counts)
+
+    def learned_from(self, counts: Sequence[tuple[Step, int]]) -> Iterator[None]:
+        seen: dict[tuple[str, int, int], list[list[float]]] = {}
+        for start in range(0, len(counts), COUNTS_A_STEP):
+            gather(seen, counts[start : start + COUNTS_A_STEP])
+            yield
+        laws: dict[str, list[list[Law]]] = {}
+        for (kind, level, part), rows in seen.items():
+            levels = laws.setdefault(kind, [list(parts) for parts in self.laws[kind]])
+            levels[level][part] = added(levels[level][part], rows)
+            yield
+        self.take_in({kind: tuple(tuple(parts) for parts in levels) for kind, levels in laws.items()})
+
+    def take_in(self, laws: Mapping[str, Laws]) -> None:
+        """These are the laws of their kinds from now on; what was worked out from others is forgotten."""
+        self.laws |= laws
         tasks = {
             name: msgspec.structs.replace(
                 task,
@@ -222,9 +253,7 @@ class Forecast:
         }
         self.profile = msgspec.structs.replace(self.profile, tasks=tasks)
         self.version += 1
-        self.counts.clear()
         self.chains.clear()
-        self.futures.clear()
         self.known_tracks.clear()
         self.ladders.clear()
 
@@ -281,23 +310,17 @@ class Forecast:
             found = self.chains[key] = chain(self.laws_of(kind, level, part), block_length)
         return found
 
-    def blocks(self, kind: str, level: int, count: int, block_length: int) -> list[Outlook]:
-        """What is ahead at the start of block k of a canvas of `count` blocks, for k = 0 … count."""
-        key = (kind, level, count, block_length)
-        if key not in self.futures:
-            if len(self.futures) >= MOST_CHAINS:
-                self.futures.clear()
-            ahead = [Outlook(0.0, 0.0, 0.0)]
-            for block in reversed(range(count)):
-                law = self.chain(kind, level, part_of(block), block_length)
-                ahead.append(joined(law, block_length, ahead[-1], 1.0))
-            self.futures[key] = ahead[::-1]
-        return self.futures[key]
+    def ahead(self, kind: str, level: int, block: int, count: int, block_length: int) -> Outlook:
+        """What is ahead at the start of block `block` of a canvas of `count` blocks."""
+        law = self.chain(kind, level, part_of(block), block_length)
+        if part_of(block) == PARTS - 1 or block >= count:
+            return alike(law, block_length, max(0, count - block))
+        return joined(law, block_length, self.ahead(kind, level, block + 1, count, block_length), 1.0)
 
     def track(self, kind: str, level: int, block: int, count: int, block_length: int) -> Track:
         """Block `block` of `count`, and what comes after it; valid until `version` moves on."""
         law = self.chain(kind, level, part_of(block), block_length)
-        return Track(law, self.blocks(kind, level, count, block_length)[block + 1])
+        return Track(law, self.ahead(kind, level, block + 1, count, block_length))
 
     def tracks(self, kind: str, levels: tuple[int, ...], block: int, count: int, block_length: int) -> list[Track]:
         """The same by level."""
@@ -316,6 +339,15 @@ class Forecast:
         """What is ahead of a request in block `block` of `count` with `masks` left in it."""
         law, after = self.track(kind, level, block, count, block_length)
         return joined(law, masks, after, 0.0 if fresh else 1.0)
+
+
+def gather(seen: dict[tuple[str, int, int], list[list[float]]], counts: Iterable[tuple[Step, int]]) -> None:
+    """Add counts of steps to `seen`, as laws have them, by level and part: of each kind, of its task, and of any."""
+    for (kind, level, part, bin, unmasked), count in counts:
+        for name in {kind, task_of(kind), ANY}:
+            row = seen.setdefault((name, level, part), [[] for _ in BINS])[bin]
+            row.extend([0.0] * (unmasked + 1 - len(row)))
+            row[unmasked] += count
 
 
 def kind_of(task: str, length: int) -> str:
@@ -354,6 +386,26 @@ def joined(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:
     stays = 1.0 - law.ends[masks]
     variance = law.variance[masks] + stays * after.variance + stays * (1 - stays) * after.steps**2
     return Outlook(law.steps[masks] + stays * after.steps, variance, refreshes + stays * after.refreshes)
+
+
+def alike(law: Chain, masks: int, blocks: int) -> Outlook:
+    """So many blocks of one law, one after the other, unless the text ends in one: `joined` over and over, summed up.
+
+    With r the chance that the text goes on after a block, steps are a geometric sum A(1 - r^n), and the variance that
+    the end of the text brings, r(1 - r)A²(1 - r^k)² after k blocks, is three of them.
+    """
+    steps, variance, ends = law.steps[masks], law.variance[masks], law.ends[masks]
+    if blocks * ends < RARELY:  # the sums would cancel out; their first terms in r - 1 are exact enough
+        times = blocks * (1.0 - (blocks - 1) * ends / 2)
+        squares = blocks * (blocks - 1) * (2 * blocks - 1) / 6
+        return Outlook(steps * times, variance * times + ends * steps**2 * squares, times)
+    stays = 1.0 - ends
+    if stays <= 0.0:
+        return Outlook(steps, variance, 1.0)
+    last = math.exp((blocks - 1) * math.log1p(-ends))  # chance that the last block is begun
+    times = -math.expm1(blocks * math.log1p(-ends)) / ends  # blocks that are begun, on average
+    spread = stays * ends * (steps / ends) ** 2 * (times - 2.0 * blocks * last + last * times)
+    return Outlook(steps * times, max(0.0, variance * times + spread), times)
 
 
 def isotonic(drops: Sequence[float]) -> tuple[float, ...]:

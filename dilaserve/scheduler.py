@@ -1,5 +1,6 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heappop, heappush
@@ -7,18 +8,21 @@ from heapq import heappop, heappush
 from dilaserve.beliefs import Beliefs
 from dilaserve.config import Config
 from dilaserve.cost import StepCost
+from dilaserve.errors import OURS
 from dilaserve.expiry import Expiry
 from dilaserve.fates import Fate, Totals
 from dilaserve.house import ARRIVAL, House, turn
 from dilaserve.launches import Launches, rested
 from dilaserve.layout import Layout, plan_of
 from dilaserve.policy.admission import beyond_hope, place_in, retry_after
-from dilaserve.policy.composition import Candidate
+from dilaserve.policy.best_effort import STEP, may_lead
+from dilaserve.policy.composition import Candidate, within
 from dilaserve.policy.demand import alone, ends
 from dilaserve.policy.thresholds import Verdict, Wish, crowding
 from dilaserve.progress import Did, Progress, Seat, State
 from dilaserve.promises import Promises
 from dilaserve.quality import QualityProfile
+from dilaserve.recent import RecentLeast
 from dilaserve.terms import (
     Adjust,
     Arrival,
@@ -43,6 +47,7 @@ from dilaserve.terms import (
     Refuse,
     Release,
     Replan,
+    Request,
     Reshaped,
     Reshard,
     RowResult,
@@ -53,9 +58,13 @@ from dilaserve.terms import (
 )
 from dilaserve.traffic import Seen, Traffic
 
+log = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
+BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
+MOST_ENDS = 64  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
+LATELY = 30.0  # seconds for which a deadline counts as one of those that come
 NEVER = float("inf")
 
 
@@ -85,13 +94,17 @@ class Scheduler:
         self.returning: list[float] = []  # when those who were refused may try again, a heap
         self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
         self.expiry = Expiry()  # of requests whose client does not want the answer late
+        self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
+        self.tightest = RecentLeast(LATELY)  # seconds from arrival to deadline
         self.layout = Layout(plan, degrees)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.patience = policy.step_timeout
-        self.ticked_at = -NEVER
+        self.ticked_at = self.decided_at = -NEVER
+        self.gives_up = False  # more requests have become hopeless than one decision looks at
         self.overdue_at = NEVER  # no step in flight counts as hung before
         self.totals = Totals()
+        self.disturbed = False  # a handler has stopped half-way since the last repair
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
         match event:
@@ -134,7 +147,8 @@ class Scheduler:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
-        for progress in self.expiry.passed(now):
+        self.decided_at = now
+        for progress in self.expiry.passed(now, MOST_ENDS):
             yield from self.decline(progress, now)
         if self.layout.moot:
             yield from self.reshape(now)
@@ -146,8 +160,10 @@ class Scheduler:
         if now >= self.solve_at and self.asks:
             yield self.solve(now)
         ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits or self.promises.floor)
+        if self.promises.sheds and (ticks or self.gives_up):
+            yield from self.give_up_hopeless(now)
         if ticks:
-            yield from self.tick(now)
+            self.tick(now)
         self.house.place(now, everywhere=bool(ticks))
         for seat in self.house.seats.values():
             if seat.flying is None and seat.residents:
@@ -176,6 +192,8 @@ class Scheduler:
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
         solve_at = self.solve_at if self.asks else NEVER
+        if self.gives_up or (self.promises.admits and self.house.queue.untested):
+            return self.decided_at  # a decision looks at only so many
         return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at)
 
     def next_overdue(self) -> float:
@@ -208,7 +226,7 @@ class Scheduler:
                 self.house.closing[id] = self.house.seats.pop(id)
         for id, seat in list(self.house.closing.items()):
             if seat.flying is None:
-                self.vacate(self.house.closing.pop(id))
+                yield from self.vacate(self.house.closing.pop(id))
                 ends.append(id)
         self.house.reseated()
         there = [*self.house.instances(), *self.layout.forming.values()]
@@ -217,7 +235,7 @@ class Scheduler:
         if ends or begins:
             yield Reshard(Moves(tuple(ends), tuple(begins)))
 
-    def vacate(self, seat: Seat) -> None:
+    def vacate(self, seat: Seat) -> Iterator[Command]:
         """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
 
         They wait for the new instances rather than crowd the old ones that stay.
@@ -226,10 +244,13 @@ class Scheduler:
         if ends := [row.stepped_at for row in rows if row.steps]:
             self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
         for progress in rows:
-            self.house.unseat(progress, seat)
-            progress.did(Did.EVICTED)
-            progress.tested = False
-        self.house.moving += rows
+            yield from self.contained(progress, self.vacated(progress, seat))
+        self.house.moving += [progress for progress in rows if progress.state is State.WAITING]
+
+    def vacated(self, progress: Progress, seat: Seat) -> Iterator[Command]:
+        self.house.unseat(progress, seat)
+        progress.did(Did.EVICTED)
+        yield from ()
 
     def watch(self, now: float) -> Iterator[Command]:
         """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
@@ -269,6 +290,8 @@ class Scheduler:
             progress.deadline = request.arrived_at + slo.seconds
         elif slo.multiple is not None:
             progress.deadline = request.arrived_at + slo.multiple * self.beliefs.unloaded(progress)
+        if progress.deadline is not None:
+            self.tightest.add(progress.deadline - request.arrived_at, now)
         if self.solves:
             if self.traffic.since is None:
                 self.solve_at = min(self.solve_at, now + SOLVE_SOON)
@@ -278,17 +301,33 @@ class Scheduler:
         progress.promised = progress.deadline is not None
         rejects = progress.promised and slo.on_miss == "reject" and not self.admissible(progress, now)
         self.house.enter(progress)
+        progress.seconds = self.beliefs.unloaded(progress)
+        self.house.backlog.add(progress)
         if rejects:
             yield from self.decline(progress, now)
+        elif self.is_too_much(progress, now):
+            yield from self.gone(progress, Refuse(request, self.place_in(now)), now, "refused")
         elif self.promises.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(progress, progress.deadline, len(self.requests))
+
+    def is_too_much(self, progress: Progress, now: float) -> bool:
+        """Whether the request would be best effort, while deadlines come and more of that waits than will be done."""
+        if not self.promises.admits or self.tightest.at(now) == NEVER:
+            return False
+        devices = sum(seat.degree for seat in self.house.seats.values())
+        seconds, requests = self.most_best_effort
+        if self.house.backlog.best_effort <= seconds * max(1, devices) and self.house.backlog.requests <= requests:
+            return False
+        if not progress.promised:
+            return True
+        return progress.request.slo.on_miss == "best_effort" and not self.admissible(progress, now)
 
     def admissible(self, progress: Progress, now: float) -> bool:
         """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
         house = self.house
         if not self.promises.admits or (not house.seats and (house.closing or self.layout.forming)):
             return True
-        return bool(house.seat_with_slack(progress, house.open, {}, now)) or house.tries(progress, now)
+        return house.any_with_slack(progress, now) or house.tries(progress, now)
 
     def decline(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met, or has passed: tell the client, now."""
@@ -298,7 +337,7 @@ class Scheduler:
         request, usage = progress.request, progress.usage(now)
         if progress.steps:
             return Decline(request, usage, None)
-        wait = retry_after(self.backlog(), len(self.house.seats))
+        wait = retry_after(self.house.backlog.timed, len(self.house.seats))
         return Decline(request, usage, wait, self.promises.is_vain(progress))
 
     def seen(self, progress: Progress, now: float) -> Seen:
@@ -322,17 +361,24 @@ class Scheduler:
             seat.flying, seat.overdue_at = None, NEVER
             self.layout.moot |= event.instance in self.house.closing
         for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
-            leaving = progress.state is State.LEAVING
-            progress.stepped_at = now
-            progress.device += share * event.seconds
-            if event.last:
-                progress.did(Did.RETURNED)
-            if leaving:
-                self.totals.spent(share * event.seconds, progress.wasted)
-                if event.last:
-                    yield self.release(progress)
-            elif not rested(progress, result):
-                yield from self.returned(progress, result, now)
+            done = self.row_done(progress, result, share * event.seconds, event.last, now)
+            yield from self.contained(progress, done)
+
+    def row_done(
+        self, progress: Progress, result: RowResult, seconds: float, last: bool, now: float
+    ) -> Iterator[Command]:
+        """The part of one row in a step that is finished; `seconds` are its share of it."""
+        leaving = progress.state is State.LEAVING
+        progress.stepped_at = now
+        progress.device += seconds
+        if last:
+            progress.did(Did.RETURNED)
+        if leaving:
+            self.totals.spent(seconds, progress.wasted)
+            if last:
+                yield self.release(progress)
+        elif not rested(progress, result):
+            yield from self.returned(progress, result, now)
 
     def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
@@ -356,14 +402,49 @@ class Scheduler:
 
     def gone(self, progress: Progress, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
         """The one way out: the client is told now; the row is free now or after its step in flight."""
-        del self.requests[progress.request.id]
         self.house.leave(progress)
+        self.house.backlog.remove(progress)
         progress.did(Did.ENDED)
         self.settle_bank(progress, fate)
+        words = [farewell, self.release(progress)] if progress.state is State.GONE else [farewell]
         self.account(progress, now, fate)
-        yield farewell
-        if progress.state is State.GONE:
-            yield self.release(progress)
+        del self.requests[progress.request.id]  # last: while it is known, an error here still ends it as failed
+        yield from words
+
+    # errors
+
+    def contained(self, progress: Progress, commands: Iterator[Command]) -> Iterator[Command]:
+        """The commands of one row among several; if they raise, its request ends and the others go on."""
+        try:
+            yield from commands
+        except Exception as error:
+            yield from self.expel(progress, error)
+
+    def expel(self, progress: Progress, error: Exception) -> Iterator[Command]:
+        """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
+        request = progress.request
+        known = self.requests.pop(request.id, None)  # else its client has been told already
+        seats = [*self.house.seats.values(), *self.house.closing.values()]
+        flying = any(row is progress for seat in seats for row in seat.flying or ())
+        progress.state = State.LEAVING if flying else State.GONE
+        self.disturbed = True
+        if known:
+            progress.wasted = progress.deadline is not None
+            self.totals.ended("failed", False if progress.wasted else None)
+            self.totals.spent(progress.device, progress.wasted)
+            yield failed(request, error)
+        else:
+            log.error("request %s had ended, and an error came behind it", request.id, exc_info=error)
+        if not flying:
+            yield Release(request.row)
+
+    def turn_away(self, request: Request, error: Exception) -> Iterator[Command]:
+        """Taking in a request has raised: it ends."""
+        timed = request.slo.seconds is not None or request.slo.multiple is not None
+        self.totals.received += 1
+        self.totals.ended("failed", False if timed else None)
+        yield failed(request, error)
+        yield Release(request.row)
 
     def settle_bank(self, progress: Progress, fate: Fate) -> None:
         """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
@@ -377,10 +458,10 @@ class Scheduler:
         """Count the request's fate, once, and the device seconds spent on it."""
         met = None if progress.deadline is None else fate == "answered" and now <= progress.deadline
         progress.wasted = met is False and fate != "cancelled"
-        self.totals.ended(fate, met)
-        self.totals.spent(progress.device, progress.wasted)
         if self.solves and met is not None and fate != "cancelled":
             self.traffic.ended(progress.request.arrived_at, met, now)
+        self.totals.ended(fate, met)
+        self.totals.spent(progress.device, progress.wasted)
 
     def release(self, progress: Progress) -> Release:
         """Give back the row's seat, if it has one, and the row."""
@@ -405,22 +486,24 @@ class Scheduler:
         Those in flight are suspected of it, unless it was killed from outside: the next step of each is taken alone,
         and if that is lost too, so are they.
         """
-        back: list[Progress] = []
-        for progress in list(seat.residents.values()):
-            stepping = progress.state is State.STEPPING and not outside
-            if stepping and progress.suspect:
-                told = "the request failed twice on our side; it was given up"
-                why = f"in flight at two lost workers in a row, the last: {reason}"
-                yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
-            leaving = progress.state is State.LEAVING
-            progress.suspect |= stepping
-            self.house.unseat(progress, seat)
-            progress.did(Did.EVICTED)
-            if leaving:
-                yield Release(progress.request.row)
-            else:
-                back.append(progress)
-        self.house.wait_again(back)
+        rows = list(seat.residents.values())
+        for progress in rows:
+            yield from self.contained(progress, self.lost(progress, seat, reason, outside, now))
+        self.house.wait_again([progress for progress in rows if progress.state is State.WAITING])
+
+    def lost(self, progress: Progress, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:
+        """One row of an instance that is lost."""
+        stepping = progress.state is State.STEPPING and not outside
+        if stepping and progress.suspect:
+            told = "the request failed twice on our side; it was given up"
+            why = f"in flight at two lost workers in a row, the last: {reason}"
+            yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
+        leaving = progress.state is State.LEAVING
+        progress.suspect |= stepping
+        self.house.unseat(progress, seat)
+        progress.did(Did.EVICTED)
+        if leaving:
+            yield Release(progress.request.row)
 
     def fail_large(self, now: float) -> Iterator[Command]:
         """All workers are back, some with less memory than before: rows that fit on no instance end."""
@@ -432,39 +515,48 @@ class Scheduler:
 
     # deadlines
 
-    def tick(self, now: float) -> Iterator[Command]:
-        """Every quarter of a second: give up on hopeless requests that wait, and move the floor of the thresholds.
-
-        That a deadline has passed is no belief, and holds while what steps cost is a guess.
-        """
+    def tick(self, now: float) -> None:
+        """Every quarter of a second: move the floor of the thresholds, by what instances saw at their last step."""
         self.ticked_at = now
-        if self.promises.sheds:
-            sure = self.promises.shed
-            spare = sum(not seat.promised for seat in self.house.seats.values())
-            for progress in list(self.house.queue):
-                past = self.promises.is_past(progress, now)
-                if past or (sure and self.promises.is_hopeless(progress, now)):
-                    spare -= 1
-                    if spare < 0 or past:
-                        yield from self.give_up(progress, now)
         if not self.promises.moves_floor:
             return
-        missing = sum(progress.tested for progress in self.house.queue)
-        total = len(self.house.queue)
-        crowd = float(total)  # each that waits is one more on some instance
+        waiting = len(self.house.queue)
+        missing, total, crowd = len(self.house.queue.tested), waiting, float(waiting)  # each is one more somewhere
         for seat in self.house.seats.values():
-            wishes = [self.promises.wish(progress, now, seat.degree) for progress in seat.promised]
-            missing += sum(verdict.late for verdict in self.promises.verdicts(wishes, seat.degree))
-            crowd += crowding([wish.loads[0] for wish in wishes], self.beliefs.pace(seat.degree).fixed)
-            total += len(wishes)
+            if seat.promised:
+                missing, total = missing + seat.late, total + len(seat.promised)
+                crowd += seat.crowding
         self.promises.look(missing, total, crowd / max(1, len(self.house.seats)))
+
+    def give_up_hopeless(self, now: float) -> Iterator[Command]:
+        """Give up on requests that wait and can no longer end in time.
+
+        As many as there are instances without deadlines are kept: they are tried there, as estimates may err. That a
+        deadline has passed is no estimate, and holds while what steps cost is a guess.
+        """
+        spare = sum(not seat.promised for seat in self.house.seats.values())
+        hopeless = self.house.hopeless
+        for progress in hopeless.passed(now, MOST_ENDS):
+            if progress not in self.house.queue:
+                continue
+            past = self.promises.is_past(progress, now)
+            if past or (self.promises.shed and self.promises.is_hopeless(progress, now)):
+                spare -= 1
+                if spare < 0 or past:
+                    yield from self.give_up(progress, now)
+                    continue
+            again = max(now + TICK, self.promises.hopeless_at(progress))
+            hopeless.add(progress, again, len(self.house.queue))
+        self.gives_up = hopeless.next_at() <= now
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
             yield from self.decline(progress, now)
             return
+        self.house.backlog.remove(progress)
         self.house.demote(progress)
+        self.house.backlog.add(progress)
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
@@ -493,14 +585,12 @@ class Scheduler:
             found += ends(loads, self.beliefs.pace(seat.degree).fixed)
         return found
 
-    def backlog(self) -> float:
-        """Seconds of guaranteed work in the house, as if one after the other."""
-        return sum(self.beliefs.unloaded(progress) for progress in self.requests.values() if progress.promised)
-
     # steps
 
     def launch(self, seat: Seat, now: float) -> Iterator[Command]:
         degree, pace = seat.degree, self.beliefs.pace(seat.degree)
+        if self.promises.rank_moves:
+            seat.promised.sort(key=self.promises.rank)
         wishes = [self.promises.wish(progress, now, degree) for progress in seat.promised]
         if self.promises.sheds:
             sure = self.promises.shed
@@ -512,10 +602,16 @@ class Scheduler:
                     return
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
         verdicts = self.verdicts(seat, wishes)
+        seat.late = sum(verdict.late for verdict in verdicts.values())
+        seat.crowding = crowding([wish.loads[0] for wish in wishes], pace.fixed)
         found = self.candidates(seat, verdicts, now)
-        keeps = self.promises.admits and seat.promised  # deadlines that were admitted go before shares
-        shares = not keeps and self.beliefs.sure((degree,))
-        candidates = self.launches.shared(seat, found) if shares else self.launches.fitting(found)
+        if self.promises.admits and seat.promised:  # deadlines that were admitted go before shares
+            candidates = self.launches.keeping(seat, found)
+        else:
+            if self.promises.admits:
+                found = within(found, STEP * self.tightest.at(now))
+            sure = self.beliefs.sure((degree,))
+            candidates = self.launches.shared(seat, found) if sure else self.launches.fitting(found)
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
         for candidate in candidates:
@@ -551,17 +647,27 @@ class Scheduler:
         return found
 
     def served(self, seat: Seat, now: float) -> list[Progress]:
-        """Who may step, in the order of service: rows with promises alone if there are any, and one that has aged."""
+        """Who may step, in the order of service.
+
+        Rows with admitted deadlines go before the others. Of these one leads the step now and then, as far as their
+        share of device time allows; those that reuse their K/V ride where deadlines have time to spare.
+        """
         rows = seat.residents.values()
-        rest = [row for row in rows if not row.promised]
-        admits, rank = self.promises.admits, self.promises.rank
-        if admits and not seat.promised:
-            return sorted(rest, key=turn)
-        oldest = min(rest, key=ARRIVAL, default=None)
+        if not self.promises.admits:
+            return self.served_unadmitted(seat, now)
+        rest = sorted([row for row in rows if not row.promised], key=turn)
+        if not seat.promised:
+            return rest
+        lead = rest[:1] if may_lead(seat.saved) else []
+        ride = [row for row in rest[len(lead) :] if not self.launches.ready(row, seat.degree).work.refresh]
+        return [*lead, *seat.promised, *ride]
+
+    def served_unadmitted(self, seat: Seat, now: float) -> list[Progress]:
+        """The same where deadlines are not tested: one order for all, but for one row that has aged."""
+        rows, rank = seat.residents.values(), self.promises.rank
+        oldest = min([row for row in rows if not row.promised], key=ARRIVAL, default=None)
         if oldest and not self.house.aged(oldest, now):
             oldest = None
-        if admits:
-            return [oldest, *seat.promised] if oldest else seat.promised
         return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
     def settle(self, progress: Progress, verdict: Verdict | None) -> None:
@@ -571,6 +677,11 @@ class Scheduler:
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
             self.promises.reserve(progress, spends if spends > spent else spent)
+
+
+def failed(request: Request, error: Exception) -> Fail:
+    """The last word on a request whose handling has raised."""
+    return Fail(request, f"its handling raised {type(error).__name__}: {error}", OURS, error)
 
 
 def quarantined(rows: list[Progress]) -> list[Progress]:

@@ -3,6 +3,7 @@
 Values only; nothing here behaves.
 """
 
+import warnings
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -92,8 +93,9 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What a finished request has cost; seconds since arrival until its first step, and from there to the end.
 
-    `deadline` counts from arrival. `expected_drop` is in percentage points of accuracy against the reference
+    `deadline` counts from arrival. `expected_accuracy_drop` is in percentage points of accuracy against the reference
     threshold, that of `min_threshold`; `device` are the seconds of its instance that its part of the steps has taken.
+    `expected_drop` is an old name of `expected_accuracy_drop`, and raises a `DeprecationWarning`.
     """
 
     steps: int
@@ -105,8 +107,13 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     deadline_met: bool | None = None
     min_threshold: float | None = None
     mean_threshold: float | None = None
-    expected_drop: float = 0.0
+    expected_accuracy_drop: float = 0.0
     device: float = 0.0
+
+    @property
+    def expected_drop(self) -> float:
+        warnings.warn("expected_drop is deprecated; read expected_accuracy_drop", DeprecationWarning, stacklevel=2)
+        return self.expected_accuracy_drop
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
@@ -355,12 +362,15 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
     usage: Usage
 
 
-class Fail(msgspec.Struct, frozen=True, gc=False):
-    """The request could not be finished; `reason` is for the log, `told` for the client."""
+class Fail(msgspec.Struct, frozen=True):
+    """The request could not be finished; `reason` is for the log, `told` for the client. `error` is what its handling
+    has raised, if that is why.
+    """
 
     request: Request
     reason: str
     told: str
+    error: Exception | None = None
 
 
 class Decline(msgspec.Struct, frozen=True, gc=False):

@@ -178,7 +178,7 @@ async def test_an_engine_that_was_never_entered_says_so(random_model):
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(engine):
-    wish = Options(max_tokens=200, block_length=4, deadline=3600.0, on_miss="reject")
+    wish = Options(max_tokens=200, block_length=4, deadline_ms=3.6e6, on_miss="reject")
     task = asyncio.create_task(engine.submit(PROMPTS[0], wish))
     while not engine.streams:  # noqa: ASYNC110
         await asyncio.sleep(0)

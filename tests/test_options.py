@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from dilaserve.config import DecodeConfig
 from dilaserve.errors import BadRequest, ConfigError
-from dilaserve.options import Options, parse_classes, settle
+from dilaserve.options import Options, parse_classes, settle, validated
 
 DEFAULTS = DecodeConfig()
 
 
 def settled(prompt_tokens=10, limit=512, **wishes):
-    return settle(Options(**wishes), prompt_tokens, limit, 123, DEFAULTS)
+    return settle(validated(Options(**wishes)), prompt_tokens, limit, 123, DEFAULTS)
 
 
 def test_defaults_fill_what_is_left_open():
@@ -73,7 +73,7 @@ def test_the_rule_follows_from_the_knob(wishes, rule):
         (dict(stop=("",)), "stop"),
         (dict(stop="end"), "stop"),
         (dict(max_tokens=10**400), "max_tokens"),
-        (dict(tenant="t" * 513), "user"),
+        (dict(user="t" * 513), "user"),
         (dict(refresh_interval=-1), "refresh_interval"),
     ],
 )
@@ -127,7 +127,7 @@ def test_classes_without_a_deadline_in_time_are_named(text):
 )
 def test_a_settled_canvas_always_fits(prompt_tokens, limit, options):
     try:
-        found = settle(options, prompt_tokens, limit, 0, DEFAULTS)
+        found = settle(validated(options), prompt_tokens, limit, 0, DEFAULTS)
     except BadRequest:
         return
     assert prompt_tokens + found.max_tokens <= found.canvas_tokens <= limit

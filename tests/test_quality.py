@@ -17,15 +17,20 @@ from dilaserve.profiles import guessed, pace, read, write
 from dilaserve.quality import (
     ANY,
     BINS,
+    FIRST_LOOK,
     PARTS,
+    Chain,
     Forecast,
     Law,
+    Outlook,
     QualityProfile,
     TaskProfile,
+    alike,
     chain,
     chances,
     hull,
     isotonic,
+    joined,
     part_of,
     parted,
     slope,
@@ -168,6 +173,34 @@ def test_long_prompts_have_a_law_of_their_own_and_it_learns_apart(tmp_path):
     profile = msgspec.structs.replace(guessed("a model", "cpu"), quality=ahead.profile)
     assert read(write(profile, tmp_path)).quality == ahead.profile
     assert Forecast(ahead.profile).outlook(long, 0, 0, BLOCK, 1, BLOCK, False).steps == steps(long)
+
+
+@given(st.floats(1, 30), st.floats(0, 50), st.sampled_from([0.0, 1e-9, 1e-6, 1e-3, 0.3, 1.0]), st.integers(0, 300))
+def test_many_blocks_of_one_law_are_summed_up_as_if_one_by_one(steps, variance, ends, blocks):
+    law, ahead = Chain((0.0, steps), (0.0, variance), (0.0, ends)), Outlook(0.0, 0.0, 0.0)
+    for _ in range(blocks):
+        ahead = joined(law, 1, ahead, 1.0)
+    assert tuple(alike(law, 1, blocks)) == pytest.approx(tuple(ahead), rel=1e-3, abs=1e-9)
+
+
+def test_what_was_seen_is_taken_in_bit_by_bit_and_whole():
+    at_once, bit_by_bit = Forecast(by_length(8.0, 2.0)), Forecast(by_length(8.0, 2.0))
+    rng = random.Random(5)
+    steps = [
+        (rng.choice([0, 1]), rng.randint(0, 2), rng.randint(1, BLOCK), rng.randint(0, 9)) for _ in range(FIRST_LOOK)
+    ]
+    for long, part, masks, unmasked in steps:
+        for ahead in (at_once, bit_by_bit):
+            ahead.observe(ahead.kind("sums", 11 * long), 0, part, masks, unmasked)
+    assert bit_by_bit.version == 0
+    at_once.relearn()
+    bit_by_bit.learns, more = False, 0
+    while bit_by_bit.learning is not None:
+        bit_by_bit.observe(bit_by_bit.kind(ANY, 1), 0, 0, 1, 1)
+        more += 1
+    assert bit_by_bit.profile == at_once.profile
+    assert more > 5
+    assert sum(bit_by_bit.counts.values()) == more
 
 
 def test_a_profile_whose_lengths_have_no_laws_is_damaged(tmp_path):

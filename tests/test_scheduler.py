@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
+from dilaserve.invariants import violations
 from dilaserve.policy.budget import Bank
 from dilaserve.profiles import guessed
 from dilaserve.progress import TRANSITIONS, Did, Progress, State
@@ -380,7 +381,7 @@ def test_an_answer_is_charged_for_its_lowest_threshold_however_few_tokens_it_gav
     for level, unmasked in ((0, 20), (2, 1), (1, 11)):
         progress.level = level
         progress.advance(RowResult(0, 1, unmasked, 0 if level == 1 else 9, 10, -1, 0.9 * unmasked))
-    assert (progress.drop, progress.usage(1.0).expected_drop) == (9.0, 7.0)
+    assert (progress.drop, progress.usage(1.0).expected_accuracy_drop) == (9.0, 7.0)
 
 
 def test_a_crowd_lowers_thresholds_before_anybody_is_late():
@@ -718,6 +719,7 @@ class World:
             "guaranteed_rows": self.rng.randint(1, 4),
         }
         self.machine = scheduler(plan=SINGLES, repeats=self.rng.choice((1, 8)), **self.settings)
+        self.driver = self.machine  # what observes and decides
         self.steps, self.courses = {}, {}  # by instance: taken by its batch, and what its rows do now and next
         self.hurried, self.begun = set(), set()  # instances told to hurry; those a step ahead of what they know
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
@@ -728,12 +730,13 @@ class World:
     def feed(self, event):
         self.now += self.rng.random()
         self.log.append((event, self.now))
-        self.perform(feed(self.machine, event, self.now))
+        self.perform(feed(self.driver, event, self.now))
         self.count()
 
     def count(self):
-        """Every request is in the house or has one fate."""
+        """Every request is in the house or has one fate, and the state is consistent."""
         machine = self.machine
+        assert violations(machine) == []
         assert 0 <= machine.house.running <= len(machine.requests)
         assert sum(machine.totals.fates.values()) == len(self.ended) == self.rows - len(machine.requests)
 
@@ -812,14 +815,14 @@ class World:
             self.feed(WorkerUp(rank, 400))
             return
         self.up.remove(rank)
-        list(self.machine.observe(WorkerLost(rank, "killed"), self.now))
+        list(self.driver.observe(WorkerLost(rank, "killed"), self.now))
         self.log.append((WorkerLost(rank, "killed"), self.now))
         for there in (self.instances, self.forming):
             for id in [id for id, instance in there.items() if rank in instance.ranks]:
                 del there[id]
                 self.flying.pop(id, None)
                 self.feed(InstanceLost(id, "killed"))
-        self.perform(list(self.machine.decide(self.now)))
+        self.perform(list(self.driver.decide(self.now)))
 
     def form(self, id):
         self.instances[id] = self.forming.pop(id)
@@ -868,7 +871,7 @@ class World:
                 self.finish(min(self.flying))
             else:
                 self.now = max(self.now, self.machine.wake_at())
-                self.perform(self.machine.decide(self.now))
+                self.perform(list(self.driver.decide(self.now)))
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,15 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.errors import MAX_ECHO, BadRequest, quoted, shortened
+from dilaserve.prompts import ROLES, Message, conversation
 from dilaserve.server import openai, unsupported
-from dilaserve.server.messages import ROLES, conversation
 from dilaserve.server.schema import (
     MAX_DEFAULT,
     REFUSED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
     TokenizeRequest,
     decoded,
     misspelled,
@@ -229,3 +228,24 @@ def test_no_error_repeats_more_than_its_share(value):
 def test_numbers_of_any_size_are_quoted():
     assert quoted(10**5000) == "a number of 16610 bits"
     assert quoted(-3) == "-3"
+
+
+@given(st.data())
+def test_a_body_with_any_bytes_changed_is_refused_in_a_sentence_or_read(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(KINDS))
+    sent = bytearray(body(kind, max_tokenz=1, user="Zoë", stop=["é"]))
+    for place, value in data.draw(
+        st.dictionaries(st.integers(0, len(sent) - 1), st.integers(0, 255), max_size=3)
+    ).items():
+        sent[place] = value
+    try:
+        decoded(sent, kind)
+    except BadRequest:
+        return
+    misspelled(sent, kind)
+
+
+@pytest.mark.parametrize("text", [b'"\x98ax_tokens": 1', b'"x": "\xcb"', b'"x": {"\x98": 1}'])
+def test_bytes_that_are_no_utf_8_are_refused_also_in_unknown_fields(text: bytes) -> None:
+    with pytest.raises(BadRequest, match="not valid JSON: 'utf-8' codec"):
+        decoded(b'{"prompt": "hi", ' + text + b"}", CompletionRequest)

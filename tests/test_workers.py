@@ -100,7 +100,7 @@ async def test_a_worker_that_is_killed_during_the_first_start_is_started_again(r
     engine = await starting
     assert first not in pids()
     assert (await engine.generate(PROMPT, WISH)).completion_tokens == 32
-    await engine.leave()
+    await engine._leave()
     assert pids() == others
 
 
@@ -177,7 +177,7 @@ def test_a_fork_of_the_program_that_exits_leaves_the_workers_to_it(random_model)
         engine = Engine(Config.of(model={str(random_model)!r}, devices="cpu", group_backend="gloo"))
         done(engine.__aenter__())
         before = [child.pid for child in children.running]
-        for leave in (sys.exit, children.kill, lambda: asyncio.run(engine.leave()), lambda: os._exit(0)):
+        for leave in (sys.exit, children.kill, lambda: asyncio.run(engine._leave()), lambda: os._exit(0)):
             if not (pid := os.fork()):
                 assert not children.running
                 leave()
@@ -186,7 +186,7 @@ def test_a_fork_of_the_program_that_exits_leaves_the_workers_to_it(random_model)
         print(done(engine.generate("hello", Options(max_tokens=8))).completion_tokens)
         print([child.pid for child in children.running] == before, len(before))
         print(os.path.isdir(os.path.dirname(engine.executor.workers[0].job.store)))
-        done(engine.leave())
+        done(engine._leave())
         """)
     assert said == ["8", "True 2", "True"]
 

@@ -22,7 +22,10 @@ WARM_UP = 0.2  # share of the time before resident memory is compared
 WINDOW = 0.1  # share of the time that each of the two compared medians covers
 MOST_GROWTH = 0.01  # of resident memory, as a share
 KILL_EVERY, PLAN_EVERY = 10.0, 5.0  # seconds
-FLAGS = ("--devices", "cpu,cpu", "--plan", "2x1", "--admin-key", ADMIN_KEY, "--max-queue", "4096")
+FLAGS = (
+    *("--devices", "cpu,cpu", "--plan", "2x1", "--admin-key", ADMIN_KEY, "--max-queue", "4096"),
+    *("--best-effort-share", "0.2"),  # clients without deadlines are answered within a minute
+)
 PLANS = ("1x2", "2x1")
 KINDS: tuple[Callable[[Soak, int], Coroutine[None, None, None]], ...] = (
     *(crowd.exact, crowd.streaming, crowd.deadlines, crowd.deadlines, crowd.leaving, crowd.fuzzing),

@@ -51,6 +51,16 @@ def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> 
     return chosen
 
 
+def within(candidates: Sequence[Candidate], seconds: float) -> list[Candidate]:
+    """The first, and those behind it that together with it add no more than `seconds` to the step."""
+    chosen: list[Candidate] = []
+    for candidate in candidates:
+        if not chosen or candidate.seconds <= seconds:
+            chosen.append(candidate)
+            seconds -= candidate.seconds
+    return chosen
+
+
 Composition = Callable[[Sequence[Candidate], int, int], list[Candidate]]
 COMPOSITIONS: dict[str, Composition] = {
     "fcfs": in_order,

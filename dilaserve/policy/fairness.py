@@ -7,7 +7,7 @@ seconds of the request, and the tenant that is least far ahead is next. Steps ar
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -32,18 +32,19 @@ def granted(turns: Turns, tenant: str, seconds: float) -> Turns:
     return Turns(begins, {**ahead, tenant: begins + seconds})
 
 
-def in_turn(lines: Mapping[str, Sequence[T]], turns: Turns, seconds: Callable[[T], float]) -> Iterator[T]:
+def in_turn(lines: Mapping[str, Iterable[T]], turns: Turns, seconds: Callable[[T], float]) -> Iterator[T]:
     """All that wait, in the order in which they get rows; each tenant's line keeps its own order."""
     if len(lines) == 1:
         yield from next(iter(lines.values()))
         return
-    places = [(start(turns, tenant), number, 0, line) for number, (tenant, line) in enumerate(lines.items()) if line]
+    places = [(start(turns, tenant), number, iter(line)) for number, (tenant, line) in enumerate(lines.items())]
     heapq.heapify(places)
     while places:
-        begins, number, index, line = heapq.heappop(places)
-        yield line[index]
-        if index + 1 < len(line):
-            heapq.heappush(places, (begins + seconds(line[index]), number, index + 1, line))
+        begins, number, line = heapq.heappop(places)
+        for one in line:
+            yield one
+            heapq.heappush(places, (begins + seconds(one), number, line))
+            break
 
 
 def gives_way(waiting: Mapping[str, int], held: Mapping[str, int], newcomer: str) -> str | None:

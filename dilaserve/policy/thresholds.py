@@ -76,8 +76,8 @@ def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdi
 
 
 def crowding(loads: Sequence[Load], fixed: float) -> float:
-    """How many times as long the rows of an instance take together as one of them alone; 0 without rows."""
-    if not loads:
+    """How many times as long the rows of an instance take together as one of them alone; 0 for a row that is alone."""
+    if len(loads) < 2:
         return 0.0
     work = sum([load.work for load in loads])
     together = max([load.steps for load in loads]) * fixed + work

@@ -179,7 +179,7 @@ def cost(usages: Sequence[Usage]) -> Json:
             (usage.min_threshold for usage in usages if usage.min_threshold is not None), default=None
         ),
         "mean_threshold": mean([usage.mean_threshold for usage in usages]),
-        "expected_accuracy_drop": mean([usage.expected_drop for usage in usages]),
+        "expected_accuracy_drop": mean([usage.expected_accuracy_drop for usage in usages]),
     }
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in fate.items()}
 

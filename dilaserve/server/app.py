@@ -19,7 +19,7 @@ from aiohttp import web
 
 from dilaserve import __version__, children, interruption, listening
 from dilaserve.config import Config
-from dilaserve.engine import Engine, Prompt, Stream
+from dilaserve.engine import Engine, Stream
 from dilaserve.errors import (
     BadRequest,
     DilaserveError,
@@ -32,7 +32,8 @@ from dilaserve.errors import (
 )
 from dilaserve.executor import Progress
 from dilaserve.furniture import Furnish, real
-from dilaserve.server import messages, metrics, openai, plans, schema, sse
+from dilaserve.prompts import Message, Prompt, conversation
+from dilaserve.server import metrics, openai, plans, schema, sse
 from dilaserve.server.answers import Form, Json, failure
 from dilaserve.server.connection import Connection
 from dilaserve.server.feeder import Feeder
@@ -352,11 +353,11 @@ async def chat(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.ChatRequest)
     engine = request.app[ENGINE]
     form = Form(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
-    return await respond(request, asked, form, [await conversation(engine, asked.messages)])
+    return await respond(request, asked, form, [await chatted(engine, asked.messages)])
 
 
-async def conversation(engine: Engine, said: list[schema.Message]) -> Prompt:
-    return await engine.off_loop(MARKS * len(said), lambda: messages.conversation(said, engine.text))
+async def chatted(engine: Engine, said: list[Message]) -> Prompt:
+    return await engine.off_loop(MARKS * len(said), lambda: conversation(said, engine.text))
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
@@ -415,7 +416,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     asked, engine = await read(request, schema.TokenizeRequest), request.app[ENGINE]
     known(engine, asked.model)
     openai.check_tokenize(asked)
-    prompt = asked.prompt if asked.prompt is not None else await conversation(engine, asked.messages or [])
+    prompt = asked.prompt if asked.prompt is not None else await chatted(engine, asked.messages or [])
     ids = await engine.tokenize(prompt)
     return answer({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
 

@@ -62,17 +62,17 @@ def number(headers: Mapping[str, str], name: str, kind: Callable[[str], N]) -> N
 
 
 def deadlines(request: Common) -> dict[str, Any]:
-    """The engine's options that speak of deadlines; `user` is the tenant."""
+    """The engine's options that speak of deadlines."""
     slo = request.slo or Slo()
     floor = request.min_confidence_threshold if slo.min_confidence_threshold is None else slo.min_confidence_threshold
     return {
-        "deadline": None if slo.deadline_ms is None else slo.deadline_ms / 1000,
+        "deadline_ms": slo.deadline_ms,
         "slo_class": slo.class_,
         "on_miss": slo.on_miss,
         "priority": request.priority if slo.priority is None else slo.priority,
         "min_confidence_threshold": floor,
         "task": slo.task,
-        "tenant": request.user,
+        "user": request.user,
     }
 
 
@@ -104,22 +104,24 @@ def spelled(request: Common) -> Iterator[None]:
     try:
         yield
     except BadRequest as error:
-        if error.param is None or (name := spellings(request).get(error.param)) is None:
-            raise
-        message = re.sub(rf"\b{error.param}\b", name, error.message) if name != "messages" else error.message
-        raise BadRequest(message, param=name, code=error.code) from error
+        names = spellings(request)
+        message = error.message
+        for name, theirs in names.items():
+            if "_" in name or (name == error.param and theirs != "messages"):
+                message = re.sub(rf"(?<!\.)\b{name}\b", theirs, message)
+        raise BadRequest(message, param=names.get(error.param or "", error.param), code=error.code) from error
 
 
 def spellings(request: Common) -> dict[str, str]:
+    """The engine's names of fields whose name, or place, is another in this request."""
     slo = request.slo or Slo()
-    other = {
-        "messages": isinstance(request, ChatRequest),
-        "max_completion_tokens": request.max_completion_tokens is not None,
-        "slo.priority": slo.priority is not None,
-        "slo.min_confidence_threshold": slo.min_confidence_threshold is not None,
-    }
-    ours = "prompt", "max_tokens", "priority", "min_confidence_threshold"
-    return {name: theirs for name, (theirs, sent) in zip(ours, other.items(), strict=True) if sent}
+    other = {"deadline_ms": "slo.deadline_ms", "slo_class": "slo.class", "on_miss": "slo.on_miss", "task": "slo.task"}
+    if isinstance(request, ChatRequest):
+        other["prompt"] = "messages"
+    if request.max_completion_tokens is not None:
+        other["max_tokens"] = "max_completion_tokens"
+    nested = [name for name in ("priority", "min_confidence_threshold") if getattr(slo, name) is not None]
+    return other | {name: f"slo.{name}" for name in nested}
 
 
 def max_tokens(request: Common) -> int | None:

@@ -10,9 +10,11 @@ import msgspec
 
 from dilaserve.config import CacheKind
 from dilaserve.errors import BadRequest, quoted, shortened
+from dilaserve.prompts import Message
 from dilaserve.server import unsupported
 from dilaserve.server.unsupported import Unsupported
 from dilaserve.terms import DecodeRule, OnMiss
+from dilaserve.validation import complaint
 
 T = TypeVar("T")
 HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
@@ -74,36 +76,6 @@ class Common(msgspec.Struct, kw_only=True):
     min_confidence_threshold: float | None = None
 
 
-class Part(msgspec.Struct, frozen=True, gc=False):
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-class Function(msgspec.Struct, frozen=True):
-    """A call of a function, or of a custom tool, whose `input` is text."""
-
-    name: str
-    arguments: Any = None
-    input: str | None = None
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    id: str | None = None
-    function: Function | None = None
-    custom: Function | None = None
-
-
-class Message(msgspec.Struct, frozen=True):
-    role: str
-    content: str | list[str | Part] | None = None
-    refusal: str | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: Function | None = None
-
-
 class ChatRequest(Common, kw_only=True):
     messages: list[Message]
     logprobs: bool | None = None
@@ -149,21 +121,28 @@ _decoders: dict[type, msgspec.json.Decoder[Any]] = {
 
 def decoded(body: bytes | bytearray, kind: type[T]) -> T:
     """The body as a request of this kind; `BadRequest` names the field that is wrong, or that cannot be honoured."""
+    check_encoding(body)
     request: T = parsed(body, _decoders.get(kind) or msgspec.json.Decoder(kind))
     for name, about in REFUSED.get(kind, {}).items():
         refuse(name, getattr(request, name), about)
     return request
 
 
+def check_encoding(body: bytes | bytearray) -> None:
+    """Raise `BadRequest` unless all of the body is UTF-8, also in fields that no decoder looks at."""
+    if body.isascii():
+        return
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {shortened(str(error))}") from error
+
+
 def parsed(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `")
-        missing = re.search(r"missing required field `(\w+)`", text)
-        places = [path.rstrip("`").removeprefix("$").removeprefix("."), missing[1] if missing else ""]
-        param = shortened(".".join(filter(None, places))) or None
-        raise BadRequest(f"{param}: {shortened(text)}" if param else shortened(text), param=param) from error
+        raise complaint(error, decoder.type) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if not body or body.isspace():
             raise BadRequest("the body is empty; send JSON") from error

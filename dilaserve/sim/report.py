@@ -51,7 +51,7 @@ def report(run: Run, seconds: float, warm_up: float = 0.1) -> Report:
         p99=quantile(latencies, 0.99),
         mean_queued=mean([usage.queued for usage in usages]),
         mean_threshold=mean(thresholds),
-        expected_drop=mean([usage.expected_drop for usage in usages]),
+        expected_drop=mean([usage.expected_accuracy_drop for usage in usages]),
         steps=mean([float(usage.steps) for usage in usages]),
     )
 

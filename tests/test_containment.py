@@ -1,0 +1,291 @@
+"""An error that one request causes ends that request, and nothing else."""
+
+import asyncio
+import logging
+import random
+
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scheduler import World, feed, request, scheduler
+
+from dilaserve import BadRequest, Config, Engine, Options, RequestFailed, Unavailable
+from dilaserve.beliefs import Beliefs
+from dilaserve.containment import Guard, StateBroken
+from dilaserve.house import House
+from dilaserve.invariants import violations
+from dilaserve.launches import Launches
+from dilaserve.line import Line
+from dilaserve.progress import Progress
+from dilaserve.promises import Promises
+from dilaserve.scheduler import Scheduler
+from dilaserve.sim.clock import VirtualLoop
+from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.run import pretended
+from dilaserve.stream import Stream
+from dilaserve.terms import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Request
+
+HANDLERS = [
+    *((Scheduler, name) for name in ("arrival", "returned", "end", "gone", "settle", "release", "seen", "account")),
+    *((House, name) for name in ("enter", "leave", "seat", "unseat", "aged", "seat_for", "make_room", "evict")),
+    *((Promises, name) for name in ("arrived", "rank", "wish", "deepest", "reserve", "settle", "is_hopeless")),
+    *((Beliefs, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
+    *((Progress, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
+    *((Line, name) for name in ("add", "remove")),
+    *((Launches, "ready"), (Launches, "went_on")),
+]
+
+
+class Fault(Exception):
+    """Raised on purpose."""
+
+
+def about(value, name):
+    """Whether an argument is of the request with this name."""
+    if isinstance(value, Arrival | Progress | Stream):
+        value = value.request
+    return isinstance(value, Request) and value.id == name
+
+
+class Faults:
+    """Makes one method raise for one request, after so many calls."""
+
+    def __init__(self, patch, owner, method, name, after=0):
+        self.raised, self.left, original = 0, after, getattr(owner, method)
+
+        def faulty(*args, **kwargs):
+            culprit = next((value for value in (*args, *kwargs.values()) if about(value, name)), None)
+            if culprit is not None:
+                culprit = getattr(culprit, "request", culprit)  # as a variable of a handler is
+                self.left -= 1
+                if self.left < 0:
+                    self.raised += 1
+                    raise Fault(f"{method} of {name}")
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, method, faulty)
+
+
+class GuardedWorld(World):
+    """The random world with a guard around its scheduler."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.driver = Guard(self.machine)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(HANDLERS), st.integers(0, 12), st.integers(0, 3))
+def test_whatever_raises_for_one_request_all_end_once_and_the_state_stays_consistent(seed, handler, marked, after):
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, *handler, f"r{marked}", after)
+        world = GuardedWorld(seed)
+        for _ in range(60):
+            world.act()
+        world.settle()
+    assert world.ended == {f"r{i}" for i in range(world.rows)}
+    assert not world.alive
+    assert violations(world.machine) == []
+    assert world.told[Fail] <= faults.raised + world.machine.totals.fates["failed"]
+
+
+def test_an_error_without_a_request_is_nobodys_fault():
+    machine = scheduler()
+    guard = Guard(machine)
+    feed(guard, InstanceReady(Instance(0, (0,), 4096)))
+    feed(guard, Arrival(request(0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(House, "place", lambda self, now, everywhere: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(guard.decide(1.0))
+
+
+def test_an_error_that_leaves_the_state_inconsistent_ends_the_engine(monkeypatch):
+    machine = scheduler()
+    guard = Guard(machine)
+    feed(guard, InstanceReady(Instance(0, (0,), 4096)))
+    feed(guard, Arrival(request(0)))
+    Faults(monkeypatch, House, "enter", "r1")
+    machine.totals.received += 1
+    with pytest.raises(StateBroken, match="inconsistent after an error: the requests that came"):
+        feed(guard, Arrival(request(1)))
+
+
+def test_a_row_in_flight_is_free_after_its_step(monkeypatch):
+    guard = Guard(scheduler())
+    feed(guard, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,) = feed(guard, Arrival(request(0)))
+    assert isinstance(launch, Launch)
+    Faults(monkeypatch, House, "leave", "r0")
+    (fail,) = feed(guard, Cancel("r0", "cancelled"))
+    assert (type(fail), type(fail.error), fail.request.id) == (Fail, Fault, "r0")
+    assert [seat.flying is not None for seat in guard.scheduler.house.seats.values()] == [True]
+    assert violations(guard.scheduler) == []
+
+
+def test_each_invariant_is_looked_at():
+    """A check that cannot fail is none."""
+
+    def broken(spoil):
+        machine = scheduler(max_num_seqs=1)
+        feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+        for row in range(2):
+            feed(machine, Arrival(request(row)))
+        assert violations(machine) == []
+        (seat,) = machine.house.seats.values()
+        spoil(machine, machine.requests["r0"], machine.requests["r1"], seat)
+        return violations(machine)
+
+    spoils = [
+        lambda machine, runs, waits, seat: machine.requests.pop("r0"),
+        lambda machine, runs, waits, seat: machine.requests.pop("r1"),
+        lambda machine, runs, waits, seat: machine.house.waiting.remove(waits),
+        lambda machine, runs, waits, seat: machine.house.moving.append(waits),
+        lambda machine, runs, waits, seat: setattr(waits, "promised", True),
+        lambda machine, runs, waits, seat: setattr(runs, "promised", True),
+        lambda machine, runs, waits, seat: setattr(waits, "seat", seat),
+        lambda machine, runs, waits, seat: setattr(runs, "seat", None),
+        lambda machine, runs, waits, seat: seat.residents.clear(),
+        lambda machine, runs, waits, seat: setattr(seat, "flying", None),
+        lambda machine, runs, waits, seat: seat.flying.append(waits),
+        lambda machine, runs, waits, seat: seat.pages.take(64),
+        lambda machine, runs, waits, seat: seat.pages.free.clear(),
+        lambda machine, runs, waits, seat: machine.house.held.clear(),
+        lambda machine, runs, waits, seat: machine.promises.reserved.update({"": 1.0}),
+        lambda machine, runs, waits, seat: setattr(machine.totals, "received", 7),
+        lambda machine, runs, waits, seat: machine.house.seats.clear(),
+    ]
+    assert [bool(broken(spoil)) for spoil in spoils] == [True] * len(spoils)
+
+
+# with real workers
+
+WISH = Options(max_tokens=32, block_length=16, confidence_threshold=0.8)
+PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(4)]
+FAULTS = [
+    *((Scheduler, name) for name in ("arrival", "returned", "end", "release")),
+    *((House, "seat"), (House, "unseat"), (Promises, "arrived"), (Beliefs, "loads"), (Launches, "ready")),
+    *((Progress, "advance"), (Progress, "usage"), (Stream, "push"), (Stream, "finish")),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(random_model):
+    async with Engine(Config.of(model=str(random_model), devices="cpu", max_queue=8)) as engine:
+        yield engine
+
+
+async def ended(engine, prompt, id):
+    """The tokens of an answer, or the error that ended it."""
+    try:
+        async with await engine.submit(prompt, WISH, id=id) as stream:
+            return [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
+    except (RequestFailed, Unavailable) as error:
+        return error
+
+
+async def all_ended(engine):
+    return await asyncio.gather(*(ended(engine, prompt, f"r{i}") for i, prompt in enumerate(PROMPTS)))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def alone(engine):
+    """The answers where nothing raises."""
+    answers = await all_ended(engine)
+    assert all(isinstance(tokens, list) for tokens in answers)
+    return answers
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(("owner", "method"), FAULTS)
+async def test_a_handler_that_raises_for_one_request_costs_no_other_its_answer(engine, alone, owner, method, caplog):
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, owner, method, "r2")
+        found = await all_ended(engine)
+    assert faults.raised
+    assert found[:2] + found[3:] == alone[:2] + alone[3:]
+    assert isinstance(found[2], RequestFailed)
+    assert "others are not affected" in found[2].message
+    (record,) = [one for one in caplog.records if one.levelno >= logging.ERROR]
+    assert "request r2 failed" in record.getMessage()
+    assert record.exc_info[0] is Fault
+    assert engine.alive
+    await asyncio.wait_for(engine.idle.wait(), 60)
+    assert engine.scheduler.requests == {}
+    assert violations(engine.scheduler) == []
+    assert sorted(engine.free) == list(range(8))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_no_scheduler_could_take_never_reaches_it(engine):
+    before = engine.scheduler.totals.received
+    for wish in (dict(cache="foo"), dict(cache=["none"]), dict(user=["a"]), dict(task=["x"]), dict(on_miss="foo")):
+        with pytest.raises(BadRequest):
+            await engine.submit([1], Options(**wish))
+    for id in (3, ["a"], b"x"):
+        with pytest.raises(BadRequest, match="id must be a string"):
+            await engine.submit([1], WISH, id=id)
+    for plan in (3, None, [["a"]], {"a": 1}, [3]):
+        with pytest.raises(BadRequest, match="plan"):
+            await engine.replan(plan)
+    for ids in (None, "text", [1.5], [-1], [10**9]):
+        with pytest.raises(BadRequest, match="ids"):
+            engine.detokenize(ids)
+    with pytest.raises(BadRequest, match="reason must be a string"):
+        await engine.replan("1x1", 3)
+    with pytest.raises(Unavailable, match="another event loop"):
+        await asyncio.to_thread(asyncio.run, engine.tokenize("hello"))
+    assert engine.scheduler.totals.received == before
+    assert isinstance(await ended(engine, [1], "r0"), list)
+
+
+# on virtual time
+
+
+def on_virtual_time(play):
+    async def played():
+        async with Engine(Config.of(plan="1x1"), furnish=pretended(llada_8b_h200(), 1, 256)) as engine:
+            await play(engine)
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(played())
+
+
+def test_when_nobody_is_to_blame_the_engine_ends_and_all_get_answers():
+    async def play(engine):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(House, "place", lambda self, now, everywhere: 1 / 0)
+            assert [type(one) for one in await all_ended(engine)] == [Unavailable] * len(PROMPTS)
+        await engine.ended()
+        assert isinstance(engine.failure, ZeroDivisionError)
+        with pytest.raises(Unavailable):
+            await engine.submit(PROMPTS[0], WISH)
+
+    on_virtual_time(play)
+
+
+def test_a_state_that_is_broken_ends_the_engine_with_a_clear_error():
+    async def play(engine):
+        engine.scheduler.totals.received += 1
+        with pytest.MonkeyPatch.context() as patch:
+            Faults(patch, House, "enter", "r2")
+            found = await all_ended(engine)
+        assert isinstance(found[2], RequestFailed)
+        assert {type(one) for one in found[:2] + found[3:]} == {Unavailable}
+        await engine.ended()
+        assert isinstance(engine.failure, StateBroken)
+
+    on_virtual_time(play)
+
+
+def test_an_error_while_a_place_is_sought_is_the_newcomers():
+    async def play(engine):
+        engine.free.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(House, "gives_way", lambda self, tenant: 1 / 0)
+            assert isinstance(await ended(engine, PROMPTS[0], "r0"), RequestFailed)
+        engine.free.append(0)
+        assert isinstance(await ended(engine, PROMPTS[0], "r0"), list)
+
+    on_virtual_time(play)
