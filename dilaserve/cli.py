@@ -107,20 +107,30 @@ def described(setting: Setting) -> str:
 
 def serve(settings: Config, extras: argparse.Namespace) -> int:
     """Load the model, then listen until told to stop."""
-    from dilaserve.furniture import real
 
-    return listen(settings, real)
+    def furnish() -> "Furnish":
+        from dilaserve.furniture import real
+
+        return real
+
+    return listen(settings, furnish)
 
 
 def emulate(settings: Config, extras: argparse.Namespace) -> int:
     """Listen like `serve`, with pretended devices that take the time a profile says and write filler."""
-    from dilaserve.sim.command import furnishing
 
-    return listen(settings, furnishing(settings, extras))
+    def furnish() -> "Furnish":
+        from dilaserve.sim.command import furnishing
+
+        return furnishing(settings, extras)
+
+    return listen(settings, furnish)
 
 
-def listen(settings: Config, furnish: "Furnish") -> int:
-    """The server, until told to stop."""
+def listen(settings: Config, furnish: "Callable[[], Furnish]") -> int:
+    """The server, until told to stop. `furnish` is called, and imports what takes long, once the addresses are bound,
+    so that a port in use is reported at once.
+    """
     quiet()
     logging.basicConfig(
         level=settings.server.log_level.upper(),
@@ -136,8 +146,9 @@ def listen(settings: Config, furnish: "Furnish") -> int:
         from dilaserve.display import loading
         from dilaserve.server.app import serve as run
 
+        made = furnish()
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(run(settings, progress, announce, furnish, sockets))
+            code = runner.run(run(settings, progress, announce, made, sockets))
             interruption.leave_soon(code)
             return code
 

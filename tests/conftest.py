@@ -1,10 +1,21 @@
 """What several test files need: checkpoints made once, and engines on them."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import checkpoints
 import pytest
+import torch
+
+# Dozens of tests start a Python of their own; without bytecode on the disk each would compile the whole package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Threads of tiny models mostly wait for each other. One that spins meanwhile keeps a core from the one that it waits
+# for: beside another busy process, a step of two such threads takes 25 times as long as one of two that sleep.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of worker processes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

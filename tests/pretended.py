@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import ctypes
 import datetime
+import functools
 import os
 import runpy
 import sys
@@ -31,7 +32,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 2**30
@@ -91,11 +91,21 @@ class Mode(TorchDispatchMode):
         return MACHINES[-1].run(func, args, kwargs or {})
 
 
+class Clock(Counter):
+    """How much of each stream is done; `|=` joins another clock."""
+
+    def __ior__(self, other):
+        for stream, count in other.items():
+            if count > self[stream]:
+                self[stream] = count
+        return self
+
+
 class Stream:
     """`clock` says how much of each stream is done before what is put on this one next."""
 
     def __init__(self, machine, index):
-        self.machine, self.index, self.clock = machine, index, Counter()
+        self.machine, self.index, self.clock = machine, index, Clock()
         machine.streams.append(self)
 
     def begin(self):
@@ -118,7 +128,7 @@ class Stream:
 
 class Event:
     def __init__(self, machine):
-        self.machine, self.clock = machine, Counter()
+        self.machine, self.clock = machine, Clock()
 
     def record(self, stream=None):
         self.machine.outside_capture("recording an event")
@@ -141,7 +151,7 @@ class Graph:
     @property
     def launches(self):
         """What a replay launches, by name; whatever only takes memory is none."""
-        names = [getattr(func, "_schema", None) and func._schema.name.split("::")[1] for _, func, *_ in self.calls]
+        names = [getattr(func, "_schema", None) and form_of(func).name for _, func, *_ in self.calls]
         return Counter(name or "kernel" for name in names if name not in ("empty", "empty_like"))
 
     @torch.inference_mode()
@@ -186,7 +196,7 @@ class Machine:
         self.streams = []
         self.defaults = [Stream(self, index) for index in range(devices)]
         self.stream = self.defaults[0]
-        self.known = Counter()  # what the host knows to be done
+        self.known = Clock()  # what the host knows to be done
         self.accesses = defaultdict(list)  # of each storage
         self.users = Counter()  # tensors of each storage
         self.owners = {}  # the stream for which each storage was allocated
@@ -296,12 +306,12 @@ class Machine:
     # operations
 
     def run(self, func, args, kwargs):
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = list(leaves_of((args, kwargs)))
         mine = [leaf for leaf in leaves if isinstance(leaf, Pretended)]
         target = next((leaf for leaf in leaves if isinstance(leaf, torch.device) and leaf.type == "cuda"), None)
         if not mine and target is None:
             return self.on_host(func, args, kwargs)
-        name = func._schema.name.removeprefix("aten::")
+        name = form_of(func).name
         if name == "copy_":
             return self.copied(*args, **kwargs)
         if name in ("to", "_to_copy"):
@@ -330,12 +340,12 @@ class Machine:
     def done(self, func, args, kwargs, index):
         """An operation of one device, on the CPU."""
         faces = {id(one.held.inner): one for one in tensors((args, kwargs)) if isinstance(one, Pretended)}
-        args, kwargs = pytree.tree_map(inner_of, (args, kwargs))
+        args, kwargs = mapped(inner_of, (args, kwargs))
         kwargs.pop("pin_memory", None)
         written = writes_of(func, args, kwargs)
         if self.graph is not None:
             self.graph.before += [(inner, inner.clone()) for inner in written]
-        looks = is_view(func)
+        looks = form_of(func).looks
         if not looks:
             self.account(func, args, kwargs)
         given = {storage_of(inner) for inner in tensors((args, kwargs))}
@@ -354,7 +364,7 @@ class Machine:
                 return leaf
             return faces[id(leaf)] if id(leaf) in faces else self.new(leaf, index)
 
-        return pytree.tree_map(face, out)
+        return mapped(face, out)
 
     def done_again(self, func, args, kwargs, out):
         """An operation of a graph that is replayed; its results go where they went when it was captured."""
@@ -366,7 +376,7 @@ class Machine:
     @torch.inference_mode()
     def launched(self, kernel, args):
         """A kernel of Triton, interpreted."""
-        args = pytree.tree_map(inner_of, args)
+        args = mapped(inner_of, args)
         if self.graph is not None:
             self.graph.before += [(inner, inner.clone()) for inner in tensors(args)]
             self.graph.calls.append((self.ran, kernel, args))
@@ -388,15 +398,14 @@ class Machine:
     @torch.inference_mode()
     def moved(self, func, args, kwargs):
         """`Tensor.to` and its like, whatever their form."""
-        names = [argument.name for argument in func._schema.arguments]
-        said = dict(zip(names, args, strict=False)) | kwargs
+        said = dict(zip(form_of(func).arguments, args, strict=False)) | kwargs
         source, like = said["self"], said.get("other")
         device = said.get("device") or (like.device if like is not None else source.device)
         dtype = said.get("dtype") or (like.dtype if like is not None else source.dtype)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", self.stream.index)
         if device == source.device:
-            if dtype == source.dtype and not said.get("copy") and func._schema.name != "aten::_to_copy":
+            if dtype == source.dtype and not said.get("copy") and form_of(func).name != "_to_copy":
                 return source
             known = dict(dtype=dtype, memory_format=said.get("memory_format"))
             return self.done(torch.ops.aten._to_copy.default, (source,), known, device.index or 0)
@@ -445,7 +454,27 @@ def inner_of(leaf):
 
 
 def tensors(tree):
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def leaves_of(tree):
+    """What lies in tuples, lists and dictionaries; those of torch's own library take three times as long."""
+    if isinstance(tree, tuple | list):
+        for one in tree:
+            yield from leaves_of(one)
+    elif isinstance(tree, dict):
+        yield from leaves_of([*tree.values()])
+    else:
+        yield tree
+
+
+def mapped(change, tree):
+    """The same tuples, lists and dictionaries with other leaves."""
+    if isinstance(tree, tuple | list):
+        return type(tree)([mapped(change, one) for one in tree])
+    if isinstance(tree, dict):
+        return {key: mapped(change, one) for key, one in tree.items()}
+    return change(tree)
 
 
 def storage_of(inner):
@@ -472,17 +501,33 @@ def spoil(inners):
             inner.fill_(torch.iinfo(inner.dtype).min)
 
 
+class Form(NamedTuple):
+    """What the schema of an operation says.
+
+    `looks`: it only looks at its tensor's memory in another form; some of these copy where they must.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    changed: tuple[str, ...]
+    looks: bool
+
+
+@functools.cache
+def form_of(func):
+    arguments = func._schema.arguments
+    changed = tuple(one.name for one in arguments if one.alias_info and one.alias_info.is_write)
+    looks = any(one.alias_info and not one.alias_info.is_write for one in arguments)
+    return Form(func._schema.name.split("::")[1], tuple(one.name for one in arguments), changed, looks)
+
+
 def writes_of(func, args, kwargs):
     """The tensors among its arguments that an operation changes."""
-    arguments = func._schema.arguments
-    said = dict(zip([argument.name for argument in arguments], args, strict=False)) | kwargs
-    changed = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
-    return tensors([said.get(name) for name in changed])
-
-
-def is_view(func):
-    """Whether an operation only looks at its tensor's memory in another form; some of these copy where they must."""
-    return any(one.alias_info and not one.alias_info.is_write for one in func._schema.arguments)
+    form = form_of(func)
+    if not form.changed:
+        return []
+    said = dict(zip(form.arguments, args, strict=False)) | kwargs
+    return tensors([said.get(name) for name in form.changed])
 
 
 def parts_written(func, args, inner):
@@ -573,6 +618,7 @@ def pretend(devices=1, memory=64 * GIB, kernels=False):
     `kernels`: Triton is there; it must have been imported so that it interprets. Else it is not there at all.
     """
     machine, lifted = Machine(devices, memory), torch._C._only_lift_cpu_tensors()
+    torch.set_num_threads(1)  # what stands in for a kernel is small
     MACHINES.append(machine)
     try:
         with contextlib.ExitStack() as stack:

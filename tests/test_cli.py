@@ -34,11 +34,26 @@ def run(*words, **environ):
     )
 
 
-def failed(done):
+def failed(code, out, err):
     """Exit code 2 and one sentence, no traceback; gives the sentence."""
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr
+    assert (code, out) == (2, "")
+    assert err.startswith("dilaserve: ")
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.fixture
+def here(capsys):
+    """Runs a command in this process, which saves its imports; gives its exit code and what it wrote."""
+
+    def run_here(*words):
+        try:
+            code = main(words)
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run_here
 
 
 @pytest.fixture
@@ -131,16 +146,8 @@ def test_help_lists_every_setting_without_loading_anything_heavy():
         (["--config", "/nowhere.toml"], "cannot read the configuration file /nowhere.toml"),
     ],
 )
-def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, capsys):
-    try:
-        code = main(words)
-    except SystemExit as stopped:
-        code = stopped.code
-    captured = capsys.readouterr()
-    assert (code, captured.out) == (2, "")
-    assert pattern in captured.err
-    assert captured.err.startswith("dilaserve: ")
-    assert len(captured.err.splitlines()) == 1
+def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, here):
+    assert pattern in failed(*here(*words))
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
@@ -256,16 +263,27 @@ def test_a_server_without_standard_streams_serves(tmp_path):
             process.kill()
 
 
-def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_model):
-    assert "there is no model directory /nowhere" in failed(run("--model", "/nowhere"))
+def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_model, here):
+    done = run("--model", "/nowhere")
+    assert "there is no model directory /nowhere" in failed(done.returncode, done.stdout, done.stderr)
+    flags = ("--model", str(random_model), "--devices", "cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = run("--model", str(random_model), "--port", port, DILASERVE_DEVICES="cpu")
-        assert (told := failed(done)).startswith(f"dilaserve: cannot listen on 127.0.0.1:{port}")
+        told = failed(*here(*flags, "--port", port))
+        assert told.startswith(f"dilaserve: cannot listen on 127.0.0.1:{port}")
         assert told.rstrip().endswith("; choose another --port")
-    told = failed(run("--model", str(random_model), "--host", "999.1.1.1", DILASERVE_DEVICES="cpu"))
+    told = failed(*here(*flags, "--host", "999.1.1.1"))
     assert told.startswith("dilaserve: cannot listen on 999.1.1.1:")
     assert told.rstrip().endswith("; is --host an address of this machine?")
+
+
+def test_an_address_that_cannot_be_had_is_told_before_anything_heavy_is_imported():
+    code = (
+        "import sys; from dilaserve.cli import main; "
+        "print(main(['--host', '999.1.1.1']), sys.modules.keys() & {'torch', 'numpy', 'transformers'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2 set()\n", done.stderr
 
 
 def test_a_server_may_have_as_many_connections_as_the_system_allows():
@@ -384,34 +402,51 @@ def test_a_second_ctrl_c_ends_the_workers_too_whatever_they_do(served):
                     os.kill(worker, signal.SIGKILL)
 
 
-def test_calibrate_writes_a_profile_that_the_server_loads(random_model, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(random_model, model)
+def calibrating(model):
+    return ("--model", str(model), "--devices", "cpu", "--max-num-seqs", "4", "--max-num-batched-tokens", "300")
+
+
+@pytest.fixture
+def model(random_model, tmp_path):
+    """A copy, beside which a profile may be written."""
+    return Path(shutil.copytree(random_model, tmp_path / "model"))
+
+
+def test_calibrate_writes_a_profile_that_the_server_loads(model, tmp_path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"prompt": "hello"}\n{"prompt": "What is 1+1?", "answer": "2", "task": "sums"}\n')
-    flags = ["--model", str(model), "--devices", "cpu", "--max-num-seqs", "4", "--max-num-batched-tokens", "300"]
-    done = run("calibrate", *flags, "--problems", str(problems), "--plots", str(tmp_path / "plots"))
+    flags = ("--problems", str(problems), "--plots", str(tmp_path / "plots"))
+    done = run("calibrate", *calibrating(model), *flags)
     assert done.returncode == 0, done.stderr
     assert "mean error on those held out" in done.stdout
     profile = profiles.find(model, None)
     assert set(profile.quality.tasks) == {"any", "prompts", "sums"}
     assert profile.costs["cpu x1"].samples > 20
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"step-cost.png", "quality.png"}
+
+
+def test_calibrate_refuses_problems_that_cannot_be_asked_or_read(model, tmp_path, here):
+    problems = tmp_path / "problems.jsonl"
+    flags = ("calibrate", *calibrating(model), "--problems")
     problems.write_text('{"prompt": "%s"}\n' % ("long " * 500))
-    assert "cannot be asked" in failed(run("calibrate", *flags, "--problems", str(problems)))
+    assert "cannot be asked" in failed(*here(*flags, str(problems)))
     for broken in (b'{"prompt": 5}', b"{", b'{"prompt": "\xff"}'):
         problems.write_bytes(broken)
         with pytest.raises(ConfigError, match="is not JSON lines"):
             questions_from(problems, 1)
-    assert "holds no problems" in failed(run("calibrate", *flags, "--problems", "/dev/null"))
+    assert "holds no problems" in failed(*here(*flags, "/dev/null"))
+
+
+def test_a_damaged_profile_stops_the_server_and_is_replaced_by_calibrate(model, tmp_path, here):
     (model / profiles.FILE).write_text("[]")
-    assert "damaged" in failed(run(*flags, "--port", "0"))
-    assert "cannot be written" in failed(run("calibrate", *flags, "--profile", str(tmp_path)))
-    elsewhere = tmp_path / "elsewhere.json"
+    flags = calibrating(model)
+    assert "damaged" in failed(*here(*flags, "--port", "0"))
+    assert "cannot be written" in failed(*here("calibrate", *flags, "--profile", str(tmp_path)))
+    elsewhere, problems = tmp_path / "elsewhere.json", tmp_path / "problems.jsonl"
     elsewhere.write_text("[]")
     problems.write_text('{"prompt": "hello"}\n')
-    done = run("calibrate", *flags, "--problems", str(problems), "--profile", str(elsewhere))
-    assert (done.returncode, "the old profile is replaced" in done.stderr) == (0, True), done.stderr
+    code, _, told = here("calibrate", *flags, "--problems", str(problems), "--profile", str(elsewhere))
+    assert (code, "the old profile is replaced" in told) == (0, True), told
     assert profiles.read(elsewhere).costs.keys() == {"cpu x1"}
     assert (model / profiles.FILE).read_text() == "[]"
 

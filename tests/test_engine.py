@@ -11,6 +11,7 @@ import threading
 
 import checkpoints
 import pytest
+import pytest_asyncio
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable, executor
 from dilaserve.engine import missed
@@ -35,6 +36,23 @@ async def until(true):
 
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(32)]
 WISH = Options(max_tokens=64, block_length=16, confidence_threshold=0.8)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(random_model):
+    """For tests that leave nothing behind."""
+    async with Engine(on(random_model)) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(shared):
+    """Idle before the test; all its rows are free after it, and it takes requests again."""
+    yield shared
+    await shared.drain(30)
+    shared.draining = False
+    assert not shared.scheduler.requests
+    assert len(shared.free) == shared.table.rows
 
 
 async def test_an_answer_whole_and_in_pieces_is_the_same(random_model):
@@ -80,16 +98,16 @@ async def test_a_stream_that_is_left_frees_its_row(random_model):
         assert (await engine.generate(PROMPTS[1], WISH)).finish_reason == "length"
 
 
-async def test_a_stop_string_ends_the_answer_and_does_not_leak(random_model):
-    async with Engine(on(random_model)) as engine:
-        whole = (await engine.generate(PROMPTS[7], WISH)).text
-        stop = next(whole[i : i + 3] for i in range(20, 40) if whole[i : i + 3].isprintable())
-        answer = await engine.generate(
-            PROMPTS[7], Options(max_tokens=64, block_length=16, confidence_threshold=0.8, stop=(stop,))
-        )
-        await engine.drain(30)
-        assert engine.free
-        assert not engine.scheduler.requests
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_stop_string_ends_the_answer_and_does_not_leak(engine):
+    whole = (await engine.generate(PROMPTS[7], WISH)).text
+    stop = next(whole[i : i + 3] for i in range(20, 40) if whole[i : i + 3].isprintable())
+    answer = await engine.generate(
+        PROMPTS[7], Options(max_tokens=64, block_length=16, confidence_threshold=0.8, stop=(stop,))
+    )
+    await engine.drain(30)
+    assert engine.free
+    assert not engine.scheduler.requests
     assert answer.text == whole[: whole.index(stop)]
     assert answer.finish_reason == "stop"
 
@@ -109,37 +127,38 @@ async def test_bad_requests_touch_nothing(random_model):
         assert (await engine.generate("a", WISH)).completion_tokens == 64
 
 
-async def test_what_takes_long_to_read_leaves_the_loop(random_model):
-    async with Engine(on(random_model)) as engine:
-        loops: list[bool] = []
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_takes_long_to_read_leaves_the_loop(engine, monkeypatch):
+    loops: list[bool] = []
 
-        def work():
-            loops.append(threading.current_thread() is threading.main_thread())
-            return []
+    def work():
+        loops.append(threading.current_thread() is threading.main_thread())
+        return []
 
-        engine.text.encode, engine.text.ids = lambda prompt, limit: work(), lambda text, limit, special: work()
-        message = {"role": "user", "content": "a" * 64}
-        for prompt in ("hello", "a" * 4096, [message], [message] * 64, [message | {"content": "a" * 4096}]):
-            await engine.tokenize(prompt)
-        assert loops == [True, False, True, False, False]
-        assert await engine.tokenize([65] * 5000) == [65] * 5000
-        with pytest.raises(BadRequest, match="whole numbers"):
-            await engine.tokenize([65] * 5000 + [-1])
+    monkeypatch.setattr(engine.text, "encode", lambda prompt, limit: work())
+    monkeypatch.setattr(engine.text, "ids", lambda text, limit, special: work())
+    message = {"role": "user", "content": "a" * 64}
+    for prompt in ("hello", "a" * 4096, [message], [message] * 64, [message | {"content": "a" * 4096}]):
+        await engine.tokenize(prompt)
+    assert loops == [True, False, True, False, False]
+    assert await engine.tokenize([65] * 5000) == [65] * 5000
+    with pytest.raises(BadRequest, match="whole numbers"):
+        await engine.tokenize([65] * 5000 + [-1])
 
 
-async def test_an_id_that_runs_is_not_given_again(random_model):
-    async with Engine(on(random_model)) as engine:
-        free = len(engine.free)
-        async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4), id="mine") as stream:
-            with pytest.raises(BadRequest, match="'mine' is running"):
-                await engine.submit(PROMPTS[1], WISH, id="mine")
-            await anext(stream)
-        await engine.drain(30)
-        engine.draining = False
-        async with await engine.submit(PROMPTS[1], WISH, id="mine") as stream:
-            assert stream.id == "mine"
-        await engine.drain(30)
-        assert (engine.alive, len(engine.free)) == (True, free)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_an_id_that_runs_is_not_given_again(engine):
+    free = len(engine.free)
+    async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4), id="mine") as stream:
+        with pytest.raises(BadRequest, match="'mine' is running"):
+            await engine.submit(PROMPTS[1], WISH, id="mine")
+        await anext(stream)
+    await engine.drain(30)
+    engine.draining = False
+    async with await engine.submit(PROMPTS[1], WISH, id="mine") as stream:
+        assert stream.id == "mine"
+    await engine.drain(30)
+    assert (engine.alive, len(engine.free)) == (True, free)
 
 
 async def test_leaving_the_engine_ends_what_runs(random_model):
@@ -157,18 +176,18 @@ async def test_an_engine_that_was_never_entered_says_so(random_model):
         await Engine(on(random_model)).generate("hello")
 
 
-async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(random_model):
-    async with Engine(on(random_model)) as engine:
-        wish = Options(max_tokens=200, block_length=4, deadline_ms=3.6e6, on_miss="reject")
-        task = asyncio.create_task(engine.submit(PROMPTS[0], wish))
-        while not engine.streams:  # noqa: ASYNC110
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await engine.drain(30)
-        assert not engine.scheduler.requests
-        assert len(engine.free) == engine.table.rows
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(engine):
+    wish = Options(max_tokens=200, block_length=4, deadline_ms=3.6e6, on_miss="reject")
+    task = asyncio.create_task(engine.submit(PROMPTS[0], wish))
+    while not engine.streams:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await engine.drain(30)
+    assert not engine.scheduler.requests
+    assert len(engine.free) == engine.table.rows
 
 
 def test_only_a_deadline_that_company_spoils_is_worth_another_try():
@@ -181,17 +200,17 @@ def test_only_a_deadline_that_company_spoils_is_worth_another_try():
     ]
 
 
-async def test_what_outlives_the_grace_period_ends_with_an_error(random_model):
-    async with Engine(on(random_model)) as engine:
-        async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4)) as stream:
-            await anext(stream)
-            await engine.drain(0.0)
-            with pytest.raises(Unavailable, match="shut down before"):
-                async for _ in stream:
-                    pass
-        await asyncio.wait_for(engine.idle.wait(), 30)
-        assert not engine.scheduler.requests
-        assert len(engine.free) == engine.table.rows
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_outlives_the_grace_period_ends_with_an_error(engine):
+    async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4)) as stream:
+        await anext(stream)
+        await engine.drain(0.0)
+        with pytest.raises(Unavailable, match="shut down before"):
+            async for _ in stream:
+                pass
+    await asyncio.wait_for(engine.idle.wait(), 30)
+    assert not engine.scheduler.requests
+    assert len(engine.free) == engine.table.rows
 
 
 async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
@@ -210,12 +229,12 @@ async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
     assert [answer.token_ids for answer in again] == known
 
 
-async def test_the_only_worker_comes_back(random_model):
-    async with Engine(on(random_model)) as engine:
-        known = await engine.generate(PROMPTS[3], WISH)
-        (handle,) = engine.executor.workers.values()
-        os.kill(handle.process.pid, signal.SIGKILL)
-        assert (await engine.generate(PROMPTS[3], WISH)).token_ids == known.token_ids
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_only_worker_comes_back(engine):
+    known = await engine.generate(PROMPTS[3], WISH)
+    (handle,) = engine.executor.workers.values()
+    os.kill(handle.process.pid, signal.SIGKILL)
+    assert (await engine.generate(PROMPTS[3], WISH)).token_ids == known.token_ids
 
 
 async def test_a_model_that_cannot_be_loaded_raises_before_anything_runs(tmp_path, random_model):

@@ -6,6 +6,7 @@ import random
 import checkpoints
 import msgspec
 import pytest
+import pytest_asyncio
 from reference import Llada, decode
 from test_reference import CASES, cache_of
 
@@ -13,6 +14,7 @@ from dilaserve import Config, Engine, Options
 from dilaserve.models.checkpoint import locate
 from dilaserve.tasks import TASKS, held_out
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 SETTINGS = [
     dict(cache=cache, **rule)
     for cache in ("none", "prefix", "dual")
@@ -68,6 +70,13 @@ def expect(model, requests, completions):
         assert completion.usage.steps == forwards, request
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(random_model):
+    """Of one worker; no test changes it."""
+    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
+        yield engine
+
+
 async def test_the_authors_cases_one_by_one_and_all_at_once(author_model):
     def arguments(case):
         how = {"threshold": case["threshold"]} if case.get("threshold") else {"steps": case["steps"]}
@@ -88,10 +97,15 @@ async def test_the_authors_cases_one_by_one_and_all_at_once(author_model):
     assert [c.usage.steps for c in alone] == [case.get("nfe_reference", case["steps"]) for case in CASES]
 
 
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
-async def test_a_mixed_crowd_gets_the_reference_answers(random_model, devices):
+async def test_a_mixed_crowd_gets_the_reference_answers(engine, random_model):
     requests = some_requests(60, seed=1)
-    async with Engine(Config.of(model=str(random_model), devices=devices)) as engine:
+    completions = await answers(engine, requests, stagger=True)
+    expect(Llada(random_model), requests, completions)
+
+
+async def test_a_mixed_crowd_on_two_devices_gets_the_reference_answers(random_model):
+    requests = some_requests(60, seed=1)
+    async with Engine(Config.of(model=str(random_model), devices="cpu,cpu")) as engine:
         completions = await answers(engine, requests, stagger=True)
     expect(Llada(random_model), requests, completions)
 
@@ -112,31 +126,28 @@ async def test_grouped_query_attention_shards_and_a_small_pool(tmp_path):
     expect(Llada(directory), requests, completions)
 
 
-async def test_a_request_alone_and_in_company_gives_the_same_tokens_and_confidences(random_model):
+async def test_a_request_alone_and_in_company_gives_the_same_tokens_and_confidences(engine):
     requests = some_requests(30, seed=4)
-    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
-        alone = [await engine.generate(*asked(**request)) for request in requests]
-        together = await answers(engine, requests)
+    alone = [await engine.generate(*asked(**request)) for request in requests]
+    together = await answers(engine, requests)
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
         assert one.confidences == pytest.approx(other.confidences, rel=1e-4)
 
 
-async def test_refreshing_at_every_step_is_no_cache_at_all(random_model):
+async def test_refreshing_at_every_step_is_no_cache_at_all(engine, random_model):
     requests = [request | {"cache": "none"} for request in some_requests(12, seed=8)]
-    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
-        for cache in ("prefix", "dual"):
-            how = {"cache": cache, "refresh_interval": 1}
-            always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in wishes(requests)]
-            completions = await asyncio.gather(*(engine.generate(*wish) for wish in always))
-            expect(Llada(random_model), requests, completions)
+    for cache in ("prefix", "dual"):
+        how = {"cache": cache, "refresh_interval": 1}
+        always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in wishes(requests)]
+        completions = await asyncio.gather(*(engine.generate(*wish) for wish in always))
+        expect(Llada(random_model), requests, completions)
 
 
-async def test_an_answer_cut_inside_a_block_is_the_beginning_of_the_whole_block(random_model):
+async def test_an_answer_cut_inside_a_block_is_the_beginning_of_the_whole_block(engine):
     requests = [request | {"steps": None, "threshold": 0.7, "factor": None} for request in some_requests(12, seed=9)]
-    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
-        whole = await answers(engine, requests)
-        cut = await answers(engine, [request | {"gen_length": request["gen_length"] - 3} for request in requests])
+    whole = await answers(engine, requests)
+    cut = await answers(engine, [request | {"gen_length": request["gen_length"] - 3} for request in requests])
     assert [answer.token_ids for answer in cut] == [answer.token_ids[:-3] for answer in whole]
 
 
@@ -153,33 +164,31 @@ async def test_the_bundled_model_answers_as_the_reference_does():
     expect(model, requests, completions)
 
 
-async def test_sampling_depends_on_the_seed_and_not_on_the_company(random_model):
+async def test_sampling_depends_on_the_seed_and_not_on_the_company(engine):
     requests = [asked(**request) for request in some_requests(12, seed=5)]
     hot = [
         (prompt, Options(max_tokens=o.max_tokens, cache=o.cache, temperature=0.8, top_p=0.9, seed=i, ignore_eos=True))
         for i, (prompt, o) in enumerate(requests)
     ]
-    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
-        alone = [(await engine.generate(*request)).token_ids for request in hot]
-        together = await asyncio.gather(*(engine.generate(*request) for request in hot))
-        prompt, options = hot[0]
-        other = await engine.generate(prompt, Options(max_tokens=options.max_tokens, temperature=0.8, seed=99))
+    alone = [(await engine.generate(*request)).token_ids for request in hot]
+    together = await asyncio.gather(*(engine.generate(*request) for request in hot))
+    prompt, options = hot[0]
+    other = await engine.generate(prompt, Options(max_tokens=options.max_tokens, temperature=0.8, seed=99))
     assert [completion.token_ids for completion in together] == alone
     assert other.token_ids != alone[0]
 
 
-async def test_mask_tokens_in_the_prompt_are_left_alone(random_model):
+async def test_mask_tokens_in_the_prompt_are_left_alone(engine, random_model):
     prompt = [5, checkpoints.MASK, 70, checkpoints.MASK, checkpoints.MASK]
     requests = [
         dict(prompt=prompt, gen_length=32, block_length=16, cache=cache, threshold=0.7)
         for cache in ("none", "prefix", "dual")
     ]
-    async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
-        completions = await answers(engine, requests)
-        text = await engine.tokenize("a<|mdm_mask|>b")
-        stream = await engine.submit(prompt, Options(max_tokens=16))
-        assert [chunk async for chunk in stream][-1].finish_reason == "length"
-        assert engine.table.canvas[stream.request.row, : len(prompt)].tolist() == prompt
+    completions = await answers(engine, requests)
+    text = await engine.tokenize("a<|mdm_mask|>b")
+    stream = await engine.submit(prompt, Options(max_tokens=16))
+    assert [chunk async for chunk in stream][-1].finish_reason == "length"
+    assert engine.table.canvas[stream.request.row, : len(prompt)].tolist() == prompt
     assert text == [ord("a") - 33 + 0, checkpoints.MASK, ord("b") - 33 + 0]
     expect(Llada(random_model), requests, completions)
 

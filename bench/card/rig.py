@@ -32,6 +32,7 @@ from dilaserve.worker.reuse import ReuseSteps
 from dilaserve.worker.runner import Runner
 
 BLOCK = 32
+FEW = 2  # runs of what is measured on a tiny shape
 ROOT = "model.transformer."
 
 
@@ -91,11 +92,15 @@ class Bench:
         sign = "at most" if most else "at least"
         self.goals.append(Goal(what, f"{value:.3g}{unit}", f"{sign} {wanted:g}{unit}", met))
 
+    def repeats(self, wanted: int) -> int:
+        """Runs of what is measured: few on a tiny shape, whose figures only show that they can be measured."""
+        return min(wanted, FEW) if self.args.shape == "tiny" else wanted
+
     def seconds(self, run: Callable[[], object], repeats: int = 20) -> float:
         """Of one run on the device, the median of three series."""
         run()
-        found = []
-        for _ in range(3):
+        found, repeats = [], self.repeats(repeats)
+        for _ in range(self.repeats(3)):
             self.wait()
             began = time.perf_counter()
             for _ in range(repeats):

@@ -81,12 +81,12 @@ def gaps(bench: Bench, rig: Rig, canvas: int) -> Iterator[str]:
     for rows in (1, 8):
         for most in (1, 8):
             mine: list[float] = []
-            for _ in range(4):
+            for _ in range(bench.repeats(4)):
                 spans = rig.laid_out([canvas] * rows, refresh=False)
                 list(rig.runner.steps(spans, most))
                 bench.wait()
                 began, count = time.perf_counter(), 0
-                while count < 16:
+                while count < bench.repeats(16):
                     count += len(list(rig.runner.steps(spans, most)))
                 bench.wait()
                 mine.append((time.perf_counter() - began) / count)
