@@ -377,15 +377,18 @@ def test_gloo_leaves_no_connections_no_threads_and_no_files_of_lives_that_are_ov
         for thread in threads:
             thread.join()
 
+    def grown(now, before):
+        return any(one > other for one, other in zip(now, before, strict=True))
+
     for life in range(1, 9):
         meet(life, (1, life))
         assert os.path.exists(file_of(store, ((0, 1), (1, life))))
         if life == 2:
             known = counts()
     tries = iter(range(1000))
-    while counts() > known and next(tries, None) is not None:
+    while grown(counts(), known) and next(tries, None) is not None:
         time.sleep(0.01)  # a thread that was joined is seen a moment longer
-    assert counts() == known
+    assert not grown(counts(), known)  # those of other tests may go meanwhile
     for groups in ranks:
         groups.close()
 

@@ -739,7 +739,7 @@ class World:
         self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
         self.dying = {}  # instances of which a rank is gone: the ranks that have not left them yet, by id
-        self.pools = self.rng.choice(((400,), (400, 224)))  # tokens that workers come up with; each holds any canvas
+        self.pools = self.rng.choice(((400,), (400, 224), (400, 200, 96)))  # tokens that workers come up with
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
         self.told, self.timed = Counter(), 0  # last words to clients by kind; those about a deadline
         self.taken, self.refreshed = Counter(), Counter()  # steps and refreshes by row, as usage has them
