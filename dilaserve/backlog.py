@@ -9,6 +9,7 @@ class Backlog:
     def __init__(self) -> None:
         self.timed = self.best_effort = 0.0  # seconds
         self.requests = 0  # of best effort
+        self.unfinished = 0  # requests of both kinds
 
     def add(self, progress: Progress) -> None:
         self.change(progress, 1)
@@ -17,6 +18,7 @@ class Backlog:
         self.change(progress, -1)
 
     def change(self, progress: Progress, sign: int) -> None:
+        self.unfinished += sign
         if progress.promised:
             self.timed = max(0.0, self.timed + sign * progress.seconds)
             return

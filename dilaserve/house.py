@@ -175,7 +175,7 @@ class House:
             return
         self.queue.add(progress)
         if self.promises.sheds:
-            self.hopeless.add(progress, self.promises.hopeless_at(progress), len(self.queue))
+            self.hopeless.add(progress, self.promises.hopeless_at(progress), self.backlog.unfinished)
 
     def leave(self, progress: Progress) -> None:
         """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""

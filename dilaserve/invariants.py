@@ -115,7 +115,7 @@ def lines(scheduler: Scheduler) -> Iterator[str]:
     timed = sum(row.seconds for row in rows if row.promised)
     others = [row.seconds for row in rows if not row.promised]
     same = near(backlog.timed, timed) and near(backlog.best_effort, sum(others))
-    if not same or backlog.requests != len(others):
+    if not same or (backlog.requests, backlog.unfinished) != (len(others), len(rows)):
         yield "the work that is not done yet is summed wrongly"
 
 

@@ -550,7 +550,7 @@ class Scheduler:
                     yield from self.give_up(progress, now)
                     continue
             again = max(now + TICK, self.promises.hopeless_at(progress))
-            hopeless.add(progress, again, len(self.house.queue))
+            hopeless.add(progress, again, len(self.requests))
         self.gives_up = hopeless.next_at() <= now
 
     def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
