@@ -1,10 +1,11 @@
 """Requests that wait for an instance that keeps their deadline, and whose turn it is to be tested again."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from dilaserve.line import Line
+from dilaserve.policy.fairness import Turns, in_turn
 from dilaserve.progress import Progress
 
 
@@ -41,7 +42,13 @@ class DeadlineQueue(Line):
         self.tested[progress.request.row] = progress
         self.tested.move_to_end(progress.request.row)
 
-    def in_order(self, some: Iterable[Progress]) -> list[Progress]:
-        """These of those that wait, each once, in the order of service."""
-        chosen = {progress.request.row: progress for progress in some}
-        return sorted(chosen.values(), key=lambda progress: self.spots[progress.request.row])
+    def in_order(
+        self, some: Iterable[Progress], turns: Turns, seconds: Callable[[Progress], float]
+    ) -> Iterator[Progress]:
+        """These of those that wait, each once, in the order in which tenants get rows."""
+        lines: dict[str, list[Progress]] = {}
+        for progress in {progress.request.row: progress for progress in some}.values():
+            lines.setdefault(progress.request.slo.tenant, []).append(progress)
+        for line in lines.values():
+            line.sort(key=lambda progress: self.spots[progress.request.row])
+        return in_turn(lines, turns, seconds)

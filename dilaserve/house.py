@@ -133,7 +133,7 @@ class House:
         head = list(islice(queue.by_turn(self.turns, self.beliefs.unloaded), LOOKS)) if idle else []
         looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
         tenants: dict[int, list[Tenant]] = {}
-        for progress in queue.in_order([*head, *looked.values()]):
+        for progress in queue.in_order([*head, *looked.values()], self.turns, self.beliefs.unloaded):
             seats = self.open if progress.request.row in looked else idle
             if not self.place_one(progress, seats, tenants, now) and progress.request.row in looked:
                 queue.failed(progress)

@@ -297,6 +297,15 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
     assert waiting <= seen
 
 
+def test_tenants_with_deadlines_are_tested_in_turn():
+    machine = scheduler(guaranteed_rows=4)
+    for row in range(8):
+        list(machine.observe(Arrival(request(row, seconds=1000.0, tenant="many")), 0.0))
+    list(machine.observe(Arrival(request(8, seconds=2000.0, tenant="few")), 0.0))
+    feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
+    assert machine.requests["r8.1"].seat is not None
+
+
 def test_hopeless_requests_leave_a_long_queue_when_they_become_so():
     machine = scheduler(guaranteed_rows=1, max_queue=4096)
     feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
