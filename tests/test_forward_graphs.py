@@ -13,7 +13,7 @@ from dilaserve.worker.forward_graphs import SPANS, STRIDE, TOKENS, ForwardGraphs
 
 
 def runner_of(directory, device=CPU, dtype=torch.float32, *, forward=True, eager=False):
-    house = House(directory, False, device, dtype)
+    house = House(directory, False, device, dtype, rows=SPANS + 1)
     if forward:
         house.runner.forward = ForwardGraphs(house.spec, house.model, house.pool, TOKENS, eager)
     return house
