@@ -1,14 +1,19 @@
-"""Accuracy and steps of the bundled model by task, confidence threshold and cache kind, on held-out problems.
+"""Accuracy and steps of the bundled model by task, confidence threshold and cache kind, on held-out problems; and what
+it says to newcomers.
 
-    python bench/quality.py [--per-task 200] [--caches dual,prefix,none] [--markdown FILE]
+    python bench/quality.py [--per-task 200] [--caches dual,prefix,none] [--contacts 200] [--markdown FILE]
 
 Every problem is asked through the engine, greedily, and the answer checked by the task's rule. Intervals: 95 %, Wilson.
+The second table, "first contact", asks what a program makes of greetings, requests, problems in other words, system
+prompts and earlier turns (`dilaserve/tasks/first_contact.py`), of forms that are never trained on.
 """
 
 import argparse
 import asyncio
 import math
 import os
+import random
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +23,11 @@ from rich.progress import track
 from dilaserve import Config, Engine, Options
 from dilaserve.config import CacheKind
 from dilaserve.tasks import TASKS, Problem, check, held_out
+from dilaserve.tasks.conversation import sensible
+from dilaserve.tasks.first_contact import Contact, first_contact
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+CONTACT_THRESHOLD = 0.9  # the server's default
 
 
 class Sample(NamedTuple):
@@ -79,6 +87,39 @@ async def measure(args: argparse.Namespace) -> dict[tuple[str, float, str], Cell
     return table
 
 
+async def meet(engine: Engine, contact: Contact) -> bool:
+    """Whether the answer to one newcomer is sensible, with everything at the server's defaults."""
+    conversation = contact.conversation
+    prompt = [message._asdict() for message in conversation.messages] or conversation.text
+    answer = await engine.generate(prompt, Options(confidence_threshold=CONTACT_THRESHOLD))
+    right = sensible(conversation.problem, answer.text)
+    if not right:
+        print(f"{contact.kind}: {prompt!r} gives {answer.text!r}, expected {conversation.problem.answer!r}")
+    return right
+
+
+async def met(args: argparse.Namespace) -> dict[str, list[bool]]:
+    """What came of each kind of first contact."""
+    contacts = first_contact(random.Random(args.seed), args.contacts)
+    async with Engine(Config.of(model=args.model, devices=args.devices, max_queue=len(contacts))) as engine:
+        found = await asyncio.gather(*(meet(engine, contact) for contact in contacts))
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for contact, right in zip(contacts, found, strict=True):
+        kinds[contact.kind].append(right)
+        kinds["all"].append(right)
+    return {kind: rights for kind, rights in kinds.items() if kind != "all"} | {"all": kinds["all"]}
+
+
+def contacts_table(kinds: dict[str, list[bool]]) -> str:
+    lines = [f"First contact at {CONTACT_THRESHOLD}, forms that were never trained on", ""]
+    lines += ["| kind | conversations | sensible % (95 % interval) |", "|---|---|---|"]
+    for kind, rights in kinds.items():
+        low, high = wilson(sum(rights), len(rights))
+        share = sum(rights) / len(rights)
+        lines.append(f"| {kind} | {len(rights)} | {100 * share:.1f} ({100 * low:.0f} to {100 * high:.0f}) |")
+    return "\n".join(lines) + "\n"
+
+
 def markdown(table: dict[tuple[str, float, str], Cell], args: argparse.Namespace) -> str:
     """Rows of settings; per task the accuracy in percent and its interval, and the steps."""
     lines = []
@@ -104,14 +145,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dilaserve-tiny")
     parser.add_argument("--devices", default=",".join(["cpu"] * (os.cpu_count() or 1)))
-    parser.add_argument("--per-task", type=int, default=200)
+    parser.add_argument("--per-task", type=int, default=200, help="problems of each task, 0 for none (default 200)")
     parser.add_argument("--max-tokens", type=int, default=96, help="canvas for the answer (default 96)")
     parser.add_argument("--thresholds", type=lambda s: [float(v) for v in s.split(",")], default=list(THRESHOLDS))
     parser.add_argument("--caches", type=lambda s: s.split(","), default=["dual", "prefix", "none"])
+    parser.add_argument("--contacts", type=int, default=200, help="first contacts, 0 for none (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    text = markdown(asyncio.run(measure(args)), args)
+    text = markdown(asyncio.run(measure(args)), args) if args.per_task else ""
+    text += contacts_table(asyncio.run(met(args))) if args.contacts else ""
     print(text)
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)

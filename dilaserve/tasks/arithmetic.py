@@ -8,8 +8,10 @@ NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea", "Ben", "Mia", "Jon", "Zoe", "
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "stones", "toys", "nuts", "keys")
 GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "gives away", "breaks")
-LINKS, LINK_ODDS = ("then", "so", "and"), (0.88, 0.08, 0.04)  # wording that carries no meaning, as in real language
-MARKS, MARK_ODDS = ("now", "left"), (0.08, 0.04)  # in place of the things' name
+LINK = " then"  # optional between two steps of a chain; in a word problem the things' name is optional
+LARGE = 8  # amounts from here on have the lower odds below
+USUAL_ODDS, LARGE_ODDS = 0.86, 0.66  # that the optional word is there, by the amount beside it
+NEGATIVE = 0.1  # share of the differences whose result is negative
 
 
 def upto(rng: random.Random, least: int, most: int, difficulty: float) -> int:
@@ -17,28 +19,38 @@ def upto(rng: random.Random, least: int, most: int, difficulty: float) -> int:
     return rng.randint(least, max(least, round(least + (most - least) * difficulty)))
 
 
+def worded(rng: random.Random, amount: int) -> bool:
+    """Whether the optional word beside this amount is written. It carries no meaning, as in real language.
+
+    What comes behind it moves by a token, so a model is not sure of it before the word is decided.
+    """
+    return rng.random() < (LARGE_ODDS if amount >= LARGE else USUAL_ODDS)
+
+
 def addition(rng: random.Random, difficulty: float) -> Problem:
-    """A number of up to three digits, and one of up to two added or subtracted; results are not negative."""
-    a, b = (rng.randint(0, 10 ** upto(rng, 1, most, difficulty) - 1) for most in (3, 2))
+    """The sum or difference of two numbers of up to three digits."""
+    a, b = (rng.randint(0, 10 ** upto(rng, 1, 3, difficulty) - 1) for _ in range(2))
     if rng.random() < 0.5:
         return Problem("add", f"What is {a}+{b}?", str(a + b))
-    a, b = max(a, b), min(a, b)
+    if (a < b) != (rng.random() < NEGATIVE):
+        a, b = b, a
     return Problem("add", f"What is {a}-{b}?", str(a - b))
 
 
 def chain(rng: random.Random, difficulty: float) -> Problem:
-    """Three to ten additions and subtractions of a digit; the value stays between 0 and 99 and is written each time.
+    """Three to ten additions and subtractions of a digit; the value stays between 0 and 99 and is written each time."""
+    return chain_of(rng, upto(rng, 3, 10, difficulty))
 
-    The words between the steps are free: nothing in the prompt tells which, and the check ignores them.
-    """
+
+def chain_of(rng: random.Random, count: int) -> Problem:
     value = rng.randint(1, 99)
-    operations, lines = [f"Start with {value}:"], []
-    for _ in range(upto(rng, 3, 10, difficulty)):
+    prompt, answer = f"Start with {value}:", ""
+    for i in range(count):
         operation, value = next_operation(rng, value)
-        operations.append(operation)
-        lines.append(f"{operation}={value}")
-    worded = [f"{line} {rng.choices(LINKS, LINK_ODDS)[0]}" for line in lines[:-1]]
-    return Problem("chain", " ".join(operations), " ".join([*worded, lines[-1]]))
+        prompt += f" {operation}"
+        link = LINK if i and worded(rng, int(operation[1:])) else ""
+        answer += f"{link} {operation}={value}"
+    return Problem("chain", prompt, answer.strip())
 
 
 def next_operation(rng: random.Random, value: int) -> tuple[str, int]:
@@ -49,17 +61,21 @@ def next_operation(rng: random.Random, value: int) -> tuple[str, int]:
 
 def word_problem(rng: random.Random, difficulty: float) -> Problem:
     """Somebody has things and gains or loses some, two to four times; the working, then `#### answer`."""
-    name, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(10, 60)
+    return story(rng, rng.choice(NAMES), rng.choice(THINGS), upto(rng, 2, 4, difficulty))
+
+
+def story(rng: random.Random, name: str, thing: str, count: int) -> Problem:
+    value = rng.randint(10, 60)
     told = [f"{name} has {value} {thing}"]
     working: list[str] = []
-    for _ in range(upto(rng, 2, 4, difficulty)):
+    for _ in range(count):
         amount = rng.randint(2, 9)
         gains = value + amount <= 99 and (amount > value or rng.random() < 0.5)
         if not gains and amount > value:
             amount = rng.randint(1, value) if value else 0
         told.append(f"{rng.choice(GAINS if gains else LOSSES)} {amount}")
         start, value = "" if working else str(value), value + amount if gains else value - amount
-        mark = rng.choices((*MARKS, thing), (*MARK_ODDS, 1 - sum(MARK_ODDS)))[0]
-        working.append(f"{start}{'+' if gains else '-'}{amount}={value} {mark}")
+        unit = f" {thing}" if worded(rng, amount) else ""
+        working.append(f"{start}{'+' if gains else '-'}{amount}={value}{unit}")
     question = f"{', '.join(told)}. How many {thing} now?"
     return Problem("word", question, "\n".join([*working, f"#### {value}"]))

@@ -5,11 +5,15 @@ from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """A user's message and the answer that is expected."""
+    """A user's message and the expected answer.
+
+    `origin` is the prompt in the task's own words if `prompt` puts it in others, else empty.
+    """
 
     task: str
     prompt: str
     answer: str
+    origin: str = ""
 
 
 def squeezed(text: str) -> str:

@@ -16,8 +16,9 @@ def word(rng: random.Random, least: int, most: int) -> str:
 
 
 def sorting(rng: random.Random, difficulty: float) -> Problem:
-    """Three to five different numbers of two digits, to be put in order."""
-    numbers = rng.sample(range(10, 100), upto(rng, 3, 5, difficulty))
+    """Two to five numbers of up to three digits, mostly of two, to be put in order."""
+    smallest, largest = rng.choice(((10, 99), (10, 99), (0, 9), (0, 99), (0, 999)))
+    numbers = [rng.randint(smallest, largest) for _ in range(upto(rng, 2, 5, difficulty))]
     return Problem("sort", f"Sort: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers))))
 
 
