@@ -89,7 +89,7 @@ class Trainer:
         return loss.detach()
 
     def run(self) -> None:
-        self.train_step(self.placed(next(self.feed)))  # a first step may take a minute to compile
+        self.compile()
         self.began = shown = time.monotonic()
         smooth = torch.zeros((), device=self.device)
         since = saved = 0
@@ -106,6 +106,14 @@ class Trainer:
                 saved += 1
                 self.save()
         self.finish()
+
+    def compile(self) -> None:
+        """One step of each kind, which may take a minute to compile, before the clock starts."""
+        kinds: set[bool] = set()
+        while len(kinds) < (1 if self.args.init else 2):
+            lesson = next(self.feed)
+            kinds.add(lesson.levels is None)
+            self.train_step(self.placed(lesson))
 
     def finish(self) -> None:
         self.feed.progress.value = 1.0

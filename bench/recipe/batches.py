@@ -13,7 +13,8 @@ from recipe.lessons import Lesson, as_decoded, two_streams
 from recipe.sizes import BLOCK, MAX_LENGTH
 from recipe.vocabulary import tokenizer
 
-DRAWN = 6000  # examples that are sorted by length at once
+SORTED = 16  # batches' worth of tokens, about, whose examples are sorted by length at once
+TYPICAL = 200  # tokens of an example in a batch
 GRAIN = 16  # lengths of batches are multiples of this
 AHEAD = 48  # batches that wait in the queue
 DECAY = 0.3  # share of the run over which the learning rate falls to 0
@@ -39,11 +40,12 @@ def batches(seed: int, plan: Plan, done: Callable[[], float]) -> Iterator[Lesson
     rng, chances = random.Random(seed), np.random.default_rng(seed)
     hardness = (lambda: difficulty(done(), rng.random())) if plan.fresh else (lambda: 1.0)
     source = examples(rng, plan.mix, hardness)
+    count = SORTED * plan.tokens // TYPICAL
     while True:
         double = plan.fresh and rng.random() < double_share(done())
-        drawn = list(itertools.islice(source, DRAWN))
+        drawn = list(itertools.islice(source, count))
         sizes = [doubled(example) if double else canvas(example, rng) for example in drawn]
-        order = sorted(range(DRAWN), key=sizes.__getitem__)
+        order = sorted(range(count), key=sizes.__getitem__)
         for group, length in rng_shuffled(rng, grouped(order, sizes, plan.tokens)):
             make = two_streams if double else as_decoded
             yield make([drawn[i] for i in group], length, chances)
