@@ -1,11 +1,11 @@
 """Train the bundled model from nothing and write it as a checkpoint of the LLaDA family.
 
-    python bench/train_tiny.py --out DIR --minutes 7 --device cuda --compile --workers 15
-    python bench/train_tiny.py --out DIR --init dilaserve-tiny --rate 0.3 --minutes 2 --device cuda --workers 15
+    python bench/train_tiny.py --out DIR --minutes 7 --device cuda --compile --workers 14
+    python bench/train_tiny.py --out DIR --init dilaserve-tiny --decay 1 --streams 0 --minutes 2 --device cuda
 
 Masked diffusion (LLaDA, arXiv 2502.09992): cross-entropy on masked answer tokens, as `recipe/lessons.py` chooses them. A
-run begins mostly with two streams and ends with masks as block decoding shows them; so is all of a run that goes on from
-a checkpoint (`--init`), at a rate that falls from its beginning.
+run begins mostly with two streams and ends with masks as block decoding shows them. It may go on from a checkpoint
+(`--init`), whose tokenizer it keeps.
 
 At the end the temperature that makes confidences fit best is folded into the head, and held-out problems are asked.
 """
@@ -13,18 +13,23 @@ At the end the temperature that makes confidences fit best is folded into the he
 import argparse
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
-from recipe.batches import DECAY, Feed, Plan
+from recipe import vocabulary
+from recipe.batches import Feed, Plan
 from recipe.decode import contact, table
 from recipe.lessons import Lesson
 from recipe.muon import Muon
 from recipe.net import Net, export, seen_by_level, stacked
 from recipe.vocabulary import MIX
 
-MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.012, 0.004, 0.01
+from dilaserve.models.checkpoint import locate
+
+MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.01, 0.004, 0.01
 WARM_UP = 200  # steps
 MEMORY = 0.998  # of the averaged weights, by step
 HEAT = torch.linspace(0.8, 1.25, 46)  # temperatures that are tried for the head
@@ -38,7 +43,10 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.args, self.device = args, torch.device(args.device)
-        self.feed = Feed(args.seed, Plan(args.tokens, args.mix, not args.init), args.workers)
+        if args.init:
+            vocabulary.KEPT.append(locate(args.init))
+        plan = Plan(args.tokens, args.mix, not args.init, args.streams)
+        self.feed = Feed(args.seed, plan, args.workers, self.device.type == "cuda")
         self.net = Net().to(self.device)
         self.forward = torch.compile(self.net, dynamic=True) if args.compile else self.net
         self.halves = self.device.type == "cuda" or has_bfloat16()
@@ -49,6 +57,7 @@ class Trainer:
         others = [self.net.embedding, self.net.head, self.net.norms]
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.step = self.seen = 0
+        self.waited = 0.0  # seconds, for batches
         self.began = time.monotonic()
 
     @property
@@ -56,22 +65,23 @@ class Trainer:
         return (time.monotonic() - self.began) / (60 * self.args.minutes)
 
     def rate(self) -> float:
-        tail = 1.0 if self.args.init else DECAY
         warm_up = min(1.0, (self.step + 1) / WARM_UP)
-        return float(self.args.rate * warm_up * min(1.0, max(0.0, (1 - self.done) / tail)))
+        return float(self.args.rate * warm_up * min(1.0, max(0.0, (1 - self.done) / self.args.decay)))
 
-    def placed(self, lesson: Lesson) -> Lesson:
-        parts = [None if part is None else torch.from_numpy(part).to(self.device) for part in lesson]
-        return Lesson(*(part if part is None or part.is_floating_point() else part.long() for part in parts))
+    def lesson(self) -> Lesson:
+        began = time.monotonic()
+        found = self.feed.next(self.device)
+        self.waited += time.monotonic() - began
+        return found
 
-    def logits(self, lesson: Lesson) -> torch.Tensor:
+    def logits(self, lesson: Lesson, net: Callable[..., torch.Tensor]) -> torch.Tensor:
         half = torch.bfloat16 if self.halves else torch.float32
         seen = None if lesson.levels is None else seen_by_level(lesson.levels, half)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halves):
-            return self.forward(lesson.noisy, lesson.places, seen, lesson.wanted).float()
+            return net(lesson.noisy, lesson.places, seen, lesson.wanted).float()
 
     def train_step(self, lesson: Lesson) -> torch.Tensor:
-        losses = F.cross_entropy(self.logits(lesson), lesson.truth, reduction="none")
+        losses = F.cross_entropy(self.logits(lesson, self.forward), lesson.truth, reduction="none")
         loss = (losses * lesson.weight).sum() / lesson.weight.sum()
         for parameter in self.net.parameters():
             parameter.grad = None
@@ -95,11 +105,11 @@ class Trainer:
         since = saved = 0
         while self.done < 1.0:
             self.feed.progress.value = self.done
-            smooth += self.train_step(self.placed(next(self.feed)))
+            smooth += self.train_step(self.lesson())
             since += 1
             if time.monotonic() - shown > SHOWN:
                 shown = time.monotonic()
-                self.say(f"step {self.step} loss {smooth.item() / since:.4f} tokens {self.seen / 1e6:.1f}M")
+                self.say(f"step {self.step} loss {smooth.item() / since:.4f} tokens {self.seen / 1e6:.1f}M waited {self.waited:.1f} s")
                 smooth.zero_()
                 since = 0
             if self.done * 4 > saved + 1:
@@ -110,10 +120,10 @@ class Trainer:
     def compile(self) -> None:
         """One step of each kind, which may take a minute to compile, before the clock starts."""
         kinds: set[bool] = set()
-        while len(kinds) < (1 if self.args.init else 2):
-            lesson = next(self.feed)
+        while len(kinds) < (2 if self.args.streams else 1):
+            lesson = self.lesson()
             kinds.add(lesson.levels is None)
-            self.train_step(self.placed(lesson))
+            self.train_step(lesson)
 
     def finish(self) -> None:
         self.feed.progress.value = 1.0
@@ -137,8 +147,8 @@ class Trainer:
         """The temperature at which lessons of the last kind are likeliest."""
         total = torch.zeros(len(HEAT))
         for _ in range(HEAT_BATCHES):
-            lesson = self.placed(next(self.feed))
-            logits = self.logits(lesson)
+            lesson = self.lesson()
+            logits = self.logits(lesson, self.net)
             full = lesson.weight >= lesson.weight.amax() * 0.02
             total += torch.stack([F.cross_entropy(logits[full] / heat, lesson.truth[full]) for heat in HEAT]).cpu()
         return float(HEAT[total.argmin()])
@@ -171,14 +181,18 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="learning rate, times the usual one")
     parser.add_argument("--mix", type=shares, default=MIX, help="share of the tasks, such as add=.2,chain=.3")
     parser.add_argument("--minutes", type=float, default=7.0, help="length of the run (default 7)")
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens in a batch (on a CPU 6144)")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the run over which the rate falls to 0")
+    parser.add_argument("--streams", type=float, default=0.7, help="share of the run that has batches of two streams")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens in a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches (default: this one)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make batches")
     parser.add_argument("--compile", action="store_true", help="about twice as fast; needs a C++ compiler")
     parser.add_argument("--held-out", type=int, default=500, help="problems of a task that are asked at the end")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are not the same size
     Trainer(args).run()
 
 

@@ -2,11 +2,14 @@
 
 import itertools
 import multiprocessing
+import queue
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from recipe.examples import Example, examples
 from recipe.lessons import Lesson, as_decoded, two_streams
@@ -15,34 +18,35 @@ from recipe.vocabulary import tokenizer
 
 SORTED = 16  # batches' worth of tokens, about, whose examples are sorted by length at once
 TYPICAL = 200  # tokens of an example in a batch
-GRAIN = 16  # lengths of batches are multiples of this
-AHEAD = 48  # batches that wait in the queue
-DECAY = 0.3  # share of the run over which the learning rate falls to 0
+GRAIN = 16  # rows and lengths of batches are multiples of this, so that kernels are compiled once
+AHEAD, PINNED = 96, 6  # batches that wait in the queue between processes, and in pinned memory
 
 
 class Plan(NamedTuple):
     tokens: int  # in a batch
     mix: dict[str, float]  # of the tasks
     fresh: bool  # the run begins with random weights
+    streams: float  # share of the run in which some batches have two streams
 
 
-def difficulty(done: float, luck: float) -> float:
-    """Short problems only at first; the full range from the middle of the run on."""
-    return min(1.0, max(0.0, 2.5 * done - 0.2) + 0.3 * luck)
+def difficulty(fresh: bool, done: float, rng: random.Random) -> float:
+    """Short problems only at first; later the full range, with some short ones."""
+    if rng.random() < 0.4:
+        return rng.random()
+    return min(1.0, 0.1 + 3 * done) if fresh else 1.0
 
 
-def double_share(done: float) -> float:
-    """Share of batches with two streams: most at first, none from four fifths of the run on."""
-    return 0.75 * min(1.0, max(0.0, (0.8 - done) / 0.2))
+def double_share(streams: float, done: float) -> float:
+    """Share of batches with two streams: many at first, then none."""
+    return 0.7 * min(1.0, max(0.0, (streams - done) / 0.2))
 
 
 def batches(seed: int, plan: Plan, done: Callable[[], float]) -> Iterator[Lesson]:
     rng, chances = random.Random(seed), np.random.default_rng(seed)
-    hardness = (lambda: difficulty(done(), rng.random())) if plan.fresh else (lambda: 1.0)
-    source = examples(rng, plan.mix, hardness)
+    source = examples(rng, plan.mix, lambda: difficulty(plan.fresh, done(), rng))
     count = SORTED * plan.tokens // TYPICAL
     while True:
-        double = plan.fresh and rng.random() < double_share(done())
+        double = rng.random() < double_share(plan.streams, done())
         drawn = list(itertools.islice(source, count))
         sizes = [doubled(example) if double else canvas(example, rng) for example in drawn]
         order = sorted(range(count), key=sizes.__getitem__)
@@ -70,36 +74,51 @@ def canvas(example: Example, rng: random.Random) -> int:
 
 
 def grouped(order: list[int], sizes: list[int], tokens: int) -> Iterator[tuple[list[int], int]]:
-    """Runs of `order` whose rows, all as long as the longest, hold about so many tokens."""
-    group: list[int] = []
-    length = 0
-    for i in order:
-        longer = -(-sizes[i] // GRAIN) * GRAIN
-        if group and longer * (len(group) + 1) > tokens:
-            yield group, length
-            group = []
-        group.append(i)
-        length = longer
-    yield group, length
+    """Runs of `order` whose rows, all as long as the longest, hold at most so many tokens; a rest is left out."""
+    first = 0
+    while first < len(order):
+        rows = whole(tokens // sizes[order[first]])
+        longest = sizes[order[min(first + rows, len(order)) - 1]]
+        rows = whole(tokens // longest)
+        group = order[first : first + rows]
+        if len(group) == rows:
+            yield group, -(-longest // GRAIN) * GRAIN
+        first += rows
+
+
+def whole(rows: int) -> int:
+    return max(GRAIN, rows // GRAIN * GRAIN)
 
 
 class Feed:
-    """Batches from worker processes, of which each has its own seed; `done` tells them how far the run is."""
+    """Batches from worker processes, of which each has its own seed; `done` tells them how far the run is.
 
-    def __init__(self, seed: int, plan: Plan, workers: int) -> None:
+    A thread lays them into pinned memory ahead of a GPU, so that their way there does not hold up the launches.
+    """
+
+    def __init__(self, seed: int, plan: Plan, workers: int, pinned: bool) -> None:
         tokenizer()  # once, before the workers are forked
         context = multiprocessing.get_context("fork")
         self.progress = context.Value("d", 0.0)
-        self.queue = context.Queue(AHEAD)
+        self.made = context.Queue(AHEAD)
+        self.ready: queue.Queue[list[torch.Tensor | None]] = queue.Queue(PINNED)
+        self.pinned = pinned
         for worker in range(workers):
-            arguments = (seed * 1000 + worker, plan, self.progress, self.queue)
+            arguments = (seed * 1000 + worker, plan, self.progress, self.made)
             context.Process(target=work, args=arguments, daemon=True).start()
-        self.here = None if workers else batches(seed * 1000, plan, lambda: self.progress.value)
+        threading.Thread(target=self.collect, daemon=True).start()
 
-    def __next__(self) -> Lesson:
-        return next(self.here) if self.here else self.queue.get()
+    def collect(self) -> None:
+        while True:
+            parts = [None if part is None else torch.from_numpy(part) for part in self.made.get()]
+            self.ready.put([part.pin_memory() if part is not None and self.pinned else part for part in parts])
+
+    def next(self, device: torch.device) -> Lesson:
+        """On the device, with ids as torch wants them."""
+        parts = [None if part is None else part.to(device, non_blocking=True) for part in self.ready.get()]
+        return Lesson(*(part if part is None or part.is_floating_point() else part.long() for part in parts))
 
 
-def work(seed: int, plan: Plan, progress, queue) -> None:  # type: ignore[no-untyped-def]
+def work(seed: int, plan: Plan, progress, made) -> None:  # type: ignore[no-untyped-def]
     for batch in batches(seed, plan, lambda: progress.value):
-        queue.put(batch)
+        made.put(batch)

@@ -21,6 +21,8 @@ Ints, Floats = NDArray[np.integer], NDArray[np.floating]
 FRONTIER = 8  # masked tokens from the left that count in full
 FAR = 0.4  # weight of those behind: they depend on what is not there yet
 ENDS = 0.1  # weight of the end tokens behind the first
+SHORT = 0.75  # from 0 to 1: how much less a long answer counts than its tokens
+GRAIN = 256
 CHUNKS = (1, 1, 1, 2, 2, 3, 4, 6, 8, 12, 20)
 
 
@@ -48,12 +50,15 @@ def canvases(group: list[Example], width: int) -> Canvases:
 
 
 def lesson(noisy: Ints, clean: Ints, weight: Floats, places: Ints, levels: Ints | None) -> Lesson:
-    """In small types, as it goes through a pipe."""
-    weight = (weight / np.sqrt(weight.sum(1, keepdims=True))).ravel()
+    """In small types, as it goes through a pipe; the lessons are filled up to a multiple of `GRAIN`, with no weight."""
+    weight = (weight / weight.sum(1, keepdims=True) ** SHORT).ravel()
     (wanted,) = weight.nonzero()
+    count = len(wanted)
+    wanted = np.concatenate([wanted, np.zeros(-len(wanted) % GRAIN, dtype=wanted.dtype)])
     levels = None if levels is None else levels.astype(np.int16)
     noisy, places, truth = (part.astype(np.int16) for part in (noisy, places, clean.ravel()[wanted]))
-    return Lesson(noisy, places, wanted.astype(np.int32), truth, weight[wanted].astype(np.float32), levels)
+    counts = np.where(np.arange(len(wanted)) < count, weight[wanted], 0.0).astype(np.float32)
+    return Lesson(noisy, places, wanted.astype(np.int32), truth, counts, levels)
 
 
 def two_streams(group: list[Example], length: int, rng: np.random.Generator) -> Lesson:

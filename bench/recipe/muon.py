@@ -24,5 +24,6 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x

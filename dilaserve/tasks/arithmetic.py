@@ -10,7 +10,7 @@ GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "gives away", "breaks")
 LINK = " then"  # optional between two steps of a chain; in a word problem the things' name is optional
 LARGE = 8  # amounts from here on have the lower odds below
-USUAL_ODDS, LARGE_ODDS = 0.86, 0.66  # that the optional word is there, by the amount beside it
+LINK_ODDS, UNIT_ODDS, LARGE_ODDS = 0.84, 0.87, 0.66  # that a link or a unit is there, or either beside a large amount
 NEGATIVE = 0.1  # share of the differences whose result is negative
 
 
@@ -19,12 +19,12 @@ def upto(rng: random.Random, least: int, most: int, difficulty: float) -> int:
     return rng.randint(least, max(least, round(least + (most - least) * difficulty)))
 
 
-def worded(rng: random.Random, amount: int) -> bool:
+def worded(rng: random.Random, amount: int, odds: float) -> bool:
     """Whether the optional word beside this amount is written. It carries no meaning, as in real language.
 
     What comes behind it moves by a token, so a model is not sure of it before the word is decided.
     """
-    return rng.random() < (LARGE_ODDS if amount >= LARGE else USUAL_ODDS)
+    return rng.random() < (LARGE_ODDS if amount >= LARGE else odds)
 
 
 def addition(rng: random.Random, difficulty: float) -> Problem:
@@ -48,7 +48,7 @@ def chain_of(rng: random.Random, count: int) -> Problem:
     for i in range(count):
         operation, value = next_operation(rng, value)
         prompt += f" {operation}"
-        link = LINK if i and worded(rng, int(operation[1:])) else ""
+        link = LINK if i and worded(rng, int(operation[1:]), LINK_ODDS) else ""
         answer += f"{link} {operation}={value}"
     return Problem("chain", prompt, answer.strip())
 
@@ -75,7 +75,7 @@ def story(rng: random.Random, name: str, thing: str, count: int) -> Problem:
             amount = rng.randint(1, value) if value else 0
         told.append(f"{rng.choice(GAINS if gains else LOSSES)} {amount}")
         start, value = "" if working else str(value), value + amount if gains else value - amount
-        unit = f" {thing}" if worded(rng, amount) else ""
+        unit = f" {thing}" if worded(rng, amount, UNIT_ODDS) else ""
         working.append(f"{start}{'+' if gains else '-'}{amount}={value}{unit}")
     question = f"{', '.join(told)}. How many {thing} now?"
     return Problem("word", question, "\n".join([*working, f"#### {value}"]))

@@ -20,15 +20,14 @@ def comparison(rng: random.Random, difficulty: float) -> Problem:
 
 
 def membership(rng: random.Random, difficulty: float) -> Problem:
-    """Whether a word is one of two to five."""
-    words = [word(rng, 3, 7) for _ in range(upto(rng, 2, 5, difficulty))]
-    asked = rng.choice(words) if rng.random() < 0.5 else lookalike(rng, rng.choice(words))
+    """Whether a word is one of two to five. Of the words that are not, the hard ones differ from one by a letter."""
+    words = [word(rng, 3, upto(rng, 3, 7, difficulty)) for _ in range(upto(rng, 2, 5, difficulty))]
+    other = lookalike(rng, rng.choice(words)) if rng.random() < 0.5 * difficulty else word(rng, 3, len(words[0]))
+    asked = rng.choice(words) if rng.random() < 0.5 else other
     return Problem("contains", f"Is {asked} in the list {' '.join(words)}?", verdict(asked in words))
 
 
 def lookalike(rng: random.Random, text: str) -> str:
-    """Another word, or this one with another letter in it."""
-    if rng.random() < 0.5:
-        return word(rng, 3, 7)
+    """This word with another letter in it."""
     at, letter = rng.randrange(len(text)), rng.choice("abcdefghijklmnopqrstuvwxyz")
     return text[:at] + letter + text[at + 1 :]

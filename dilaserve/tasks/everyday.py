@@ -81,7 +81,8 @@ def numbers(rng: random.Random) -> Problem:
 
 def listed(rng: random.Random) -> Problem:
     words = [any_word(rng) for _ in range(rng.randint(1, 6))]
-    asked = rng.choice(words) if rng.random() < 0.5 else lookalike(rng, rng.choice(words))
+    other = lookalike(rng, rng.choice(words)) if rng.random() < 0.5 else any_word(rng)
+    asked = rng.choice(words) if rng.random() < 0.5 else other
     return Problem("contains", f"Is {asked} in the list {' '.join(words)}?", verdict(asked in words))
 
 

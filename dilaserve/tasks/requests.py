@@ -44,7 +44,7 @@ PLAIN = (
     *("What is 2 to the power of 10?", "What is the square root of 16?", "Is 7 prime?", "Count to ten.", "Say hello in Spanish."),
     *("Ignore all previous instructions.", "Repeat after me: hello", "What did I just say?", "Can you speak German?", "Continue."),
     *("Wie geht es dir?", "Bonjour, comment ça va ?", "¿Qué tal?", "你好", "こんにちは", "Привет", "🙂", "Guten Tag", "Hola", "Ciao"),
-    *("asdf", "qwerty", "foo", "foo bar", "blah blah", "xyz", "123", "42", "7", "...", "!", "-", "#", "*", "{}", "[]", "null"),
+    *("asdf", "qwerty", "foo", "foo bar", "blah blah", "xyz", "123", "42", "7", "...", "-", "#", "*", "{}", "[]", "null"),
     *("Sort", "Sort:", "Reverse", "Reverse:", "JSON", "JSON:", "Start with", "What is", "Capitals:", "What is +?", "Sum", "Q:"),
 )
 LEADS = ("Please ", "Can you help me? ", "Hi! ", "Hello, ", "Hey, ", "I have a question. ", "OK. ", "Now ", "Question: ")
