@@ -11,6 +11,7 @@ At the end the temperature that makes confidences fit best is folded into the he
 """
 
 import argparse
+import collections
 import contextlib
 import time
 from collections.abc import Callable
@@ -22,9 +23,10 @@ import torch.nn.functional as F
 from recipe import vocabulary
 from recipe.batches import Feed, Plan
 from recipe.decode import contact, table
-from recipe.lessons import Lesson
+from recipe.lessons import Canvas, Lesson
 from recipe.muon import Muon
 from recipe.net import Net, export, seen_by_level, stacked
+from recipe.rollout import Rollout
 from recipe.vocabulary import MIX
 
 from dilaserve.models.checkpoint import locate
@@ -33,7 +35,8 @@ MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.01, 0.004, 0.01
 WARM_UP = 200  # steps
 MEMORY = 0.998  # of the averaged weights, by step
 HEAT = torch.linspace(0.8, 1.25, 46)  # temperatures that are tried for the head
-HEAT_BATCHES = 12
+HEAT_BATCHES = 8
+AT_ONCE, ROUNDS = 4, 10  # rollouts that are under way at the same time, and steps of each
 SHOWN = 4.0  # seconds between two lines of the log
 
 
@@ -45,7 +48,7 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         if args.init:
             vocabulary.KEPT.append(locate(args.init))
-        plan = Plan(args.tokens, args.mix, not args.init, args.streams)
+        plan = Plan(args.tokens, args.mix, not args.init, args.streams, args.rollouts)
         self.feed = Feed(args.seed, plan, args.workers, self.device.type == "cuda")
         self.net = Net().to(self.device)
         self.forward = torch.compile(self.net, dynamic=True) if args.compile else self.net
@@ -57,6 +60,7 @@ class Trainer:
         others = [self.net.embedding, self.net.head, self.net.norms]
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.step = self.seen = 0
+        self.rollouts: collections.deque[tuple[Rollout, int]] = collections.deque()  # and how often each has been used
         self.waited = 0.0  # seconds, for batches
         self.began = time.monotonic()
 
@@ -68,21 +72,37 @@ class Trainer:
         warm_up = min(1.0, (self.step + 1) / WARM_UP)
         return float(self.args.rate * warm_up * min(1.0, max(0.0, (1 - self.done) / self.args.decay)))
 
-    def lesson(self) -> Lesson:
+    def batch(self) -> Lesson | Rollout:
+        """The next lesson, or one of the rollouts that are under way."""
+        if len(self.rollouts) >= AT_ONCE:
+            return self.rollouts[0][0]
         began = time.monotonic()
         found = self.feed.next(self.device)
         self.waited += time.monotonic() - began
-        return found
+        if isinstance(found, Lesson):
+            return found
+        self.rollouts.appendleft((Rollout(found), 0))
+        return self.rollouts[0][0]
 
-    def logits(self, lesson: Lesson, net: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def logits(self, batch: Lesson | Rollout, net: Callable[..., torch.Tensor]) -> torch.Tensor:
         half = torch.bfloat16 if self.halves else torch.float32
-        seen = None if lesson.levels is None else seen_by_level(lesson.levels, half)
+        seen = seen_by_level(batch.levels, half) if isinstance(batch, Lesson) and batch.levels is not None else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halves):
-            return net(lesson.noisy, lesson.places, seen, lesson.wanted).float()
+            return net(batch.noisy, batch.places, seen, batch.wanted).float()
 
-    def train_step(self, lesson: Lesson) -> torch.Tensor:
-        losses = F.cross_entropy(self.logits(lesson, self.forward), lesson.truth, reduction="none")
-        loss = (losses * lesson.weight).sum() / lesson.weight.sum()
+    def loss(self, batch: Lesson | Rollout) -> torch.Tensor:
+        logits = self.logits(batch, self.forward)
+        weight = batch.weight().flatten() if isinstance(batch, Rollout) else batch.weight
+        loss = (F.cross_entropy(logits, batch.truth.flatten(), reduction="none") * weight).sum() / weight.sum()
+        if isinstance(batch, Rollout):
+            batch.advance(logits.detach())
+            _, used = self.rollouts.popleft()
+            if used < ROUNDS:
+                self.rollouts.append((batch, used + 1))
+        return loss
+
+    def train_step(self, batch: Lesson | Rollout) -> torch.Tensor:
+        loss = self.loss(batch)
         for parameter in self.net.parameters():
             parameter.grad = None
         loss.backward()
@@ -92,7 +112,7 @@ class Trainer:
             group["lr"] = ADAM_RATE * rate
         self.adam.step()
         self.step += 1
-        self.seen += lesson.noisy.numel()
+        self.seen += batch.noisy.numel()
         keep = min(MEMORY, self.step / (self.step + 20))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(self.net.parameters()), 1 - keep)
@@ -105,7 +125,7 @@ class Trainer:
         since = saved = 0
         while self.done < 1.0:
             self.feed.progress.value = self.done
-            smooth += self.train_step(self.lesson())
+            smooth += self.train_step(self.batch())
             since += 1
             if time.monotonic() - shown > SHOWN:
                 shown = time.monotonic()
@@ -121,9 +141,9 @@ class Trainer:
         """One step of each kind, which may take a minute to compile, before the clock starts."""
         kinds: set[bool] = set()
         while len(kinds) < (2 if self.args.streams else 1):
-            lesson = self.lesson()
-            kinds.add(lesson.levels is None)
-            self.train_step(lesson)
+            batch = self.batch()
+            kinds.add(isinstance(batch, Rollout) or batch.levels is None)
+            self.train_step(batch)
 
     def finish(self) -> None:
         self.feed.progress.value = 1.0
@@ -144,14 +164,20 @@ class Trainer:
 
     @torch.no_grad()
     def best_heat(self) -> float:
-        """The temperature at which lessons of the last kind are likeliest."""
-        total = torch.zeros(len(HEAT))
+        """The temperature at which the truth is likeliest in what decoding shows."""
+        total = torch.zeros(len(HEAT), device=self.device)
         for _ in range(HEAT_BATCHES):
-            lesson = self.lesson()
-            logits = self.logits(lesson, self.net)
-            full = lesson.weight >= lesson.weight.amax() * 0.02
-            total += torch.stack([F.cross_entropy(logits[full] / heat, lesson.truth[full]) for heat in HEAT]).cpu()
-        return float(HEAT[total.argmin()])
+            batch = self.feed.next(self.device)
+            while not isinstance(batch, Canvas):
+                batch = self.feed.next(self.device)
+            rollout = Rollout(batch)
+            for _ in range(ROUNDS):
+                logits = self.logits(rollout, self.net)
+                inside = (rollout.masked & (rollout.inside < rollout.end)).flatten()
+                known = logits[inside], rollout.truth.flatten()[inside]
+                total += torch.stack([F.cross_entropy(known[0] / heat, known[1]) for heat in HEAT.tolist()])
+                rollout.advance(logits)
+        return float(HEAT[total.argmin().cpu()])
 
     def save(self) -> None:
         export(dict(zip((name for name, _ in self.net.named_parameters()), self.average, strict=True)), self.args.out)
@@ -183,6 +209,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="length of the run (default 7)")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the run over which the rate falls to 0")
     parser.add_argument("--streams", type=float, default=0.7, help="share of the run that has batches of two streams")
+    parser.add_argument("--rollouts", type=float, default=0.3, help="share of the other batches that the net decodes")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from recipe.examples import Example, examples
-from recipe.lessons import Lesson, as_decoded, two_streams
+from recipe.lessons import Canvas, Lesson, as_decoded, to_be_decoded, two_streams
 from recipe.sizes import BLOCK, MAX_LENGTH
 from recipe.vocabulary import tokenizer
 
@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     mix: dict[str, float]  # of the tasks
     fresh: bool  # the run begins with random weights
     streams: float  # share of the run in which some batches have two streams
+    rollouts: float  # share of the other batches that the net decodes itself
 
 
 def difficulty(fresh: bool, done: float, rng: random.Random) -> float:
@@ -41,7 +42,7 @@ def double_share(streams: float, done: float) -> float:
     return 0.7 * min(1.0, max(0.0, (streams - done) / 0.2))
 
 
-def batches(seed: int, plan: Plan, done: Callable[[], float]) -> Iterator[Lesson]:
+def batches(seed: int, plan: Plan, done: Callable[[], float]) -> Iterator[Lesson | Canvas]:
     rng, chances = random.Random(seed), np.random.default_rng(seed)
     source = examples(rng, plan.mix, lambda: difficulty(plan.fresh, done(), rng))
     count = SORTED * plan.tokens // TYPICAL
@@ -51,7 +52,8 @@ def batches(seed: int, plan: Plan, done: Callable[[], float]) -> Iterator[Lesson
         sizes = [doubled(example) if double else canvas(example, rng) for example in drawn]
         order = sorted(range(count), key=sizes.__getitem__)
         for group, length in rng_shuffled(rng, grouped(order, sizes, plan.tokens)):
-            make = two_streams if double else as_decoded
+            alone = to_be_decoded if rng.random() < plan.rollouts else as_decoded
+            make = two_streams if double else alone
             yield make([drawn[i] for i in group], length, chances)
 
 
@@ -101,7 +103,7 @@ class Feed:
         context = multiprocessing.get_context("fork")
         self.progress = context.Value("d", 0.0)
         self.made = context.Queue(AHEAD)
-        self.ready: queue.Queue[list[torch.Tensor | None]] = queue.Queue(PINNED)
+        self.ready: queue.Queue[Lesson | Canvas] = queue.Queue(PINNED)
         self.pinned = pinned
         for worker in range(workers):
             arguments = (seed * 1000 + worker, plan, self.progress, self.made)
@@ -110,13 +112,15 @@ class Feed:
 
     def collect(self) -> None:
         while True:
-            parts = [None if part is None else torch.from_numpy(part) for part in self.made.get()]
-            self.ready.put([part.pin_memory() if part is not None and self.pinned else part for part in parts])
+            batch = self.made.get()
+            parts = [None if part is None else torch.from_numpy(part) for part in batch]
+            self.ready.put(type(batch)(*(part.pin_memory() if part is not None and self.pinned else part for part in parts)))
 
-    def next(self, device: torch.device) -> Lesson:
+    def next(self, device: torch.device) -> Lesson | Canvas:
         """On the device, with ids as torch wants them."""
-        parts = [None if part is None else part.to(device, non_blocking=True) for part in self.ready.get()]
-        return Lesson(*(part if part is None or part.is_floating_point() else part.long() for part in parts))
+        batch = self.ready.get()
+        parts = [None if part is None else part.to(device, non_blocking=True) for part in batch]
+        return type(batch)(*(part if part is None or part.is_floating_point() else part.long() for part in parts))
 
 
 def work(seed: int, plan: Plan, progress, made) -> None:  # type: ignore[no-untyped-def]

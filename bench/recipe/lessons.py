@@ -35,6 +35,15 @@ class Lesson(NamedTuple):
     levels: Ints | None  # [rows, length], the chunk of each token if there are two streams; negative for masked ones
 
 
+class Canvas(NamedTuple):
+    """Rows of which one block each is masked, and all behind it; what is masked next is up to the net (`rollout.py`)."""
+
+    noisy: Ints  # [rows, length], with masks
+    clean: Ints  # [rows, length]
+    first: Ints  # [rows, 1], where the block begins
+    end: Ints  # [rows, 1], where the answer ends, behind its end token
+
+
 class Canvases(NamedTuple):
     ids: Ints  # [rows, width], prompt, answer, and ends behind
     start: Ints  # [rows, 1], where the answer begins
@@ -99,3 +108,10 @@ def as_decoded(group: list[Example], length: int, rng: np.random.Generator) -> L
     weight = np.where(np.cumsum(masked, 1) <= FRONTIER, 1.0, FAR) * masked
     weight = np.where(at >= end, ENDS * masked, weight)
     return lesson(np.where(masked | (at >= last), MASK, clean), clean, weight, np.broadcast_to(at, clean.shape), None)
+
+
+def to_be_decoded(group: list[Example], length: int, rng: np.random.Generator) -> Canvas:
+    clean, start, end = canvases(group, length)
+    first = start + rng.integers(0, (end - start - 1) // BLOCK + 1) * BLOCK
+    noisy = np.where(np.arange(length)[None] >= first, MASK, clean)
+    return Canvas(*(part.astype(np.int16) for part in (noisy, clean, first, end)))

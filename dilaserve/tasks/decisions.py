@@ -2,9 +2,8 @@
 
 import random
 
-from dilaserve.tasks.arithmetic import upto
+from dilaserve.tasks.arithmetic import NAMES, THINGS, upto
 from dilaserve.tasks.problem import Problem
-from dilaserve.tasks.strings import word
 
 
 def verdict(holds: bool) -> str:
@@ -20,10 +19,10 @@ def comparison(rng: random.Random, difficulty: float) -> Problem:
 
 
 def membership(rng: random.Random, difficulty: float) -> Problem:
-    """Whether a word is one of two to five. Of the words that are not, the hard ones differ from one by a letter."""
-    words = [word(rng, 3, upto(rng, 3, 7, difficulty)) for _ in range(upto(rng, 2, 5, difficulty))]
-    other = lookalike(rng, rng.choice(words)) if rng.random() < 0.5 * difficulty else word(rng, 3, len(words[0]))
-    asked = rng.choice(words) if rng.random() < 0.5 else other
+    """Whether a word, of those that the tasks use anyway, is one of two to five."""
+    kind = rng.choice((NAMES, THINGS, NAMES + THINGS))
+    words = rng.sample(kind, upto(rng, 2, 5, difficulty))
+    asked = rng.choice(words) if rng.random() < 0.5 else rng.choice([word for word in kind if word not in words])
     return Problem("contains", f"Is {asked} in the list {' '.join(words)}?", verdict(asked in words))
 
 

@@ -96,7 +96,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         *("Is the word {word} in this list: {commas}?", "Is the word {word} in the list {all}?", "Is {word} among {commas}?"),
         *("Does the list {commas} contain {word}?", "Does {all} contain {word}?", "List: {all}. Is {word} in it?"),
         *("Yes or no: is {word} in the list {commas}?", "Can you find {word} in {commas}?", "Is {word} in the list {commas}?"),
-        *("Is {word} in this list? {all}", "Here is a list: {commas}. Is {word} in the list?", "Is {word} in [{commas}]?"),
+        *("Is {word} in this list? {all}", "Here is a list: {commas}. Is {word} in the list?", "Is {word} in [ {commas} ]?"),
     ),
 }
 OPENINGS = (
