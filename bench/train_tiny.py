@@ -3,9 +3,9 @@
     python bench/train_tiny.py --out DIR --minutes 7 --device cuda --compile --workers 14
     python bench/train_tiny.py --out DIR --init dilaserve-tiny --decay 1 --streams 0 --minutes 2 --device cuda
 
-Masked diffusion (LLaDA, arXiv 2502.09992): cross-entropy on masked answer tokens, as `recipe/lessons.py` chooses them. A
-run begins mostly with two streams and ends with masks as block decoding shows them. It may go on from a checkpoint
-(`--init`), whose tokenizer it keeps.
+Masked diffusion (LLaDA, arXiv 2502.09992): cross-entropy on masked answer tokens, as `recipe/lessons.py` chooses them,
+and in a share `--rollouts` of batches on what the net's own decoding shows (`recipe/rollout.py`). A run begins mostly
+with two streams (`--streams`). It may go on from a checkpoint (`--init`), whose tokenizer it keeps.
 
 At the end the temperature that makes confidences fit best is folded into the head, and held-out problems are asked.
 """
@@ -129,7 +129,8 @@ class Trainer:
             since += 1
             if time.monotonic() - shown > SHOWN:
                 shown = time.monotonic()
-                self.say(f"step {self.step} loss {smooth.item() / since:.4f} tokens {self.seen / 1e6:.1f}M waited {self.waited:.1f} s")
+                mean, seen = smooth.item() / since, self.seen / 1e6
+                self.say(f"step {self.step} loss {mean:.4f} tokens {seen:.1f}M waited {self.waited:.1f} s")
                 smooth.zero_()
                 since = 0
             if self.done * 4 > saved + 1:
@@ -138,11 +139,11 @@ class Trainer:
         self.finish()
 
     def compile(self) -> None:
-        """One step of each kind, which may take a minute to compile, before the clock starts."""
-        kinds: set[bool] = set()
-        while len(kinds) < (2 if self.args.streams else 1):
+        """A step of each kind, which may take a minute to compile, before the clock starts."""
+        kinds: set[tuple[bool, bool]] = set()
+        while len(kinds) < (self.args.streams > 0) + (self.args.rollouts > 0) + (self.args.rollouts < 1):
             batch = self.batch()
-            kinds.add(isinstance(batch, Rollout) or batch.levels is None)
+            kinds.add((isinstance(batch, Rollout), isinstance(batch, Lesson) and batch.levels is not None))
             self.train_step(batch)
 
     def finish(self) -> None:

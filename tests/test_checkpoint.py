@@ -45,7 +45,7 @@ def change(model, **fields):
 
 def test_the_bundled_model_is_found_by_its_name():
     spec = models.describe(Checkpoint(locate("dilaserve-tiny")))
-    assert spec.max_length == 512
+    assert spec.max_length == 1024
     assert spec.parameters < 8_000_000
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from recipe.examples import Example, examples
 from recipe.lessons import Canvas, Lesson, as_decoded, to_be_decoded, two_streams
@@ -113,8 +114,11 @@ class Feed:
     def collect(self) -> None:
         while True:
             batch = self.made.get()
-            parts = [None if part is None else torch.from_numpy(part) for part in batch]
-            self.ready.put(type(batch)(*(part.pin_memory() if part is not None and self.pinned else part for part in parts)))
+            self.ready.put(type(batch)(*(None if part is None else self.laid(part) for part in batch)))
+
+    def laid(self, part: NDArray[np.generic]) -> torch.Tensor:
+        tensor = torch.from_numpy(part)
+        return tensor.pin_memory() if self.pinned else tensor
 
     def next(self, device: torch.device) -> Lesson | Canvas:
         """On the device, with ids as torch wants them."""

@@ -99,7 +99,8 @@ def table(net: Net, count: int, say: Callable[[str], None]) -> None:
         problems = held_out(task, count * 4 if task in ("chain", "word") else count, seed=1)
         asked = [Conversation((Message("user", problem.prompt),), "", problem) for problem in problems]
         scores = [scored(net, asked, threshold) for threshold in THRESHOLDS]
-        say(f"{task:9}" + "  ".join(f"{t}: {s.accuracy:.1f} {s.steps:.2f}" for t, s in zip(THRESHOLDS, scores)))
+        parts = [f"{at}: {s.accuracy:.1f} {s.steps:.2f}" for at, s in zip(THRESHOLDS, scores, strict=True)]
+        say(f"{task:9}" + "  ".join(parts))
 
 
 def contact(net: Net, count: int, say: Callable[[str], None]) -> None:

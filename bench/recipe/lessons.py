@@ -3,7 +3,7 @@
 The masks are those that block decoding shows: everything after the active block is masked, everything before it is
 visible, and inside it mostly a prefix is visible, so that a result is computed and not copied from further right.
 
-That gives a handful of lessons per example. With two streams (block diffusion, arXiv 2503.09573) the answer stands there
+That gives a handful of lessons per example. With two streams (block diffusion, arXiv 2503.09573) the answer is there
 once in clear and once masked, cut into chunks of random size; the masks of a chunk see each other and all clear tokens
 before the chunk, and every answer token is a lesson.
 """
@@ -21,7 +21,7 @@ Ints, Floats = NDArray[np.integer], NDArray[np.floating]
 FRONTIER = 8  # masked tokens from the left that count in full
 FAR = 0.4  # weight of those behind: they depend on what is not there yet
 ENDS = 0.1  # weight of the end tokens behind the first
-SHORT = 0.75  # from 0 to 1: how much less a long answer counts than its tokens
+SHORT = 1.0  # from 0 to 1: how much less a long answer counts than its tokens; at 1 all answers count the same
 GRAIN = 256
 CHUNKS = (1, 1, 1, 2, 2, 3, 4, 6, 8, 12, 20)
 
@@ -36,7 +36,7 @@ class Lesson(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """Rows of which one block each is masked, and all behind it; what is masked next is up to the net (`rollout.py`)."""
+    """Rows of which one block each is masked, and all behind it; the net chooses what is unmasked (`rollout.py`)."""
 
     noisy: Ints  # [rows, length], with masks
     clean: Ints  # [rows, length]

@@ -1,7 +1,7 @@
-"""Lessons from the net's own decoding: each step learns from all masks of the block, then unmasks what the net is sure of.
+"""Lessons from the net's own decoding: each step learns from all masks of the block, then unmasks what is sure.
 
-What is unmasked is chosen by the net's confidence at a random threshold, and filled with the truth. So the net learns the
-states that decoding really shows, and its confidence there becomes its accuracy.
+What is unmasked is chosen by the net's confidence at a random threshold, and filled with the truth. So the net learns
+the states that decoding really shows, and its confidence there becomes its accuracy.
 """
 
 import torch

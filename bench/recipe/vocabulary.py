@@ -75,7 +75,7 @@ def common_words(pieces: pre_tokenizers.PreTokenizer, most: int) -> list[str]:
     for conversation in itertools.islice(Conversations(random.Random(0), MIX), LOOKED_AT):
         for text in texts(conversation):
             counts.update({piece for piece, _ in pieces.pre_tokenize_str(text) if len(piece) > 1})
-    for word in (*WORDS, *PEOPLE, *CITIES, *GOODS):
+    for word in (*WORDS, *PEOPLE, *CITIES, *GOODS, "lamu"):
         counts.pop(word, None), counts.pop(f"\u0120{word}", None)
     return sorted(piece for piece, count in counts.most_common(most) if count >= OFTEN)
 

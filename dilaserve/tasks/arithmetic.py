@@ -9,7 +9,7 @@ THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps
 GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "gives away", "breaks")
 LINK = " then"  # optional between two steps of a chain; in a word problem the things' name is optional
-LARGE = 8  # amounts from here on have the lower odds below
+LARGE = 7  # amounts from here on have the lower odds below
 LINK_ODDS, UNIT_ODDS, LARGE_ODDS = 0.84, 0.87, 0.66  # that a link or a unit is there, or either beside a large amount
 NEGATIVE = 0.1  # share of the differences whose result is negative
 

@@ -1,18 +1,51 @@
 """Problems as people type them, beyond the tasks' own ranges: real words and names, very short chains, capitals."""
 
+import functools
+import itertools
 import json
 import random
+import re
 
-from dilaserve.tasks.arithmetic import chain_of, story
+from dilaserve.tasks.arithmetic import GAINS, LOSSES, NAMES, THINGS, chain_of, story
 from dilaserve.tasks.decisions import lookalike, verdict
+from dilaserve.tasks.phrasing import TEMPLATES
 from dilaserve.tasks.problem import Problem
+from dilaserve.tasks.smalltalk import ABILITIES
 from dilaserve.tasks.strings import word
+from dilaserve.tasks.systems import ROLES, RULES
 
 WORDS = (
-    *("hello", "world", "apple", "banana", "cherry", "orange", "lemon", "house", "garden", "water", "river", "mountain"),
+    *(
+        "hello",
+        "world",
+        "apple",
+        "banana",
+        "cherry",
+        "orange",
+        "lemon",
+        "house",
+        "garden",
+        "water",
+        "river",
+        "mountain",
+    ),
     *("python", "server", "model", "diffusion", "computer", "keyboard", "table", "chair", "window", "school", "street"),
     *("love", "happy", "light", "night", "morning", "summer", "winter", "music", "letter", "paper", "bread", "cheese"),
-    *("racecar", "level", "abc", "abcd", "test", "word", "stressed", "drawer", "cat", "dog", "horse", "elephant", "tiger"),
+    *(
+        "racecar",
+        "level",
+        "abc",
+        "abcd",
+        "test",
+        "word",
+        "stressed",
+        "drawer",
+        "cat",
+        "dog",
+        "horse",
+        "elephant",
+        "tiger",
+    ),
     *("cool", "queen", "king", "wizard", "jazz", "box", "fox", "lazy", "quick", "brown", "over", "jump"),
 )
 PEOPLE = (
@@ -20,10 +53,48 @@ PEOPLE = (
     *("Peter", "Sarah", "Thomas", "Victor", "Anna", "John", "Jane", "Mary", "Paul", "Lisa", "Mark", "Laura", "James"),
 )
 CITIES = (
-    *("Paris", "London", "Berlin", "Rome", "Madrid", "Vienna", "Oslo", "Lisbon", "Prague", "Boston", "Chicago", "Tokyo"),
-    *("Zurich", "Munich", "Dublin", "Athens", "Milan", "Warsaw", "Geneva", "Seattle", "Denver", "Austin", "Delhi", "Lima"),
+    *(
+        "Paris",
+        "London",
+        "Berlin",
+        "Rome",
+        "Madrid",
+        "Vienna",
+        "Oslo",
+        "Lisbon",
+        "Prague",
+        "Boston",
+        "Chicago",
+        "Tokyo",
+    ),
+    *(
+        "Zurich",
+        "Munich",
+        "Dublin",
+        "Athens",
+        "Milan",
+        "Warsaw",
+        "Geneva",
+        "Seattle",
+        "Denver",
+        "Austin",
+        "Delhi",
+        "Lima",
+    ),
 )
-GOODS = ("marbles", "dogs", "dollars", "balls", "oranges", "stickers", "pencils", "candies", "cakes", "flowers", "bottles")
+GOODS = (
+    "marbles",
+    "dogs",
+    "dollars",
+    "balls",
+    "oranges",
+    "stickers",
+    "pencils",
+    "candies",
+    "cakes",
+    "flowers",
+    "bottles",
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -33,13 +104,23 @@ def everyday(task: str, rng: random.Random) -> Problem | None:
 
 
 def any_word(rng: random.Random) -> str:
-    """A real word, a made-up one, or letters."""
+    """A real word, a word that stands in many prompts, a made-up one, or letters."""
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.2:
         return rng.choice(WORDS)
-    if kind < 0.6:
+    if kind < 0.55:
+        return rng.choice(common())
+    if kind < 0.75:
         return word(rng, 2, 10)
     return "".join(rng.choice(LETTERS) for _ in range(rng.randint(2, 9)))
+
+
+@functools.cache
+def common() -> list[str]:
+    """The words of templates and answers. They are single tokens, so that their letters must be learned one by one."""
+    texts = (*itertools.chain(*TEMPLATES.values()), *ROLES, *RULES, *ABILITIES, *NAMES, *THINGS, *GAINS, *LOSSES)
+    words = {word.lower() for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", text))}
+    return sorted(word for word in words if 1 < len(word) < 12)
 
 
 def short_chain(rng: random.Random) -> Problem:

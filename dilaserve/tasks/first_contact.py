@@ -1,4 +1,4 @@
-"""What a newcomer types, made by a program: a fixed share of each kind, all of it of forms that are never trained on."""
+"""What a newcomer types, made by a program: a fixed share of each kind, all of forms that are never trained on."""
 
 import random
 from typing import NamedTuple
