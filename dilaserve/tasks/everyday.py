@@ -146,7 +146,7 @@ def capitals(rng: random.Random) -> Problem:
 
 
 def person(rng: random.Random) -> Problem:
-    name = rng.choice(PEOPLE) if rng.random() < 0.5 else any_word(rng).title()
+    name = rng.choice(PEOPLE + NAMES) if rng.random() < 0.6 else any_word(rng).title()
     city = rng.choice(CITIES) if rng.random() < 0.5 else any_word(rng).title()
     age = rng.randint(1, 99)
     verb = rng.choice(("lives in", "lives in", "lives in", "comes from", "is from"))
