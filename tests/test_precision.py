@@ -17,7 +17,7 @@ from dilaserve.tasks import TASKS, held_out
 from dilaserve.terms import Decoding, Span
 from dilaserve.text import Text
 from dilaserve.worker.groups import add
-from dilaserve.worker.runner import Columns, Runner
+from dilaserve.worker.runner import Runner
 
 BLOCK, ROOM, PER_TASK = 32, 512, 4
 TINY = "dilaserve-tiny"
@@ -70,7 +70,7 @@ class House:
             place = kv_start, start, length, end, len(prompt), end
             spans.append(Span(row, self.generations[row], *place, 0, 0))
             kv_start += -(-end // PAGE) * PAGE
-        columns = Columns(*np.array(spans, dtype=np.int64).T)
+        columns = columns_of(spans)
         parts = together(degree, lambda rank, reduce: self.logits(columns, Shard(rank, degree), reduce))
         blocks = [self.table.canvas[row, len(p) : len(p) + len(a)] for row, (p, a) in enumerate(self.canvases)]
         masked = torch.from_numpy(np.concatenate(blocks) == self.spec.mask_id)
