@@ -16,6 +16,7 @@ from dilaserve.table import RequestTable
 from dilaserve.tasks import TASKS, held_out
 from dilaserve.terms import Decoding, Span
 from dilaserve.text import Text
+from dilaserve.worker.batch import columns_of
 from dilaserve.worker.groups import add
 from dilaserve.worker.runner import Runner
 
