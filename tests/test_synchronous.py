@@ -113,8 +113,16 @@ def asked_for_ever(served, call):
             collections.deque(served.stream(PROMPTS[0], LONG), maxlen=0)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell has started the tests with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("call", ["generate", "stream"])
-def test_ctrl_c_reaches_the_caller_and_cancels_the_request(served, call):
+def test_ctrl_c_reaches_the_caller_and_cancels_the_request(served, interruptible, call):
     before = served._engine.scheduler.totals.fates["cancelled"]
 
     def interrupt():
@@ -150,6 +158,7 @@ def test_closing_ends_what_runs_and_says_so_to_all(random_model):
     with served:
         with pytest.raises(Unavailable, match="open already"):
             served.open()
+        thread = served._thread
         pid = next(iter(served._engine.executor.workers.values())).process.pid
         chunks = served.stream(PROMPTS[0], LONG)
         with concurrent.futures.ThreadPoolExecutor(1) as threads:
@@ -164,7 +173,7 @@ def test_closing_ends_what_runs_and_says_so_to_all(random_model):
             call()
     served.close()
     assert not os.path.exists(f"/proc/{pid}")
-    assert "dilaserve" not in {thread.name for thread in threading.enumerate() if thread is not served._thread}
+    assert not thread.is_alive()
 
 
 SCRIPTS = {
