@@ -23,8 +23,8 @@ BODY_WITHIN = 30.0  # seconds to receive a request body
 SMALL = 2**14  # bytes of a body that always finds room
 PIECE = 2**17  # bytes that are counted at once, in a millisecond or two
 RESERVE = 8  # a share of the bytes in flight that bodies above SMALL leave to smaller ones: one in so many
-TRIM_ABOVE = 2**24  # bytes in flight after which free memory is given back
-TRIM_AFTER = 1.0  # seconds without a body above SMALL before that
+TRIM_ABOVE = 2**20  # bytes in flight after which free memory is given back: what decoding leaves is many times as much
+TRIM_AFTER = 2.0  # seconds until that, so that it is done once for many bodies
 WINDOWS = {"identity": None, "gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's name of each content-encoding
 
 
@@ -87,16 +87,13 @@ class Intake:
             self.trim_later()
 
     def trim_later(self) -> None:
-        """Give memory back once large bodies have gone."""
+        """Give memory back soon after large bodies have come."""
         if self.peak < TRIM_ABOVE or self.trimming:
             return
         self.trimming = asyncio.get_running_loop().call_later(TRIM_AFTER, self.trim)
 
     def trim(self) -> None:
         self.trimming = None
-        if self.held > TRIM_ABOVE // 2:
-            self.trim_later()
-            return
         self.peak = self.held
         self.thread.submit(heap.trim)
 
