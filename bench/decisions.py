@@ -56,7 +56,7 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
     """Seconds of each decision while `rows` requests are in the house."""
     profile, rng = llada_8b_h200(), random.Random(0)
     law = next(iter(profile.costs.values()))
-    config = Config.of(max_num_seqs=64, max_queue=2 * rows)
+    config = Config.of(max_num_seqs=64, max_queue=4096 + 2 * rows, best_effort_backlog=1e9)
     machine = Scheduler(config, {1: law}, profile.quality)
     now, number = 0.0, 0
     flying: list[tuple[float, Batch]] = []

@@ -21,7 +21,8 @@ from dilaserve.promises import Promises
 from dilaserve.terms import Instance, Load
 
 LOOKS = 8  # requests at the head of the queue that each decision tests on the instances between two steps
-TESTS = 600  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
+TESTS = 300  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
+PLACED = 32  # requests without admitted deadlines that a decision gives rows to, at most; about 20 µs each
 WINDOW = 64  # requests that failed the test and that a tick tests again, at most
 STALE = 10.0  # seconds without a step after which what is believed of an instance may be wrong
 FARTHEST = 10.0  # times too long that a step may seem to take
@@ -48,6 +49,7 @@ class House:
         self.moving: list[Progress] = []  # rows of an old plan that wait for the new one to stand
         self.seats: dict[int, Seat] = {}
         self.closing: dict[int, Seat] = {}  # instances of an old plan that finish their step in flight
+        self.places_more = False  # there was more to place than one decision does
         self.kept: Seat | None = None  # takes no promises until who has waited for too long finds room on it
 
     def reseated(self) -> None:
@@ -207,14 +209,19 @@ class House:
         return stale and progress.left(now) * FARTHEST > self.beliefs.unloaded(progress)
 
     def place_rest(self, rows: Iterable[Progress]) -> None:
-        """In order, until one finds no room.
+        """In order, until one finds no room, or as many have found some as a decision may place.
 
         Who is too large for all instances, as workers came back with less memory, holds nobody up.
         """
+        placed, self.places_more = 0, False
         for progress in rows if self.seats else ():
+            if placed == PLACED:
+                self.places_more = True
+                break
             if seat := self.seat_for(progress) or self.seat_of_another(progress):
                 (self.queue if progress.promised else self.waiting).remove(progress)
                 self.seat(progress, seat)
+                placed += 1
             elif self.ever_fits(progress):
                 break
 

@@ -27,7 +27,8 @@ RARELY = 1e-4  # times that a text is expected to end in some blocks, below whic
 ROUNDING = 1e-12  # of a sum of squares, that is no difference
 
 
-COUNTS_A_STEP = 64  # counts of steps that are added up at one step, in about 0.1 ms
+COUNTS_A_STEP = 64  # counts of steps that are added up in one part, in about 0.1 ms
+EACH = 8  # steps of rows, at one of which a part of the learning is done, in 1 to 2 ms
 DONE = object()
 
 
@@ -49,6 +50,7 @@ class Law(msgspec.Struct, frozen=True):
 
 
 Laws = tuple[tuple[Law, ...], ...]  # [level][part]
+ChainKey = tuple[str, int, int, int]  # kind, level, part, block length
 Step = tuple[str, int, int, int, int]  # kind, level, part, bin of the masks left, tokens unmasked
 
 
@@ -183,7 +185,7 @@ class Forecast:
         self.version = 0  # how often the laws have changed
         self.counts: dict[Step, int] = {}  # steps since the laws were last worked out
         self.learning: Iterator[None] | None = None  # what is left to do until the laws have taken them in
-        self.chains: dict[tuple[str, int, int, int], Chain] = {}
+        self.chains: dict[ChainKey, Chain] = {}
         self.known_tracks: dict[tuple[str, tuple[int, ...], int, int, int], list[Track]] = {}
         self.ladders: dict[str, list[Rung]] = {}
         self.nearest: dict[float, int] = {}  # level by threshold
@@ -201,7 +203,7 @@ class Forecast:
         step = kind, level, part, bin_of(masks), unmasked
         self.counts[step] = self.counts.get(step, 0) + 1
         self.observed += 1
-        if self.learning is not None and next(self.learning, DONE) is DONE:
+        if self.learning is not None and self.observed % EACH == 0 and next(self.learning, DONE) is DONE:
             self.learning = None
         if self.observed >= self.next_look and self.learns and self.learning is None:
             self.next_look += min(self.observed, RELEARN)
@@ -238,10 +240,15 @@ class Forecast:
             levels = laws.setdefault(kind, [list(parts) for parts in self.laws[kind]])
             levels[level][part] = added(levels[level][part], rows)
             yield
-        self.take_in({kind: tuple(tuple(parts) for parts in levels) for kind, levels in laws.items()})
+        changed = {kind: tuple(tuple(parts) for parts in levels) for kind, levels in laws.items()}
+        chains: dict[ChainKey, Chain] = {}
+        for key in list(self.chains):
+            chains[key] = chain(laws_of({**self.laws, **changed}, *key[:3]), key[3])
+            yield
+        self.take_in(changed, chains)
 
-    def take_in(self, laws: Mapping[str, Laws]) -> None:
-        """These are the laws of their kinds from now on; what was worked out from others is forgotten."""
+    def take_in(self, laws: Mapping[str, Laws], chains: dict[ChainKey, Chain]) -> None:
+        """These are the laws of their kinds from now on, and these chains were worked out from them."""
         self.laws |= laws
         tasks = {
             name: msgspec.structs.replace(
@@ -253,7 +260,7 @@ class Forecast:
         }
         self.profile = msgspec.structs.replace(self.profile, tasks=tasks)
         self.version += 1
-        self.chains.clear()
+        self.chains = chains
         self.known_tracks.clear()
         self.ladders.clear()
 
@@ -292,14 +299,7 @@ class Forecast:
         return self.ladders[name]
 
     def laws_of(self, kind: str, level: int, part: int) -> list[Law]:
-        """The law of a kind, and behind it those of its task and of any; what none knows is as in the part before."""
-        names = dict.fromkeys((kind, task_of(kind), ANY))
-        laws = [self.laws[name][level][part] for name in names if name in self.laws]
-        unknown = {bin for bin in range(len(BINS)) if not any(law.unmasked[bin] for law in laws)} if part else ()
-        if unknown:
-            before = self.laws_of(kind, level, part - 1)
-            laws.append(Law(tuple(tuple(pooled(before, bin)) if bin in unknown else () for bin in range(len(BINS)))))
-        return laws
+        return laws_of(self.laws, kind, level, part)
 
     def chain(self, kind: str, level: int, part: int, block_length: int) -> Chain:
         key = (kind, level, part, block_length)
@@ -339,6 +339,17 @@ class Forecast:
         """What is ahead of a request in block `block` of `count` with `masks` left in it."""
         law, after = self.track(kind, level, block, count, block_length)
         return joined(law, masks, after, 0.0 if fresh else 1.0)
+
+
+def laws_of(known: Mapping[str, Laws], kind: str, level: int, part: int) -> list[Law]:
+    """The law of a kind, and behind it those of its task and of any; what none knows is as in the part before."""
+    names = dict.fromkeys((kind, task_of(kind), ANY))
+    laws = [known[name][level][part] for name in names if name in known]
+    unknown = {bin for bin in range(len(BINS)) if not any(law.unmasked[bin] for law in laws)} if part else ()
+    if unknown:
+        before = laws_of(known, kind, level, part - 1)
+        laws.append(Law(tuple(tuple(pooled(before, bin)) if bin in unknown else () for bin in range(len(BINS)))))
+    return laws
 
 
 def gather(seen: dict[tuple[str, int, int], list[list[float]]], counts: Iterable[tuple[Step, int]]) -> None:

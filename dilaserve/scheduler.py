@@ -62,7 +62,7 @@ TICK = 0.25  # seconds between two looks at the whole house
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
-MOST_ENDS = 64  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
+MOST_ENDS = 32  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
 LATELY = 30.0  # seconds for which a deadline counts as one of those that come
 MOVE_PATIENCE = 1.0  # seconds that rows of an old plan wait for its new instances, before they go on where room is
 NEVER = float("inf")
@@ -193,7 +193,7 @@ class Scheduler:
         """
         tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
         solve_at = self.solve_at if self.asks else NEVER
-        if self.gives_up or (self.promises.admits and self.house.queue.untested):
+        if self.gives_up or self.house.places_more or (self.promises.admits and self.house.queue.untested):
             return self.decided_at  # a decision looks at only so many
         move_by = self.move_by if self.house.moving else NEVER
         return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at, move_by)
