@@ -331,9 +331,9 @@ class House:
     def tenants(self, seat: Seat, now: float) -> list[Tenant]:
         """The rows with deadlines, as they are when the step in flight ends."""
         loads, at = self.beliefs.loads, max(now, seat.ends_at)
-        return [tenant(row, self.after_step(row, loads(row, seat.degree)[row.level]), at) for row in seat.promised]
+        return [tenant(row, self.need_after_step(row, loads(row, seat.degree)[row.level]), at) for row in seat.promised]
 
-    def after_step(self, row: Progress, need: Load) -> Load:
+    def need_after_step(self, row: Progress, need: Load) -> Load:
         """What the row needs beside the step in flight, if it is in it."""
         if row.state is not State.STEPPING or row.seat is None:
             return need
@@ -419,7 +419,9 @@ class House:
     def demote(self, progress: Progress) -> None:
         """The row has lost its promise and goes on without one."""
         self.leave(progress)
+        self.backlog.remove(progress)
         progress.promised, progress.late = False, True
+        self.backlog.add(progress)
         if progress.seat is None:
             self.enter(progress)
 

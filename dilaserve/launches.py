@@ -85,9 +85,7 @@ class Launches:
             ahead = self.ahead(candidates, longest, steps)
             then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, seat.instance.id, tuple(spans), steps, tuple(then))
-        for progress, work in zip(
-            chosen, works, strict=True
-        ):  # at last, so that an error before leaves rows as they are
+        for progress, work in zip(chosen, works, strict=True):  # last: an error before leaves rows as they are
             progress.launched(work, now)
         seat.flying, seat.batch, seat.spans = chosen, batch, spans
         seat.went_on, seat.hurried, seat.disturbed, seat.launched_at = False, False, False, now

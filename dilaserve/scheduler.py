@@ -558,9 +558,7 @@ class Scheduler:
         if progress.request.slo.on_miss != "best_effort":
             yield from self.decline(progress, now)
             return
-        self.house.backlog.remove(progress)
         self.house.demote(progress)
-        self.house.backlog.add(progress)
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
