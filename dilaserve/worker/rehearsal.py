@@ -2,6 +2,7 @@
 batch fits, and one of each count of rows that has a graph, so that its kernels are compiled.
 """
 
+import gc
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -24,6 +25,7 @@ SLACK = 2**28  # bytes, for what the allocator cannot use
 def nbytes(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     """Bytes of a CUDA device that steps of `tokens` packed tokens and of `rows` reuse rows need beside weights, K/V."""
     needed = rehearsed(spec, model, tokens, rows)
+    gc.collect()  # what was rehearsed refers to itself, and would keep its pool until some later collection
     torch.cuda.empty_cache()
     return needed
 
