@@ -388,6 +388,8 @@ class Scheduler:
         """A row is back from a step: emit what is final, end it if that is all."""
         request, before = progress.request, progress.prefix
         masks, block = progress.masks, progress.block
+        if result.masks_left and not result.unmasked:
+            raise RuntimeError("a step has unmasked nothing, so that the request would never end")
         progress.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix

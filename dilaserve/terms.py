@@ -153,7 +153,7 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     in the block (-1 if none counts), `confidence` the sum over the tokens unmasked.
 
     `stage` says what the step was: the row's first span in the batch (0) or one that follows it (n + 1: the n-th of its
-    `then`). `rested`: the block was done before, so that the row took no part.
+    `then`). `rested`: an earlier step of the batch has done the block, so that the row took no part.
     """
 
     row: int

@@ -8,11 +8,12 @@ import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import World, feed, request, scheduler
+from test_scheduler import World, done, feed, request, result, scheduler
 
 from dilaserve import BadRequest, Config, Engine, Options, RequestFailed, Unavailable
 from dilaserve.beliefs import Beliefs
 from dilaserve.containment import Guard, StateBroken
+from dilaserve.errors import OURS
 from dilaserve.house import House
 from dilaserve.invariants import violations
 from dilaserve.launches import Launches
@@ -24,7 +25,7 @@ from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import pretended
 from dilaserve.stream import Stream
-from dilaserve.terms import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Request
+from dilaserve.terms import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
 
 HANDLERS = [
     *((Scheduler, name) for name in ("arrival", "returned", "end", "gone", "settle", "release", "seen", "account")),
@@ -65,6 +66,21 @@ class Faults:
             return original(*args, **kwargs)
 
         patch.setattr(owner, method, faulty)
+
+
+def test_a_row_that_steps_and_unmasks_nothing_ends_instead_of_stepping_for_ever():
+    """As one would whose place in the table was given to another request."""
+    machine = scheduler()
+    guard = Guard(machine)
+    feed(guard, InstanceReady(Instance(0, (0,), 4096)))
+    (launch,), _ = (feed(guard, Arrival(request(i))) for i in range(2))
+    (span,) = launch.batch.spans
+    commands = feed(guard, done(launch.batch, [result(span, masks_left=32, unmasked=0)]))
+    (fail,) = [command for command in commands if isinstance(command, Fail)]
+    assert (fail.request.id, fail.told, "unmasked nothing" in fail.reason) == ("r0", OURS, True)
+    assert Release(0) in commands
+    assert isinstance(commands[-1], Launch)  # the other request
+    assert violations(machine) == []
 
 
 class GuardedWorld(World):

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from hypothesis import given
@@ -24,6 +25,7 @@ from dilaserve.pulse import LATE, PERIOD, Pulse
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import pretended
+from dilaserve.stream import collect
 
 PROMPT, WISH = [5, 6, 7], Options(max_tokens=32, block_length=8, ignore_eos=True)
 POOL = 2**21  # tokens of K/V, far more than any test here uses
@@ -120,11 +122,36 @@ async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engi
 
 
 @pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("whole", [False, True], ids=["block", "answer"])
+async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_nothing(engine, cache, whole):
+    """The canvas is ahead of what the engine knows: by the rest of the active block, or by all of the answer."""
+    await until(lambda: len(engine.capacity) == 2)
+    wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache=cache)
+    async with await engine.submit(PROMPT, wish) as stream:
+        await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.seat and known.steps)
+        progress = engine.scheduler.requests[stream.id]
+        (rank,) = progress.seat.instance.ranks
+        process = engine.executor.workers[rank].process
+        strike(process.pid, signal.SIGSTOP)
+        await asyncio.sleep(0.05)  # what it has reported by then is known
+        row, canvas = progress.request.row, engine.table.canvas
+        part = slice(progress.block_start, len(PROMPT) + 64 if whole else progress.block_end)
+        canvas[row, part] = np.where(canvas[row, part] == engine.mask_id, 9, canvas[row, part])
+        wrote = tuple(canvas[row, part].tolist())
+        strike(process.pid)
+        answer = await collect(stream)
+    assert answer.completion_tokens == 64
+    assert answer.token_ids[part.start - len(PROMPT) : part.stop - len(PROMPT)] == wrote
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(engine, monkeypatch, caplog):
     """As when a driver keeps it in the kernel: it neither ends nor closes its line."""
     monkeypatch.setattr(executor, "MORTAL", 0.01)
     monkeypatch.setattr(executor, "PATIENCE", 0.01)
     wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
+    await until(lambda: len(engine.capacity) == 2)
     known = await engine.generate(PROMPT, wish)
     load = [asyncio.create_task(engine.generate(PROMPT, wish)) for _ in range(8)]
     steps = engine.profile.steps + 3

@@ -127,8 +127,8 @@ class Runner:
             read += 1
             width = blocks.valid.shape[1]
             taken = token[:, :width] >= 0
-            spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
-            results = self.results(columns, blocks, taken, spent)
+            written, spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
+            results = self.results(columns, blocks, written, spent, overlapped=read > 1)
             over = over or any(not one.masks_left for one in results) or answered(results) or hurried()
             ahead = any(result.masks_left > result.unmasked for result in results)
             last = read == launched and (over or launched == most)
@@ -159,8 +159,8 @@ class Runner:
         self.group.check()
         token, sure = found[:, 0], found[:, 1].view(np.float32)
         taken = token >= 0
-        confidence = self.write(columns, blocks, taken, token, sure)
-        results = self.results(columns, blocks, taken, confidence)
+        written, confidence = self.write(columns, blocks, taken, token, sure)
+        results = self.results(columns, blocks, written, confidence)
         return Outcome(results, time.perf_counter() - began, left - entered)
 
     def guess(self, hidden: torch.Tensor, sampling: Sampling | None) -> Guess:
@@ -262,22 +262,34 @@ class Runner:
         taken: np.ndarray[Any, Any],
         token: np.ndarray[Any, Any],
         confidence: np.ndarray[Any, Any],
-    ) -> np.ndarray[Any, Any]:
-        """Put accepted tokens, all [rows, width], on their canvases; returns the confidence spent per row, [rows]."""
-        self.table.unmask(columns.row, columns.generation, blocks.positions, taken, token, confidence)
-        return np.asarray(np.where(taken, confidence, 0.0).sum(1))
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Put accepted tokens, all [rows, width], on their canvases.
+
+        Returns which were written, [rows, width], and the confidence spent on these per row, [rows].
+        """
+        written = self.table.unmask(columns.row, columns.generation, blocks.positions, taken, token, confidence)
+        return written, np.asarray(np.where(written, confidence, 0.0).sum(1))
 
     def results(
-        self, columns: Columns, blocks: Blocks, taken: np.ndarray[Any, Any], confidence: np.ndarray[Any, Any]
+        self,
+        columns: Columns,
+        blocks: Blocks,
+        written: np.ndarray[Any, Any],
+        confidence: np.ndarray[Any, Any],
+        overlapped: bool = False,
     ) -> list[RowResult]:
+        """What a step did, by row. `overlapped`: it was begun before the last one was read, so that blocks may have
+        been done already. Those of other steps may be too, where a worker died before it could report; such a row has
+        taken part, and goes on with its next block.
+        """
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
         may_end = blocks.valid & (blocks.positions >= self.table.may_end_at[columns.row, None])
         stops = (canvas[..., None] == self.ends(columns.row)[:, None]).any(-1) & may_end
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
-        unmasked, left = taken.sum(1), masked.sum(1)
-        rested = unmasked + left == 0
+        unmasked, left = written.sum(1), masked.sum(1)
+        rested = (unmasked + left == 0) & overlapped
         fields = (columns.row, columns.generation, unmasked, left, prefix, stop_at, confidence, columns.stage, rested)
         return [RowResult(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
 
