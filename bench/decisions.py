@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dilaserve.config import Config
-from dilaserve.scheduler import Scheduler
-from dilaserve.sim.roofline import llada_8b_h200
-from dilaserve.terms import (
+from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.sim.h200 import llada_8b_h200
+from dilaserve.types import (
     Arrival,
     Batch,
     Command,

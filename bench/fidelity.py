@@ -22,16 +22,17 @@ from typing import NamedTuple
 
 from replay import MAX_TOKENS, chat
 
-from dilaserve import Config, Engine, Options, profiles
-from dilaserve.beliefs import Beliefs
-from dilaserve.cost import Features, StepCost
+from dilaserve import Config, Engine, Options
 from dilaserve.errors import DilaserveError
 from dilaserve.models.checkpoint import locate
-from dilaserve.progress import Progress
+from dilaserve.profile import profile_file
+from dilaserve.profile.problems import TASKS, Problem, held_out
+from dilaserve.profile.step_cost import Features, StepCost
+from dilaserve.scheduler.estimates import Beliefs
+from dilaserve.scheduler.request_state import Progress
 from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job, poisson
-from dilaserve.tasks import TASKS, Problem, held_out
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
 
 SCALE = 2.0
 NAME = "double"
@@ -100,7 +101,7 @@ async def real(config: Config, jobs: Sequence[Job], problems: Sequence[Problem])
 def pretend(
     config: Config, jobs: Sequence[Job], devices: int, limit: int, laws: dict[int, StepCost] | None = None
 ) -> list[Fate]:
-    profile = profiles.find(locate(config.model.model), None)
+    profile = profile_file.find(locate(config.model.model), None)
     assert profile
     run = simulate(config, pretended(profile, devices, limit, laws), list(profile.quality.tasks), jobs)
     return [Fate(one.latency, bool(one.met), one.usage.steps if one.usage else 0) for one in run.outcomes]
@@ -117,10 +118,10 @@ def shown(name: str, fates: Sequence[Fate]) -> str:
 
 def capacity(model: str, devices: int, tasks: Sequence[str]) -> float:
     """Requests a second that the profile expects `devices` to finish at .9, three rows to a step."""
-    profile = profiles.find(locate(model), None)
+    profile = profile_file.find(locate(model), None)
     if profile is None:
         raise SystemExit("no profile yet: run `python -m dilaserve calibrate` first")
-    law = profile.costs[profiles.cost_key("cpu")]
+    law = profile.costs[profile_file.cost_key("cpu")]
     steps = statistics.fmean(profile.quality.tasks[task].steps[0] for task in tasks)
     refresh = law.marginal(130, 130 * 130, 130, 32, 1)
     reuse = law.marginal(32, 32 * 130, 130, 32, 1)

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dilaserve.advisor import Advisor
-from dilaserve.planner import Planner
-from dilaserve.policy.packing import groups
-from dilaserve.policy.planning import Ground, propose
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.planner.packing import groups
+from dilaserve.planner.planner import Planner
+from dilaserve.planner.process import Advisor
+from dilaserve.planner.program import Ground, propose
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import by_degree
-from dilaserve.terms import Demand, Flow, Plan
+from dilaserve.types import Demand, Flow, Plan
 
 DEGREES = (1, 2, 4, 8)
 FODDER = bytes(10**7)

@@ -33,15 +33,15 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from dilaserve.config import Config
-from dilaserve.fleet import Kind, paced, unloaded
-from dilaserve.planner import Planner, Setup
-from dilaserve.policy.layouts import counted
-from dilaserve.policy.packing import groups
-from dilaserve.profiles import cost_key
-from dilaserve.quality import Forecast
+from dilaserve.planner.operating_points import Kind, paced, unloaded
+from dilaserve.planner.packing import groups
+from dilaserve.planner.planner import Planner, Setup
+from dilaserve.plans import counted
+from dilaserve.profile.decode_speed import Forecast
+from dilaserve.profile.profile_file import cost_key
 from dilaserve.sim import workload
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import Run, pretended, simulate
 from dilaserve.sim.workload import Job
 

@@ -22,14 +22,14 @@ from slo import ABLATIONS, BEST_EFFORT, SYSTEMS
 
 from dilaserve.cli import parsed
 from dilaserve.config import Config
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import ANY
+from dilaserve.profile.decode_speed import ANY
+from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.sim import workload
 from dilaserve.sim.command import costs, prepared
 from dilaserve.sim.report import Report, report
 from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job
-from dilaserve.terms import OnMiss
+from dilaserve.types import OnMiss
 
 EVERYBODY = {**SYSTEMS, **ABLATIONS}
 LIMIT = 4096

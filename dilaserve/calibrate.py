@@ -19,19 +19,14 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from dilaserve import profiles, tasks
-from dilaserve.beliefs import batch_features
 from dilaserve.config import Config
-from dilaserve.cost import Features, Sample, StepCost, fit
-from dilaserve.devices import listed
-from dilaserve.engine import Engine
+from dilaserve.engine.assembly import Furnish, Furniture, real
+from dilaserve.engine.engine import Engine
+from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, ConfigError, Unavailable
-from dilaserve.executor import Executor, Progress
-from dilaserve.furniture import Furnish, Furniture, real
-from dilaserve.options import Options
-from dilaserve.pages import PAGE
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import (
+from dilaserve.executor.worker_processes import Executor, Progress
+from dilaserve.profile import problems, profile_file
+from dilaserve.profile.decode_speed import (
     ANY,
     BINS,
     LEVELS,
@@ -46,10 +41,26 @@ from dilaserve.quality import (
     parted,
     summed,
 )
-from dilaserve.table import RequestTable
-from dilaserve.tasks import TASKS, held_out
-from dilaserve.tasks.problem import Problem
-from dilaserve.terms import Batch, Decoding, Event, Instance, InstanceReady, Moves, Span, StepDone, WorkerLost, WorkerUp
+from dilaserve.profile.problems import TASKS, held_out
+from dilaserve.profile.problems.problem import Problem
+from dilaserve.profile.profile_file import ModelProfile
+from dilaserve.profile.step_cost import Features, Sample, StepCost, fit
+from dilaserve.scheduler.estimates import batch_features
+from dilaserve.transport.devices import listed
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import (
+    PAGE,
+    Batch,
+    Decoding,
+    Event,
+    Instance,
+    InstanceReady,
+    Moves,
+    Span,
+    StepDone,
+    WorkerLost,
+    WorkerUp,
+)
 
 ANSWER = 32  # tokens of the block that measured rows work on
 REUSE_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 16, 21, 24, 32, 48, 64)  # some of which a GPU pads
@@ -344,7 +355,7 @@ def judged(item: tuple[Question, Problem | None], text: str, reference: str) -> 
     """By the task's rule, by the given answer, or by agreement with the reference threshold's answer."""
     question, problem = item
     if problem is not None:
-        return tasks.check(problem, text)
+        return problems.check(problem, text)
     expected = reference if question.answer is None else question.answer
     return " ".join(text.split()) == " ".join(expected.split())
 
@@ -434,7 +445,7 @@ async def calibrate(
     laws = {degree: fit(taken) for degree, taken in samples.items()}
     costs: dict[str, StepCost] = {
         **(known.costs if known else {}),
-        **{profiles.cost_key(device, degree): law for degree, law in laws.items()},
+        **{profile_file.cost_key(device, degree): law for degree, law in laws.items()},
     }
     profile = ModelProfile(
         model=name,

@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from test_scheduler import World, done, feed, request, result, scheduler
 
 from dilaserve import BadRequest, Config, Engine, Options, RequestFailed, Unavailable
-from dilaserve.beliefs import Beliefs
-from dilaserve.containment import Guard, StateBroken
+from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS
-from dilaserve.house import House
-from dilaserve.invariants import violations
-from dilaserve.launches import Launches
-from dilaserve.line import Line
-from dilaserve.progress import Progress
-from dilaserve.promises import Promises
-from dilaserve.scheduler import Scheduler
+from dilaserve.scheduler.batching import Launches
+from dilaserve.scheduler.containment import Guard, StateBroken
+from dilaserve.scheduler.deadlines import Promises
+from dilaserve.scheduler.estimates import Beliefs
+from dilaserve.scheduler.invariants import violations
+from dilaserve.scheduler.placement import House
+from dilaserve.scheduler.request_state import Progress
+from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.scheduler.waiting_queue import Line
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
-from dilaserve.stream import Stream
-from dilaserve.terms import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
+from dilaserve.types import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
 
 HANDLERS = [
     *((Scheduler, name) for name in ("arrival", "returned", "end", "gone", "settle", "release", "seen", "account")),

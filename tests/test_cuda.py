@@ -21,24 +21,24 @@ from test_reuse import CPU, ROWS, shapes_of, weights_on
 from test_reuse import House as Plain
 
 from dilaserve import Config, Engine
-from dilaserve.models import layers
+from dilaserve.models import attention, blocks
 from dilaserve.models.spec import Shard
-from dilaserve.policy.layouts import spelled
-from dilaserve.table import RequestTable
-from dilaserve.worker import loop, rehearsal
-from dilaserve.worker.batch import active_blocks, columns_of
-from dilaserve.worker.ends import DEPTH
+from dilaserve.plans import spelled
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.worker import main, warm_up
+from dilaserve.worker.graph_steps import GRAPHS, ReuseSteps
 from dilaserve.worker.memory import Claim, available, pin
-from dilaserve.worker.reuse import GRAPHS, ReuseSteps
 from dilaserve.worker.staging import Staging
+from dilaserve.worker.step_arrays import active_blocks, columns_of
+from dilaserve.worker.step_buffers import DEPTH
 
 GPU = torch.device("cuda:0")
 
 
 def forget():
     """What was found out about a device must not outlive it."""
-    layers.has_kernels.cache_clear()
-    layers.varlen_for.cache_clear()
+    blocks.has_kernels.cache_clear()
+    attention.varlen_for.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -288,11 +288,11 @@ def test_arrays_are_sent_together_as_they_are(machine):
 def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
     """All memory is given to K/V; then the largest refresh, the most reuse rows and all graphs run on what is left."""
     directory, rows, tokens = make(tmp_path / "model", width=128, mlp=1024, layers=3), 40, 4096
-    monkeypatch.setattr(rehearsal, "SLACK", 2**16)
+    monkeypatch.setattr(warm_up, "SLACK", 2**16)
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=tokens, max_rows=rows, kv_wanted=2**40)
     with pretend(memory=96 * 2**20) as machine:
         spec, _, weights = weights_on(GPU, directory, torch.bfloat16)
-        pool = loop.kv_tokens(job, spec, weights)
+        pool = main.kv_tokens(job, spec, weights)
         del weights
         house = House(directory, GPU, tokens=pool, rows=rows)
         left = machine.memory - machine.allocated[0]
@@ -312,7 +312,7 @@ def test_no_kernel_is_left_to_be_compiled_while_somebody_waits(random_model, mac
     spec, family, weights = weights_on(GPU, random_model, torch.bfloat16)
     seen, run = [], ReuseSteps.rehearse
     monkeypatch.setattr(ReuseSteps, "rehearse", lambda steps, rows: (seen.append(rows), run(steps, rows)))
-    rehearsal.rehearsed(spec, family.Model(spec, weights), 128, 20)
+    warm_up.rehearsed(spec, family.Model(spec, weights), 128, 20)
     assert set(seen) == {count for count in GRAPHS if count <= 20}
 
 
@@ -321,7 +321,7 @@ def test_a_part_of_the_weights_is_rehearsed_as_well(random_model, machine, rank)
     """It has the logits of half the vocabulary, and no step that one device alone would take."""
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=512, max_rows=8, kv_wanted=4096)
     spec, _, weights = weights_on(GPU, random_model, torch.bfloat16, Shard(rank, 2))
-    assert loop.kv_tokens(job, spec, weights) == 4096
+    assert main.kv_tokens(job, spec, weights) == 4096
 
 
 @pytest.mark.parametrize("can", [True, False])

@@ -13,9 +13,10 @@ import checkpoints
 import pytest
 import pytest_asyncio
 
-from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable, executor
-from dilaserve.engine import missed
-from dilaserve.terms import Usage
+from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable
+from dilaserve.engine.engine import missed
+from dilaserve.executor import worker_processes
+from dilaserve.types import Usage
 
 
 def on(model, **settings):
@@ -298,7 +299,7 @@ def test_a_start_that_fails_leaves_nothing_to_be_said_at_the_exit(random_model, 
 
 
 async def test_a_worker_that_cannot_come_back_ends_the_engine_and_nobody_waits_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.0)
+    monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.0)
     model = checkpoints.make(tmp_path / "vanishing")
     async with Engine(on(model)) as engine:
         stream = await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4))

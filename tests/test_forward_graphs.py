@@ -7,9 +7,9 @@ from pretended import pretend
 from test_cuda import GPU, anew  # noqa: F401 - a fixture
 from test_reuse import CPU, House, shapes_of
 
-from dilaserve.worker import rehearsal
-from dilaserve.worker.batch import columns_of
+from dilaserve.worker import warm_up
 from dilaserve.worker.forward_graphs import SPANS, STRIDE, TOKENS, ForwardGraphs
+from dilaserve.worker.step_arrays import columns_of
 
 
 def runner_of(directory, device=CPU, dtype=torch.float32, *, forward=True, eager=False):
@@ -82,5 +82,5 @@ def test_the_largest_graph_is_rehearsed_so_that_its_memory_is_known(random_model
     monkeypatch.setattr(ForwardGraphs, "forward", lambda forward, size: seen.append(size))
     with pretend():
         house = House(random_model, False, GPU, torch.bfloat16)
-        rehearsal.rehearsed(house.spec, house.model, 2048, 8)
+        warm_up.rehearsed(house.spec, house.model, 2048, 8)
     assert seen == [TOKENS]

@@ -14,18 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scheduler import PAIRS, SINGLES, done, feed, formed, request, result, scheduler, up
 
-from dilaserve import Config, Engine, Options, backoff
-from dilaserve.advisor import Advisor, PlannerGone
+from dilaserve import Config, Engine, Options
 from dilaserve.calibrate import Question, quality
-from dilaserve.exchange import Exchange
-from dilaserve.executor import MOST_PAUSE, RESPAWN_PAUSE, Death, Ended, ProcessExecutor
-from dilaserve.planner import Planner, Setup
-from dilaserve.policy.layouts import parsed
-from dilaserve.policy.patience import MOST_DOUBLINGS, OVERDUE, UNKNOWN, forming_limit, step_limit
+from dilaserve.executor.worker_processes import MOST_PAUSE, RESPAWN_PAUSE, Death, Ended, ProcessExecutor
+from dilaserve.planner.planner import Planner, Setup
+from dilaserve.planner.process import Advisor, PlannerGone
+from dilaserve.plans import parsed
+from dilaserve.scheduler.rules.time_limits import MOST_DOUBLINGS, OVERDUE, UNKNOWN, forming_limit, step_limit
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
-from dilaserve.terms import (
+from dilaserve.system import backoff
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.collectives_memory import Exchange
+from dilaserve.types import (
     Arrival,
     Cancel,
     Instance,
@@ -42,8 +44,7 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
-from dilaserve.text import Text
-from dilaserve.worker.groups import Groups, file_of
+from dilaserve.worker.tp_group import Groups, file_of
 
 LIVES = 100
 
@@ -343,7 +344,7 @@ class Peers:
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_the_process_groups_of_lives_that_are_over_are_given_up(backend, monkeypatch):
     made = []
-    monkeypatch.setattr("dilaserve.worker.groups.made", lambda *args: made.append(Peers()) or made[-1])
+    monkeypatch.setattr("dilaserve.worker.tp_group.made", lambda *args: made.append(Peers()) or made[-1])
     exchange = Exchange(3)
     groups = Groups(backend, exchange, 0, "")
     for life in range(1, LIVES + 1):

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.config import DecodeConfig
+from dilaserve.engine.submit import Options, parse_classes, settle, validated
 from dilaserve.errors import BadRequest, ConfigError
-from dilaserve.options import Options, parse_classes, settle, validated
 
 DEFAULTS = DecodeConfig()
 

@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilaserve import quality
 from dilaserve.config import Config
-from dilaserve.policy.best_effort import MOST_SAVED, after_step, may_lead
-from dilaserve.policy.composition import Candidate, within
-from dilaserve.profiles import guessed
-from dilaserve.progress import State
-from dilaserve.quality import ANY
-from dilaserve.recent import RecentLeast
-from dilaserve.scheduler import MOST_ENDS, Scheduler
+from dilaserve.profile import decode_speed
+from dilaserve.profile.decode_speed import ANY
+from dilaserve.profile.profile_file import guessed
+from dilaserve.scheduler.recent_minimum import RecentLeast
+from dilaserve.scheduler.request_state import State
+from dilaserve.scheduler.rules.best_effort import MOST_SAVED, after_step, may_lead
+from dilaserve.scheduler.rules.composition import Candidate, within
+from dilaserve.scheduler.scheduler import MOST_ENDS, Scheduler
 from dilaserve.sim import workload
 from dilaserve.sim.command import prepared
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import pretended, simulate
-from dilaserve.terms import (
+from dilaserve.types import (
     Arrival,
     Cancel,
     Decoding,
@@ -372,8 +372,8 @@ def test_the_backlog_is_what_is_unfinished(seed):
 
 def test_an_arrival_of_thousands_of_short_blocks_is_no_more_work_than_one_of_few(monkeypatch):
     calls = []
-    original = quality.joined
-    monkeypatch.setattr(quality, "joined", lambda *args: calls.append(args) or original(*args))
+    original = decode_speed.joined
+    monkeypatch.setattr(decode_speed, "joined", lambda *args: calls.append(args) or original(*args))
     counts = []
     for block in (32, 1):
         machine = scheduler()

@@ -7,14 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
-from dilaserve.hindsight import FADING, FEW, Hindsight
-from dilaserve.planner import CLASSES, Planner, Setup, explained, few
-from dilaserve.policy.admission import HOPELESS
-from dilaserve.policy.packing import block, changed, groups, layout, quick_layout
-from dilaserve.policy.planning import (
+from dilaserve.planner.operating_points import NEVER, RATES, Kind, points, reached, unloaded
+from dilaserve.planner.packing import block, changed, groups, layout, quick_layout
+from dilaserve.planner.planner import CLASSES, Planner, Setup, explained, few
+from dilaserve.planner.process import Advisor
+from dilaserve.planner.program import (
     BLUR,
     DOUBT,
     KNOWN,
@@ -40,11 +38,13 @@ from dilaserve.policy.planning import (
     switching,
     worth_switching,
 )
-from dilaserve.quality import ANY, BINS, PARTS, Forecast, Law, QualityProfile, TaskProfile
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.planner.track_record import FADING, FEW, Hindsight
+from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Forecast, Law, QualityProfile, TaskProfile
+from dilaserve.scheduler.arrivals import WINDOW, Seen, Traffic
+from dilaserve.scheduler.rules.admission import HOPELESS
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import by_degree
-from dilaserve.terms import Demand, Flow, Plan
-from dilaserve.traffic import WINDOW, Seen, Traffic
+from dilaserve.types import Demand, Flow, Plan
 
 PROFILE = llada_8b_h200()
 LAWS = by_degree(PROFILE.costs)

@@ -17,13 +17,13 @@ from test_engine import children, until
 from test_parity import answers, asked, expect, some_requests
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestFailed
-from dilaserve.engine import advised
-from dilaserve.furniture import first_plan, real
-from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
-from dilaserve.profiles import guessed
+from dilaserve.engine.assembly import first_plan, real
+from dilaserve.engine.engine import advised
+from dilaserve.plans import checked, counted, parsed, shrunk, spelled, uniform
+from dilaserve.profile.profile_file import guessed
 from dilaserve.server.app import running
-from dilaserve.server.plans import shown
-from dilaserve.terms import Plan
+from dilaserve.server.plan_api import shown
+from dilaserve.types import Plan
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = [5, 6, 7]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.policy.admission import (
+from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, borne, price, room, settled
+from dilaserve.scheduler.rules.admission import (
     COMPANY,
     HELD,
     KEPT,
@@ -18,15 +19,24 @@ from dilaserve.policy.admission import (
     place_in,
     retry_after,
 )
-from dilaserve.policy.budget import CREDIT, Bank, borne, price, room, settled
-from dilaserve.policy.caching import CACHES, View, Work, work
-from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
-from dilaserve.policy.demand import alone, drifted, ends, load, together
-from dilaserve.policy.fairness import Ride, Turns, allowances, gives_way, granted, in_turn, left_over, riders, start
-from dilaserve.policy.ordering import without_deadline
-from dilaserve.policy.thresholds import Wish, by_slack, crowding, fixed_levels, moved
-from dilaserve.policy.transfer import even, steps_per_block
-from dilaserve.terms import Load
+from dilaserve.scheduler.rules.composition import COMPOSITIONS, Candidate, in_order, within_slack
+from dilaserve.scheduler.rules.demand import alone, drifted, ends, load, together
+from dilaserve.scheduler.rules.fairness import (
+    Ride,
+    Turns,
+    allowances,
+    gives_way,
+    granted,
+    in_turn,
+    left_over,
+    riders,
+    start,
+)
+from dilaserve.scheduler.rules.ordering import without_deadline
+from dilaserve.scheduler.rules.quotas import even, steps_per_block
+from dilaserve.scheduler.rules.step_kind import CACHES, View, Work, work
+from dilaserve.scheduler.rules.thresholds import Wish, by_slack, crowding, fixed_levels, moved
+from dilaserve.types import Load
 
 FRESH, STALE = View(100, 40, 72, True), View(100, 40, 72, False)
 

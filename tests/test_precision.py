@@ -9,16 +9,15 @@ import torch
 from dilaserve import models
 from dilaserve.models import llada
 from dilaserve.models.checkpoint import Checkpoint, locate
-from dilaserve.models.kvcache import KVPool
+from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
-from dilaserve.pages import PAGE
-from dilaserve.table import RequestTable
-from dilaserve.tasks import TASKS, held_out
-from dilaserve.terms import Decoding, Span
-from dilaserve.text import Text
-from dilaserve.worker.batch import columns_of
-from dilaserve.worker.groups import add
-from dilaserve.worker.runner import Runner
+from dilaserve.profile.problems import TASKS, held_out
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import PAGE, Decoding, Span
+from dilaserve.worker.model_runner import Runner
+from dilaserve.worker.step_arrays import columns_of
+from dilaserve.worker.tp_group import add
 
 BLOCK, ROOM, PER_TASK = 32, 512, 4
 TINY = "dilaserve-tiny"

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from dilaserve.calibrate import untold
 from dilaserve.errors import ConfigError
-from dilaserve.profiles import guessed, pace, read, write
-from dilaserve.quality import (
+from dilaserve.profile.decode_speed import (
     ANY,
     BINS,
     FIRST_LOOK,
@@ -35,7 +34,8 @@ from dilaserve.quality import (
     parted,
     slope,
 )
-from dilaserve.tasks import held_out
+from dilaserve.profile.problems import held_out
+from dilaserve.profile.profile_file import guessed, pace, read, write
 
 BLOCK = 32
 
@@ -265,6 +265,6 @@ def test_a_part_of_the_canvas_that_nobody_has_reached_is_taken_to_be_like_the_on
 
 
 def test_a_task_with_few_problems_gives_all_it_has(monkeypatch):
-    monkeypatch.setattr("dilaserve.tasks.DRY", 2000)
+    monkeypatch.setattr("dilaserve.profile.problems.DRY", 2000)
     problems = held_out("add", 10**9)
     assert len({problem.prompt for problem in problems}) == len(problems) > 100

@@ -13,21 +13,21 @@ from reference import Llada
 from test_parity import expect, some_requests, wishes
 
 from dilaserve import Config, Engine, Options, models
-from dilaserve.devices import steps_for
-from dilaserve.models import layers
+from dilaserve.models import attention, blocks
+from dilaserve.models.attention import attend, each_run, grouped
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import PackedSpan, Runs, attend, each_run, grouped
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import PackedSpan, Runs
 from dilaserve.models.spec import Shard
-from dilaserve.pages import PAGE
-from dilaserve.table import RequestTable
-from dilaserve.terms import Decoding, Span
-from dilaserve.worker import rehearsal
-from dilaserve.worker.batch import columns_of
-from dilaserve.worker.ends import WIDTH
-from dilaserve.worker.groups import Alone
-from dilaserve.worker.reuse import ReuseSteps, buckets
-from dilaserve.worker.runner import Runner
+from dilaserve.transport.devices import steps_for
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import PAGE, Decoding, Span
+from dilaserve.worker import warm_up
+from dilaserve.worker.graph_steps import ReuseSteps, buckets
+from dilaserve.worker.model_runner import Runner
+from dilaserve.worker.step_arrays import columns_of
+from dilaserve.worker.step_buffers import WIDTH
+from dilaserve.worker.tp_group import Alone
 
 TOKENS, ROWS = 4096, 20
 RULES = (dict(rule="threshold", confidence_threshold=0.5), dict(rule="steps"), dict(rule="factor", factor=1.0))
@@ -239,11 +239,11 @@ def test_runs_say_the_same_as_groups_of_spans(heads):
 def test_the_largest_step_can_be_rehearsed(random_model):
     house = House(random_model, static=False)
     with torch.inference_mode():
-        pool = rehearsal.small_pool(house.spec, house.model)
-        rehearsal.refreshed(house.spec, house.model, pool, 700, 8)
+        pool = warm_up.small_pool(house.spec, house.model)
+        warm_up.refreshed(house.spec, house.model, pool, 700, 8)
         ReuseSteps(house.spec, house.model, pool, 8).rehearse(8)
     assert pool.tokens == house.spec.max_length + PAGE
-    assert layers.kit_for(torch.device("cpu")) is layers.PLAIN
+    assert blocks.kit_for(torch.device("cpu")) is blocks.PLAIN
 
 
 def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, monkeypatch):
@@ -256,7 +256,7 @@ def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, mo
     steps = ReuseSteps(spec, family.Model(spec, weights), pool, 8)
     with pytest.raises(Exception, match="meta"):
         steps.step(4)
-    monkeypatch.setattr(layers, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))
+    monkeypatch.setattr(attention, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))
     steps.step(4)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
-from dilaserve.invariants import violations
-from dilaserve.policy.budget import Bank
-from dilaserve.profiles import guessed
-from dilaserve.progress import TRANSITIONS, Did, Progress, State
-from dilaserve.scheduler import Scheduler
-from dilaserve.terms import (
+from dilaserve.profile.profile_file import guessed
+from dilaserve.scheduler.invariants import violations
+from dilaserve.scheduler.request_state import TRANSITIONS, Did, Progress, State
+from dilaserve.scheduler.rules.accuracy_budget import Bank
+from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.types import (
     Adjust,
     Arrival,
     Cancel,
@@ -45,8 +45,8 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
-from dilaserve.worker.courses import Courses
-from dilaserve.worker.runner import answered
+from dilaserve.worker.model_runner import answered
+from dilaserve.worker.multi_step import Courses
 
 
 def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: B008
@@ -329,7 +329,7 @@ def test_a_deadline_that_nobody_could_keep_is_told_from_one_that_company_spoils(
 
 
 def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
-    monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
+    monkeypatch.setattr("dilaserve.scheduler.deadlines.MAX_TENANTS", 3)
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     for i in range(6):
@@ -340,7 +340,7 @@ def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
 
 
 def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkeypatch):
-    monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
+    monkeypatch.setattr("dilaserve.scheduler.deadlines.MAX_TENANTS", 3)
     promises = scheduler().promises
     promises.banks["greedy"] = Bank(spent=40.0, served=2)
     for i in range(9):

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
 from dilaserve.server import app
-from dilaserve.server.answers import Form, Token, Told
 from dilaserve.server.app import running
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.server.responses import Form, Token, Told
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -12,24 +12,24 @@ import random
 import msgspec
 import pytest
 
-from dilaserve import profiles
-from dilaserve.beliefs import Beliefs
 from dilaserve.cli import main
 from dilaserve.config import Config
-from dilaserve.cost import Features, Learner
-from dilaserve.engine import Engine, Options
+from dilaserve.engine.engine import Engine, Options
 from dilaserve.errors import ConfigError, DeadlineMissed, DilaserveError, Overloaded, RequestFailed
-from dilaserve.planner import Planner
-from dilaserve.policy.layouts import parsed
-from dilaserve.quality import chain
+from dilaserve.planner.planner import Planner
+from dilaserve.plans import parsed
+from dilaserve.profile import profile_file
+from dilaserve.profile.decode_speed import chain
+from dilaserve.profile.step_cost import Features, Learner
+from dilaserve.scheduler.estimates import Beliefs
 from dilaserve.server import metrics
 from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
+from dilaserve.sim.h200 import STEPS, law_at, llada_8b_h200
 from dilaserve.sim.report import by_second, report
-from dilaserve.sim.roofline import STEPS, law_at, llada_8b_h200
 from dilaserve.sim.run import ask, classes, pretended, simulate
 from dilaserve.sim.workload import Job
-from dilaserve.terms import PlanReady
+from dilaserve.types import PlanReady
 
 SECONDS = 20.0
 
@@ -607,6 +607,6 @@ def test_a_profile_with_missing_entries_is_damaged(tmp_path):
     for changed in ({"costs": {}}, *wrong_costs, {"quality": short}):
         (tmp_path / "profile.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(known, **changed)))
         with pytest.raises(ConfigError, match="damaged"):
-            profiles.read(tmp_path / "profile.json")
+            profile_file.read(tmp_path / "profile.json")
     (tmp_path / "profile.json").write_bytes(msgspec.json.encode(known))
-    assert profiles.read(tmp_path / "profile.json") == known
+    assert profile_file.read(tmp_path / "profile.json") == known

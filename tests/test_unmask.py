@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from knobs import sampling
 from reference import factor_count as reference_factor_count
 
-from dilaserve.table import RULES
-from dilaserve.worker.statistics import Guess
-from dilaserve.worker.unmask import Rules, decided, factor_count, guess, gumbel, narrowed
+from dilaserve.transport.request_table import RULES
+from dilaserve.worker.candidates import Guess
+from dilaserve.worker.sampler import Rules, decided, factor_count, guess, gumbel, narrowed
 
 MASK = 7
 

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dilaserve.models.attention import attend
+from dilaserve.models.blocks import interleaved, kit_for, rms_norm, rotary_table
 from dilaserve.models.checkpoint import Checkpoint, Tensors, shown
-from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import Packed, attend, interleaved, kit_for, rms_norm, rotary_table
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import Packed
 from dilaserve.models.spec import ModelSpec, Shard
 
 MAX_DEGREE = 8

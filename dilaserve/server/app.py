@@ -17,9 +17,12 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__, children, interruption, listening
+from dilaserve import __version__
 from dilaserve.config import Config
-from dilaserve.engine import Engine, Stream
+from dilaserve.engine.assembly import Furnish, real
+from dilaserve.engine.engine import Engine, Stream
+from dilaserve.engine.prompts import Message, Prompt, conversation
+from dilaserve.engine.stream import collect
 from dilaserve.errors import (
     BadRequest,
     DilaserveError,
@@ -30,17 +33,15 @@ from dilaserve.errors import (
     quoted,
     shortened,
 )
-from dilaserve.executor import Progress
-from dilaserve.furniture import Furnish, real
-from dilaserve.prompts import Message, Prompt, conversation
-from dilaserve.server import metrics, openai, plans, schema, sse
-from dilaserve.server.answers import Form, Json, failure
+from dilaserve.executor.worker_processes import Progress
+from dilaserve.server import listening, metrics, openai, plan_api, schema, sse
 from dilaserve.server.connection import Connection
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.intake import Intake
 from dilaserve.server.paths import rooted
-from dilaserve.stream import collect
-from dilaserve.text import LONGEST, MARKS
+from dilaserve.server.responses import Form, Json, failure
+from dilaserve.system import child_processes, signals
+from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,11 +78,11 @@ async def serve(
 
     def interrupt() -> None:
         if stop.is_set():
-            children.kill()
+            child_processes.kill()
             os._exit(1)
         stop.set()
         if not started and me:
-            interruption.leave_soon(0)
+            signals.leave_soon(0)
             me.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -403,13 +404,13 @@ async def respond(
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
-    return answer(plans.shown(request.app[ENGINE]))
+    return answer(plan_api.shown(request.app[ENGINE]))
 
 
 async def replan(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, plans.PlanRequest), request.app[ENGINE]
-    change = await engine.replan(plans.wanted(asked), plans.because(asked))
-    return answer(plans.told(engine, change))
+    asked, engine = await read(request, plan_api.PlanRequest), request.app[ENGINE]
+    change = await engine.replan(plan_api.wanted(asked), plan_api.because(asked))
+    return answer(plan_api.told(engine, change))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 from aiohttp import web
 
-from dilaserve.engine import Chunk, Stream
+from dilaserve.engine.engine import Chunk, Stream
 from dilaserve.errors import DilaserveError
-from dilaserve.server.answers import Form, failure
 from dilaserve.server.connection import Connection
+from dilaserve.server.responses import Form, failure
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import msgspec
 
-from dilaserve import profiles
-from dilaserve.advisor import Advisor
 from dilaserve.config import Config
+from dilaserve.engine.assembly import Furnish, template_file
 from dilaserve.errors import ConfigError
-from dilaserve.furniture import Furnish, template_file
 from dilaserve.models.checkpoint import locate
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import ANY
+from dilaserve.planner.process import Advisor
+from dilaserve.profile import profile_file
+from dilaserve.profile.decode_speed import ANY
+from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.sim import workload
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import by_second, lines, report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import Run, classes, pretended, written
 from dilaserve.sim.run import simulate as play
 from dilaserve.sim.workload import Job
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
 
 Scales = tuple[tuple[float | None, float], ...]
 MOST_REQUESTS = 10_000_000
@@ -59,7 +59,7 @@ def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
 
 
 def saved(run: Run, result: object, out: Path) -> Iterator[str]:
-    from dilaserve import plots
+    from dilaserve.profile import plots
 
     written(run, out / "outcomes.json")
     (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
@@ -70,7 +70,7 @@ def saved(run: Run, result: object, out: Path) -> Iterator[str]:
 
 
 def costs(name: str) -> ModelProfile:
-    return llada_8b_h200() if name == "h200" else profiles.read(Path(name))
+    return llada_8b_h200() if name == "h200" else profile_file.read(Path(name))
 
 
 def prepared(settings: Config, scales: Scales) -> Config:

@@ -6,12 +6,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 
-from dilaserve.beliefs import batch_features
-from dilaserve.cost import StepCost, derived
-from dilaserve.executor import Post
-from dilaserve.quality import Forecast, QualityProfile, chances, part_of
-from dilaserve.table import RequestTable
-from dilaserve.terms import Batch, Instance, InstanceLost, InstanceReady, Moves, RowResult, Span, StepDone, WorkerUp
+from dilaserve.executor.worker_processes import Post
+from dilaserve.profile.decode_speed import Forecast, QualityProfile, chances, part_of
+from dilaserve.profile.step_cost import StepCost, derived
+from dilaserve.scheduler.estimates import batch_features
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import Batch, Instance, InstanceLost, InstanceReady, Moves, RowResult, Span, StepDone, WorkerUp
 
 DELAY = 0.02  # seconds in which an instance is formed
 FILLER = ord("a")  # the token that a pretended model writes

@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 import msgspec
 
-from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.cost import StepCost
-from dilaserve.engine import Engine
+from dilaserve.engine.assembly import Furnish, Furniture, ModelCard, first_plan, unplanned
+from dilaserve.engine.engine import Engine
+from dilaserve.engine.stream import collect
+from dilaserve.engine.submit import Options
 from dilaserve.errors import DilaserveError
-from dilaserve.executor import Progress
-from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan, unplanned
-from dilaserve.options import Options
-from dilaserve.planner import Counsel, Planner, Setup
-from dilaserve.profiles import ModelProfile, cost_key
+from dilaserve.executor.worker_processes import Progress
+from dilaserve.planner.planner import Counsel, Planner, Setup
+from dilaserve.planner.process import Advisor
+from dilaserve.profile.profile_file import ModelProfile, cost_key
+from dilaserve.profile.step_cost import StepCost
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.machine import DELAY, SimMachine
 from dilaserve.sim.workload import Job
-from dilaserve.stream import collect
-from dilaserve.table import RequestTable, nbytes, private_bytes
-from dilaserve.terms import Usage
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.request_table import RequestTable, nbytes, private_bytes
+from dilaserve.types import Usage
 
 MASK = 2**30  # no token of a pretended model
 DEGREES = (1, 2, 4, 8)

@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dilaserve.worker.ends import DEPTH, WIDTH, Buffers, Ends, Laid
-from dilaserve.worker.statistics import HOPELESS, Guess
+from dilaserve.worker.candidates import HOPELESS, Guess
+from dilaserve.worker.step_buffers import DEPTH, WIDTH, Buffers, Ends, Laid
 
 MOST = 8192  # logits that a program looks at together
 
 
 def best(logits: torch.Tensor, mask_id: int) -> Guess:
-    """See `statistics.plain`; here `logits` stay as they are."""
+    """See `confidence.plain`; here `logits` stay as they are."""
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     odds = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -25,7 +25,7 @@ def best(logits: torch.Tensor, mask_id: int) -> Guess:
 
 
 def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
-    """See `ends.lay_out`."""
+    """See `step_kernels.lay_out`."""
     batch, device = buffers.batch, buffers.batch.device
     ids, positions, slots = (torch.empty(rows * WIDTH, dtype=torch.int64, device=device) for _ in range(3))
     starts, keys = (torch.empty(size, dtype=torch.int32, device=device) for size in (rows + 1, rows))
@@ -36,7 +36,7 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
 
 
 def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
-    """See `ends.unmask`."""
+    """See `step_kernels.unmask`."""
     batch, found = buffers.batch, buffers.found
     reals, bits = batch.view(torch.float64), found.view(torch.float32)
     sizes = batch.stride(0), found.stride(0), found.stride(1)
@@ -52,7 +52,7 @@ ENDS = Ends(lay_out, unmask)
 def lay_out_row(  # type: ignore[no-untyped-def]
     batch, turn, ids, positions, slots, starts, keys, stride, spare, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """One row, its fields as `ends.FIELDS` has them; the first program takes the turn, the last one ends `starts`."""
+    """One row, its fields as `FIELDS` has them; the first program takes the turn, the last one ends `starts`."""
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     fields = batch + row * stride + WIDTH
