@@ -191,8 +191,8 @@ def played(case: Case, system: str, devices: int, seed: int, trace: Path | None)
         laws = {degree: known.costs[cost_key("cuda", degree)] for degree in DEGREES}
         pause = RESTART if system == RESTARTING else 0.1
         planner = Planner(laws, known.quality, Setup.of(config, known.quality, pause))
-    furnish = pretended(known, devices, LIMIT, seed=seed, delay=delay)
-    return simulate(config, furnish, list(known.quality.tasks), work, planner=planner)
+    assemble = pretended(known, devices, LIMIT, seed=seed, delay=delay)
+    return simulate(config, assemble, list(known.quality.tasks), work, planner=planner)
 
 
 def measured(task: Task, args: argparse.Namespace) -> Cell:

@@ -99,8 +99,8 @@ def measure(args: argparse.Namespace) -> str:
                 for seed in range(args.seeds):
                     on_miss: OnMiss = "best_effort" if name == BEST_EFFORT else "cancel_when_late"
                     todo = jobs(args, load * rate, args.scale, seed, args.seconds, on_miss)
-                    furnish = pretended(profile, args.devices, LIMIT, seed=seed)
-                    outcome = simulate(system(name, args.scale, args.devices), furnish, [ANY], todo)
+                    assemble = pretended(profile, args.devices, LIMIT, seed=seed)
+                    outcome = simulate(system(name, args.scale, args.devices), assemble, [ANY], todo)
                     found.append(report(outcome, args.seconds, WARM_UP))
                     simulated += args.seconds
                     bar.advance(task)

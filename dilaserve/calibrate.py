@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from dilaserve.config import Config
-from dilaserve.engine.assembly import Furnish, Furniture, real
+from dilaserve.engine.assembly import Assemble, Parts, real
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, ConfigError, Unavailable
@@ -102,14 +102,14 @@ class Rig(NamedTuple):
     inbox: "asyncio.Queue[Event]"
 
 
-async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = real) -> dict[int, list[Sample]]:
+async def step_costs(config: Config, limit: int, seen: Seen, assemble: Assemble = real) -> dict[int, list[Sample]]:
     """Seconds of reuse, refresh and mixed steps by tensor-parallel degree, on the first devices; the median of several
     each.
     """
-    furniture = await asyncio.to_thread(furnish, config, quiet)
+    parts = await asyncio.to_thread(assemble, config, quiet)
     started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     inbox: asyncio.Queue[Event] = asyncio.Queue()
-    running = asyncio.create_task(furniture.executor.run(inbox.put_nowait, started))
+    running = asyncio.create_task(parts.executor.run(inbox.put_nowait, started))
     try:
         await asyncio.wait([running, started], return_when=asyncio.FIRST_COMPLETED)
         if running.done():
@@ -117,21 +117,19 @@ async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = 
         await started
         pool = min([event.kv_tokens for event in drained(inbox) if isinstance(event, WorkerUp)])
         found: dict[int, list[Sample]] = {}
-        for degree in furniture.degrees:
+        for degree in parts.degrees:
             instance = Instance(degree, tuple(range(degree)), pool // PAGE * PAGE * degree)
-            furniture.executor.reshard(Moves(tuple(found), (instance,)))
+            parts.executor.reshard(Moves(tuple(found), (instance,)))
             await until(inbox, InstanceReady)
-            rig = Rig(furniture.executor, furniture.table, instance.kv_tokens, inbox)
-            found[degree] = await measured(rig, furniture, degree, config, limit, seen)
+            rig = Rig(parts.executor, parts.table, instance.kv_tokens, inbox)
+            found[degree] = await measured(rig, parts, degree, config, limit, seen)
         return found
     finally:
         running.cancel()
         await asyncio.wait([running])
 
 
-async def measured(
-    rig: Rig, furniture: Furniture, instance: int, config: Config, limit: int, seen: Seen
-) -> list[Sample]:
+async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit: int, seen: Seen) -> list[Sample]:
     """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
     change their speed within seconds, and what a kind takes is told against what that one usually takes.
     """
@@ -140,11 +138,11 @@ async def measured(
 
     async def run(rows: list[Shape], times: int, unseen: int = 0) -> tuple[Features, float]:
         """What the steps are and take, the median of so many after those `unseen`."""
-        spans = laid_out(rig.table, rows, furniture.mask_id, rng, furniture.vocab_size)
+        spans = laid_out(rig.table, rows, parts.mask_id, rng, parts.vocab_size)
         seconds = []
         for _ in range(unseen + times):
             for span in spans:
-                rig.table.canvas[span.row, span.block_start : span.block_end] = furniture.mask_id
+                rig.table.canvas[span.row, span.block_start : span.block_end] = parts.mask_id
             rig.executor.launch(Batch(next(numbers), instance, spans))
             seconds.append((await until(rig.inbox, StepDone)).seconds)
         masks = sum(span.block_end - span.block_start for span in spans)
@@ -232,7 +230,7 @@ async def quality(
     engine: Engine, questions: dict[str, list[tuple[Question, Problem | None]]], seen: Seen
 ) -> QualityProfile:
     """Ask every question at every level; steps are counted from what the workers report, accuracy is paired."""
-    forecast = engine.scheduler.beliefs.forecast
+    forecast = engine.scheduler.estimates.forecast
     forecast.learns = False
     total = sum(map(len, questions.values())) * len(LEVELS)
     done = 0
@@ -405,7 +403,7 @@ def drop(reference: Sequence[Answer], answers: Sequence[Answer]) -> tuple[float,
 # the whole
 
 
-def unmeasured(config: Config, progress: Progress) -> Furniture:
+def unmeasured(config: Config, progress: Progress) -> Parts:
     """The model as if it had no profile, whatever there is: that has other levels, or is damaged."""
     return real(config, progress, measured=False)
 

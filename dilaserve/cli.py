@@ -20,7 +20,7 @@ from dilaserve.system import signals
 from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
 if TYPE_CHECKING:
-    from dilaserve.engine.assembly import Furnish
+    from dilaserve.engine.assembly import Assemble
     from dilaserve.profile.profile_file import ModelProfile
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -109,27 +109,27 @@ def described(setting: Setting) -> str:
 def serve(settings: Config, extras: argparse.Namespace) -> int:
     """Load the model, then listen until told to stop."""
 
-    def furnish() -> "Furnish":
+    def assemble() -> "Assemble":
         from dilaserve.engine.assembly import real
 
         return real
 
-    return listen(settings, furnish)
+    return listen(settings, assemble)
 
 
 def emulate(settings: Config, extras: argparse.Namespace) -> int:
     """Listen like `serve`, with pretended devices that take the time a profile says and write filler."""
 
-    def furnish() -> "Furnish":
-        from dilaserve.sim.command import furnishing
+    def assemble() -> "Assemble":
+        from dilaserve.sim.command import assembly
 
-        return furnishing(settings, extras)
+        return assembly(settings, extras)
 
-    return listen(settings, furnish)
+    return listen(settings, assemble)
 
 
-def listen(settings: Config, furnish: "Callable[[], Furnish]") -> int:
-    """The server, until told to stop. `furnish` is called, and imports what takes long, once the addresses are bound,
+def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
+    """The server, until told to stop. `assemble` is called, and imports what takes long, once the addresses are bound,
     so that a port in use is reported at once.
     """
     quiet()
@@ -147,7 +147,7 @@ def listen(settings: Config, furnish: "Callable[[], Furnish]") -> int:
         from dilaserve.display import loading
         from dilaserve.server.app import serve as run
 
-        made = furnish()
+        made = assemble()
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             code = runner.run(run(settings, progress, announce, made, sockets))
             signals.leave_soon(code)

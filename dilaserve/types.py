@@ -384,14 +384,14 @@ class Fail(msgspec.Struct, frozen=True):
 class Decline(msgspec.Struct, frozen=True, gc=False):
     """The deadline cannot be met and the client does not want the answer late.
 
-    `retry_after` seconds make sense for one that never started; None: it had started and has been given up. `vain`: it
-    would not make it even if nothing else ran.
+    `retry_after` seconds make sense for one that never started; None: it had started and has been given up.
+    `never_feasible`: it would not make it even if nothing else ran.
     """
 
     request: Request
     usage: Usage
     retry_after: float | None
-    vain: bool = False
+    never_feasible: bool = False
 
 
 class Refuse(msgspec.Struct, frozen=True, gc=False):
@@ -431,7 +431,7 @@ class Kill(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-class Hurry(msgspec.Struct, frozen=True, gc=False):
+class StopEarly(msgspec.Struct, frozen=True, gc=False):
     """Somebody waits for the instance: its batch ends with the step that is under way."""
 
     batch: Batch
@@ -444,5 +444,5 @@ class Solve(msgspec.Struct, frozen=True, gc=False):
 
 
 Command: TypeAlias = (
-    Launch | Hurry | Adjust | Emit | Finish | Fail | Decline | Refuse | Release | Reshard | Reshaped | Kill | Solve
+    Launch | StopEarly | Adjust | Emit | Finish | Fail | Decline | Refuse | Release | Reshard | Reshaped | Kill | Solve
 )

@@ -20,7 +20,7 @@ from dilaserve.errors import BadRequest, ConfigError, RequestFailed, Unavailable
 from dilaserve.server import connection, json_shape, listening
 from dilaserve.server.app import running
 from dilaserve.server.intake import Claim, Intake
-from dilaserve.server.loop_share import Pace
+from dilaserve.server.loop_share import LoopShare
 from dilaserve.server.paths import canonical
 from dilaserve.tokenizer.panics import Panic, contained
 
@@ -176,7 +176,7 @@ async def test_work_gets_half_of_the_loop(monkeypatch):
 
     monkeypatch.setattr("dilaserve.server.loop_share.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("dilaserve.server.loop_share.asyncio.sleep", sleep)
-    pace = Pace()
+    pace = LoopShare()
 
     def work():
         now[0] += 0.010

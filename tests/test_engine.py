@@ -193,8 +193,10 @@ async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(engin
 
 def test_only_a_deadline_that_company_spoils_is_worth_another_try():
     usage = Usage(steps=0, refreshes=0, queued=0.0, served=0.0, mean_confidence=None, deadline=1.0)
-    late = [missed(usage, retry, vain) for retry, vain in ((1.0, True), (1.0, False), (None, False))]
-    assert [(error.status, error.retry_after, error.vain) for error in late] == [
+    late = [
+        missed(usage, retry, never_feasible) for retry, never_feasible in ((1.0, True), (1.0, False), (None, False))
+    ]
+    assert [(error.status, error.retry_after, error.never_feasible) for error in late] == [
         (429, None, True),
         (429, 1.0, False),
         (504, None, False),

@@ -12,7 +12,7 @@ import torch
 from checkpoints import make
 from interpreting import mended
 from pretended import pretend
-from test_cuda import GPU, House, forget
+from test_cuda import GPU, Harness, forget
 from test_reuse import shapes_of
 from test_unmask import MASK
 
@@ -157,7 +157,7 @@ def some_rows(rows, seed):
     reals[:, -1] = torch.from_numpy(rng.choice([0.0, 0.5, 1.0, 1.5, 30.0], rows + 2))
     found = torch.full((step_buffers.DEPTH, rows + 2, 2, step_buffers.WIDTH), 77, dtype=torch.int32)
     odds = rng.choice([0.0, 1e-9, 0.01, 0.2, 1.0, 1.0, 7.0, float(candidates.HOPELESS)], rows * step_buffers.WIDTH)
-    guess = candidates.Guess(
+    guess = candidates.Candidates(
         torch.from_numpy(rng.integers(0, 40, rows * step_buffers.WIDTH)), torch.from_numpy(odds).float()
     )
     return step_buffers.Buffers(batch, found, torch.tensor([seed % step_buffers.DEPTH])), guess
@@ -183,14 +183,14 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     """On a device that is pretended."""
     directory, shapes = make(tmp_path / "model", layers=1, heads=2), shapes_of(1)
     with pretend():
-        expected = House(directory, GPU).denoised(shapes, launches=2, most=2)
+        expected = Harness(directory, GPU).denoised(shapes, launches=2, most=2)
     forget()
     with pretend(kernels=True):
-        house = House(directory, GPU, rows=1)
-        found = house.denoised(shapes, launches=2, most=2)
+        harness = Harness(directory, GPU, rows=1)
+        found = harness.denoised(shapes, launches=2, most=2)
     forget()
-    assert house.model.kit is of_layers.KIT
-    assert len(house.reuse.graphs) == 1
+    assert harness.model.kit is of_layers.KERNELS
+    assert len(harness.reuse.graphs) == 1
     assert ((found[0] == MASK) == (expected[0] == MASK)).all()
     assert (found[0] == expected[0]).mean() > 0.95
 
@@ -202,11 +202,11 @@ def test_a_step_of_a_graph_is_few_launches(tmp_path):
     for layers_there in (1, 2):
         directory = make(tmp_path / str(layers_there), layers=layers_there, heads=2)
         with pretend(kernels=True):
-            house = House(directory, GPU, rows=1)
-            _, (span,) = house.laid_out(shapes_of(1))
+            harness = Harness(directory, GPU, rows=1)
+            _, (span,) = harness.laid_out(shapes_of(1))
             columns = columns_of([span])
-            house.reuse.load(columns, active_blocks(columns), house.table)
-            counts.append(house.reuse.graphs.captured[1].launches)
+            harness.reuse.load(columns, active_blocks(columns), harness.table)
+            counts.append(harness.reuse.graphs.captured[1].launches)
         forget()
     layer = counts[1] - counts[0]
     assert (layer["kernel"], layer["mm"], layer.total()) == (6, 4, 10)  # of few rows; of more attention is one kernel

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, borne, price, room, settled
+from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, affordable_level, price, room, settled
 from dilaserve.scheduler.rules.admission import (
     COMPANY,
     HELD,
@@ -35,7 +35,7 @@ from dilaserve.scheduler.rules.fairness import (
 from dilaserve.scheduler.rules.ordering import without_deadline
 from dilaserve.scheduler.rules.quotas import even, steps_per_block
 from dilaserve.scheduler.rules.step_kind import CACHES, View, Work, work
-from dilaserve.scheduler.rules.thresholds import Wish, by_slack, crowding, fixed_levels, moved
+from dilaserve.scheduler.rules.thresholds import ThresholdQuery, by_slack, crowding, fixed_levels, moved
 from dilaserve.types import Load
 
 FRESH, STALE = View(100, 40, 72, True), View(100, 40, 72, False)
@@ -205,7 +205,10 @@ WISHES = st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3), st.in
 
 @given(st.lists(WISHES, max_size=8), st.integers(0, 1))
 def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, floor):
-    wishes = [Wish(left, [Load(steps / (level + 1), 0.0) for level in range(4)], *deep) for left, steps, *deep in rows]
+    wishes = [
+        ThresholdQuery(left, [Load(steps / (level + 1), 0.0) for level in range(4)], *deep)
+        for left, steps, *deep in rows
+    ]
     for wish, verdict in zip(wishes, by_slack(wishes, floor, 0.01), strict=True):
         assert min(floor, wish.deepest) <= verdict.level <= wish.deepest
         assert verdict.slack >= 0.0
@@ -214,17 +217,17 @@ def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, flo
 
 def test_a_row_short_of_time_runs_at_a_lower_threshold():
     loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
-    levels = [by_slack([Wish(left, loads, 2, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.4, 0.3)]
+    levels = [by_slack([ThresholdQuery(left, loads, 2, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.4, 0.3)]
     assert levels == [0, 1, 2, 2, 0]  # points would not save the last one
 
 
 def test_what_the_budget_cannot_bear_for_all_is_for_rows_in_need_unless_rows_crowd():
     loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
-    wishes = [Wish(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
+    wishes = [ThresholdQuery(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
     assert [by_slack([wish], 0, 0.01)[0].level for wish in wishes] == [1, 1, 2]
     assert [by_slack([wish], 1, 0.01)[0].level for wish in wishes] == [1, 2, 2]
-    assert [borne((0.0, 0.5, 0.9, 2.0), budget) for budget in (0.0, 0.6, 0.9, 5.0)] == [0, 1, 2, 3]
-    assert borne((1.6, 6.9), 0.9) == 0
+    assert [affordable_level((0.0, 0.5, 0.9, 2.0), budget) for budget in (0.0, 0.6, 0.9, 5.0)] == [0, 1, 2, 3]
+    assert affordable_level((1.6, 6.9), 0.9) == 0
 
 
 def test_the_floor_follows_the_share_of_rows_that_will_miss_and_the_crowd():

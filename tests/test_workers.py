@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_engine import until
 
 from dilaserve import Config, Engine, Options
-from dilaserve.engine.stall_detector import LATE, PERIOD, Pulse
+from dilaserve.engine.stall_detector import LATE, PERIOD, StallDetector
 from dilaserve.engine.stream import collect
 from dilaserve.errors import CheckpointError, DilaserveError
 from dilaserve.executor import worker_processes
@@ -138,9 +138,9 @@ async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_no
     await until(lambda: len(engine.capacity) == 2)
     wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache=cache)
     async with await engine.submit(PROMPT, wish) as stream:
-        await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.seat and known.steps)
+        await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.replica and known.steps)
         progress = engine.scheduler.requests[stream.id]
-        (rank,) = progress.seat.instance.ranks
+        (rank,) = progress.replica.instance.ranks
         process = engine.executor.workers[rank].process
         strike(process.pid, signal.SIGSTOP)
         await asyncio.sleep(0.05)  # what it has reported by then is known
@@ -302,7 +302,7 @@ def test_an_engine_works_inside_a_daemonic_process(random_model):
 def test_a_loop_that_runs_has_missed_nothing_and_one_that_does_not_has():
     async def lives():
         loop = asyncio.get_running_loop()
-        pulse = Pulse(loop)
+        pulse = StallDetector(loop)
         pulse.watch(True)
         await asyncio.sleep(100 * PERIOD)
         seen = [pulse.missed(loop.time())]
@@ -329,7 +329,7 @@ def test_a_step_gets_the_time_again_in_which_the_engine_was_stopped(pauses, monk
     """Of the time that it lives through, a step that hangs has no more than ever."""
 
     async def hanging():
-        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(Config.of(), assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             loop = asyncio.get_running_loop()
             killed = loop.create_future()
             monkeypatch.setattr(engine.executor, "launch", lambda batch: None)

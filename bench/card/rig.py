@@ -29,7 +29,7 @@ from dilaserve.worker.forward_graphs import TOKENS, ForwardGraphs
 from dilaserve.worker.graph_steps import ReuseSteps
 from dilaserve.worker.model_runner import Runner
 from dilaserve.worker.step_arrays import columns_of
-from dilaserve.worker.step_buffers import Ends
+from dilaserve.worker.step_buffers import StepKernels
 
 BLOCK = 32
 FEW = 2  # runs of what is measured on a tiny shape
@@ -153,7 +153,7 @@ class Rig:
         self.replayed = self.runner_of(None, self.forward)
         self.canvas = canvas
 
-    def steps(self, eager: bool = False, ends: Ends | None = None) -> ReuseSteps:
+    def steps(self, eager: bool = False, ends: StepKernels | None = None) -> ReuseSteps:
         made = ReuseSteps(self.spec, self.model, self.pool, self.table.rows, eager)
         made.ends = ends or made.ends
         return made

@@ -16,8 +16,8 @@ from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.executor.worker_processes import Executor, ProcessExecutor, Progress
 from dilaserve.models.checkpoint import Checkpoint, locate
 from dilaserve.models.spec import ModelSpec
-from dilaserve.planner.planner import Counsel, Setup
-from dilaserve.planner.process import Advisor
+from dilaserve.planner.planner import PlannerPort, Setup
+from dilaserve.planner.process import PlannerProcess
 from dilaserve.plans import parsed, uniform
 from dilaserve.profile import profile_file
 from dilaserve.profile.decode_speed import QualityProfile
@@ -29,7 +29,7 @@ from dilaserve.transport.devices import backend_for, dtype_for, listed, threads_
 from dilaserve.transport.request_table import RequestTable
 from dilaserve.types import Plan
 from dilaserve.worker import memory
-from dilaserve.worker.main import Job, Shared
+from dilaserve.worker.main import Shared, WorkerJob
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     root: str  # the directory
 
 
-class Furniture(NamedTuple):
+class Parts(NamedTuple):
     model: ModelCard
     mask_id: int
     vocab_size: int
@@ -57,14 +57,14 @@ class Furniture(NamedTuple):
     degrees: tuple[int, ...]
     plan: Plan
     note: str | None = None  # what the user should hear once the engine is up
-    planner: Counsel | None = None  # None: there is nothing to choose, or too little is known
+    planner: PlannerPort | None = None  # None: there is nothing to choose, or too little is known
     unplanned: str | None = None  # what would have to be known
 
 
-Furnish = Callable[[Config, Progress], Furniture]
+Assemble = Callable[[Config, Progress], Parts]
 
 
-def real(config: Config, progress: Progress, measured: bool = True) -> Furniture:
+def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     """A checkpoint and worker processes; reads and checks everything that needs no worker. Blocking.
 
     Not `measured`: no profile is read, so that it does not matter what is wrong with it.
@@ -104,8 +104,8 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Furniture
     if profile and profile.model not in (card.name, directory.resolve().name):
         log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
     laws, quality, note = known(profile, card.name, names[0], degrees)
-    planner = Advisor(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
-    return Furniture(
+    planner = PlannerProcess(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
+    return Parts(
         card,
         spec.mask_id,
         spec.vocab_size,
@@ -219,7 +219,7 @@ def unplanned(
     return f"step costs are known at degree {min(laws)} alone of {', '.join(map(str, degrees))}{cure}"
 
 
-def job(config: Config, device: str, names: list[str], shared: dict[str, Any], claim: memory.Claim) -> Job:
+def job(config: Config, device: str, names: list[str], shared: dict[str, Any], claim: memory.Claim) -> WorkerJob:
     """What the worker of one device is started with; `claim` is that of a CPU."""
     used = config.device.gpu_memory_utilization
     fields = {
@@ -234,4 +234,4 @@ def job(config: Config, device: str, names: list[str], shared: dict[str, Any], c
         "eager": config.device.enforce_eager == "on",
         "claim": claim if device == "cpu" else memory.Claim(used / names.count(device), 1 - used),
     }
-    return msgspec.convert({**shared, **fields}, Job)
+    return msgspec.convert({**shared, **fields}, WorkerJob)

@@ -14,13 +14,13 @@ import msgspec
 import numpy as np
 
 from dilaserve.config import Config
-from dilaserve.engine.assembly import Furnish, ModelCard, real
+from dilaserve.engine.assembly import Assemble, ModelCard, real
 from dilaserve.engine.doorbell import Bell
 from dilaserve.engine.offload import Offload
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
-from dilaserve.engine.stall_detector import Pulse
+from dilaserve.engine.stall_detector import StallDetector
 from dilaserve.engine.stream import Chunk, Completion, Cut, Stream, collect
-from dilaserve.engine.submit import Options, Settled, parse_classes, settle, validated, wanted
+from dilaserve.engine.submit import Options, ResolvedOptions, parse_classes, settle, validated, wanted
 from dilaserve.errors import (
     OURS,
     BadRequest,
@@ -32,7 +32,7 @@ from dilaserve.errors import (
     quoted,
 )
 from dilaserve.executor.worker_processes import Executor, Progress
-from dilaserve.planner.planner import Counsel
+from dilaserve.planner.planner import PlannerPort
 from dilaserve.plans import checked, parsed, spelled
 from dilaserve.profile.step_cost import StepCost, alike
 from dilaserve.scheduler.containment import Guard
@@ -55,7 +55,6 @@ from dilaserve.types import (
     Fail,
     Finish,
     Full,
-    Hurry,
     InstanceLost,
     InstanceReady,
     Kill,
@@ -72,6 +71,7 @@ from dilaserve.types import (
     Slo,
     Solve,
     StepDone,
+    StopEarly,
     Usage,
     WorkerLost,
     WorkerUp,
@@ -107,7 +107,7 @@ class Engine:
     """Serves one model inside a running asyncio loop: `async with Engine(config) as engine`.
 
     Several engines may live in one process. Entering loads the model and raises `ConfigError` when that cannot work;
-    leaving cancels what still runs and ends the workers. `furnish` provides what it works with; the simulator has
+    leaving cancels what still runs and ends the workers. `assemble` provides what it works with; the simulator has
     its own. `planner` is asked now and then, off the loop, whether another plan would be better, if --plan is auto;
     without one the furniture's is.
 
@@ -122,15 +122,15 @@ class Engine:
         self,
         config: Config | None = None,
         progress: Progress | None = None,
-        furnish: Furnish = real,
-        planner: Counsel | None = None,
+        assemble: Assemble = real,
+        planner: PlannerPort | None = None,
     ) -> None:
         if config is not None and not isinstance(config, Config):
             raise ConfigError(
                 f"config must be a dilaserve.Config, not {type(config).__name__}; write Config.of(devices=…)"
             )
         self.config = config or Config()
-        self.furnish = furnish
+        self.assemble = assemble
         self.classes = parse_classes(self.config.scheduler.slo_class)
         self.progress: Progress = progress or (lambda device, done, total: None)
         self.profile = Profile()
@@ -161,24 +161,22 @@ class Engine:
             raise Unavailable("an engine is entered once; make another one")
         self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
         self.bell = Bell()
-        self.pulse = Pulse(self.loop)
+        self.stall_detector = StallDetector(self.loop)
         self.idle = asyncio.Event()
         self.idle.set()
-        furniture = await asyncio.to_thread(self.furnish, self.config, self.progress)
-        self.executor, self.table, self.text = furniture.executor, furniture.table, furniture.text
-        self.model, self.mask_id, self.vocab_size = furniture.model, furniture.mask_id, furniture.vocab_size
+        parts = await asyncio.to_thread(self.assemble, self.config, self.progress)
+        self.executor, self.table, self.text = parts.executor, parts.table, parts.text
+        self.model, self.mask_id, self.vocab_size = parts.model, parts.mask_id, parts.vocab_size
         self.free = deque(range(self.table.rows))  # the row that has been free for longest goes first
-        self.devices, self.degrees = furniture.devices, furniture.degrees
-        self.planner = self.planner or furniture.planner
-        self.unplanned = None if self.planner else furniture.unplanned or NO_CHOICE
-        wants = furniture.unplanned if self.config.device.plan == "auto" and not self.planner else None
-        self.advice = advised(furniture.note, wants)
+        self.devices, self.degrees = parts.devices, parts.degrees
+        self.planner = self.planner or parts.planner
+        self.unplanned = None if self.planner else parts.unplanned or NO_CHOICE
+        wants = parts.unplanned if self.config.device.plan == "auto" and not self.planner else None
+        self.advice = advised(parts.note, wants)
         solves = self.planner is not None and self.config.device.plan == "auto"
-        self.told = furniture.laws
+        self.told = parts.laws
         steps = steps_for(self.devices, self.config.device)
-        self.scheduler = Scheduler(
-            self.config, furniture.laws, furniture.quality, furniture.plan, self.degrees, solves, steps
-        )
+        self.scheduler = Scheduler(self.config, parts.laws, parts.quality, parts.plan, self.degrees, solves, steps)
         self.guard = Guard(self.scheduler)
         started: asyncio.Future[None] = self.loop.create_future()
         formed: asyncio.Future[Change] = self.loop.create_future()
@@ -227,7 +225,7 @@ class Engine:
                 log.error("the engine has stopped", exc_info=self.failure)
         finally:
             self.draining = True
-            self.pulse.stop()
+            self.stall_detector.stop()
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
@@ -240,7 +238,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Loaded, not draining, and an instance is up or will be in a moment."""
-        return bool(self.capacity or self.scheduler.layout.forming) and not self.draining
+        return bool(self.capacity or self.scheduler.plan_state.forming) and not self.draining
 
     @property
     def alive(self) -> bool:
@@ -276,7 +274,7 @@ class Engine:
     @property
     def wanted_plan(self) -> Plan:
         """What the plan becomes as soon as steps in flight are done and lost workers are back."""
-        return self.scheduler.layout.wanted or self.plan
+        return self.scheduler.plan_state.wanted or self.plan
 
     async def replan(self, plan: Plan | str, reason: str = "asked for") -> Change:
         """Change the plan, such as "2x1" or `Plan(((0, 1),))`, while requests run; returns when it stands.
@@ -302,10 +300,10 @@ class Engine:
         known = Plan(converted(groups, tuple[tuple[int, ...], ...], "plan"))
         return checked(known, len(self.devices), self.degrees)
 
-    async def _ask(self, planner: Counsel, demand: Demand) -> None:
+    async def _ask(self, planner: PlannerPort, demand: Demand) -> None:
         """Let the planner think in a thread; one that fails is asked again, after a pause that doubles each time."""
         try:
-            answer = await self._counsel(planner, demand)
+            answer = await self._ask_planner(planner, demand)
             self.planner_failures = 0
         except Exception:
             self.planner_failures += 1
@@ -315,9 +313,9 @@ class Engine:
             answer = PlanReady(None, "the planner has failed")
         self._post(answer)
 
-    async def _counsel(self, planner: Counsel, demand: Demand) -> PlanReady:
+    async def _ask_planner(self, planner: PlannerPort, demand: Demand) -> PlanReady:
         """The planner's answer, with what has been learned of step costs and quality since it last heard of them."""
-        laws, quality = self.scheduler.beliefs.known()
+        laws, quality = self.scheduler.estimates.known()
         if not alike(laws, self.told):
             await asyncio.to_thread(planner.learned, laws, quality)
             self.told = laws
@@ -387,7 +385,7 @@ class Engine:
         if asyncio.get_running_loop() is not self.loop:
             raise Unavailable("the engine lives in another event loop; call it from there, or use dilaserve.DilaServe")
 
-    def _start(self, id: str, ids: list[int], settled: Settled, slo: Slo, options: Options) -> Stream:
+    def _start(self, id: str, ids: list[int], settled: ResolvedOptions, slo: Slo, options: Options) -> Stream:
         """Give a checked request a row, fill it and tell the scheduler. Raises `Overloaded`."""
         prompt, row = np.array(ids, dtype=np.int32), self._place(slo)
         try:
@@ -414,7 +412,7 @@ class Engine:
         self._post(Arrival(request))
         return stream
 
-    def _check_room(self, settled: Settled) -> None:
+    def _check_room(self, settled: ResolvedOptions) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
         if self.pools and settled.canvas_tokens > (pool := self._smallest_pool()):
@@ -471,7 +469,7 @@ class Engine:
             if self.broken:
                 raise self.broken
             now = max(self.loop.time(), self.rang_at)
-            if paused := self.pulse.missed(now):
+            if paused := self.stall_detector.missed(now):
                 log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
                 self.inbox.appendleft(Paused(paused))
             self._observe(executor, now)
@@ -500,7 +498,7 @@ class Engine:
             if self.alarm:
                 self.alarm.cancel()
             self.alarm = None if when == math.inf else self.loop.call_at(when, self._ring, when)
-            self.pulse.watch(when < math.inf)
+            self.stall_detector.watch(when < math.inf)
 
     def _ring(self, when: float) -> None:
         """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""
@@ -528,8 +526,8 @@ class Engine:
         match command:
             case Launch(batch):
                 executor.launch(batch)
-            case Hurry(batch):
-                executor.hurry(batch)
+            case StopEarly(batch):
+                executor.stop_early(batch)
             case Adjust(row, threshold):
                 self.table.threshold[row] = threshold
             case Reshard(moves):
@@ -589,8 +587,8 @@ class Engine:
                 stream.finish(reason, usage)
             case Fail(_, _, told):
                 stream.fail(RequestFailed(told))
-            case Decline(_, usage, retry, vain):
-                stream.fail(missed(usage, retry, vain))
+            case Decline(_, usage, retry, never_feasible):
+                stream.fail(missed(usage, retry, never_feasible))
             case Refuse(_, retry_after):
                 stream.fail(self._full(retry_after))
 
@@ -651,10 +649,10 @@ def advised(note: str | None, unplanned: str | None) -> str | None:
     return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None
 
 
-def missed(usage: Usage, retry_after: float | None, vain: bool) -> DeadlineMissed:
+def missed(usage: Usage, retry_after: float | None, never_feasible: bool) -> DeadlineMissed:
     seconds = f"{usage.deadline:.3g} s" if usage.deadline is not None else "its deadline"
-    if vain:
-        return DeadlineMissed(f"the answer takes longer than {seconds} even if nothing else runs", vain=True)
+    if never_feasible:
+        return DeadlineMissed(f"the answer takes longer than {seconds} even if nothing else runs", never_feasible=True)
     if retry_after is not None:
         return DeadlineMissed(f"the server is too busy to answer within {seconds}; try later", retry_after=retry_after)
     return DeadlineMissed(

@@ -6,7 +6,7 @@ PERIOD = 1.0  # seconds between two beats while somebody waits for a limit
 LATE = 1.0  # seconds later than that, from which the loop counts as absent
 
 
-class Pulse:
+class StallDetector:
     """Adds up the seconds in which one loop should have run and did not, while it is watched."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

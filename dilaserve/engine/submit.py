@@ -93,7 +93,7 @@ class SloClass(NamedTuple):
     weight: float
 
 
-class Settled(NamedTuple):
+class ResolvedOptions(NamedTuple):
     """A checked request: the layout of its canvas and how to decode it."""
 
     canvas_tokens: int
@@ -101,7 +101,7 @@ class Settled(NamedTuple):
     decoding: Decoding
 
 
-def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig) -> Settled:
+def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig) -> ResolvedOptions:
     """Fill in what is left open and lay out the canvas, at most `limit` tokens.
 
     The options are `validated`. The answer's region is rounded up to whole blocks where the canvas has room. Raises
@@ -128,7 +128,7 @@ def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults
         min_p=options.min_p,
         seed=seed if options.seed is None else options.seed,
     )
-    return Settled(canvas_tokens, max_tokens, decoding)
+    return ResolvedOptions(canvas_tokens, max_tokens, decoding)
 
 
 def validated(options: Options | None) -> Options:

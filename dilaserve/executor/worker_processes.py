@@ -30,7 +30,7 @@ from dilaserve.types import (
     WorkerUp,
 )
 from dilaserve.worker import main as worker
-from dilaserve.worker.main import Job, Shared
+from dilaserve.worker.main import Shared, WorkerJob
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
@@ -65,7 +65,7 @@ class Executor(Protocol):
     def launch(self, batch: Batch) -> None:
         """Begin a step; its `StepDone` comes by `post`."""
 
-    def hurry(self, batch: Batch) -> None:
+    def stop_early(self, batch: Batch) -> None:
         """Let a batch of several steps end with the one that is under way; it may have ended by itself."""
 
     def reshard(self, moves: Moves) -> None:
@@ -108,7 +108,7 @@ class ProcessExecutor:
     whatever they do together and are there for the next one.
     """
 
-    def __init__(self, jobs: list[Job], shared: Shared, progress: Progress) -> None:
+    def __init__(self, jobs: list[WorkerJob], shared: Shared, progress: Progress) -> None:
         self.jobs, self.shared, self.progress = jobs, shared, progress
         self.workers: dict[int, WorkerHandle] = {}
         self.instances: dict[int, Forming] = {}
@@ -139,14 +139,14 @@ class ProcessExecutor:
         return origins + [handle.taken() for _, handle in sorted(self.workers.items())]
 
     def launch(self, batch: Batch) -> None:
-        order = frames.Run(batch.id, list(batch.spans), batch.steps, [list(spans) for spans in batch.then])
+        order = frames.RunBatch(batch.id, list(batch.spans), batch.steps, [list(spans) for spans in batch.then])
         for rank in self.instances[batch.instance].instance.ranks:
             self.workers[rank].send(order)
 
-    def hurry(self, batch: Batch) -> None:
+    def stop_early(self, batch: Batch) -> None:
         if known := self.instances.get(batch.instance):
             for rank in known.instance.ranks:
-                self.shared.exchange.hurry(rank, batch.id)
+                self.shared.exchange.stop_early(rank, batch.id)
 
     def reshard(self, moves: Moves) -> None:
         for id in moves.ends:
@@ -155,7 +155,7 @@ class ProcessExecutor:
             self.instances[instance.id] = Forming(instance, set(instance.ranks))
             lives = [self.workers[rank].life for rank in instance.ranks]
             for rank in instance.ranks:
-                self.workers[rank].send(frames.Form(instance.id, list(instance.ranks), lives))
+                self.workers[rank].send(frames.JoinInstance(instance.id, list(instance.ranks), lives))
 
     def kill(self, instance: int, reason: str) -> None:
         """End the ranks that the others wait for; of an instance that is lost, those that do not leave it."""
@@ -164,7 +164,7 @@ class ProcessExecutor:
                 if rank in self.workers:
                     self.workers[rank].kill(reason)
 
-    async def mind(self, rank: int, job: Job, ready: asyncio.Future[None]) -> None:
+    async def mind(self, rank: int, job: WorkerJob, ready: asyncio.Future[None]) -> None:
         """Keep one worker alive: start it, hear it out, and start it again when it is gone.
 
         Raises `DilaserveError` when so many ranks fail to load again and again that no instance is left.
@@ -182,14 +182,14 @@ class ProcessExecutor:
             log.warning("worker %d on %s is gone (%s); starting another in %g s", rank, job.device, death.reason, pause)
             await asyncio.sleep(pause)
 
-    def count(self, rank: int, job: Job, death: Death) -> None:
+    def count(self, rank: int, job: WorkerJob, death: Death) -> None:
         """Remember how often the rank has failed to load; being killed, or not started, tells nothing of that."""
         if death.ended in (Ended.FAILED, Ended.LOST):
             self.failures[rank] = self.failures[rank] + 1 if death.ended is Ended.FAILED else 0
         if sum(count < MAX_FAILURES for count in self.failures) < job.shards:
             raise DilaserveError(f"the worker on {job.device} does not come back: {death.reason}")
 
-    async def live(self, rank: int, job: Job, life: int, ready: asyncio.Future[None]) -> Death:
+    async def live(self, rank: int, job: WorkerJob, life: int, ready: asyncio.Future[None]) -> Death:
         """One worker process, from its start to its end."""
         try:
             handle = WorkerHandle(job, rank, life, self.shared)
@@ -287,7 +287,7 @@ def refusal(death: Death) -> ConfigError:
 
 
 @contextlib.contextmanager
-def meeting_place(jobs: list[Job]) -> Iterator[str]:
+def meeting_place(jobs: list[WorkerJob]) -> Iterator[str]:
     """A directory for files through which torch.distributed introduces workers; none is made where it is not needed."""
     if all(job.backend == "shm" for job in jobs):
         yield ""
@@ -316,7 +316,7 @@ class WorkerHandle:
     Raises whatever keeps the system from starting a process.
     """
 
-    def __init__(self, job: Job, rank: int, life: int, shared: Shared) -> None:
+    def __init__(self, job: WorkerJob, rank: int, life: int, shared: Shared) -> None:
         self.job, self.life = job, life
         self.ready = frames.Ready(0, 0, 0)
         self.verdict = ""  # why it was killed from here

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 
 from dilaserve.models.blocks import PLAIN
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.spans import Attention, Group, Kit, PackedSpan, Runs
+from dilaserve.models.spans import Attention, Kernels, PackedSpan, Runs, SpanGroup
 
 MAX_PADDING = 1.25  # keys of a group's longest row over those of its shortest
 MAX_KEYS = 640  # of one group, so that its K and V stay in a core's cache
 
 
-def attend(q: torch.Tensor, pool: KVPool, layer: int, groups: list[Group] | Runs, kit: Kit = PLAIN) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs, kit: Kernels = PLAIN
+) -> torch.Tensor:
     """Unmasked attention of each span's queries over its row's keys; q and the result are [tokens, heads, head_dim]."""
     keys, values = pool.keys[layer], pool.values[layer]
     if isinstance(groups, Runs):
@@ -101,7 +103,7 @@ def each_run(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Ru
     return out
 
 
-def grouped(spans: list[PackedSpan], device: torch.device) -> list[Group]:
+def grouped(spans: list[PackedSpan], device: torch.device) -> list[SpanGroup]:
     """Put neighbours of one query length together while padding wastes little and a core's cache holds their keys."""
     runs: list[list[PackedSpan]] = []
     for span in spans:
@@ -114,12 +116,12 @@ def grouped(spans: list[PackedSpan], device: torch.device) -> list[Group]:
     return [group(run, device) for run in runs]
 
 
-def group(run: list[PackedSpan], device: torch.device) -> Group:
+def group(run: list[PackedSpan], device: torch.device) -> SpanGroup:
     if len(run) == 1:
-        return Group(run[0], 1, None, None)
+        return SpanGroup(run[0], 1, None, None)
     starts, keys = torch.tensor([(span.kv_start, span.keys) for span in run], device=device).T
     column = torch.arange(int(keys.max()), device=device)
     padding = column >= keys[:, None]
     slots = (starts[:, None] + column).masked_fill(padding, run[0].kv_start).flatten()
     hidden = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)[:, None, None]
-    return Group(run[0], len(run), slots, hidden if bool(padding.any()) else None)
+    return SpanGroup(run[0], len(run), slots, hidden if bool(padding.any()) else None)

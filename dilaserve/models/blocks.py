@@ -7,7 +7,7 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from dilaserve.models.spans import Kit
+from dilaserve.models.spans import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -71,16 +71,16 @@ def gated(fused: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up).flatten(1)
 
 
-PLAIN = Kit(add_norm, place, gated, None)
+PLAIN = Kernels(add_norm, place, gated, None)
 
 
-def kit_for(device: torch.device) -> Kit:
+def kernels_for(device: torch.device) -> Kernels:
     """The kernels where they can run, else plain torch."""
     if not has_kernels(device):
         return PLAIN
     from dilaserve.models import kernels
 
-    return kernels.KIT
+    return kernels.KERNELS
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dilaserve.models.spans import Kit, Runs
+from dilaserve.models.spans import Kernels, Runs
 
 WIDE = 2048  # elements of the MLP that a program gates
 TILE = 8192  # elements of K, and of V, that a program of attention looks at together
@@ -93,7 +93,7 @@ def splits_for(programs: int, device: torch.device) -> int:
     return min(MOST_SPLITS, 1 << max(0, spare.bit_length() - 1))
 
 
-KIT = Kit(add_norm, place, gated, attend_even)
+KERNELS = Kernels(add_norm, place, gated, attend_even)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ class PackedSpan(NamedTuple):
     keys: int
 
 
-class Group(NamedTuple):
+class SpanGroup(NamedTuple):
     """Neighbouring spans of one query length that share a call; their keys are padded to the longest.
 
     `slots` are the pool tokens of the padded keys, [rows · keys], and `hidden` is -inf where a key is padding, else 0,
@@ -53,15 +53,15 @@ class Packed(NamedTuple):
     ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
     slots: torch.Tensor  # [tokens], pool token of each
-    groups: list[Group] | Runs
+    groups: list[SpanGroup] | Runs
     kept: torch.Tensor | None  # [kept]
-    kept_groups: list[Group] | Runs
+    kept_groups: list[SpanGroup] | Runs
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs], torch.Tensor]
 
 
-class Kit(NamedTuple):
+class Kernels(NamedTuple):
     """What lies between the matrix products of a layer; the functions of these names say what each does.
 
     `attend_even` is `each_run` for runs that are `even`; None leaves them to what takes all.

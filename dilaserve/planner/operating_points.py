@@ -148,8 +148,8 @@ def crowd(pace: Pace, deadline: float, instances: int) -> tuple[np.ndarray, np.n
     work = max(1e-9, float(pace.life[-1] - alone) / max(1, rows - 1))  # what one more row adds
     waits = np.linspace(0.0, deadline, 64)
     fits = np.clip(allowed(deadline - waits, alone, work), 1.0, rows)
-    seats = instances * float(fits[0])
-    reached = seats + waits * seats / np.interp(fits[0], np.arange(1, rows + 1), pace.life)
+    replicas = instances * float(fits[0])
+    reached = replicas + waits * replicas / np.interp(fits[0], np.arange(1, rows + 1), pace.life)
     state = np.arange(1, int(reached[-1]) + 1)
     waiting = np.interp(state, reached, waits)
     company = np.minimum(np.clip(state / instances, 1.0, rows), np.interp(state, reached, fits))

@@ -3,18 +3,18 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 
-Group = tuple[int, ...]  # sorted ranks
-Choice = tuple[int, int, tuple[Group, ...]]  # instances kept, devices kept, the groups
+DeviceGroup = tuple[int, ...]  # sorted ranks
+Choice = tuple[int, int, tuple[DeviceGroup, ...]]  # instances kept, devices kept, the groups
 MOST_EXACT = 64  # ranks for which all layouts are weighed
 
 
-def changed(old: Sequence[Group], new: Sequence[Group]) -> float:
+def changed(old: Sequence[DeviceGroup], new: Sequence[DeviceGroup]) -> float:
     """The share of the new plan's devices that are in a newly formed group."""
     total = sum(map(len, new))
     return sum(map(len, set(new) - set(old))) / total if total else 0.0
 
 
-def block(start: int, degree: int) -> Group:
+def block(start: int, degree: int) -> DeviceGroup:
     return tuple(range(start, start + degree))
 
 
@@ -29,13 +29,15 @@ def groups(alive: Collection[int], degrees: Collection[int]) -> dict[int, int]:
     return {degree: count for degree, count in found.items() if count}
 
 
-def aligned(alive: Collection[int], degree: int) -> Iterator[Group]:
+def aligned(alive: Collection[int], degree: int) -> Iterator[DeviceGroup]:
     for start in sorted({rank - rank % degree for rank in alive}):
         if all(rank in alive for rank in range(start, start + degree)):
             yield block(start, degree)
 
 
-def layout(counts: Mapping[int, int], alive: Collection[int], running: Collection[Group] = ()) -> tuple[Group, ...]:
+def layout(
+    counts: Mapping[int, int], alive: Collection[int], running: Collection[DeviceGroup] = ()
+) -> tuple[DeviceGroup, ...]:
     """The aligned layout with these counts that keeps the most running instances, then the most of their devices.
 
     Among equals the larger groups get the lower ranks; beyond `MOST_EXACT` ranks it is not always the best that is
@@ -74,13 +76,13 @@ def layout(counts: Mapping[int, int], alive: Collection[int], running: Collectio
 
 
 def quick_layout(
-    counts: Mapping[int, int], alive: Collection[int], running: Collection[Group] = ()
-) -> tuple[Group, ...]:
+    counts: Mapping[int, int], alive: Collection[int], running: Collection[DeviceGroup] = ()
+) -> tuple[DeviceGroup, ...]:
     """Group by group, the largest first: running ones, then where the fewest running ones of smaller degrees are.
 
     As powers of two nest, whatever is taken first leaves as many smaller groups. Raises `ValueError` as `layout` does.
     """
-    free, there, found = set(alive), set(running), list[Group]()
+    free, there, found = set(alive), set(running), list[DeviceGroup]()
     for degree in sorted((degree for degree, count in counts.items() if count), reverse=True):
         smaller = {rank for group in there if len(group) < degree and counts.get(len(group)) for rank in group}
         blocks = sorted(aligned(free, degree), key=lambda group: (group not in there, len(smaller & set(group)), group))

@@ -10,8 +10,8 @@ import numpy as np
 from dilaserve.config import Config
 from dilaserve.planner import packing, program
 from dilaserve.planner.operating_points import NEVER, Kind, points, unloaded
-from dilaserve.planner.program import Ground, Offered, Point, Proposal, Question
-from dilaserve.planner.track_record import Hindsight
+from dilaserve.planner.program import Ground, Offered, PlanProgram, Point, Proposal
+from dilaserve.planner.track_record import TrackRecord
 from dilaserve.plans import counted
 from dilaserve.profile.decode_speed import Forecast, QualityProfile
 from dilaserve.profile.step_cost import StepCost
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     """Another plan, the share of all devices that it would remake, and what it is worth more than the running one."""
 
     proposal: Proposal
-    plan: tuple[packing.Group, ...]
+    plan: tuple[packing.DeviceGroup, ...]
     share: float
     gain: float
 
@@ -77,7 +77,7 @@ class Setup(NamedTuple):
         )
 
 
-class Counsel(Protocol):
+class PlannerPort(Protocol):
     """Whoever can be asked for a plan: the planner itself, or one in a process of its own. All of it blocks."""
 
     def __call__(self, demand: Demand) -> PlanReady: ...
@@ -106,7 +106,7 @@ class Planner:
         """`laws` by degree; degrees without one are never formed."""
         self.laws, self.forecast = dict(laws), Forecast(quality)
         self.tables: dict[tuple[Kind, int, int], list[Point]] = {}
-        self.hindsight = Hindsight()
+        self.track_record = TrackRecord()
 
     def __call__(self, demand: Demand) -> PlanReady:
         advice = self.advise(demand)
@@ -127,10 +127,10 @@ class Planner:
         rise = program.rise([load(flows) for flows in self.past])
         offered = [self.offered(flow, demand, ground, rise) for flow in few(demand.flows)]
         pause, budget, held = self.setup.pause, self.setup.budget, program.kept(ground.running, ground)
-        question = Question(offered, ground, pause, budget)
+        question = PlanProgram(offered, ground, pause, budget)
         foretold = question.proposal(held)
-        self.hindsight.happened(foretold, demand.met, demand.ended)
-        now = self.hindsight.judged(foretold)
+        self.track_record.happened(foretold, demand.met, demand.ended)
+        now = self.track_record.judged(foretold)
         choices = [self.choice(rival, now, demand) for rival in self.rivals(question)]
         wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
         gain -= self.risk(wanted, now, demand, ground)
@@ -148,13 +148,13 @@ class Planner:
             return Advice(None, reason, now, gain)
         return Advice(Plan(packing.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
 
-    def rivals(self, question: Question) -> Iterator[Proposal]:
+    def rivals(self, question: PlanProgram) -> Iterator[Proposal]:
         """What the program wants, and what was tried before, as experience has them."""
         ground = question.ground
-        yield self.hindsight.judged(question.proposal())
-        for counts in self.hindsight.tried():
+        yield self.track_record.judged(question.proposal())
+        for counts in self.track_record.tried():
             if counts != dict(ground.running) and program.packable(counts, ground):
-                yield self.hindsight.judged(question.proposal(counts))
+                yield self.track_record.judged(question.proposal(counts))
 
     def choice(self, rival: Proposal, now: Proposal, demand: Demand) -> Choice:
         running = demand.plan.groups
@@ -176,7 +176,7 @@ class Planner:
             return 0.0
         surge = msgspec.structs.replace(surge, backlog=0)
         offered = [self.offered(flow, surge, ground) for flow in few(surge.flows)]
-        question = Question(offered, ground, self.setup.pause, self.setup.budget)
+        question = PlanProgram(offered, ground, self.setup.pause, self.setup.budget)
         return question.proposal(now.counts).on_time - question.proposal(wanted.counts).on_time
 
     def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
@@ -249,8 +249,8 @@ def trust(demand: Demand) -> float:
 
 
 def named(flow: Flow) -> str:
-    hurry = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
-    return f"{hurry} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"
+    stop_early = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
+    return f"{stop_early} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"
 
 
 def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:

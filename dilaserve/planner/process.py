@@ -25,7 +25,7 @@ class PlannerGone(Exception):
     """The planner's process has died, or has not answered in time."""
 
 
-class Advisor:
+class PlannerProcess:
     """Ask it from a thread: `await asyncio.to_thread(advisor, demand)`.
 
     The process ends when the advisor is closed, or its parent dies. One that died is started anew by the next question.

@@ -95,17 +95,17 @@ class Terms(NamedTuple):
     offered: float
 
 
-class Found(NamedTuple):
+class Solution(NamedTuple):
     """A solution, None where there is none, and what it costs by the goal."""
 
     solution: np.ndarray | None
     cost: float
 
 
-NOT_FOUND = Found(None, np.inf)
+NOT_FOUND = Solution(None, np.inf)
 
 
-class Row(NamedTuple):
+class Constraint(NamedTuple):
     """A constraint: entries by column, and what they add up to at most or, `exact`, precisely."""
 
     entries: dict[int, float]
@@ -133,7 +133,7 @@ def switching(changed: float, pause: float) -> float:
     return changed * pause / AMORTISED
 
 
-class Question:
+class PlanProgram:
     """What to do with this demand on this ground. `pause` are the seconds that a new instance costs.
 
     max Σ y r A w - latency - levels - switching(u) - MIXED Σ z over y ≥ 0 (instances at a point), integer n, binary z,
@@ -145,7 +145,7 @@ class Question:
     def __init__(self, offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None) -> None:
         self.ground, self.pause = ground, pause
         self.terms = written(offered, ground)
-        self.found: dict[tuple[tuple[int, int], ...], Found] = {}
+        self.found: dict[tuple[tuple[int, int], ...], Solution] = {}
         if self.terms.columns:
             self.goal = objective(self.terms, pause, devices(ground))
             self.constraints = rows(self.terms, ground, budget)
@@ -159,7 +159,7 @@ class Question:
             return NOTHING._replace(counts=kept(held or self.ground.running, self.ground))
         return read(self.terms, solution, self.pause, devices(self.ground))
 
-    def best(self) -> Found:
+    def best(self) -> Solution:
         """The optimum, the plans of one degree first where they leave no device over: each of them is a linear program,
         and so is a bound of what a mix can be worth. As that costs MIXED more, whole numbers must seldom be looked for.
         """
@@ -171,14 +171,14 @@ class Question:
             return known
         return min(known, self.mixed(), key=cost)
 
-    def holding(self, counts: Counts) -> Found:
+    def holding(self, counts: Counts) -> Solution:
         """With these counts."""
         key = tuple(sorted(counts.items()))
         if key not in self.found:
             self.found[key] = self.solved(self.goal, limits(self.terms, self.ground, counts), whole=False)
         return self.found[key]
 
-    def mixed(self) -> Found:
+    def mixed(self) -> Solution:
         return self.solved(self.goal, limits(self.terms, self.ground, None), whole=True)
 
     def bound(self) -> float:
@@ -187,24 +187,24 @@ class Question:
         goal[-len(self.terms.degrees) :] = 0.0
         return self.solved(goal, limits(self.terms, self.ground, None), whole=False).cost + 2 * MIXED
 
-    def solved(self, goal: np.ndarray, bounds: Bounds, whole: bool) -> Found:
+    def solved(self, goal: np.ndarray, bounds: Bounds, whole: bool) -> Solution:
         """`whole`: instances are whole numbers."""
         integral = np.zeros(len(goal))
         if whole:
             integral[len(self.terms.columns) :] = np.repeat([1, 0, 1], len(self.terms.degrees))
         options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
         found = milp(goal, constraints=self.constraints, bounds=bounds, integrality=integral, options=options)
-        return NOT_FOUND if found.x is None else Found(found.x, float(found.fun))
+        return NOT_FOUND if found.x is None else Solution(found.x, float(found.fun))
 
 
 def propose(
     offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None, held: Counts | None = None
 ) -> Proposal:
-    """The best counts for this demand, or what to expect of the counts that are `held`; see `Question`."""
-    return Question(offered, ground, pause, budget).proposal(held)
+    """The best counts for this demand, or what to expect of the counts that are `held`; see `PlanProgram`."""
+    return PlanProgram(offered, ground, pause, budget).proposal(held)
 
 
-def cost(found: Found) -> float:
+def cost(found: Solution) -> float:
     return found.cost
 
 
@@ -256,27 +256,27 @@ def rows(terms: Terms, ground: Ground, budget: float | None) -> LinearConstraint
     """The devices that can be used are all used; every other row is at most its limit."""
     columns, size = len(terms.columns), len(terms.degrees)
     places = {degree: columns + i for i, degree in enumerate(terms.degrees)}
-    classes: dict[int, Row] = {}  # by identity, as classes may be called alike
+    classes: dict[int, Constraint] = {}  # by identity, as classes may be called alike
     busy: dict[int, dict[int, float]] = {degree: {} for degree in terms.degrees}
     for i, (degree, one, point) in enumerate(terms.columns):
-        classes.setdefault(id(one), Row({}, one.rate)).entries[i] = point.rate
+        classes.setdefault(id(one), Constraint({}, one.rate)).entries[i] = point.rate
         busy[degree][i] = 1.0
     found = list(classes.values())
     for degree, place in places.items():
         packed = {places[other]: other / degree for other in terms.degrees if other >= degree}
-        found.append(Row({**busy[degree], place: -1.0}, 0.0))
-        found.append(Row({place: 1.0, place + size: -1.0}, ground.running.get(degree, 0)))
-        found.append(Row(packed, ground.groups[degree], exact=degree == min(places)))
-        found.append(Row({place: 1.0, place + 2 * size: -float(ground.groups[degree])}, 0.0))
+        found.append(Constraint({**busy[degree], place: -1.0}, 0.0))
+        found.append(Constraint({place: 1.0, place + size: -1.0}, ground.running.get(degree, 0)))
+        found.append(Constraint(packed, ground.groups[degree], exact=degree == min(places)))
+        found.append(Constraint({place: 1.0, place + 2 * size: -float(ground.groups[degree])}, 0.0))
     if budget is not None:
         dear = [point.drop - budget for _, _, point in terms.columns]
-        found.append(Row(dict(enumerate(terms.served * dear)), 0.0))
+        found.append(Constraint(dict(enumerate(terms.served * dear)), 0.0))
     high = np.array([row.limit for row in found], dtype=float)
     low = np.where([row.exact for row in found], high, -np.inf)
     return LinearConstraint(matrix(found, columns + 3 * size), low, high)
 
 
-def matrix(rows: Sequence[Row], width: int) -> csr_array:
+def matrix(rows: Sequence[Constraint], width: int) -> csr_array:
     values = np.concatenate([np.fromiter(row.entries.values(), float) for row in rows])
     keys = np.concatenate([np.fromiter(row.entries, int) for row in rows])
     ends = np.cumsum([0, *(len(row.entries) for row in rows)])

@@ -26,7 +26,7 @@ class Record(NamedTuple):
 NONE = Record(0.0, 0.0, 0.0)
 
 
-class Hindsight:
+class TrackRecord:
     """Remembers the plans that were in force. Others are taken to surprise as these did in situations that were alike:
     else whatever was never tried would look best.
     """

@@ -86,7 +86,7 @@ class QualityProfile(msgspec.Struct, frozen=True, kw_only=True):
         return self.tasks.get(name or ANY, self.tasks[ANY])
 
 
-class Rung(NamedTuple):
+class ThresholdStep(NamedTuple):
     """A level worth choosing, and what it yields beyond the rung before: the share of the steps saved for a point."""
 
     threshold: float
@@ -187,7 +187,7 @@ class Forecast:
         self.learning: Iterator[None] | None = None  # what is left to do until the laws have taken them in
         self.chains: dict[ChainKey, Chain] = {}
         self.known_tracks: dict[tuple[str, tuple[int, ...], int, int, int], list[Track]] = {}
-        self.ladders: dict[str, list[Rung]] = {}
+        self.ladders: dict[str, list[ThresholdStep]] = {}
         self.nearest: dict[float, int] = {}  # level by threshold
 
     def kind(self, task: str | None, prompt_tokens: int) -> str:
@@ -283,7 +283,7 @@ class Forecast:
     def mean_drop(self, task: str | None, level: int) -> float:
         return self.profile.task(task).mean_drop[level]
 
-    def ladder(self, task: str | None) -> list[Rung]:
+    def ladder(self, task: str | None) -> list[ThresholdStep]:
         """The levels that control should choose among for a task, the reference first.
 
         Each yields less than the one before; without measured steps those of one block by the laws count.
@@ -295,7 +295,9 @@ class Forecast:
             steps = known.steps or [self.chain(name, level, 0, length).steps[length] for level in levels]
             kept = hull(known.drop, steps)
             yields = [math.inf, *(slope(known.drop, steps, a, b) / steps[0] for a, b in pairwise(kept))]
-            self.ladders[name] = [Rung(profile.levels[level], one) for level, one in zip(kept, yields, strict=True)]
+            self.ladders[name] = [
+                ThresholdStep(profile.levels[level], one) for level, one in zip(kept, yields, strict=True)
+            ]
         return self.ladders[name]
 
     def laws_of(self, kind: str, level: int, part: int) -> list[Law]:

@@ -1,6 +1,6 @@
 """Work that is not done yet: seconds that requests take alone, as was expected when they came."""
 
-from dilaserve.scheduler.request_state import Progress
+from dilaserve.scheduler.request_state import RequestState
 
 
 class Backlog:
@@ -11,15 +11,15 @@ class Backlog:
         self.requests = 0  # of best effort
         self.unfinished = 0  # requests of both kinds
 
-    def add(self, progress: Progress) -> None:
+    def add(self, progress: RequestState) -> None:
         self.change(progress, 1)
 
-    def remove(self, progress: Progress) -> None:
+    def remove(self, progress: RequestState) -> None:
         self.change(progress, -1)
 
-    def change(self, progress: Progress, sign: int) -> None:
+    def change(self, progress: RequestState, sign: int) -> None:
         self.unfinished += sign
-        if progress.promised:
+        if progress.has_deadline:
             self.timed = max(0.0, self.timed + sign * progress.seconds)
             return
         self.requests += sign

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dilaserve.errors import OURS, DilaserveError, RequestFailed
 from dilaserve.scheduler.invariants import violations
 from dilaserve.scheduler.repair import repair
-from dilaserve.scheduler.request_state import Progress
+from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.scheduler import Scheduler
 from dilaserve.types import Arrival, Cancel, Command, Event, Full, Release, Request
 
@@ -75,10 +75,10 @@ class Guard:
         free: list[int] | None = None
         while free is None:
             try:
-                free = repair(scheduler.house, scheduler.requests)
+                free = repair(scheduler.placement, scheduler.requests)
             except Exception as error:
                 yield from self.removed(error, None)
-        scheduler.disturbed, scheduler.layout.moot = False, True
+        scheduler.disturbed, scheduler.plan_state.needs_reshape = False, True
         for row in free:
             yield Release(row)
         if broken := violations(scheduler):
@@ -86,7 +86,7 @@ class Guard:
             raise StateBroken(f"the engine's state is inconsistent after an error: {broken[0]}{more}; start it again")
 
 
-def is_open(event: Event | None, ended: str, requests: Mapping[str, Progress]) -> bool:
+def is_open(event: Event | None, ended: str, requests: Mapping[str, RequestState]) -> bool:
     """Whether an event that raised is to be handled again, after the request `ended` has been removed."""
     match event:
         case Arrival(request):
@@ -96,7 +96,7 @@ def is_open(event: Event | None, ended: str, requests: Mapping[str, Progress]) -
     return True
 
 
-def subject(event: Event | None, requests: Mapping[str, Progress]) -> Progress | None:
+def subject(event: Event | None, requests: Mapping[str, RequestState]) -> RequestState | None:
     """The request that an event is about."""
     match event:
         case Arrival(request):
@@ -106,7 +106,7 @@ def subject(event: Event | None, requests: Mapping[str, Progress]) -> Progress |
     return None
 
 
-def blamed(error: BaseException, requests: Mapping[str, Progress]) -> Progress | None:
+def blamed(error: BaseException, requests: Mapping[str, RequestState]) -> RequestState | None:
     """The request that the innermost frame of the error's traceback works on, if any frame works on one."""
     frames, step = [], error.__traceback__
     while step:
@@ -114,12 +114,12 @@ def blamed(error: BaseException, requests: Mapping[str, Progress]) -> Progress |
         step = step.tb_next
     for frame in reversed(frames):
         for value in list(frame.f_locals.values()):
-            if isinstance(value, Progress | Request) and (found := known(value, requests)):
+            if isinstance(value, RequestState | Request) and (found := known(value, requests)):
                 return found
     return None
 
 
-def known(value: Progress | Request, requests: Mapping[str, Progress]) -> Progress | None:
-    request = value.request if isinstance(value, Progress) else value
+def known(value: RequestState | Request, requests: Mapping[str, RequestState]) -> RequestState | None:
+    request = value.request if isinstance(value, RequestState) else value
     found = requests.get(request.id)
     return found if found and found.request is request else None

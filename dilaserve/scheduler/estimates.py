@@ -6,7 +6,7 @@ import msgspec
 
 from dilaserve.profile.decode_speed import Chain, Forecast, Outlook, QualityProfile, Track, part_of
 from dilaserve.profile.step_cost import Features, Learner, StepCost, derived
-from dilaserve.scheduler.request_state import Loads, Progress
+from dilaserve.scheduler.request_state import Loads, RequestState
 from dilaserve.scheduler.rules.demand import alone, drifted
 from dilaserve.types import Request, Span
 
@@ -14,7 +14,7 @@ SMOOTH = 0.02
 NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
 
 
-class Pace:
+class StepClock:
     """Seconds of steps at one tensor-parallel degree: a cost law that learns, and the way to a worker and back."""
 
     def __init__(self, law: StepCost) -> None:
@@ -31,12 +31,12 @@ class Pace:
         """Seconds that every step takes, whoever is in it."""
         return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
-    def refresh_seconds(self, progress: Progress) -> float:
+    def refresh_seconds(self, progress: RequestState) -> float:
         """What the row adds to a step that recomputes its whole canvas."""
         canvas = progress.request.canvas_tokens
         return self.row_seconds(canvas, canvas, progress.masks, True)
 
-    def reuse_seconds(self, progress: Progress) -> float:
+    def reuse_seconds(self, progress: RequestState) -> float:
         """What the row adds to a step that reuses its K/V."""
         request = progress.request
         if request.decoding.cache == "none":
@@ -51,11 +51,11 @@ class Pace:
         return learner.law.marginal(tokens, tokens * canvas, canvas, masks, 1) * learner.factors[refreshes]
 
 
-class Beliefs:
+class Estimates:
     """Cost laws by degree, and a quality profile. A degree without a law of its own gets one from the smallest."""
 
     def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
-        self.paces = {degree: Pace(law) for degree, law in laws.items()}
+        self.paces = {degree: StepClock(law) for degree, law in laws.items()}
         self.base = min(laws)
         self.surely: set[int] = set()  # degrees whose law is known; it stays so
         self.believe(quality)
@@ -66,10 +66,10 @@ class Beliefs:
 
     # steps
 
-    def pace(self, degree: int) -> Pace:
+    def pace(self, degree: int) -> StepClock:
         found = self.paces.get(degree)
         if found is None:
-            found = self.paces[degree] = Pace(derived(self.paces[self.base].learner.law, degree // self.base))
+            found = self.paces[degree] = StepClock(derived(self.paces[self.base].learner.law, degree // self.base))
         return found
 
     def known(self) -> tuple[dict[int, StepCost], QualityProfile]:
@@ -91,7 +91,7 @@ class Beliefs:
         self.surely.update([degree for degree in degrees if self.pace(degree).sure])
         return self.surely.issuperset(degrees)
 
-    def step_seconds(self, progress: Progress, refresh: bool, degree: int) -> float:
+    def step_seconds(self, progress: RequestState, refresh: bool, degree: int) -> float:
         """What the row adds to its next step."""
         loads = progress.loads
         if loads is not None and loads.degree == degree:
@@ -115,7 +115,7 @@ class Beliefs:
     def kind(self, request: Request) -> str:
         return self.forecast.kind(request.slo.task, request.prompt_tokens)
 
-    def tracks(self, progress: Progress) -> list[Track]:
+    def tracks(self, progress: RequestState) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if progress.tracked != (progress.block, self.forecast.version):
             levels = self.levels(progress.request, progress.thresholds)
@@ -124,7 +124,7 @@ class Beliefs:
             progress.tracked = progress.block, self.forecast.version
         return progress.tracks
 
-    def loads(self, progress: Progress, degree: int) -> Loads:
+    def loads(self, progress: RequestState, degree: int) -> Loads:
         """What the request still needs at this degree, by its own levels; kept until it has moved on."""
         loads = progress.loads
         if loads is None or loads.degree != degree:
@@ -140,17 +140,17 @@ class Beliefs:
             progress.loads = loads
         return loads
 
-    def unloaded(self, progress: Progress, degree: int | None = None) -> float:
+    def unloaded(self, progress: RequestState, degree: int | None = None) -> float:
         """Seconds that the request takes alone at its reference threshold, by default on as few devices as can be."""
         degree = degree or self.base
         return alone(self.loads(progress, degree)[0], self.pace(degree).fixed)
 
-    def watched(self, progress: Progress, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
+    def watched(self, progress: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
         """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
         if progress.quotas or progress.request.decoding.rule != "threshold":
             return
         forecast, kind = self.forecast, progress.kind
-        level, part = forecast.level_of(progress.told), part_of(block_before)
+        level, part = forecast.level_of(progress.table_threshold), part_of(block_before)
         steps = forecast.chain(kind, level, part, progress.request.decoding.block_length).steps
         left = steps[progress.masks] if progress.block == block_before else 0.0
         forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
@@ -158,7 +158,7 @@ class Beliefs:
         progress.expected += steps[masks_before] - left
 
 
-def counted(progress: Progress) -> Track:
+def counted(progress: RequestState) -> Track:
     """Under the steps rule the future is known."""
     left = sum(map(len, progress.quotas[progress.block :])) - progress.block_step
     refreshes = len(progress.quotas) - progress.block - progress.fresh

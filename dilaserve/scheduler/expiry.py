@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Iterator
 from itertools import count
 
-from dilaserve.scheduler.request_state import Progress, State
+from dilaserve.scheduler.request_state import RequestState, State
 
 EARLY = 1e-6  # seconds by which a timer may ring before its time
 SLACK = 64  # entries of ended requests that are kept in any case
@@ -15,10 +15,10 @@ class Expiry:
     """Requests by deadline, the earliest first; what has ended drops out by itself."""
 
     def __init__(self) -> None:
-        self.heap: list[tuple[float, int, Progress]] = []
+        self.heap: list[tuple[float, int, RequestState]] = []
         self.numbers = count()  # two deadlines at the same instant are in order of arrival
 
-    def add(self, progress: Progress, deadline: float, alive: int) -> None:
+    def add(self, progress: RequestState, deadline: float, alive: int) -> None:
         """`alive` bounds the entries worth keeping: requests that have not ended."""
         if len(self.heap) > SLACK + 2 * alive:
             self.heap = [entry for entry in self.heap if entry[2].state not in ENDED]
@@ -31,7 +31,7 @@ class Expiry:
             heapq.heappop(self.heap)
         return self.heap[0][0] if self.heap else float("inf")
 
-    def passed(self, now: float, most: int) -> Iterator[Progress]:
+    def passed(self, now: float, most: int) -> Iterator[RequestState]:
         """Take out up to so many of the requests whose time has come, each when it is asked for."""
         for _ in range(most):
             if self.next_at() > now + EARLY:

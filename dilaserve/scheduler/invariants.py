@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dilaserve.scheduler.kv_pages import joined
-from dilaserve.scheduler.request_state import Progress, Seat, State
+from dilaserve.scheduler.request_state import InstanceState, RequestState, State
 from dilaserve.scheduler.scheduler import Scheduler
 
 ON_INSTANCE = (State.RESIDENT, State.STEPPING)
@@ -19,24 +19,26 @@ TOLERANCE = 1e-6  # points of accuracy by which sums of reservations may differ
 
 def violations(scheduler: Scheduler) -> list[str]:
     """A sentence for each invariant that does not hold; empty if the state is consistent."""
-    house, requests = scheduler.house, scheduler.requests
-    seats = [*house.seats.values(), *house.closing.values()]
-    found = [*counted(scheduler), *tenants(scheduler, seats), *lines(scheduler)]
+    placement, requests = scheduler.placement, scheduler.requests
+    replicas = [*placement.replicas.values(), *placement.closing.values()]
+    found = [*counted(scheduler), *tenants(scheduler, replicas), *lines(scheduler)]
     places = Places(
-        queue={id(row) for row in house.queue},
-        waiting={id(row) for row in house.waiting},
-        moving={id(row) for row in house.moving},
-        seats={id(seat) for seat in seats},
+        queue={id(row) for row in placement.queue},
+        waiting={id(row) for row in placement.waiting},
+        moving={id(row) for row in placement.moving},
+        replicas={id(replica) for replica in replicas},
     )
     for name, progress in requests.items():
         found += [f"request {name} {problem}" for problem in placed(progress, places)]
-    for seat in seats:
-        found += [f"instance {seat.instance.id} {problem}" for problem in seated(seat, requests)]
+    for replica in replicas:
+        found += [f"instance {replica.instance.id} {problem}" for problem in seated(replica, requests)]
     known = {id(progress) for progress in requests.values()}
     if not places.queue | places.waiting | places.moving <= known:
         found.append("a request waits that has ended")
     rows = [progress.request.row for progress in requests.values()]
-    rows += [row.request.row for seat in seats for row in seat.residents.values() if row.state is State.LEAVING]
+    rows += [
+        row.request.row for replica in replicas for row in replica.residents.values() if row.state is State.LEAVING
+    ]
     if len(set(rows)) != len(rows):
         found.append("two requests have the same row")
     return found
@@ -48,72 +50,78 @@ class Places(NamedTuple):
     queue: set[int]
     waiting: set[int]
     moving: set[int]
-    seats: set[int]
+    replicas: set[int]
 
 
-def placed(progress: Progress, places: Places) -> Iterator[str]:
+def placed(progress: RequestState, places: Places) -> Iterator[str]:
     """A waiting request waits in one place, and one on an instance in none."""
-    key, seat = id(progress), progress.seat
+    key, replica = id(progress), progress.replica
     waits = [name for name in ("queue", "waiting", "moving") if key in getattr(places, name)]
     if progress.state is State.WAITING:
         if len(waits) != 1:
             yield f"waits in {len(waits)} places"
-        elif waits != ["moving"] and (waits == ["queue"]) != progress.promised:
+        elif waits != ["moving"] and (waits == ["queue"]) != progress.has_deadline:
             yield f"waits in the wrong line ({waits[0]})"
-        if seat is not None:
+        if replica is not None:
             yield "waits, and is on an instance"
         return
     if progress.state not in ON_INSTANCE:
         yield f"is {progress.state.name.lower()}, and has not ended"
     if waits:
         yield f"is {progress.state.name.lower()}, and waits ({waits[0]})"
-    if seat is None or id(seat) not in places.seats or seat.residents.get(progress.request.row) is not progress:
+    if (
+        replica is None
+        or id(replica) not in places.replicas
+        or replica.residents.get(progress.request.row) is not progress
+    ):
         yield "is on an instance that does not know it"
 
 
-def seated(seat: Seat, requests: dict[str, Progress]) -> Iterator[str]:
+def seated(replica: InstanceState, requests: dict[str, RequestState]) -> Iterator[str]:
     """Rows, their K/V, and the batch in flight of one instance agree."""
-    rows, flying = list(seat.residents.values()), seat.flying or []
+    rows, in_flight = list(replica.residents.values()), replica.in_flight or []
     for row in rows:
         ended = row.state is State.LEAVING
         if ended == (requests.get(row.request.id) is row):
             yield f"holds request {row.request.id}, which is {'still known' if ended else 'not known'}"
-        if (row.state in IN_STEP) != any(row is other for other in flying):
+        if (row.state in IN_STEP) != any(row is other for other in in_flight):
             yield f"holds request {row.request.id}, which is {row.state.name.lower()}, and its batch says otherwise"
-    if any(seat.residents.get(key) is not row or row.request.row != key for key, row in seat.residents.items()):
+    if any(replica.residents.get(key) is not row or row.request.row != key for key, row in replica.residents.items()):
         yield "keeps a row under another's number"
-    if not {id(row) for row in flying} <= {id(row) for row in rows}:
+    if not {id(row) for row in in_flight} <= {id(row) for row in rows}:
         yield "steps a row that it does not hold"
-    if {id(row) for row in seat.promised} != {id(row) for row in rows if row.promised and row.state in ON_INSTANCE}:
+    if {id(row) for row in replica.with_deadline} != {
+        id(row) for row in rows if row.has_deadline and row.state in ON_INSTANCE
+    }:
         yield "keeps other promises than its rows have"
-    if set(seat.pages.runs) != {row.kv_start for row in rows} or len(seat.pages.runs) != len(rows):
+    if set(replica.pages.runs) != {row.kv_start for row in rows} or len(replica.pages.runs) != len(rows):
         yield "has K/V pages that no row owns, or a row without pages"
-    whole = joined(sorted([*seat.pages.free, *seat.pages.runs.items()]))
-    if whole != ([(0, seat.pages.capacity)] if seat.pages.capacity else []):
+    whole = joined(sorted([*replica.pages.free, *replica.pages.runs.items()]))
+    if whole != ([(0, replica.pages.capacity)] if replica.pages.capacity else []):
         yield "has pages that are free and taken, or neither"
 
 
-def tenants(scheduler: Scheduler, seats: list[Seat]) -> Iterator[str]:
+def tenants(scheduler: Scheduler, replicas: list[InstanceState]) -> Iterator[str]:
     """What is kept by tenant is the sum over its requests."""
-    held = Counter(row.request.slo.tenant for seat in seats for row in seat.residents.values())
-    if +scheduler.house.held != held:
+    held = Counter(row.request.slo.tenant for replica in replicas for row in replica.residents.values())
+    if +scheduler.placement.held != held:
         yield "the rows that tenants hold are counted wrongly"
     reserved: Counter[str] = Counter()
     for progress in scheduler.requests.values():
         reserved[progress.request.slo.tenant] += progress.reserved  # type: ignore[assignment]
-    kept = scheduler.promises.reserved
+    kept = scheduler.deadlines.reserved
     if any(abs(kept.get(name, 0.0) - reserved[name]) > TOLERANCE for name in {*kept, *reserved}):
         yield "the accuracy that tenants have reserved is summed wrongly"
 
 
 def lines(scheduler: Scheduler) -> Iterator[str]:
     """What is kept beside the queue of deadlines, and of unfinished work, agrees with the requests."""
-    queue, backlog, rows = scheduler.house.queue, scheduler.house.backlog, list(scheduler.requests.values())
+    queue, backlog, rows = scheduler.placement.queue, scheduler.placement.backlog, list(scheduler.requests.values())
     waiting = {progress.request.row for progress in queue}
     if queue.untested.keys() & queue.tested.keys() or queue.untested.keys() | queue.tested.keys() != waiting:
         yield "the queue of deadlines does not know whom it has tested"
-    timed = sum(row.seconds for row in rows if row.promised)
-    others = [row.seconds for row in rows if not row.promised]
+    timed = sum(row.seconds for row in rows if row.has_deadline)
+    others = [row.seconds for row in rows if not row.has_deadline]
     same = near(backlog.timed, timed) and near(backlog.best_effort, sum(others))
     if not same or (backlog.requests, backlog.unfinished) != (len(others), len(rows)):
         yield "the work that is not done yet is summed wrongly"

@@ -9,7 +9,7 @@ from dilaserve.scheduler.rules.time_limits import forming_limit
 from dilaserve.types import PAGE, Change, Instance, Plan
 
 
-class Layout:
+class PlanState:
     """The wanted plan, the workers that are up, and the instances that are being formed, for `patience` seconds each.
 
     Without a wanted plan, instances are taken as they come.
@@ -22,7 +22,7 @@ class Layout:
         self.next_id = 0
         self.limits: dict[int, float] = {}  # when each of them counts as hung
         self.hung: Counter[int] = Counter()  # that were not formed in time, in a row, by degree
-        self.moot = False  # something has happened that may call for moves
+        self.needs_reshape = False  # something has happened that may call for moves
         self.change: Pending | None = None
         self.stopped: dict[int, float] = {}  # end of the last step with rows, by rank whose instance is no more
 
@@ -37,7 +37,7 @@ class Layout:
 
     def asked(self, at: float, before: Iterable[Instance], reason: str) -> None:
         """Something calls for another layout; a change that is not done yet goes on as part of this one."""
-        self.moot = True
+        self.needs_reshape = True
         if self.change is None:
             self.change = Pending(at, plan_of(before))
         if reason not in self.change.reasons:
@@ -66,7 +66,7 @@ class Layout:
 
     def formed(self, instance: Instance) -> None:
         self.over(instance.id)
-        self.moot = True
+        self.needs_reshape = True
         del self.hung[len(instance.ranks)]
 
     def over(self, instance: int) -> None:

@@ -3,7 +3,7 @@
 import math
 
 
-class RecentLeast:
+class RecentMinimum:
     """The least value of the last `window` seconds, or of up to three times as many; two numbers are all it keeps."""
 
     def __init__(self, window: float) -> None:

@@ -13,84 +13,88 @@ from collections.abc import Mapping
 
 from dilaserve.scheduler.backlog import Backlog
 from dilaserve.scheduler.deadline_queue import DeadlineQueue
-from dilaserve.scheduler.deadlines import Promises
+from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.expiry import Expiry
-from dilaserve.scheduler.placement import House, turn
-from dilaserve.scheduler.request_state import Progress, Seat, State
-from dilaserve.scheduler.waiting_queue import Line
+from dilaserve.scheduler.placement import Placement, turn
+from dilaserve.scheduler.request_state import InstanceState, RequestState, State
+from dilaserve.scheduler.waiting_queue import WaitingQueue
 
 
-def repair(house: House, requests: Mapping[str, Progress]) -> list[int]:
+def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[int]:
     """Returns rows of the request table that nobody uses any more and that nobody has given back."""
-    seats = [*house.seats.values(), *house.closing.values()]
-    free = [row for seat in seats for row in settle(seat, requests)]
+    replicas = [*placement.replicas.values(), *placement.closing.values()]
+    free = [row for replica in replicas for row in settle(replica, requests)]
     for progress in requests.values():
-        if not is_held(progress, seats):
+        if not is_held(progress, replicas):
             wait(progress)
-    for seat in seats:
-        derive(seat, house)
-    reserve(house.promises, requests)
-    house.held = Counter(row.request.slo.tenant for seat in seats for row in seat.residents.values())
-    moving = {id(row) for row in house.moving}
-    house.moving = [row for row in requests.values() if row.state is State.WAITING and id(row) in moving]
-    house.queue, house.waiting, house.hopeless = DeadlineQueue(house.promises.rank), Line(turn), Expiry()
+    for replica in replicas:
+        derive(replica, placement)
+    reserve(placement.deadlines, requests)
+    placement.held = Counter(row.request.slo.tenant for replica in replicas for row in replica.residents.values())
+    moving = {id(row) for row in placement.moving}
+    placement.moving = [row for row in requests.values() if row.state is State.WAITING and id(row) in moving]
+    placement.queue, placement.waiting, placement.hopeless = (
+        DeadlineQueue(placement.deadlines.rank),
+        WaitingQueue(turn),
+        Expiry(),
+    )
     for progress in requests.values():
         if progress.state is State.WAITING and id(progress) not in moving:
-            house.enter(progress)
-    house.backlog = Backlog()
+            placement.enter(progress)
+    placement.backlog = Backlog()
     for progress in requests.values():
-        house.backlog.add(progress)
+        placement.backlog.add(progress)
     return free
 
 
-def settle(seat: Seat, requests: Mapping[str, Progress]) -> list[int]:
+def settle(replica: InstanceState, requests: Mapping[str, RequestState]) -> list[int]:
     """Rows agree with the batch in flight; returns those that have ended and are in no step any more."""
     free = []
-    flying = {id(row) for row in seat.flying or ()}
-    for key, row in list(seat.residents.items()):
-        if id(row) in flying:
+    in_flight = {id(row) for row in replica.in_flight or ()}
+    for key, row in list(replica.residents.items()):
+        if id(row) in in_flight:
             row.state = State.STEPPING if requests.get(row.request.id) is row else State.LEAVING
-        elif requests.get(row.request.id) is row and row.seat is seat:
+        elif requests.get(row.request.id) is row and row.replica is replica:
             if row.state is not State.RESIDENT:
                 row.state = State.RESIDENT
                 refresh(row)
         else:
-            del seat.residents[key]
+            del replica.residents[key]
             if row.state is State.LEAVING:
                 row.state = State.GONE
                 free.append(key)
     return free
 
 
-def is_held(progress: Progress, seats: list[Seat]) -> bool:
-    seat = progress.seat
-    return any(seat is one for one in seats) and seat.residents.get(progress.request.row) is progress  # type: ignore[union-attr]
+def is_held(progress: RequestState, replicas: list[InstanceState]) -> bool:
+    replica = progress.replica
+    return any(replica is one for one in replicas) and replica.residents.get(progress.request.row) is progress  # type: ignore[union-attr]
 
 
-def wait(progress: Progress) -> None:
-    progress.state, progress.seat = State.WAITING, None
+def wait(progress: RequestState) -> None:
+    progress.state, progress.replica = State.WAITING, None
     refresh(progress)
 
 
-def refresh(progress: Progress) -> None:
+def refresh(progress: RequestState) -> None:
     """The next step computes the row's K/V anew, and nothing that was worked out for it holds."""
     progress.fresh, progress.loads, progress.ready = False, None, None
 
 
-def reserve(promises: Promises, requests: Mapping[str, Progress]) -> None:
+def reserve(deadlines: Deadlines, requests: Mapping[str, RequestState]) -> None:
     """The accuracy that running requests may still spend, by tenant and in all."""
-    promises.reserved = {}
+    deadlines.reserved = {}
     for progress in requests.values():
         if progress.reserved:
             tenant = progress.request.slo.tenant
-            promises.reserved[tenant] = promises.reserved.get(tenant, 0.0) + progress.reserved
-    promises.pending = sum(promises.reserved.values())
+            deadlines.reserved[tenant] = deadlines.reserved.get(tenant, 0.0) + progress.reserved
+    deadlines.pending = sum(deadlines.reserved.values())
 
 
-def derive(seat: Seat, house: House) -> None:
+def derive(replica: InstanceState, placement: Placement) -> None:
     """The promises of an instance in the order of service, and the pages that its rows own."""
-    rows = seat.residents.values()
-    promised = [row for row in rows if row.promised and row.state is not State.LEAVING]
-    seat.promised[:] = sorted(promised, key=house.promises.rank)
-    for start in set(seat.pages.runs) - {row.kv_start for row in rows}:
-        seat.pages.give(start)
+    rows = replica.residents.values()
+    with_deadline = [row for row in rows if row.has_deadline and row.state is not State.LEAVING]
+    replica.with_deadline[:] = sorted(with_deadline, key=placement.deadlines.rank)
+    for start in set(replica.pages.runs) - {row.kv_start for row in rows}:
+        replica.pages.give(start)

@@ -23,7 +23,7 @@ class State(IntEnum):
     GONE = auto()
 
 
-class Did(IntEnum):
+class Transition(IntEnum):
     PLACED = auto()
     LAUNCHED = auto()
     RETURNED = auto()
@@ -31,34 +31,34 @@ class Did(IntEnum):
     EVICTED = auto()
 
 
-TRANSITIONS: dict[tuple[State, Did], State] = {
-    (State.WAITING, Did.PLACED): State.RESIDENT,
-    (State.WAITING, Did.ENDED): State.GONE,
-    (State.RESIDENT, Did.LAUNCHED): State.STEPPING,
-    (State.RESIDENT, Did.ENDED): State.GONE,
-    (State.RESIDENT, Did.EVICTED): State.WAITING,
-    (State.STEPPING, Did.RETURNED): State.RESIDENT,
-    (State.STEPPING, Did.ENDED): State.LEAVING,
-    (State.STEPPING, Did.EVICTED): State.WAITING,
-    (State.LEAVING, Did.RETURNED): State.GONE,
-    (State.LEAVING, Did.EVICTED): State.GONE,
+TRANSITIONS: dict[tuple[State, Transition], State] = {
+    (State.WAITING, Transition.PLACED): State.RESIDENT,
+    (State.WAITING, Transition.ENDED): State.GONE,
+    (State.RESIDENT, Transition.LAUNCHED): State.STEPPING,
+    (State.RESIDENT, Transition.ENDED): State.GONE,
+    (State.RESIDENT, Transition.EVICTED): State.WAITING,
+    (State.STEPPING, Transition.RETURNED): State.RESIDENT,
+    (State.STEPPING, Transition.ENDED): State.LEAVING,
+    (State.STEPPING, Transition.EVICTED): State.WAITING,
+    (State.LEAVING, Transition.RETURNED): State.GONE,
+    (State.LEAVING, Transition.EVICTED): State.GONE,
 }
 
 
-class Seat:
+class InstanceState:
     """One instance, who sits on it, and the batch it works on."""
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.degree = len(instance.ranks)
         self.pages = PagePool(instance.kv_tokens)
-        self.residents: dict[int, Progress] = {}
-        self.promised: list[Progress] = []  # those with a deadline, in order of service
-        self.flying: list[Progress] | None = None
+        self.residents: dict[int, RequestState] = {}
+        self.with_deadline: list[RequestState] = []  # those with a deadline, in order of service
+        self.in_flight: list[RequestState] | None = None
         self.batch: Batch | None = None
         self.spans: list[Span] = []  # of its last step that is known, by row in flight
-        self.went_on = False  # it has taken more steps than its first
-        self.hurried = False  # the batch was told to end with the step that is under way
+        self.multi_step = False  # it has taken more steps than its first
+        self.stops_early = False  # the batch was told to end with the step that is under way
         self.launched_at = 0.0
         self.disturbed = False  # the engine did not run for a part of the step in flight
         self.overdue_at = math.inf  # when the step in flight counts as hung
@@ -105,7 +105,7 @@ class Loads(msgspec.Struct):
         return found
 
 
-class Ready(msgspec.Struct, frozen=True, gc=False):
+class ReadyRow(msgspec.Struct, frozen=True, gc=False):
     """What a row would do in the next step of an instance of this degree, and how composition sees it there."""
 
     degree: int
@@ -113,14 +113,14 @@ class Ready(msgspec.Struct, frozen=True, gc=False):
     candidate: Candidate
 
 
-class Progress:
+class RequestState:
     """One request in the scheduler's memory. `kind` is what forecasts know it by.
 
     `thresholds` are those it may run at, its own first, and `drops` what they cost in accuracy, in points
     and on the safe side (`mean_drops`: expected); `yields` are the shares of its time that each saves for a point more
-    than the one before; `level` counts in them, and so does `borne`, the deepest that all requests may run at
-    within the budget. `promised` rows have a deadline that is being kept; `late` ones had one, and run on as best
-    effort.
+    than the one before; `level` counts in them, and so does `affordable_level`, the deepest that all requests may run
+    at within the budget. `has_deadline` rows have a deadline that is being kept; `late` ones had one, and run on as
+    best effort.
     """
 
     def __init__(
@@ -131,22 +131,22 @@ class Progress:
         drops: tuple[float, ...],
         means: tuple[float, ...],
         yields: tuple[float, ...],
-        borne: int,
+        affordable_level: int,
     ) -> None:
         self.request, self.kind, self.thresholds = request, kind, thresholds
-        self.drops, self.mean_drops, self.yields, self.borne = drops, means, yields, borne
+        self.drops, self.mean_drops, self.yields, self.affordable_level = drops, means, yields, affordable_level
         self.state = State.WAITING
-        self.seat: Seat | None = None
+        self.replica: InstanceState | None = None
         self.deadline: float | None = None
-        self.promised = self.late = False
+        self.has_deadline = self.late = False
         self.seconds = 0.0  # that it takes alone, as was expected when it came
         self.wasted = False  # it has ended, and what it took was spent in vain
         self.charged = False  # its tenant has paid a turn for its row
         self.suspect = False  # in flight when a worker died, and not stepped since
         self.level = 0
-        self.told = request.decoding.confidence_threshold  # the threshold in the row's column
+        self.table_threshold = request.decoding.confidence_threshold  # the threshold in the row's column
         self.loads: Loads | None = None  # None: not looked at since the last step
-        self.ready: Ready | None = None  # the same
+        self.ready: ReadyRow | None = None  # the same
         self.tracks: list[Track] = []  # by level, of the block that `tracked` tells
         self.tracked = (-1, -1)
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
@@ -167,7 +167,7 @@ class Progress:
         self.block_end = self.block_start + self.masks
         self.quotas: list[list[int]] = quotas(request, self.blocks)
 
-    def did(self, what: Did) -> None:
+    def did(self, what: Transition) -> None:
         self.state = TRANSITIONS[self.state, what]
 
     @property
@@ -237,7 +237,7 @@ class Progress:
         return next((count for count, shares in enumerate(later) if len(set(shares)) > 1), len(later))
 
     def launched(self, todo: Work, now: float) -> None:
-        self.did(Did.LAUNCHED)
+        self.did(Transition.LAUNCHED)
         if self.started_at is None:
             self.started_at = now
         self.took(todo.refresh)
@@ -256,7 +256,7 @@ class Progress:
         self.block_step += 1
         self.unmasked += result.unmasked
         self.confidence += result.confidence
-        self.threshold_sum += self.told
+        self.threshold_sum += self.table_threshold
         if self.level > self.deepest:
             self.deepest = self.level
         self.prefix, self.masks = result.prefix, result.masks_left

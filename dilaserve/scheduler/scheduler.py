@@ -9,19 +9,19 @@ from dilaserve.errors import OURS
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.scheduler.arrivals import Seen, Traffic
-from dilaserve.scheduler.batching import Launches
-from dilaserve.scheduler.deadlines import Promises
-from dilaserve.scheduler.estimates import Beliefs
+from dilaserve.scheduler.batching import Batcher
+from dilaserve.scheduler.deadlines import Deadlines
+from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.expiry import Expiry
-from dilaserve.scheduler.placement import ARRIVAL, House, turn
-from dilaserve.scheduler.plan_change import Layout, plan_of
-from dilaserve.scheduler.recent_minimum import RecentLeast
-from dilaserve.scheduler.request_state import Did, Progress, Seat, State
+from dilaserve.scheduler.placement import ARRIVAL, Placement, turn
+from dilaserve.scheduler.plan_change import PlanState, plan_of
+from dilaserve.scheduler.recent_minimum import RecentMinimum
+from dilaserve.scheduler.request_state import InstanceState, RequestState, State, Transition
 from dilaserve.scheduler.rules.admission import beyond_hope, place_in, retry_after
 from dilaserve.scheduler.rules.best_effort import STEP, may_lead
 from dilaserve.scheduler.rules.composition import Candidate, within
 from dilaserve.scheduler.rules.demand import alone, ends
-from dilaserve.scheduler.rules.thresholds import Verdict, Wish, crowding
+from dilaserve.scheduler.rules.thresholds import ThresholdChoice, ThresholdQuery, crowding
 from dilaserve.scheduler.totals import Fate, Totals
 from dilaserve.types import (
     Adjust,
@@ -86,17 +86,17 @@ class Scheduler:
         repeats: int = 1,
     ) -> None:
         policy = config.scheduler
-        self.beliefs = Beliefs(laws, quality)
-        self.promises = Promises(policy, self.beliefs)
-        self.house = House(config, self.promises)
-        self.launches = Launches(config, self.house, self.beliefs, repeats)
-        self.requests: dict[str, Progress] = {}
+        self.estimates = Estimates(laws, quality)
+        self.deadlines = Deadlines(policy, self.estimates)
+        self.placement = Placement(config, self.deadlines)
+        self.batcher = Batcher(config, self.placement, self.estimates, repeats)
+        self.requests: dict[str, RequestState] = {}
         self.returning: list[float] = []  # when those who were refused may try again, a heap
         self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
         self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
-        self.tightest = RecentLeast(LATELY)  # seconds from arrival to deadline
-        self.layout = Layout(plan, degrees, policy.step_timeout)
+        self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
+        self.plan_state = PlanState(plan, degrees, policy.step_timeout)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
         self.move_by = NEVER  # when rows of an old plan wait no longer
@@ -116,154 +116,158 @@ class Scheduler:
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
                     yield from self.end(known, reason, now)
             case Full(tenant):
-                if loser := self.house.gives_way(tenant):
+                if loser := self.placement.gives_way(tenant):
                     yield from self.gone(loser, Refuse(loser.request, self.place_in(now)), now, "refused")
             case InstanceReady(instance):
-                self.layout.formed(instance)
-                self.house.seats[instance.id] = Seat(instance)
-                self.house.reseated()
-                self.house.move_to(instance, self.layout.forming.values())
+                self.plan_state.formed(instance)
+                self.placement.replicas[instance.id] = InstanceState(instance)
+                self.placement.reseated()
+                self.placement.move_to(instance, self.plan_state.forming.values())
             case InstanceLost(instance, reason, outside):
-                self.layout.over(instance)
-                self.layout.moot = True
-                if seat := self.house.seats.pop(instance, None) or self.house.closing.pop(instance, None):
-                    self.house.reseated()
-                    yield from self.evict(seat, reason, outside, now)
+                self.plan_state.over(instance)
+                self.plan_state.needs_reshape = True
+                if replica := self.placement.replicas.pop(instance, None) or self.placement.closing.pop(instance, None):
+                    self.placement.reseated()
+                    yield from self.evict(replica, reason, outside, now)
             case WorkerUp(rank, kv_tokens):
-                reason = f"worker {rank} is up" if self.layout.next_id else "the start"
-                self.layout.asked(now, self.house.instances(), reason)
-                self.layout.workers[rank] = kv_tokens
+                reason = f"worker {rank} is up" if self.plan_state.next_id else "the start"
+                self.plan_state.asked(now, self.placement.instances(), reason)
+                self.plan_state.workers[rank] = kv_tokens
             case WorkerLost(rank, reason):
-                self.layout.asked(now, self.house.instances(), f"worker {rank} is gone ({reason})")
-                self.layout.workers.pop(rank, None)
-                self.house.doom(rank)
+                self.plan_state.asked(now, self.placement.instances(), f"worker {rank} is gone ({reason})")
+                self.plan_state.workers.pop(rank, None)
+                self.placement.doom(rank)
             case Paused(seconds):
                 self.paused(seconds)
             case Replan(plan, reason):
                 self.solves = plan is None
-                self.replan(plan or self.layout.wanted, reason, now)
+                self.replan(plan or self.plan_state.wanted, reason, now)
             case PlanReady(plan, reason):
                 self.solving = False
-                if self.solves and plan is not None and plan != self.layout.wanted:
+                if self.solves and plan is not None and plan != self.plan_state.wanted:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
         self.decided_at = now
         for progress in self.expiry.passed(now, MOST_ENDS):
             yield from self.decline(progress, now)
-        if self.layout.moot:
+        if self.plan_state.needs_reshape:
             yield from self.reshape(now)
-        if self.house.moving and (now >= self.move_by or not (self.house.closing or self.layout.forming)):
-            moved_rows, self.house.moving = self.house.moving, []
-            self.house.wait_again(moved_rows)
-        if now >= self.overdue_at or now >= self.layout.form_by:
+        if self.placement.moving and (now >= self.move_by or not (self.placement.closing or self.plan_state.forming)):
+            moved_rows, self.placement.moving = self.placement.moving, []
+            self.placement.wait_again(moved_rows)
+        if now >= self.overdue_at or now >= self.plan_state.form_by:
             yield from self.watch(now)
         if now >= self.solve_at and self.asks:
             yield self.solve(now)
-        ticks = now >= self.ticked_at + TICK and (self.house.queue or self.promises.admits or self.promises.floor)
-        if self.promises.sheds and (ticks or self.gives_up):
+        ticks = now >= self.ticked_at + TICK and (self.placement.queue or self.deadlines.admits or self.deadlines.floor)
+        if self.deadlines.sheds and (ticks or self.gives_up):
             yield from self.give_up_hopeless(now)
         if ticks:
             self.tick(now)
-        self.house.place(now, everywhere=bool(ticks))
-        for seat in self.house.seats.values():
-            if seat.flying is None and seat.residents:
-                yield from self.launch(seat, now)
-        yield from self.launches.hurry()
-        settled = self.layout.change and not self.house.closing
-        if settled and (change := self.layout.settled(self.house.instances(), now)):
+        self.placement.place(now, everywhere=bool(ticks))
+        for replica in self.placement.replicas.values():
+            if replica.in_flight is None and replica.residents:
+                yield from self.launch(replica, now)
+        yield from self.batcher.stop_early()
+        settled = self.plan_state.change and not self.placement.closing
+        if settled and (change := self.plan_state.settled(self.placement.instances(), now)):
             self.traffic.changed(now)
             yield Reshaped(change)
-            if self.layout.whole:
+            if self.plan_state.whole:
                 yield from self.fail_large(now)
 
     @property
     def plan(self) -> Plan:
         """The instances that there are."""
-        return plan_of(self.house.instances())
+        return plan_of(self.placement.instances())
 
     @property
     def asks(self) -> bool:
         """Whether the planner will be asked again: not while it thinks, nor while a change is under way."""
-        return self.solves and not self.solving and self.layout.change is None
+        return self.solves and not self.solving and self.plan_state.change is None
 
     def wake_at(self) -> float:
         """When to decide again even if nothing happens: for requests that wait or reach their deadline, for a step that
         hangs, for the planner.
         """
-        tick_at = self.ticked_at + TICK if self.house.queue or self.promises.floor else NEVER
+        tick_at = self.ticked_at + TICK if self.placement.queue or self.deadlines.floor else NEVER
         solve_at = self.solve_at if self.asks else NEVER
-        if self.gives_up or self.house.places_more or (self.promises.admits and self.house.queue.untested):
+        if self.gives_up or self.placement.places_more or (self.deadlines.admits and self.placement.queue.untested):
             return self.decided_at  # a decision looks at only so many
-        move_by = self.move_by if self.house.moving else NEVER
-        return min(tick_at, self.layout.form_by, self.next_overdue(), self.expiry.next_at(), solve_at, move_by)
+        move_by = self.move_by if self.placement.moving else NEVER
+        return min(tick_at, self.plan_state.form_by, self.next_overdue(), self.expiry.next_at(), solve_at, move_by)
 
     def next_overdue(self) -> float:
         """When the first of the steps in flight counts as hung."""
-        house = self.house
-        seats = [*house.seats.values(), *house.closing.values()] if house.closing else house.seats.values()
-        return min([seat.overdue_at for seat in seats], default=NEVER)
+        placement = self.placement
+        replicas = (
+            [*placement.replicas.values(), *placement.closing.values()]
+            if placement.closing
+            else placement.replicas.values()
+        )
+        return min([replica.overdue_at for replica in replicas], default=NEVER)
 
     # the plan
 
     def replan(self, plan: Plan | None, reason: str, now: float) -> None:
-        self.layout.asked(now, self.house.instances(), reason)
-        self.layout.wanted = plan
+        self.plan_state.asked(now, self.placement.instances(), reason)
+        self.plan_state.wanted = plan
 
     def reshape(self, now: float) -> Iterator[Command]:
         """Close the instances that are not of the plan, as soon as their step is done, and open those that are missing.
 
         Instances of both plans are not touched.
         """
-        self.layout.moot = False
-        if self.layout.wanted is None:
-            self.layout.change = None
+        self.plan_state.needs_reshape = False
+        if self.plan_state.wanted is None:
+            self.plan_state.change = None
             return
-        groups, ends = set(self.layout.target().groups), []
-        for id, seat in list(self.house.closing.items()):
-            if seat.instance.ranks in groups and not seat.doomed:
-                self.house.seats[id] = self.house.closing.pop(id)
-        for id, seat in list(self.house.seats.items()):
-            if seat.instance.ranks not in groups or seat.doomed:
-                self.house.closing[id] = self.house.seats.pop(id)
-        for id, seat in list(self.house.closing.items()):
-            if seat.flying is None:
-                yield from self.vacate(self.house.closing.pop(id), now)
+        groups, ends = set(self.plan_state.target().groups), []
+        for id, replica in list(self.placement.closing.items()):
+            if replica.instance.ranks in groups and not replica.doomed:
+                self.placement.replicas[id] = self.placement.closing.pop(id)
+        for id, replica in list(self.placement.replicas.items()):
+            if replica.instance.ranks not in groups or replica.doomed:
+                self.placement.closing[id] = self.placement.replicas.pop(id)
+        for id, replica in list(self.placement.closing.items()):
+            if replica.in_flight is None:
+                yield from self.vacate(self.placement.closing.pop(id), now)
                 ends.append(id)
-        self.house.reseated()
-        there = [*self.house.instances(), *self.layout.forming.values()]
-        begins = self.layout.begun({rank for instance in there for rank in instance.ranks}, now)
+        self.placement.reseated()
+        there = [*self.placement.instances(), *self.plan_state.forming.values()]
+        begins = self.plan_state.begun({rank for instance in there for rank in instance.ranks}, now)
         if ends or begins:
             yield Reshard(Moves(tuple(ends), tuple(begins)))
 
-    def vacate(self, seat: Seat, now: float) -> Iterator[Command]:
+    def vacate(self, replica: InstanceState, now: float) -> Iterator[Command]:
         """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
 
         For a moment they wait for the new instances rather than crowd the old ones that stay.
         """
-        if not self.house.moving:
+        if not self.placement.moving:
             self.move_by = now + MOVE_PATIENCE
-        rows = list(seat.residents.values())
+        rows = list(replica.residents.values())
         if ends := [row.stepped_at for row in rows if row.steps]:
-            self.layout.stopped |= dict.fromkeys(seat.instance.ranks, max(ends))
+            self.plan_state.stopped |= dict.fromkeys(replica.instance.ranks, max(ends))
         for progress in rows:
-            yield from self.contained(progress, self.vacated(progress, seat))
-        self.house.moving += [progress for progress in rows if progress.state is State.WAITING]
+            yield from self.contained(progress, self.vacated(progress, replica))
+        self.placement.moving += [progress for progress in rows if progress.state is State.WAITING]
 
-    def vacated(self, progress: Progress, seat: Seat) -> Iterator[Command]:
-        self.house.unseat(progress, seat)
-        progress.did(Did.EVICTED)
+    def vacated(self, progress: RequestState, replica: InstanceState) -> Iterator[Command]:
+        self.placement.unassign(progress, replica)
+        progress.did(Transition.EVICTED)
         yield from ()
 
     def watch(self, now: float) -> Iterator[Command]:
         """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
-        for seats in (self.house.seats, self.house.closing):
-            for id, seat in seats.items():
-                if now >= seat.overdue_at:
-                    self.launches.hung(seat, now)
-                    yield Kill(id, f"no answer to a step for {now - seat.launched_at:.3g} s")
+        for replicas in (self.placement.replicas, self.placement.closing):
+            for id, replica in replicas.items():
+                if now >= replica.overdue_at:
+                    self.batcher.hung(replica, now)
+                    yield Kill(id, f"no answer to a step for {now - replica.launched_at:.3g} s")
         self.overdue_at = self.next_overdue()
-        for id in self.layout.overdue(now):
+        for id in self.plan_state.overdue(now):
             yield Kill(id, "the instance was not formed in time")
 
     def solve(self, now: float) -> Solve:
@@ -272,10 +276,10 @@ class Scheduler:
         demand = Demand(
             seconds=self.traffic.seconds(now),
             flows=self.traffic.flows(now),
-            backlog=len(self.house.queue) + len(self.house.waiting),
-            plan=self.layout.wanted or self.plan,
-            ranks=tuple(sorted(self.layout.workers)),
-            degrees=self.layout.degrees,
+            backlog=len(self.placement.queue) + len(self.placement.waiting),
+            plan=self.plan_state.wanted or self.plan,
+            ranks=tuple(sorted(self.plan_state.workers)),
+            degrees=self.plan_state.degrees,
             met=met,
             ended=ended,
         )
@@ -285,12 +289,12 @@ class Scheduler:
 
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
-        progress = self.promises.arrived(request)
+        progress = self.deadlines.arrived(request)
         slo = request.slo
         if slo.seconds is not None:
             progress.deadline = request.arrived_at + slo.seconds
         elif slo.multiple is not None:
-            progress.deadline = request.arrived_at + slo.multiple * self.beliefs.unloaded(progress)
+            progress.deadline = request.arrived_at + slo.multiple * self.estimates.unloaded(progress)
         if progress.deadline is not None:
             self.tightest.add(progress.deadline - request.arrived_at, now)
         if self.solves:
@@ -299,84 +303,89 @@ class Scheduler:
             self.traffic.arrived(self.seen(progress, now))
         self.requests[request.id] = progress
         self.totals.received += 1
-        progress.promised = progress.deadline is not None
-        rejects = progress.promised and slo.on_miss == "reject" and not self.admissible(progress, now)
-        self.house.enter(progress)
-        progress.seconds = self.beliefs.unloaded(progress)
-        self.house.backlog.add(progress)
+        progress.has_deadline = progress.deadline is not None
+        rejects = progress.has_deadline and slo.on_miss == "reject" and not self.admissible(progress, now)
+        self.placement.enter(progress)
+        progress.seconds = self.estimates.unloaded(progress)
+        self.placement.backlog.add(progress)
         if rejects:
             yield from self.decline(progress, now)
         elif self.is_too_much(progress, now):
             yield from self.gone(progress, Refuse(request, self.place_in(now)), now, "refused")
-        elif self.promises.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
+        elif self.deadlines.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(progress, progress.deadline, len(self.requests))
 
-    def is_too_much(self, progress: Progress, now: float) -> bool:
+    def is_too_much(self, progress: RequestState, now: float) -> bool:
         """Whether the request would be best effort, while deadlines come and more of that waits than will be done."""
-        if not self.promises.admits or self.tightest.at(now) == NEVER:
+        if not self.deadlines.admits or self.tightest.at(now) == NEVER:
             return False
-        devices = sum(seat.degree for seat in self.house.seats.values())
+        devices = sum(replica.degree for replica in self.placement.replicas.values())
         seconds, requests = self.most_best_effort
-        if self.house.backlog.best_effort <= seconds * max(1, devices) and self.house.backlog.requests <= requests:
+        if (
+            self.placement.backlog.best_effort <= seconds * max(1, devices)
+            and self.placement.backlog.requests <= requests
+        ):
             return False
-        if not progress.promised:
+        if not progress.has_deadline:
             return True
         return progress.request.slo.on_miss == "best_effort" and not self.admissible(progress, now)
 
-    def admissible(self, progress: Progress, now: float) -> bool:
+    def admissible(self, progress: RequestState, now: float) -> bool:
         """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
-        house = self.house
-        if not self.promises.admits or (not house.seats and (house.closing or self.layout.forming)):
+        placement = self.placement
+        if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
             return True
-        return house.any_with_slack(progress, now) or house.tries(progress, now)
+        return placement.any_with_slack(progress, now) or placement.tries(progress, now)
 
-    def decline(self, progress: Progress, now: float) -> Iterator[Command]:
+    def decline(self, progress: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met, or has passed: tell the client, now."""
         yield from self.gone(progress, self.declined(progress, now), now, "declined")
 
-    def declined(self, progress: Progress, now: float) -> Decline:
+    def declined(self, progress: RequestState, now: float) -> Decline:
         request, usage = progress.request, progress.usage(now)
         if progress.steps:
             return Decline(request, usage, None)
-        wait = retry_after(self.house.backlog.timed, len(self.house.seats))
-        return Decline(request, usage, wait, self.promises.is_vain(progress))
+        wait = retry_after(self.placement.backlog.timed, len(self.placement.replicas))
+        return Decline(request, usage, wait, self.deadlines.is_never_feasible(progress))
 
-    def seen(self, progress: Progress, now: float) -> Seen:
+    def seen(self, progress: RequestState, now: float) -> Seen:
         """The arrival as planning sees it."""
         request, tightness = progress.request, None
         if progress.deadline is not None:
-            tightness = (progress.deadline - request.arrived_at) / max(1e-9, self.beliefs.unloaded(progress))
+            tightness = (progress.deadline - request.arrived_at) / max(1e-9, self.estimates.unloaded(progress))
         return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
-        seat = self.house.seats.get(event.instance) or self.house.closing.get(event.instance)
-        if seat is None or seat.flying is None or seat.batch is None or seat.batch.id != event.batch:
+        replica = self.placement.replicas.get(event.instance) or self.placement.closing.get(event.instance)
+        if replica is None or replica.in_flight is None or replica.batch is None or replica.batch.id != event.batch:
             return  # the instance was lost after it had sent this
-        flying = seat.flying
-        if seat.went_on:
-            self.launches.reported(seat, flying, event.results)
-        self.launches.done(seat.degree)
-        if not seat.disturbed:
-            self.beliefs.stepped(seat.features, seat.refreshing, event.seconds, now - seat.launched_at, seat.degree)
-        seat.launched_at, seat.went_on, seat.disturbed = now, True, False
+        in_flight = replica.in_flight
+        if replica.multi_step:
+            self.batcher.reported(replica, in_flight, event.results)
+        self.batcher.done(replica.degree)
+        if not replica.disturbed:
+            self.estimates.stepped(
+                replica.features, replica.refreshing, event.seconds, now - replica.launched_at, replica.degree
+            )
+        replica.launched_at, replica.multi_step, replica.disturbed = now, True, False
         if event.last:
-            seat.flying, seat.overdue_at, seat.ends_at = None, NEVER, -NEVER
-            self.layout.moot |= event.instance in self.house.closing
+            replica.in_flight, replica.overdue_at, replica.ends_at = None, NEVER, -NEVER
+            self.plan_state.needs_reshape |= event.instance in self.placement.closing
         else:
-            seat.ends_at = now + self.beliefs.pace(seat.degree).fixed + sum(seat.added.values())
-        for progress, result, share in zip(flying, event.results, seat.shares, strict=True):
+            replica.ends_at = now + self.estimates.pace(replica.degree).fixed + sum(replica.added.values())
+        for progress, result, share in zip(in_flight, event.results, replica.shares, strict=True):
             done = self.row_done(progress, result, share * event.seconds, event.last, now)
             yield from self.contained(progress, done)
 
     def row_done(
-        self, progress: Progress, result: RowResult, seconds: float, last: bool, now: float
+        self, progress: RequestState, result: RowResult, seconds: float, last: bool, now: float
     ) -> Iterator[Command]:
         """The part of one row in a step that is finished; `seconds` are its share of it."""
         leaving = progress.state is State.LEAVING
         progress.stepped_at = now
         progress.device += seconds
         if last:
-            progress.did(Did.RETURNED)
+            progress.did(Transition.RETURNED)
         if leaving:
             self.totals.spent(seconds, progress.wasted)
             if last:
@@ -384,7 +393,7 @@ class Scheduler:
         elif not result.rested:
             yield from self.returned(progress, result, now)
 
-    def returned(self, progress: Progress, result: RowResult, now: float) -> Iterator[Command]:
+    def returned(self, progress: RequestState, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
         request, before = progress.request, progress.prefix
         masks, block = progress.masks, progress.block
@@ -393,7 +402,7 @@ class Scheduler:
         progress.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix
-        self.beliefs.watched(progress, masks, block, result.unmasked, stopped)
+        self.estimates.watched(progress, masks, block, result.unmasked, stopped)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)
@@ -402,15 +411,15 @@ class Scheduler:
         elif result.prefix >= end:
             yield from self.end(progress, "length", now)
 
-    def end(self, progress: Progress, reason: FinishReason, now: float) -> Iterator[Command]:
+    def end(self, progress: RequestState, reason: FinishReason, now: float) -> Iterator[Command]:
         fate: Fate = "cancelled" if reason == "cancelled" else "answered"
         yield from self.gone(progress, Finish(progress.request, reason, progress.usage(now)), now, fate)
 
-    def gone(self, progress: Progress, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
+    def gone(self, progress: RequestState, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
         """The one way out: the client is told now; the row is free now or after its step in flight."""
-        self.house.leave(progress)
-        self.house.backlog.remove(progress)
-        progress.did(Did.ENDED)
+        self.placement.leave(progress)
+        self.placement.backlog.remove(progress)
+        progress.did(Transition.ENDED)
         self.settle_bank(progress, fate)
         words = [farewell, self.release(progress)] if progress.state is State.GONE else [farewell]
         self.account(progress, now, fate)
@@ -419,20 +428,20 @@ class Scheduler:
 
     # errors
 
-    def contained(self, progress: Progress, commands: Iterator[Command]) -> Iterator[Command]:
+    def contained(self, progress: RequestState, commands: Iterator[Command]) -> Iterator[Command]:
         """The commands of one row among several; if they raise, its request ends and the others go on."""
         try:
             yield from commands
         except Exception as error:
             yield from self.expel(progress, error)
 
-    def expel(self, progress: Progress, error: Exception) -> Iterator[Command]:
+    def expel(self, progress: RequestState, error: Exception) -> Iterator[Command]:
         """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
         request = progress.request
         known = self.requests.pop(request.id, None)  # else its client has been told already
-        seats = [*self.house.seats.values(), *self.house.closing.values()]
-        flying = any(row is progress for seat in seats for row in seat.flying or ())
-        progress.state = State.LEAVING if flying else State.GONE
+        replicas = [*self.placement.replicas.values(), *self.placement.closing.values()]
+        in_flight = any(row is progress for replica in replicas for row in replica.in_flight or ())
+        progress.state = State.LEAVING if in_flight else State.GONE
         self.disturbed = True
         if known:
             progress.wasted = progress.deadline is not None
@@ -441,7 +450,7 @@ class Scheduler:
             yield failed(request, error)
         else:
             log.error("request %s had ended, and an error came behind it", request.id, exc_info=error)
-        if not flying:
+        if not in_flight:
             yield Release(request.row)
 
     def turn_away(self, request: Request, error: Exception) -> Iterator[Command]:
@@ -452,15 +461,15 @@ class Scheduler:
         yield failed(request, error)
         yield Release(request.row)
 
-    def settle_bank(self, progress: Progress, fate: Fate) -> None:
+    def settle_bank(self, progress: RequestState, fate: Fate) -> None:
         """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
-        self.promises.reserve(progress, 0.0)
+        self.deadlines.reserve(progress, 0.0)
         if fate == "answered":
-            self.promises.settle(progress)
+            self.deadlines.settle(progress)
         elif fate in ("cancelled", "failed") and (given := progress.prefix - progress.request.prompt_tokens) > 0:
-            self.promises.settle(progress, min(1.0, given / progress.request.max_tokens))
+            self.deadlines.settle(progress, min(1.0, given / progress.request.max_tokens))
 
-    def account(self, progress: Progress, now: float, fate: Fate) -> None:
+    def account(self, progress: RequestState, now: float, fate: Fate) -> None:
         """Count the request's fate, once, and the device seconds spent on it."""
         met = None if progress.deadline is None else fate == "answered" and now <= progress.deadline
         progress.wasted = met is False and fate != "cancelled"
@@ -469,35 +478,37 @@ class Scheduler:
         self.totals.ended(fate, met)
         self.totals.spent(progress.device, progress.wasted)
 
-    def release(self, progress: Progress) -> Release:
+    def release(self, progress: RequestState) -> Release:
         """Give back the row's seat, if it has one, and the row."""
-        if progress.seat:
-            self.house.unseat(progress, progress.seat)
+        if progress.replica:
+            self.placement.unassign(progress, progress.replica)
         return Release(progress.request.row)
 
     def paused(self, seconds: float) -> None:
         """What is under way gets the time again, and its step teaches nothing of what steps cost."""
-        for seats in (self.house.seats, self.house.closing):
-            for seat in seats.values():
-                if seat.flying is not None:
-                    seat.overdue_at += seconds
-                    seat.launched_at += seconds
-                    seat.disturbed = True
-        self.layout.paused(seconds)
+        for replicas in (self.placement.replicas, self.placement.closing):
+            for replica in replicas.values():
+                if replica.in_flight is not None:
+                    replica.overdue_at += seconds
+                    replica.launched_at += seconds
+                    replica.disturbed = True
+        self.plan_state.paused(seconds)
         self.overdue_at = self.next_overdue()
 
-    def evict(self, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:
+    def evict(self, replica: InstanceState, reason: str, outside: bool, now: float) -> Iterator[Command]:
         """The instance is lost: its rows wait again, where they were in the order; they keep all committed tokens.
 
         Those in flight are suspected of it, unless it was killed from outside: the next step of each is taken alone,
         and if that is lost too, so are they.
         """
-        rows = list(seat.residents.values())
+        rows = list(replica.residents.values())
         for progress in rows:
-            yield from self.contained(progress, self.lost(progress, seat, reason, outside, now))
-        self.house.wait_again([progress for progress in rows if progress.state is State.WAITING])
+            yield from self.contained(progress, self.lost(progress, replica, reason, outside, now))
+        self.placement.wait_again([progress for progress in rows if progress.state is State.WAITING])
 
-    def lost(self, progress: Progress, seat: Seat, reason: str, outside: bool, now: float) -> Iterator[Command]:
+    def lost(
+        self, progress: RequestState, replica: InstanceState, reason: str, outside: bool, now: float
+    ) -> Iterator[Command]:
         """One row of an instance that is lost."""
         stepping = progress.state is State.STEPPING and not outside
         if stepping and progress.suspect:
@@ -506,15 +517,15 @@ class Scheduler:
             yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
         leaving = progress.state is State.LEAVING
         progress.suspect |= stepping
-        self.house.unseat(progress, seat)
-        progress.did(Did.EVICTED)
+        self.placement.unassign(progress, replica)
+        progress.did(Transition.EVICTED)
         if leaving:
             yield Release(progress.request.row)
 
     def fail_large(self, now: float) -> Iterator[Command]:
         """All workers are back, some with less memory than before: rows that fit on no instance end."""
         for progress in list(self.requests.values()):
-            if progress.seat is None and not self.house.ever_fits(progress):
+            if progress.replica is None and not self.placement.ever_fits(progress):
                 tokens = progress.request.canvas_tokens
                 told = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
                 yield from self.gone(progress, Fail(progress.request, told, f"{told}; lower max_tokens"), now, "failed")
@@ -524,15 +535,15 @@ class Scheduler:
     def tick(self, now: float) -> None:
         """Every quarter of a second: move the floor of the thresholds, by what instances saw at their last step."""
         self.ticked_at = now
-        if not self.promises.moves_floor:
+        if not self.deadlines.moves_floor:
             return
-        waiting = len(self.house.queue)
-        missing, total, crowd = len(self.house.queue.tested), waiting, float(waiting)  # each is one more somewhere
-        for seat in self.house.seats.values():
-            if seat.promised:
-                missing, total = missing + seat.late, total + len(seat.promised)
-                crowd += seat.crowding
-        self.promises.look(missing, total, crowd / max(1, len(self.house.seats)))
+        waiting = len(self.placement.queue)
+        missing, total, crowd = len(self.placement.queue.tested), waiting, float(waiting)  # each is one more somewhere
+        for replica in self.placement.replicas.values():
+            if replica.with_deadline:
+                missing, total = missing + replica.late, total + len(replica.with_deadline)
+                crowd += replica.crowding
+        self.deadlines.look(missing, total, crowd / max(1, len(self.placement.replicas)))
 
     def give_up_hopeless(self, now: float) -> Iterator[Command]:
         """Give up on requests that wait and can no longer end in time.
@@ -540,27 +551,27 @@ class Scheduler:
         As many as there are instances without deadlines are kept: they are tried there, as estimates may err. That a
         deadline has passed is no estimate, and holds while what steps cost is a guess.
         """
-        spare = sum(not seat.promised for seat in self.house.seats.values())
-        hopeless = self.house.hopeless
+        spare = sum(not replica.with_deadline for replica in self.placement.replicas.values())
+        hopeless = self.placement.hopeless
         for progress in hopeless.passed(now, MOST_ENDS):
-            if progress not in self.house.queue:
+            if progress not in self.placement.queue:
                 continue
-            past = self.promises.is_past(progress, now)
-            if past or (self.promises.shed and self.promises.is_hopeless(progress, now)):
+            past = self.deadlines.is_past(progress, now)
+            if past or (self.deadlines.shed and self.deadlines.is_hopeless(progress, now)):
                 spare -= 1
                 if spare < 0 or past:
                     yield from self.give_up(progress, now)
                     continue
-            again = max(now + TICK, self.promises.hopeless_at(progress))
+            again = max(now + TICK, self.deadlines.hopeless_at(progress))
             hopeless.add(progress, again, len(self.requests))
         self.gives_up = hopeless.next_at() <= now
 
-    def give_up(self, progress: Progress, now: float) -> Iterator[Command]:
+    def give_up(self, progress: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
         if progress.request.slo.on_miss != "best_effort":
             yield from self.decline(progress, now)
             return
-        self.house.demote(progress)
+        self.placement.demote(progress)
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
@@ -583,104 +594,106 @@ class Scheduler:
     def running_ends(self) -> list[float]:
         """Seconds until each of the rows on instances is done, as is believed."""
         found: list[float] = []
-        for seat in [*self.house.seats.values(), *self.house.closing.values()]:
-            rows = [row for row in seat.residents.values() if row.state is not State.LEAVING]
-            loads = [self.beliefs.loads(row, seat.degree)[row.level] for row in rows]
-            found += ends(loads, self.beliefs.pace(seat.degree).fixed)
+        for replica in [*self.placement.replicas.values(), *self.placement.closing.values()]:
+            rows = [row for row in replica.residents.values() if row.state is not State.LEAVING]
+            loads = [self.estimates.loads(row, replica.degree)[row.level] for row in rows]
+            found += ends(loads, self.estimates.pace(replica.degree).fixed)
         return found
 
     # steps
 
-    def launch(self, seat: Seat, now: float) -> Iterator[Command]:
-        degree, pace = seat.degree, self.beliefs.pace(seat.degree)
-        if self.promises.rank_moves:
-            seat.promised.sort(key=self.promises.rank)
-        wishes = [self.promises.wish(progress, now, degree) for progress in seat.promised]
-        if self.promises.sheds:
-            sure = self.promises.shed
+    def launch(self, replica: InstanceState, now: float) -> Iterator[Command]:
+        degree, pace = replica.degree, self.estimates.pace(replica.degree)
+        if self.deadlines.rank_moves:
+            replica.with_deadline.sort(key=self.deadlines.rank)
+        wishes = [self.deadlines.wish(progress, now, degree) for progress in replica.with_deadline]
+        if self.deadlines.sheds:
+            sure = self.deadlines.shed
             needs = [alone(wish.loads[wish.deepest], pace.fixed) if sure else 0.0 for wish in wishes]
             if lost := beyond_hope([wish.left for wish in wishes], needs):
-                for progress in [seat.promised[place] for place in lost]:
+                for progress in [replica.with_deadline[place] for place in lost]:
                     yield from self.give_up(progress, now)
-                if not seat.residents:
+                if not replica.residents:
                     return
                 wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
-        verdicts = self.verdicts(seat, wishes)
-        seat.late = sum(verdict.late for verdict in verdicts.values())
-        seat.crowding = crowding([wish.loads[0] for wish in wishes], pace.fixed)
-        found = self.candidates(seat, verdicts, now)
-        if self.promises.admits and seat.promised:  # deadlines that were admitted go before shares
-            candidates = self.launches.keeping(seat, found)
+        verdicts = self.verdicts(replica, wishes)
+        replica.late = sum(verdict.late for verdict in verdicts.values())
+        replica.crowding = crowding([wish.loads[0] for wish in wishes], pace.fixed)
+        found = self.candidates(replica, verdicts, now)
+        if self.deadlines.admits and replica.with_deadline:  # deadlines that were admitted go before shares
+            candidates = self.batcher.keeping(replica, found)
         else:
-            if self.promises.admits:
+            if self.deadlines.admits:
                 found = within(found, STEP * self.tightest.at(now))
-            sure = self.beliefs.sure((degree,))
-            candidates = self.launches.shared(seat, found) if sure else self.launches.fitting(found)
+            sure = self.estimates.sure((degree,))
+            candidates = self.batcher.shared(replica, found) if sure else self.batcher.fitting(found)
         if len(candidates) > 1:
-            candidates.sort(key=lambda one: (one.tokens, seat.residents[one.key].request.canvas_tokens))
+            candidates.sort(key=lambda one: (one.tokens, replica.residents[one.key].request.canvas_tokens))
         for candidate in candidates:
-            progress = seat.residents[candidate.key]
+            progress = replica.residents[candidate.key]
             verdict = verdicts.get(progress.request.row)
-            if verdict or progress.level or progress.told != progress.thresholds[0]:
+            if verdict or progress.level or progress.table_threshold != progress.thresholds[0]:
                 self.settle(progress, verdict)
-                if progress.told != (threshold := progress.threshold):
-                    progress.told = threshold
+                if progress.table_threshold != (threshold := progress.threshold):
+                    progress.table_threshold = threshold
                     yield Adjust(progress.request.row, threshold)
-        batch = self.launches.begin(seat, candidates, now)
-        self.overdue_at = min(self.overdue_at, seat.overdue_at)
-        if self.layout.stopped:
-            self.layout.resumed(seat.instance.ranks, now)
+        batch = self.batcher.begin(replica, candidates, now)
+        self.overdue_at = min(self.overdue_at, replica.overdue_at)
+        if self.plan_state.stopped:
+            self.plan_state.resumed(replica.instance.ranks, now)
         yield Launch(batch)
 
-    def verdicts(self, seat: Seat, wishes: Sequence[Wish]) -> dict[int, Verdict]:
+    def verdicts(self, replica: InstanceState, wishes: Sequence[ThresholdQuery]) -> dict[int, ThresholdChoice]:
         """By row, of those with a promise."""
-        rows = [progress.request.row for progress in seat.promised]
-        return dict(zip(rows, self.promises.verdicts(wishes, seat.degree), strict=True)) if rows else {}
+        rows = [progress.request.row for progress in replica.with_deadline]
+        return dict(zip(rows, self.deadlines.verdicts(wishes, replica.degree), strict=True)) if rows else {}
 
-    def candidates(self, seat: Seat, verdicts: Mapping[int, Verdict], now: float) -> list[Candidate]:
+    def candidates(
+        self, replica: InstanceState, verdicts: Mapping[int, ThresholdChoice], now: float
+    ) -> list[Candidate]:
         """In the order of service."""
-        found, degree = [], seat.degree
-        for progress in quarantined(self.served(seat, now)):
+        found, degree = [], replica.degree
+        for progress in quarantined(self.served(replica, now)):
             ready = progress.ready  # most of many rows are not in the step, and are as they were: no call for those
             if ready is None or ready.degree != degree:
-                ready = self.launches.ready(progress, degree)
+                ready = self.batcher.ready(progress, degree)
             candidate = ready.candidate
             if verdicts and (verdict := verdicts.get(candidate.key)):
                 candidate = Candidate(candidate.key, candidate.tokens, candidate.seconds, verdict.slack)
             found.append(candidate)
         return found
 
-    def served(self, seat: Seat, now: float) -> list[Progress]:
+    def served(self, replica: InstanceState, now: float) -> list[RequestState]:
         """Who may step, in the order of service.
 
         Rows with admitted deadlines go before the others. Of these one leads the step now and then, as far as their
         share of device time allows; those that reuse their K/V ride where deadlines have time to spare.
         """
-        rows = seat.residents.values()
-        if not self.promises.admits:
-            return self.served_unadmitted(seat, now)
-        rest = sorted([row for row in rows if not row.promised], key=turn)
-        if not seat.promised:
+        rows = replica.residents.values()
+        if not self.deadlines.admits:
+            return self.served_unadmitted(replica, now)
+        rest = sorted([row for row in rows if not row.has_deadline], key=turn)
+        if not replica.with_deadline:
             return rest
-        lead = rest[:1] if may_lead(seat.saved) else []
-        ride = [row for row in rest[len(lead) :] if not self.launches.ready(row, seat.degree).work.refresh]
-        return [*lead, *seat.promised, *ride]
+        lead = rest[:1] if may_lead(replica.saved) else []
+        ride = [row for row in rest[len(lead) :] if not self.batcher.ready(row, replica.degree).work.refresh]
+        return [*lead, *replica.with_deadline, *ride]
 
-    def served_unadmitted(self, seat: Seat, now: float) -> list[Progress]:
+    def served_unadmitted(self, replica: InstanceState, now: float) -> list[RequestState]:
         """The same where deadlines are not tested: one order for all, but for one row that has aged."""
-        rows, rank = seat.residents.values(), self.promises.rank
-        oldest = min([row for row in rows if not row.promised], key=ARRIVAL, default=None)
-        if oldest and not self.house.aged(oldest, now):
+        rows, rank = replica.residents.values(), self.deadlines.rank
+        oldest = min([row for row in rows if not row.has_deadline], key=ARRIVAL, default=None)
+        if oldest and not self.placement.aged(oldest, now):
             oldest = None
         return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
-    def settle(self, progress: Progress, verdict: Verdict | None) -> None:
+    def settle(self, progress: RequestState, verdict: ThresholdChoice | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
-        level = min(verdict.level, self.promises.deepest(progress)) if verdict else 0  # rows before it may have paid
+        level = min(verdict.level, self.deadlines.deepest(progress)) if verdict else 0  # rows before it may have paid
         progress.level = level
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
-            self.promises.reserve(progress, spends if spends > spent else spent)
+            self.deadlines.reserve(progress, spends if spends > spent else spent)
 
 
 def failed(request: Request, error: Exception) -> Fail:
@@ -688,7 +701,7 @@ def failed(request: Request, error: Exception) -> Fail:
     return Fail(request, f"its handling raised {type(error).__name__}: {error}", OURS, error)
 
 
-def quarantined(rows: list[Progress]) -> list[Progress]:
+def quarantined(rows: list[RequestState]) -> list[RequestState]:
     """Without suspects all, else the first of these alone."""
     suspects = [row for row in rows if row.suspect]
     return suspects[:1] or rows

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from dilaserve import __version__
 from dilaserve.config import Config
-from dilaserve.engine.assembly import Furnish, real
+from dilaserve.engine.assembly import Assemble, real
 from dilaserve.engine.engine import Engine, Stream
 from dilaserve.engine.prompts import Message, Prompt, conversation
 from dilaserve.engine.stream import collect
@@ -39,7 +39,7 @@ from dilaserve.server.connection import Connection
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.intake import Intake
 from dilaserve.server.paths import rooted
-from dilaserve.server.responses import Form, Json, failure
+from dilaserve.server.responses import Json, ResponseFormat, failure
 from dilaserve.system import child_processes, signals
 from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
 
@@ -64,7 +64,7 @@ async def serve(
     config: Config,
     progress: Progress,
     announce: Announce,
-    furnish: Furnish = real,
+    assemble: Assemble = real,
     sockets: Sequence[socket.socket] | None = None,
 ) -> int:
     """Load, listen, and on SIGTERM or SIGINT finish what runs; a second signal exits at once.
@@ -88,7 +88,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, interrupt)
     try:
-        async with Engine(config, progress, furnish) as engine, running(engine, config, sockets) as address:
+        async with Engine(config, progress, assemble) as engine, running(engine, config, sockets) as address:
             started = True
             freeze()
             announce(address, engine.model.name, config.server.api_key is not None, engine.text.template is not None)
@@ -253,7 +253,7 @@ def refused(error: DilaserveError) -> web.Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    if error.vain:
+    if error.never_feasible:
         headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -353,7 +353,7 @@ def known(engine: Engine, name: str | None) -> None:
 async def chat(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.ChatRequest)
     engine = request.app[ENGINE]
-    form = Form(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
+    form = ResponseFormat(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
     return await respond(request, asked, form, [await chatted(engine, asked.messages)])
 
 
@@ -366,7 +366,9 @@ async def complete(request: web.Request) -> web.StreamResponse:
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
-    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings)
+    form = ResponseFormat(
+        engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings
+    )
     return await respond(request, asked, form, prompts, bool(asked.echo))
 
 
@@ -379,7 +381,7 @@ async def spoken(engine: Engine, ids: list[int]) -> str:
 
 
 async def respond(
-    request: web.Request, asked: schema.Common, form: Form, prompts: Sequence[Prompt], echoes: bool = False
+    request: web.Request, asked: schema.Common, form: ResponseFormat, prompts: Sequence[Prompt], echoes: bool = False
 ) -> web.StreamResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices

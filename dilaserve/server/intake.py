@@ -16,7 +16,7 @@ from aiohttp import web
 from dilaserve.errors import Unavailable
 from dilaserve.server import heap, json_shape
 from dilaserve.server.json_shape import Buffer
-from dilaserve.server.loop_share import Pace
+from dilaserve.server.loop_share import LoopShare
 
 T = TypeVar("T")
 BODY_WITHIN = 30.0  # seconds to receive a request body
@@ -34,7 +34,7 @@ class Intake:
     def __init__(self, most_each: int, most: int) -> None:
         self.most_each, self.most = most_each, most
         self.held = self.peak = 0  # bytes in flight; the most since memory was last given back
-        self.pace = Pace()
+        self.pace = LoopShare()
         self.opening = asyncio.Lock()  # one large body is inflated and looked through at a time
         self.thread = ThreadPoolExecutor(1, "dilaserve-bodies")
         self.trimming: asyncio.TimerHandle | None = None

@@ -9,7 +9,7 @@ T = TypeVar("T")
 SLACK = 0.002  # seconds by which work may run ahead of its share
 
 
-class Pace:
+class LoopShare:
     """Runs pieces of work on the event loop, which get half of its time at most.
 
     Work that takes t seconds is followed by t seconds in which no other piece begins, so that a request that needs a

@@ -22,7 +22,7 @@ class Token(NamedTuple):
     confidence: float
 
 
-class Form:
+class ResponseFormat:
     """One endpoint's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
     into the answer, or into the last chunk of each choice.
     """

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 
 from dilaserve.config import Config
-from dilaserve.engine.assembly import Furnish, template_file
+from dilaserve.engine.assembly import Assemble, template_file
 from dilaserve.errors import ConfigError
 from dilaserve.models.checkpoint import locate
-from dilaserve.planner.process import Advisor
+from dilaserve.planner.process import PlannerProcess
 from dilaserve.profile import profile_file
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import ModelProfile
@@ -38,9 +38,9 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
     limit = settings.model.max_model_len or 4096
     jobs, cut = traffic(extras, profile, scales, limit)
     settings = prepared(settings, scales)
-    furnish = pretended(profile, extras.sim_devices, limit, seed=extras.sim_seed)
+    assemble = pretended(profile, extras.sim_devices, limit, seed=extras.sim_seed)
     began = time.perf_counter()
-    run = play(settings, furnish, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
+    run = play(settings, assemble, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
     took = time.perf_counter() - began
     result = report(run, extras.seconds)
     yield from lines(result)
@@ -51,11 +51,13 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
         yield from saved(run, result, extras.out)
 
 
-def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
+def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
     """Pretended devices behind the model's own tokenizer."""
     text = Text(locate(settings.model.model), template_file(settings))
     limit = settings.model.max_model_len or 4096
-    return pretended(costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, counsel=Advisor)
+    return pretended(
+        costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, planner_port=PlannerProcess
+    )
 
 
 def saved(run: Run, result: object, out: Path) -> Iterator[str]:

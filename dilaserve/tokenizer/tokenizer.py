@@ -16,7 +16,12 @@ from dilaserve.tokenizer.panics import contained
 from dilaserve.tokenizer.template_process import Reply
 
 log = logging.getLogger(__name__)
-ENDS = ("<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|role_end|>")  # tokens that end a turn, where a model has them
+STEP_KERNELS = (
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|role_end|>",
+)  # tokens that end a turn, where a model has them
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
 LONGEST = 2**18  # characters, or ids, that are encoded or decoded at once, if the canvas does not hold more
 DENSE = 64  # characters a token, more than texts have
@@ -68,8 +73,8 @@ class Text:
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end a turn: those that do so in many models, and the tokenizer's own."""
-        found = {token: self.tokenizer.token_to_id(token) for token in (*ENDS, *end_tokens(self.directory))}
-        for token in (token for token, id in found.items() if id is None and token not in ENDS):
+        found = {token: self.tokenizer.token_to_id(token) for token in (*STEP_KERNELS, *end_tokens(self.directory))}
+        for token in (token for token, id in found.items() if id is None and token not in STEP_KERNELS):
             log.warning("the tokenizer in %s does not know its own eos_token %r", self.directory, token)
         return tuple(id for id in found.values() if id is not None)
 

@@ -40,11 +40,11 @@ class Exchange:
     def abandoned(self, rank: int, instance: int) -> bool:
         return self.flags[rank] > instance
 
-    def hurry(self, rank: int, batch: int) -> None:
+    def stop_early(self, rank: int, batch: int) -> None:
         """Let the rank begin no other step of this batch."""
         self.calls[rank] = batch
 
-    def hurried(self, rank: int, batch: int) -> bool:
+    def stops_early(self, rank: int, batch: int) -> bool:
         return self.calls[rank] >= batch
 
     def behind(self, ranks: tuple[int, ...]) -> tuple[int, ...]:

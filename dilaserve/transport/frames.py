@@ -14,7 +14,7 @@ from dilaserve.types import RowResult, Span
 MAX_FRAME = 2**20
 
 
-class Form(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+class JoinInstance(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     """Engine to worker: from now on be a member of this instance; `lives` number the processes of its ranks."""
 
     instance: int
@@ -22,7 +22,7 @@ class Form(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     lives: list[int]
 
 
-class Run(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+class RunBatch(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     """Engine to worker: step with these rows, `steps` times at most, as `types.Batch` tells."""
 
     batch: int
@@ -87,7 +87,7 @@ class Done(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
     last: bool = True
 
 
-Order: TypeAlias = Form | Run | Leave | Stop
+Order: TypeAlias = JoinInstance | RunBatch | Leave | Stop
 Report: TypeAlias = Loading | Ready | Formed | Left | Broken | Done
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,7 +7,7 @@ import torch
 HOPELESS = torch.finfo(torch.float32).max  # odds of what overflows: behind all others, yet before a row's padding
 
 
-class Guess(NamedTuple):
+class Candidates(NamedTuple):
     """The candidate of each masked position, all [masks].
 
     `odds` is Σ_{other} exp(l_other - l_token) = (1 - p) / p: it orders confidences that have all rounded to 1.

@@ -15,19 +15,19 @@ from dilaserve.models.llada import Model
 from dilaserve.models.spans import Packed, Runs
 from dilaserve.models.spec import ModelSpec
 from dilaserve.transport.request_table import RequestTable
-from dilaserve.worker.candidates import Guess
+from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.confidence import best
 from dilaserve.worker.cuda_graphs import Graphs
 from dilaserve.worker.step_arrays import Blocks, Columns
 from dilaserve.worker.step_buffers import DEPTH, FIELDS, WIDTH, Buffers
-from dilaserve.worker.step_kernels import ends_for
+from dilaserve.worker.step_kernels import step_kernels_for
 
 MAX_LOGITS = 2**26  # elements of [positions, vocab] at a time
 STRIDE = 2  # of the counts to which batches are padded; two blocks fill the smallest tile of a product
 GRAPHS = (1, *range(STRIDE, 33, STRIDE))  # rows; beyond, a step computes for longer than its launches take a host
 
 
-class Found(NamedTuple):
+class StepResult(NamedTuple):
     """What a step did, [rows, WIDTH] each."""
 
     token: np.ndarray[Any, Any]  # -1 where nothing was unmasked
@@ -53,7 +53,7 @@ class ReuseSteps:
             found=torch.zeros(self.landed.shape, dtype=torch.int32, device=device),
             turn=torch.full((1,), DEPTH - 1, dtype=torch.int64, device=device),
         )
-        self.ends = ends_for(device)
+        self.ends = step_kernels_for(device)
         self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)
         sizes = [size for size in self.buckets if size <= GRAPHS[-1]]
         self.graphs = Graphs(device, sizes, self.step, self.pad, "rows", eager)
@@ -115,14 +115,14 @@ class ReuseSteps:
             self.landed[slot, : self.bucket].copy_(self.buffers.found[slot, : self.bucket], non_blocking=True)
             self.arrived[slot].record()
 
-    def read(self) -> Found:
+    def read(self) -> StepResult:
         """Wait for the oldest step whose result was not read."""
         slot = self.seen % DEPTH
         self.seen += 1
         if self.cuda:
             self.arrived[slot].synchronize()
         landed = self.landed[slot, : self.rows].numpy()
-        return Found(landed[:, 0].copy(), landed[:, 1].view(np.float32).copy())
+        return StepResult(landed[:, 0].copy(), landed[:, 1].view(np.float32).copy())
 
     def step(self, rows: int) -> None:
         """Denoise the first `rows` rows of the batch once: a function of the buffers, without a look at the host."""
@@ -132,11 +132,11 @@ class ReuseSteps:
         guess = self.guess(self.model.hidden(packed, self.pool))
         self.ends.unmask(self.buffers, rows, self.spec.mask_id, guess)
 
-    def guess(self, hidden: torch.Tensor) -> Guess:
+    def guess(self, hidden: torch.Tensor) -> Candidates:
         """The candidate of each position, a slice of the logits at a time."""
         size = max(1, MAX_LOGITS // self.spec.vocab_size)
         pieces = [best(self.model.logits(part), self.spec.mask_id) for part in torch.split(hidden, size)]
-        return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True))) if len(pieces) > 1 else pieces[0]
+        return Candidates(*(torch.cat(parts) for parts in zip(*pieces, strict=True))) if len(pieces) > 1 else pieces[0]
 
     def make_ready(self, rows: int) -> None:
         if self.graphs.make_ready(rows):

@@ -7,13 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dilaserve.worker.candidates import HOPELESS, Guess
-from dilaserve.worker.step_buffers import DEPTH, WIDTH, Buffers, Ends, Laid
+from dilaserve.worker.candidates import HOPELESS, Candidates
+from dilaserve.worker.step_buffers import DEPTH, WIDTH, Buffers, Laid, StepKernels
 
 MOST = 8192  # logits that a program looks at together
 
 
-def best(logits: torch.Tensor, mask_id: int) -> Guess:
+def best(logits: torch.Tensor, mask_id: int) -> Candidates:
     """See `confidence.plain`; here `logits` stay as they are."""
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -21,7 +21,7 @@ def best(logits: torch.Tensor, mask_id: int) -> Guess:
     if rows:
         block = min(MOST, triton.next_power_of_2(vocab))
         sweep[(rows,)](logits, token, odds, logits.stride(0), mask_id, HOPELESS, vocab, block, num_warps=8)
-    return Guess(token, odds)
+    return Candidates(token, odds)
 
 
 def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
@@ -35,7 +35,7 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
     return Laid(ids, positions, slots, starts, keys)
 
 
-def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
+def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None:
     """See `step_kernels.unmask`."""
     batch, found = buffers.batch, buffers.found
     reals, bits = batch.view(torch.float64), found.view(torch.float32)
@@ -45,7 +45,7 @@ def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
     )
 
 
-ENDS = Ends(lay_out, unmask)
+STEP_KERNELS = StepKernels(lay_out, unmask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

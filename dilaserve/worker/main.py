@@ -34,7 +34,7 @@ NICE = 10  # of workers on CPUs: what waits for the loop between two steps is a 
 PROGRESS_BYTES = 16 * 2**20  # between two progress frames
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is started with. `backend` carries TP groups, which may meet through the file `store`.
 
     Where the model is too large for one device, the weights are in `shards` parts, and workers of neighbouring ranks
@@ -70,7 +70,7 @@ class Shared(NamedTuple):
         return [part.memory.fd for part in self if isinstance(part.memory, SharedBytes)]
 
 
-def main(job: Job, rank: int, shared: Shared, fd: int) -> None:
+def main(job: WorkerJob, rank: int, shared: Shared, fd: int) -> None:
     """Entry point of the child process; `fd` is its end of the line to the engine."""
     line = socket.socket(fileno=fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -99,7 +99,7 @@ class Worker:
     """The weights and the memory of one device, of which any instance that the device joins is a view."""
 
     def __init__(
-        self, job: Job, rank: int, shared: Shared, spec: ModelSpec, weights: Weights, flat: torch.Tensor
+        self, job: WorkerJob, rank: int, shared: Shared, spec: ModelSpec, weights: Weights, flat: torch.Tensor
     ) -> None:
         self.job, self.shared, self.spec, self.weights, self.flat = job, shared, spec, weights, flat
         self.reuse: ReuseSteps | None = None  # for instances of this device alone, as is `forward`
@@ -107,11 +107,11 @@ class Worker:
         self.groups = Groups(job.backend, shared.exchange, rank, job.store)
         self.turns: torch.Tensor | None = None
 
-    def hurried(self, batch: int) -> Callable[[], bool]:
+    def stops_early(self, batch: int) -> Callable[[], bool]:
         """Tells whether somebody waits for the batch to end."""
-        return lambda: self.shared.exchange.hurried(self.groups.me, batch)
+        return lambda: self.shared.exchange.stops_early(self.groups.me, batch)
 
-    def form(self, order: frames.Form) -> Runner:
+    def form(self, order: frames.JoinInstance) -> Runner:
         """Join an instance; no weight is copied. Raises `Abandoned`."""
         ranks = sorted(order.ranks, key=lambda rank: (rank % self.job.shards, rank))  # in the order of what they hold
         lives = dict(zip(order.ranks, order.lives, strict=True))
@@ -136,7 +136,7 @@ class Worker:
             self.forward = ForwardGraphs(self.spec, model, pool, self.job.batched_tokens, self.job.eager)
 
 
-def prepare(job: Job, rank: int, shared: Shared, line: socket.socket) -> Worker:
+def prepare(job: WorkerJob, rank: int, shared: Shared, line: socket.socket) -> Worker:
     """Load the model and lay out its memory; sends `Loading` frames on the way and `Ready` at the end."""
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     if device.type == "cuda":
@@ -161,7 +161,7 @@ def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return private_bytes(elements * dtype.itemsize).view(dtype)
 
 
-def kv_tokens(job: Job, spec: ModelSpec, weights: Weights) -> int:
+def kv_tokens(job: WorkerJob, spec: ModelSpec, weights: Weights) -> int:
     """The K/V pool that was asked for, or else what is wanted and fits beside the largest step."""
     device, dtype = weights.norm.device, weights.norm.dtype
     if device.type == "cuda":
@@ -205,12 +205,12 @@ def serve(worker: Worker, line: socket.socket) -> None:
     runner: Runner | None = None
     while not isinstance(order := frames.receive_order(line), frames.Stop | None):
         with contextlib.suppress(Abandoned):
-            if isinstance(order, frames.Form):
+            if isinstance(order, frames.JoinInstance):
                 runner = worker.form(order)
                 frames.send(line, frames.Formed(order.instance))
             elif isinstance(order, frames.Leave):
                 runner = None if worker.groups.leave(order.instance) else runner
                 frames.send(line, frames.Left(order.instance))
             elif runner:
-                for outcome in runner.steps(order.spans, order.steps, order.then, worker.hurried(order.batch)):
+                for outcome in runner.steps(order.spans, order.steps, order.then, worker.stops_early(order.batch)):
                     frames.send(line, frames.Done(order.batch, *outcome))

@@ -11,12 +11,11 @@ import torch
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.llada import Model
-from dilaserve.models.spans import Group as SpanGroup
-from dilaserve.models.spans import Packed, PackedSpan, Runs
+from dilaserve.models.spans import Packed, PackedSpan, Runs, SpanGroup
 from dilaserve.models.spec import ModelSpec
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
 from dilaserve.types import RowResult, Span
-from dilaserve.worker.candidates import Guess
+from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.multi_step import Courses
@@ -24,12 +23,12 @@ from dilaserve.worker.sampler import Rules, Sampling, decided, guess, guess_part
 from dilaserve.worker.staging import Staging
 from dilaserve.worker.step_arrays import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
 from dilaserve.worker.step_buffers import DEPTH
-from dilaserve.worker.tp_group import Alone, Group
+from dilaserve.worker.tp_group import Alone, TPGroup
 
 RULE_KNOBS = len(Rules._fields)
 
 
-class Outcome(NamedTuple):
+class LaunchResult(NamedTuple):
     """What a step did, and the seconds it took; `last`: none of the same launch follows."""
 
     results: list[RowResult]
@@ -58,7 +57,7 @@ class Runner:
         pool: KVPool,
         table: RequestTable,
         stop_ids: tuple[int, ...],
-        group: Group = Alone(),  # noqa: B008 - has no state
+        group: TPGroup = Alone(),  # noqa: B008 - has no state
         reuse: ReuseSteps | None = None,
         max_tokens: int | None = None,
         forward: ForwardGraphs | None = None,
@@ -75,9 +74,9 @@ class Runner:
         spans: Sequence[Span],
         most: int,
         then: Sequence[Sequence[Span]] = (),
-        hurried: Callable[[], bool] = never,
-    ) -> Iterator[Outcome]:
-        """Up to `most` steps as `types.Batch` tells; none begins once somebody is `hurried`.
+        stops_early: Callable[[], bool] = never,
+    ) -> Iterator[LaunchResult]:
+        """Up to `most` steps as `types.Batch` tells; none begins once somebody is `stops_early`.
 
         Ranks other than 0 take one and say nothing. Raises `Abandoned`.
         """
@@ -85,9 +84,9 @@ class Runner:
         count, last = 0, False
         while not last:
             columns = columns_of(courses.spans, courses.stages)
-            stretch: Iterable[Outcome]
+            stretch: Iterable[LaunchResult]
             if self.reuse is not None and self.reuse.takes(columns, self.table):
-                stretch = self.pipelined(self.reuse, columns, most - count, hurried)
+                stretch = self.pipelined(self.reuse, columns, most - count, stops_early)
             elif (outcome := self.step(columns)) is not None:
                 stretch = [outcome]
             else:
@@ -95,7 +94,7 @@ class Runner:
             for outcome in stretch:
                 count += 1
                 if outcome.last:
-                    over = count == most or answered(outcome.results) or hurried()
+                    over = count == most or answered(outcome.results) or stops_early()
                     last = over or not courses.follow(outcome.results) or not self.fits(courses.spans)
                 yield outcome._replace(last=last)
 
@@ -105,8 +104,8 @@ class Runner:
         return self.max_tokens is None or tokens <= self.max_tokens or len(spans) == 1
 
     def pipelined(
-        self, reuse: ReuseSteps, columns: Columns, most: int, hurried: Callable[[], bool]
-    ) -> Iterator[Outcome]:
+        self, reuse: ReuseSteps, columns: Columns, most: int, stops_early: Callable[[], bool]
+    ) -> Iterator[LaunchResult]:
         """Steps alike until a block or an answer is done; the next is begun before the last is read, unless that has
         probably finished all rows.
         """
@@ -130,15 +129,15 @@ class Runner:
             taken = token[:, :width] >= 0
             written, spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
             results = self.results(columns, blocks, written, spent, overlapped=read > 1)
-            over = over or any(not one.masks_left for one in results) or answered(results) or hurried()
+            over = over or any(not one.masks_left for one in results) or answered(results) or stops_early()
             ahead = any(result.masks_left > result.unmasked for result in results)
             last = read == launched and (over or launched == most)
             now = time.perf_counter()
-            yield Outcome(results, now - mark, arrived - entered, last)
+            yield LaunchResult(results, now - mark, arrived - entered, last)
             mark, entered = now, arrived if launched > read else now  # a step that is under way has gone on meanwhile
 
     @torch.inference_mode()
-    def step(self, columns: Columns) -> Outcome | None:
+    def step(self, columns: Columns) -> LaunchResult | None:
         """Denoise once. Results come in the order of the spans; ranks other than 0 have none.
 
         Raises `Abandoned` when a peer is gone.
@@ -162,9 +161,9 @@ class Runner:
         taken = token >= 0
         written, confidence = self.write(columns, blocks, taken, token, sure)
         results = self.results(columns, blocks, written, confidence)
-        return Outcome(results, time.perf_counter() - began, left - entered)
+        return LaunchResult(results, time.perf_counter() - began, left - entered)
 
-    def guess(self, hidden: torch.Tensor, sampling: Sampling | None) -> Guess:
+    def guess(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         """The candidate of each masked position, [masks], from its hidden state; a slice of the logits at a time."""
         size = max(1, MAX_LOGITS // self.spec.vocab_size)
         if len(hidden) <= size:
@@ -173,9 +172,9 @@ class Runner:
         for first in range(0, len(hidden), size):
             part = sampling and sampling.of(slice(first, first + size))
             pieces.append(self.guess_slice(hidden[first : first + size], part))
-        return Guess(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        return Candidates(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
-    def guess_slice(self, hidden: torch.Tensor, sampling: Sampling | None) -> Guess:
+    def guess_slice(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         logits, mask_id = self.model.logits(hidden), self.spec.mask_id
         if self.group.size == 1:
             return guess(logits, mask_id, sampling)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from dilaserve.worker.candidates import HOPELESS, Guess
+from dilaserve.worker.candidates import HOPELESS, Candidates
 from dilaserve.worker.confidence import best, weighed
-from dilaserve.worker.tp_group import Group
+from dilaserve.worker.tp_group import TPGroup
 
 
 class Sampling(NamedTuple):
@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
         return (self.temperature > 0) & ((self.top_p < 1) | (self.top_k > 0) | (self.min_p > 0))
 
 
-def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) -> Guess:
+def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) -> Candidates:
     """The best (or sampled) token of each row of logits [masks, vocab]; the mask token is never chosen.
 
     The first of equal logits wins, as in torch.argmax. What is never chosen counts in the odds. `logits` is
@@ -69,8 +69,8 @@ def without(logits: torch.Tensor, never: torch.Tensor, first: int = 0) -> Iterat
 
 
 def guess_part(
-    logits: torch.Tensor, group: Group, vocabulary: slice, vocab: int, mask_id: int, sampling: Sampling | None
-) -> Guess:
+    logits: torch.Tensor, group: TPGroup, vocabulary: slice, vocab: int, mask_id: int, sampling: Sampling | None
+) -> Candidates:
     """`guess` where each rank has the logits of its part of the vocabulary, [masks, part]; `logits` is overwritten.
 
     Five numbers a mask and rank are exchanged; the logits themselves only of rows that draw from a part of the
@@ -87,7 +87,7 @@ def guess_part(
     return found
 
 
-def gathered(part: torch.Tensor, group: Group, vocab: int) -> torch.Tensor:
+def gathered(part: torch.Tensor, group: TPGroup, vocab: int) -> torch.Tensor:
     """The logits of the whole vocabulary, [rows, vocab]."""
     widths = [(rank + 1) * vocab // group.size - rank * vocab // group.size for rank in range(group.size)]
     padded = torch.nn.functional.pad(part, (0, max(widths) - part.shape[1]))
@@ -124,7 +124,7 @@ def scored(logits: torch.Tensor, first: int, sampling: Sampling | None) -> tuple
     return token, score
 
 
-def joined(parts: torch.Tensor) -> Guess:
+def joined(parts: torch.Tensor) -> Candidates:
     """The best of the ranks' candidates, [ranks, 5, masks]; the lower rank, so the lower id, wins among equals."""
     scores, tokens, logits, others, masks = parts.unbind(1)
     winner = scores.argmax(0, keepdim=True)
@@ -132,7 +132,7 @@ def joined(parts: torch.Tensor) -> Guess:
     mine = torch.zeros_like(scores).scatter_(0, winner, 1.0)
     weights = (others + 1.0 - mine) * torch.exp(logits - chosen) + torch.exp(masks - chosen)
     odds = weights.sum(0).float()
-    return Guess(tokens.gather(0, winner).squeeze(0).long(), odds.nan_to_num_(nan=HOPELESS, posinf=HOPELESS))
+    return Candidates(tokens.gather(0, winner).squeeze(0).long(), odds.nan_to_num_(nan=HOPELESS, posinf=HOPELESS))
 
 
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -193,7 +193,7 @@ class Rules(NamedTuple):
     quota: torch.Tensor  # int
 
 
-def decided(guessed: Guess, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
+def decided(guessed: Candidates, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
     """What each row's rule takes of a guess, as `told` says it; its entries are of the places `where`, [masks], of
     `shape` [rows, width], and all others have no mask. No value is looked at, so that no host waits.
     """

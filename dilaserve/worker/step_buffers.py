@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dilaserve.types import PAGE
-from dilaserve.worker.candidates import Guess
+from dilaserve.worker.candidates import Candidates
 
 WIDTH = PAGE  # positions of a row; longer blocks take the other way
 DEPTH = 2  # steps whose results are not read yet, at most
@@ -32,8 +32,8 @@ class Laid(NamedTuple):
     keys: torch.Tensor  # int32 [rows]
 
 
-class Ends(NamedTuple):
+class StepKernels(NamedTuple):
     """See the functions of these names."""
 
     lay_out: Callable[[Buffers, int, int], Laid]
-    unmask: Callable[[Buffers, int, int, Guess], None]
+    unmask: Callable[[Buffers, int, int, Candidates], None]

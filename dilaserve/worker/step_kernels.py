@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from dilaserve.models.blocks import has_kernels
-from dilaserve.worker.candidates import Guess
+from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.sampler import Rules, taken, told
-from dilaserve.worker.step_buffers import DEPTH, REALS, WIDTH, Buffers, Ends, Laid
+from dilaserve.worker.step_buffers import DEPTH, REALS, WIDTH, Buffers, Laid, StepKernels
 
 
 def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
@@ -28,7 +28,7 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
     return Laid(ids.flatten(), positions.flatten(), slots.flatten(), starts, keys.int())
 
 
-def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
+def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None:
     """Put what each row's rule accepts of the guess, [rows · WIDTH], on its canvas, and say so in `found`."""
     ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
     _, _, _, length, rule, quota = fields[:, :-REALS].unbind(1)
@@ -40,13 +40,13 @@ def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
     buffers.found[:, :rows].index_copy_(0, buffers.turn, told(chosen, token, odds)[None])
 
 
-PLAIN = Ends(lay_out, unmask)
+PLAIN = StepKernels(lay_out, unmask)
 
 
-def ends_for(device: torch.device) -> Ends:
+def step_kernels_for(device: torch.device) -> StepKernels:
     """The kernels where they can run, else plain torch."""
     if not has_kernels(device):
         return PLAIN
     from dilaserve.worker import kernels
 
-    return kernels.ENDS
+    return kernels.STEP_KERNELS

@@ -28,7 +28,7 @@ class Abandoned(Exception):
     """A peer is gone and the instance with it; the worker itself is sound."""
 
 
-class Group(Protocol):
+class TPGroup(Protocol):
     """The ranks of one instance as one of them sees it. All of them make the same calls in the same order."""
 
     rank: int
@@ -182,7 +182,7 @@ class Groups:
         self.key: Members | None = None  # of the process group that it meets through
         self.guards: list[threading.Thread] = []
 
-    def join(self, instance: int, ranks: Sequence[int], lives: Sequence[int]) -> Group:
+    def join(self, instance: int, ranks: Sequence[int], lives: Sequence[int]) -> TPGroup:
         position = list(ranks).index(self.me)
         self.current, self.key = instance, None
         self.forget(dict(zip(ranks, lives, strict=True)))

@@ -11,7 +11,7 @@ import torch
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.llada import Model
-from dilaserve.models.spans import Group, Packed, PackedSpan, Runs
+from dilaserve.models.spans import Packed, PackedSpan, Runs, SpanGroup
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.types import PAGE
 from dilaserve.worker.forward_graphs import ForwardGraphs
@@ -96,7 +96,7 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
         guess(model.logits(part), mask_id, knobs)
 
 
-def spread(offsets: Array, device: torch.device, canvas: int, varlen: bool) -> list[Group] | Runs:
+def spread(offsets: Array, device: torch.device, canvas: int, varlen: bool) -> list[SpanGroup] | Runs:
     """Spans between these offsets, all of whose keys are one canvas at the pool's start."""
     lengths = np.diff(offsets).tolist()
     if not varlen:

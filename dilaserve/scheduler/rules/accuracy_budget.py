@@ -21,7 +21,7 @@ def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
     return left if left > 0.0 else 0.0
 
 
-def borne(drops: Sequence[float], budget: float) -> int:
+def affordable_level(drops: Sequence[float], budget: float) -> int:
     """The deepest level at which all requests may run for ever, or the first; `drops` by level never fall."""
     return max(0, bisect_right(drops, budget) - 1)
 

@@ -21,7 +21,7 @@ class ByLevel(Protocol):
     def __getitem__(self, level: int, /) -> Load: ...
 
 
-class Wish(msgspec.Struct, frozen=True, gc=False):
+class ThresholdQuery(msgspec.Struct, frozen=True, gc=False):
     """A row with a deadline: seconds left, its load by level, the deepest level allowed, and the deepest that the
     budget bears if everybody runs at it.
     """
@@ -29,10 +29,10 @@ class Wish(msgspec.Struct, frozen=True, gc=False):
     left: float
     loads: ByLevel
     deepest: int
-    borne: int
+    affordable_level: int
 
 
-class Verdict(msgspec.Struct, frozen=True, gc=False):
+class ThresholdChoice(msgspec.Struct, frozen=True, gc=False):
     """The level to run at, what the row can spare there, and whether the deadline will probably be missed."""
 
     level: int
@@ -40,7 +40,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     late: bool
 
 
-def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
+def by_slack(wishes: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
     """The highest level at or below `floor` at which each row, with all rows before it, keeps its deadline.
 
     `wishes` stand in the order of service; levels count from 0, the reference. Points that are spent early buy room for
@@ -48,10 +48,10 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
     row that no level would save stays at the floor.
     """
     steps = work = 0.0
-    verdicts: list[Verdict] = []
+    verdicts: list[ThresholdChoice] = []
     for wish in wishes:
         left, loads, deepest = wish.left, wish.loads, wish.deepest
-        early = deepest if floor else wish.borne
+        early = deepest if floor else wish.affordable_level
         level = start = floor if floor < deepest else deepest
         while True:
             load = loads[level]
@@ -66,13 +66,13 @@ def by_slack(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
                 level += 1
         steps, work = joint_steps, joint_work
         slack = left - SPARED * seconds
-        verdicts.append(Verdict(level, slack if slack > 0.0 else 0.0, left < seconds))
+        verdicts.append(ThresholdChoice(level, slack if slack > 0.0 else 0.0, left < seconds))
     return verdicts
 
 
-def fixed_levels(wishes: Sequence[Wish], floor: int, fixed: float) -> list[Verdict]:
+def fixed_levels(wishes: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
     """Everybody at the reference."""
-    return by_slack([Wish(wish.left, wish.loads, 0, 0) for wish in wishes], 0, fixed)
+    return by_slack([ThresholdQuery(wish.left, wish.loads, 0, 0) for wish in wishes], 0, fixed)
 
 
 def crowding(loads: Sequence[Load], fixed: float) -> float:
