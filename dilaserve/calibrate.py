@@ -261,7 +261,7 @@ async def quality(
     for task, edges in forecast.lengths.items():
         known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), seen_steps)
     profile = msgspec.structs.replace(profile, tasks=known)
-    return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, room(engine)))
+    return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, longest_answer(engine)))
 
 
 def split(
@@ -269,7 +269,7 @@ def split(
 ) -> TaskProfile:
     """The task with laws by length of prompt, if that tells enough; `steps` of one request by the finest kinds."""
     cuts = parted(steps, KINDS, FEWEST, GAIN)
-    if told(steps, cuts) < TELLING:
+    if information(steps, cuts) < TELLING:
         return profile
     kinds = [
         merged([observed_laws(seen, kind_of(task, kind)) for kind in range(start, end)])
@@ -313,7 +313,7 @@ def by_kind(lengths: Sequence[int], edges: Sequence[int], steps: Sequence[int]) 
     return kinds
 
 
-def told(steps: Sequence[Sequence[int]], cuts: Sequence[int]) -> float:
+def information(steps: Sequence[Sequence[int]], cuts: Sequence[int]) -> float:
     """The share of the variance of the steps that these parts of the kinds explain."""
     everything = [count for kind in steps for count in kind]
     total = statistics.pvariance(everything) * len(everything)
@@ -327,7 +327,7 @@ async def asked(
 ) -> list[tuple[str, int]]:
     """Answers and their steps, a few requests at a time."""
     gate = asyncio.Semaphore(CHATTER)
-    options = Options(confidence_threshold=level, task=task, max_tokens=room(engine))
+    options = Options(confidence_threshold=level, task=task, max_tokens=longest_answer(engine))
 
     async def ask(prompt: str) -> tuple[str, int]:
         async with gate:
@@ -341,7 +341,7 @@ async def asked(
     return list(await asyncio.gather(*(ask(prompt) for prompt in prompts)))
 
 
-def room(engine: Engine) -> int:
+def longest_answer(engine: Engine) -> int:
     return min(128, engine.model.max_model_len // 2)
 
 

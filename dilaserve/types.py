@@ -371,13 +371,13 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
 
 
 class Fail(msgspec.Struct, frozen=True):
-    """The request could not be finished; `reason` is for the log, `told` for the client. `error` is what its handling
-    has raised, if that is why.
+    """The request could not be finished; `reason` is for the log, `for_client` for the client. `error` is what its
+    handling has raised, if that is why.
     """
 
     request: Request
     reason: str
-    told: str
+    for_client: str
     error: Exception | None = None
 
 

@@ -28,12 +28,15 @@ from dilaserve.sim.run import pretended
 from dilaserve.types import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
 
 HANDLERS = [
-    *((Scheduler, name) for name in ("arrival", "returned", "end", "gone", "settle", "release", "seen", "account")),
+    *(
+        (Scheduler, name)
+        for name in ("arrival", "returned", "end", "gone", "apply_threshold", "release", "seen", "account")
+    ),
     *(
         (Placement, name)
         for name in ("enter", "leave", "assign", "unassign", "aged", "replica_for", "make_room", "evict")
     ),
-    *((Deadlines, name) for name in ("arrived", "rank", "wish", "deepest", "reserve", "settle", "is_hopeless")),
+    *((Deadlines, name) for name in ("arrived", "rank", "wish", "deepest", "reserve", "charge", "is_hopeless")),
     *((Estimates, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
     *((RequestState, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
     *((WaitingQueue, name) for name in ("add", "remove")),
@@ -80,7 +83,7 @@ def test_a_row_that_steps_and_unmasks_nothing_ends_instead_of_stepping_for_ever(
     (span,) = launch.batch.spans
     commands = feed(guard, done(launch.batch, [result(span, masks_left=32, unmasked=0)]))
     (fail,) = [command for command in commands if isinstance(command, Fail)]
-    assert (fail.request.id, fail.told, "unmasked nothing" in fail.reason) == ("r0", OURS, True)
+    assert (fail.request.id, fail.for_client, "unmasked nothing" in fail.reason) == ("r0", OURS, True)
     assert Release(0) in commands
     assert isinstance(commands[-1], Launch)  # the other request
     assert violations(machine) == []

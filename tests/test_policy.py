@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, affordable_level, price, room, settled
+from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, affordable_level, budget_left, charged, price
 from dilaserve.scheduler.rules.admission import (
     COMPANY,
     HELD,
@@ -95,7 +95,9 @@ def test_the_emptiest_instance_comes_first_and_a_full_one_never():
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9))))
 def test_admission_names_every_instance_with_room_once(pairs):
     rooms = [Room(i, residents, limit) for i, (residents, limit) in enumerate(pairs)]
-    assert sorted(least_loaded(rooms)) == [room.instance for room in rooms if room.residents < room.limit]
+    assert sorted(least_loaded(rooms)) == [
+        budget_left.instance for budget_left in rooms if budget_left.residents < budget_left.limit
+    ]
 
 
 def keys(chosen):
@@ -250,8 +252,8 @@ def test_crowding_is_none_for_a_row_alone_and_at_most_their_number(loads, fixed)
 def test_the_bank_holds_the_mean_drop_within_its_budget(wishes, budget):
     bank = Bank()
     for drop, late in wishes:
-        taken = drop if late and drop <= room(bank, budget) else 0.0
-        bank = settled(bank, taken)
+        taken = drop if late and drop <= budget_left(bank, budget) else 0.0
+        bank = charged(bank, taken)
         assert bank.spent <= budget * (bank.served + CREDIT) + 1e-9
 
 
@@ -261,24 +263,24 @@ def test_points_go_where_they_save_most(budget, poor, better):
     bank, taken = Bank(), {poor: 0.0, better * poor: 0.0}
     for turn in range(4000):
         yields = list(taken)[turn % 2]
-        left = room(bank, budget)
+        left = budget_left(bank, budget)
         drop = 3.0 if yields >= price(left, budget) and left >= 3.0 else 0.0
         taken[yields] += drop if turn > 1000 else 0.0
-        bank = settled(bank, drop)
+        bank = charged(bank, drop)
     rich = min(1.5, budget) * 3000  # what comes in, or all that they can take
     assert taken[better * poor] >= 0.6 * rich
     assert taken[better * poor] >= taken[poor]
 
 
 def test_an_answer_that_is_left_early_pays_in_full_and_adds_room_by_what_was_given():
-    bank = settled(settled(Bank(), 2.0, share=0.25), 0.0)
+    bank = charged(charged(Bank(), 2.0, share=0.25), 0.0)
     assert bank == Bank(spent=2.0, served=1.25)
 
 
 def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
-    assert room(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
-    assert room(Bank(), 0.9, pending=50.0) == 0.0
-    assert room(Bank(spent=100.0), 0.9) == 0.0
+    assert budget_left(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
+    assert budget_left(Bank(), 0.9, pending=50.0) == 0.0
+    assert budget_left(Bank(spent=100.0), 0.9) == 0.0
 
 
 @given(st.floats(0, 1e6), st.integers(0, 64))

@@ -29,10 +29,10 @@ from dilaserve.profile.decode_speed import (
     chances,
     hull,
     isotonic,
-    joined,
     part_of,
     parted,
     slope,
+    with_block,
 )
 from dilaserve.profile.problems import held_out
 from dilaserve.profile.profile_file import guessed, pace, read, write
@@ -179,7 +179,7 @@ def test_long_prompts_have_a_law_of_their_own_and_it_learns_apart(tmp_path):
 def test_many_blocks_of_one_law_are_summed_up_as_if_one_by_one(steps, variance, ends, blocks):
     law, ahead = Chain((0.0, steps), (0.0, variance), (0.0, ends)), Outlook(0.0, 0.0, 0.0)
     for _ in range(blocks):
-        ahead = joined(law, 1, ahead, 1.0)
+        ahead = with_block(law, 1, ahead, 1.0)
     assert tuple(alike(law, 1, blocks)) == pytest.approx(tuple(ahead), rel=1e-3, abs=1e-9)
 
 

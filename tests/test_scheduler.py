@@ -344,7 +344,7 @@ def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkey
     deadlines = scheduler().deadlines
     deadlines.banks["greedy"] = Bank(spent=40.0, served=2)
     for i in range(9):
-        deadlines.settle(deadlines.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
+        deadlines.charge(deadlines.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
     assert list(deadlines.banks) == ["greedy", "t7", "t8"]
 
 
@@ -359,7 +359,7 @@ def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkey
 )
 def test_only_answers_whose_threshold_may_be_lowered_add_room_for_lower_ones(decoding, slo, counts):
     deadlines = scheduler().deadlines
-    deadlines.settle(deadlines.arrived(request(0, slo=slo, **decoding)))
+    deadlines.charge(deadlines.arrived(request(0, slo=slo, **decoding)))
     assert deadlines.all.served == counts
 
 
@@ -698,7 +698,7 @@ def test_a_row_that_fits_nowhere_any_more_holds_nobody_up_and_ends_when_all_work
     commands = formed(machine, feed(machine, WorkerUp(1, 512), 10.0), 10.0)
     (fail,) = [command for command in commands if isinstance(command, Fail)]
     assert fail.request.row == 0
-    assert "lower max_tokens" in fail.told
+    assert "lower max_tokens" in fail.for_client
     assert Release(0) in commands
 
 

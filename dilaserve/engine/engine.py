@@ -20,7 +20,7 @@ from dilaserve.engine.offload import Offload
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
 from dilaserve.engine.stall_detector import StallDetector
 from dilaserve.engine.stream import Chunk, Completion, Cut, Stream, collect
-from dilaserve.engine.submit import Options, ResolvedOptions, parse_classes, settle, validated, wanted
+from dilaserve.engine.submit import Options, ResolvedOptions, parse_classes, resolve, validated, wanted
 from dilaserve.errors import (
     OURS,
     BadRequest,
@@ -138,7 +138,7 @@ class Engine:
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
         self.planner = planner
-        self.told: dict[int, StepCost] = {}  # the laws that the planner knows
+        self.planner_laws: dict[int, StepCost] = {}  # the laws that the planner knows
         self.planner_failures = 0  # in a row
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
         self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
@@ -174,7 +174,7 @@ class Engine:
         wants = parts.unplanned if self.config.device.plan == "auto" and not self.planner else None
         self.advice = advised(parts.note, wants)
         solves = self.planner is not None and self.config.device.plan == "auto"
-        self.told = parts.laws
+        self.planner_laws = parts.laws
         steps = steps_for(self.devices, self.config.device)
         self.scheduler = Scheduler(self.config, parts.laws, parts.quality, parts.plan, self.degrees, solves, steps)
         self.guard = Guard(self.scheduler)
@@ -316,9 +316,9 @@ class Engine:
     async def _ask_planner(self, planner: PlannerPort, demand: Demand) -> PlanReady:
         """The planner's answer, with what has been learned of step costs and quality since it last heard of them."""
         laws, quality = self.scheduler.estimates.known()
-        if not alike(laws, self.told):
+        if not alike(laws, self.planner_laws):
             await asyncio.to_thread(planner.learned, laws, quality)
-            self.told = laws
+            self.planner_laws = laws
         return await asyncio.to_thread(planner, demand)
 
     # requests
@@ -332,14 +332,14 @@ class Engine:
         self._check_running()
         options = validated(options)
         ids = await self.tokenize(prompt, self.model.max_model_len)
-        settled = settle(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
+        resolved = resolve(options, len(ids), self.model.max_model_len, secrets.randbits(63), self.config.decode)
         slo = wanted(options, self.classes)
         token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
-        self._check_room(settled)
+        self._check_room(resolved)
         id = secrets.token_hex(12) if id is None else plain(converted(id, str, "id"))
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        stream = self._start(id, ids, settled, slo, options)
+        stream = self._start(id, ids, resolved, slo, options)
         if slo.on_miss == "reject":
             try:
                 await stream.admitted()
@@ -385,22 +385,22 @@ class Engine:
         if asyncio.get_running_loop() is not self.loop:
             raise Unavailable("the engine lives in another event loop; call it from there, or use dilaserve.DilaServe")
 
-    def _start(self, id: str, ids: list[int], settled: ResolvedOptions, slo: Slo, options: Options) -> Stream:
+    def _start(self, id: str, ids: list[int], resolved: ResolvedOptions, slo: Slo, options: Options) -> Stream:
         """Give a checked request a row, fill it and tell the scheduler. Raises `Overloaded`."""
         prompt, row = np.array(ids, dtype=np.int32), self._place(slo)
         try:
             generation = self.table.fill(
-                row, prompt, settled.canvas_tokens, self.mask_id, settled.decoding, ending(options)
+                row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options)
             )
             request = Request(
                 id=id,
                 row=row,
                 generation=generation,
                 prompt_tokens=len(ids),
-                canvas_tokens=settled.canvas_tokens,
-                max_tokens=settled.max_tokens,
+                canvas_tokens=resolved.canvas_tokens,
+                max_tokens=resolved.max_tokens,
                 arrived_at=self.loop.time(),
-                decoding=settled.decoding,
+                decoding=resolved.decoding,
                 slo=slo,
             )
             stream = Stream(request, self.text, cutting(options), self._post)
@@ -412,13 +412,13 @@ class Engine:
         self._post(Arrival(request))
         return stream
 
-    def _check_room(self, settled: ResolvedOptions) -> None:
+    def _check_room(self, resolved: ResolvedOptions) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if self.pools and settled.canvas_tokens > (pool := self._smallest_pool()):
-            cure = "lower max_tokens" if settled.max_tokens > settled.decoding.block_length else "shorten the prompt"
+        if self.pools and resolved.canvas_tokens > (pool := self._smallest_pool()):
+            cure = "lower max_tokens" if resolved.max_tokens > resolved.decoding.block_length else "shorten the prompt"
             raise BadRequest(
-                f"a canvas of {settled.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
+                f"a canvas of {resolved.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
                 f"{cure} or raise --kv-cache-tokens",
                 param="max_tokens",
             )
@@ -585,8 +585,8 @@ class Engine:
                     stream.final += 1
                     self._deliver(stream)
                 stream.finish(reason, usage)
-            case Fail(_, _, told):
-                stream.fail(RequestFailed(told))
+            case Fail(_, _, for_client):
+                stream.fail(RequestFailed(for_client))
             case Decline(_, usage, retry, never_feasible):
                 stream.fail(missed(usage, retry, never_feasible))
             case Refuse(_, retry_after):

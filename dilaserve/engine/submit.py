@@ -101,7 +101,7 @@ class ResolvedOptions(NamedTuple):
     decoding: Decoding
 
 
-def settle(options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig) -> ResolvedOptions:
+def resolve(options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig) -> ResolvedOptions:
     """Fill in what is left open and lay out the canvas, at most `limit` tokens.
 
     The options are `validated`. The answer's region is rounded up to whole blocks where the canvas has room. Raises

@@ -58,7 +58,7 @@ def layout(
         here: dict[tuple[int, ...], Choice] = {nothing: (0, 0, ())}
         if size > degrees[-1]:
             half = size // 2
-            here = joined(choices(start, half), choices(start + half, half), wanted)
+            here = combined(choices(start, half), choices(start + half, half), wanted)
         if size in degrees and living.issuperset(block(start, size)):
             group = block(start, size)
             same = group in there
@@ -69,7 +69,7 @@ def layout(
     top = degrees[0]
     best: dict[tuple[int, ...], Choice] = {(0,) * len(degrees): (0, 0, ())}
     for start in sorted({rank - rank % top for rank in living}):
-        best = joined(best, choices(start, top), wanted)
+        best = combined(best, choices(start, top), wanted)
     if wanted not in best:
         raise ValueError(f"{dict(counts)} do not fit on the ranks {sorted(living)}")
     return best[wanted][2]
@@ -93,7 +93,7 @@ def quick_layout(
     return tuple(sorted(found))
 
 
-def joined(
+def combined(
     left: Mapping[tuple[int, ...], Choice], right: Mapping[tuple[int, ...], Choice], most: tuple[int, ...]
 ) -> dict[tuple[int, ...], Choice]:
     found: dict[tuple[int, ...], Choice] = {}

@@ -317,7 +317,7 @@ class Forecast:
         law = self.chain(kind, level, part_of(block), block_length)
         if part_of(block) == PARTS - 1 or block >= count:
             return alike(law, block_length, max(0, count - block))
-        return joined(law, block_length, self.ahead(kind, level, block + 1, count, block_length), 1.0)
+        return with_block(law, block_length, self.ahead(kind, level, block + 1, count, block_length), 1.0)
 
     def track(self, kind: str, level: int, block: int, count: int, block_length: int) -> Track:
         """Block `block` of `count`, and what comes after it; valid until `version` moves on."""
@@ -340,7 +340,7 @@ class Forecast:
     ) -> Outlook:
         """What is ahead of a request in block `block` of `count` with `masks` left in it."""
         law, after = self.track(kind, level, block, count, block_length)
-        return joined(law, masks, after, 0.0 if fresh else 1.0)
+        return with_block(law, masks, after, 0.0 if fresh else 1.0)
 
 
 def laws_of(known: Mapping[str, Laws], kind: str, level: int, part: int) -> list[Law]:
@@ -394,7 +394,7 @@ def summed(laws: Sequence[Law]) -> Law:
     return Law(tuple(tuple(map(sum, zip_longest(*rows, fillvalue=0.0))) for rows in bins))
 
 
-def joined(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:
+def with_block(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:
     """A block with `masks` left, and what comes after it unless the text ends inside."""
     stays = 1.0 - law.ends[masks]
     variance = law.variance[masks] + stays * after.variance + stays * (1 - stays) * after.steps**2
@@ -402,7 +402,7 @@ def joined(law: Chain, masks: int, after: Outlook, refreshes: float) -> Outlook:
 
 
 def alike(law: Chain, masks: int, blocks: int) -> Outlook:
-    """So many blocks of one law, one after the other, unless the text ends in one: `joined` over and over, summed up.
+    """So many blocks of one law, one after the other, unless the text ends in one: repeated `with_block`, summed up.
 
     With r the chance that the text goes on after a block, steps are a geometric sum A(1 - r^n), and the variance that
     the end of the text brings, r(1 - r)A²(1 - r^k)² after k blocks, is three of them.

@@ -8,7 +8,7 @@ from dilaserve.config import SchedulerConfig
 from dilaserve.profile.decode_speed import ThresholdStep
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.request_state import RequestState
-from dilaserve.scheduler.rules.accuracy_budget import Bank, affordable_level, price, room, settled
+from dilaserve.scheduler.rules.accuracy_budget import Bank, affordable_level, budget_left, charged, price
 from dilaserve.scheduler.rules.admission import HOPELESS, hopeless
 from dilaserve.scheduler.rules.demand import alone
 from dilaserve.scheduler.rules.ordering import ORDERS, Place
@@ -94,8 +94,8 @@ class Deadlines:
         if self.budget is None or level == 0:
             return level
         tenant, mine = progress.request.slo.tenant, progress.reserved
-        most = room(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - mine)
-        if (every := room(self.all, self.budget, self.pending - mine)) < most:
+        most = budget_left(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - mine)
+        if (every := budget_left(self.all, self.budget, self.pending - mine)) < most:
             most = every
         least = price(most, self.budget)
         drops, spent = progress.drops, progress.drop
@@ -145,7 +145,7 @@ class Deadlines:
         self.pending = self.pending + drop - progress.reserved if self.reserved else 0.0
         progress.reserved = drop
 
-    def settle(self, progress: RequestState, share: float = 1.0) -> None:
+    def charge(self, progress: RequestState, share: float = 1.0) -> None:
         """The request has ended with an answer: its tenant's bank pays for it, and that of all.
 
         One that its client left adds room for others by the share that was given: it may have been left at once. One
@@ -155,11 +155,11 @@ class Deadlines:
         if budget is None or request.slo.fixed or request.decoding.rule != "threshold":
             return
         tenant = request.slo.tenant
-        self.banks[tenant] = settled(self.banks.pop(tenant, NEW), progress.drop, share)
-        self.all = settled(self.all, progress.drop, share)
+        self.banks[tenant] = charged(self.banks.pop(tenant, NEW), progress.drop, share)
+        self.all = charged(self.all, progress.drop, share)
         if len(self.banks) > MAX_TENANTS:
             oldest = islice(self.banks, LOOKS)  # who has not been here for the longest time
-            del self.banks[max(oldest, key=lambda name: room(self.banks[name], budget))]
+            del self.banks[max(oldest, key=lambda name: budget_left(self.banks[name], budget))]
 
     def look(self, missing: float, total: int, crowd: float) -> None:
         """Move the floor of the thresholds by the share of rows expected to miss, and by how many there are."""

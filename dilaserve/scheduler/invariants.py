@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dilaserve.scheduler.kv_pages import joined
+from dilaserve.scheduler.kv_pages import coalesced
 from dilaserve.scheduler.request_state import InstanceState, RequestState, State
 from dilaserve.scheduler.scheduler import Scheduler
 
@@ -96,7 +96,7 @@ def seated(replica: InstanceState, requests: dict[str, RequestState]) -> Iterato
         yield "keeps other promises than its rows have"
     if set(replica.pages.runs) != {row.kv_start for row in rows} or len(replica.pages.runs) != len(rows):
         yield "has K/V pages that no row owns, or a row without pages"
-    whole = joined(sorted([*replica.pages.free, *replica.pages.runs.items()]))
+    whole = coalesced(sorted([*replica.pages.free, *replica.pages.runs.items()]))
     if whole != ([(0, replica.pages.capacity)] if replica.pages.capacity else []):
         yield "has pages that are free and taken, or neither"
 

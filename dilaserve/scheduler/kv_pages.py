@@ -29,11 +29,11 @@ class PagePool:
 
     def give(self, start: int) -> None:
         insort(self.free, (start, self.runs.pop(start)))
-        self.free = joined(self.free)
+        self.free = coalesced(self.free)
 
     def fits_without(self, tokens: int, starts: Sequence[int]) -> bool:
         """Whether there is a run of at least `tokens` once the runs that begin at `starts` are given back."""
-        free = joined(sorted([*self.free, *[(start, self.runs[start]) for start in starts]]))
+        free = coalesced(sorted([*self.free, *[(start, self.runs[start]) for start in starts]]))
         return any(length >= rounded(tokens) for _, length in free)
 
     def ever_fits(self, tokens: int) -> bool:
@@ -44,7 +44,7 @@ def rounded(tokens: int) -> int:
     return -(-tokens // PAGE) * PAGE
 
 
-def joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def coalesced(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     merged: list[tuple[int, int]] = []
     for start, length in runs:
         if merged and sum(merged[-1]) == start:

@@ -92,7 +92,7 @@ class PlanState:
         if stops and self.change:
             self.change.pause = max(self.change.pause or 0.0, now - min(stops))
 
-    def settled(self, there: Iterable[Instance], now: float) -> Change | None:
+    def completed(self, there: Iterable[Instance], now: float) -> Change | None:
         """The change that is done now, if one is: the instances are those of the target, and nothing is on its way."""
         if self.change is None or self.forming or (after := plan_of(there)) != self.target():
             return None

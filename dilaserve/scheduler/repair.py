@@ -23,7 +23,7 @@ from dilaserve.scheduler.waiting_queue import WaitingQueue
 def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[int]:
     """Returns rows of the request table that nobody uses any more and that nobody has given back."""
     replicas = [*placement.replicas.values(), *placement.closing.values()]
-    free = [row for replica in replicas for row in settle(replica, requests)]
+    free = [row for replica in replicas for row in end_step(replica, requests)]
     for progress in requests.values():
         if not is_held(progress, replicas):
             wait(progress)
@@ -47,7 +47,7 @@ def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[i
     return free
 
 
-def settle(replica: InstanceState, requests: Mapping[str, RequestState]) -> list[int]:
+def end_step(replica: InstanceState, requests: Mapping[str, RequestState]) -> list[int]:
     """Rows agree with the batch in flight; returns those that have ended and are in no step any more."""
     free = []
     in_flight = {id(row) for row in replica.in_flight or ()}

@@ -170,8 +170,8 @@ class Scheduler:
             if replica.in_flight is None and replica.residents:
                 yield from self.launch(replica, now)
         yield from self.batcher.stop_early()
-        settled = self.plan_state.change and not self.placement.closing
-        if settled and (change := self.plan_state.settled(self.placement.instances(), now)):
+        complete = self.plan_state.change and not self.placement.closing
+        if complete and (change := self.plan_state.completed(self.placement.instances(), now)):
             self.traffic.changed(now)
             yield Reshaped(change)
             if self.plan_state.whole:
@@ -465,9 +465,9 @@ class Scheduler:
         """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
         self.deadlines.reserve(progress, 0.0)
         if fate == "answered":
-            self.deadlines.settle(progress)
+            self.deadlines.charge(progress)
         elif fate in ("cancelled", "failed") and (given := progress.prefix - progress.request.prompt_tokens) > 0:
-            self.deadlines.settle(progress, min(1.0, given / progress.request.max_tokens))
+            self.deadlines.charge(progress, min(1.0, given / progress.request.max_tokens))
 
     def account(self, progress: RequestState, now: float, fate: Fate) -> None:
         """Count the request's fate, once, and the device seconds spent on it."""
@@ -633,7 +633,7 @@ class Scheduler:
             progress = replica.residents[candidate.key]
             verdict = verdicts.get(progress.request.row)
             if verdict or progress.level or progress.table_threshold != progress.thresholds[0]:
-                self.settle(progress, verdict)
+                self.apply_threshold(progress, verdict)
                 if progress.table_threshold != (threshold := progress.threshold):
                     progress.table_threshold = threshold
                     yield Adjust(progress.request.row, threshold)
@@ -687,7 +687,7 @@ class Scheduler:
             oldest = None
         return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
-    def settle(self, progress: RequestState, verdict: ThresholdChoice | None) -> None:
+    def apply_threshold(self, progress: RequestState, verdict: ThresholdChoice | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
         level = min(verdict.level, self.deadlines.deepest(progress)) if verdict else 0  # rows before it may have paid
         progress.level = level

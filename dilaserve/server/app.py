@@ -412,7 +412,7 @@ async def plan(request: web.Request) -> web.StreamResponse:
 async def replan(request: web.Request) -> web.StreamResponse:
     asked, engine = await read(request, plan_api.PlanRequest), request.app[ENGINE]
     change = await engine.replan(plan_api.wanted(asked), plan_api.because(asked))
-    return answer(plan_api.told(engine, change))
+    return answer(plan_api.as_json(engine, change))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:

@@ -42,11 +42,11 @@ def shown(engine: Engine) -> dict[str, Any]:
         "no_planner": engine.unplanned,
         "devices": engine.devices,
         "degrees": engine.degrees,
-        "history": [told(engine, change) for change in reversed(engine.history)],
+        "history": [as_json(engine, change) for change in reversed(engine.history)],
     }
 
 
-def told(engine: Engine, change: Change) -> dict[str, Any]:
+def as_json(engine: Engine, change: Change) -> dict[str, Any]:
     """One change; `at` in Unix seconds."""
     return {
         "at": round(time.time() - engine.loop.time() + change.at, 3),

@@ -81,7 +81,7 @@ def guess_part(
     whole = None
     if sampling is not None and narrow is not None and len(narrow):
         whole = guess(gathered(logits[narrow], group, vocab), mask_id, sampling.of(narrow))
-    found = joined(group.all_gather(judged(logits, vocabulary.start, mask_id - vocabulary.start, sampling)))
+    found = best_of_ranks(group.all_gather(judged(logits, vocabulary.start, mask_id - vocabulary.start, sampling)))
     if whole is not None:
         found.token[narrow], found.odds[narrow] = whole
     return found
@@ -124,7 +124,7 @@ def scored(logits: torch.Tensor, first: int, sampling: Sampling | None) -> tuple
     return token, score
 
 
-def joined(parts: torch.Tensor) -> Candidates:
+def best_of_ranks(parts: torch.Tensor) -> Candidates:
     """The best of the ranks' candidates, [ranks, 5, masks]; the lower rank, so the lower id, wins among equals."""
     scores, tokens, logits, others, masks = parts.unbind(1)
     winner = scores.argmax(0, keepdim=True)
@@ -194,17 +194,17 @@ class Rules(NamedTuple):
 
 
 def decided(guessed: Candidates, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
-    """What each row's rule takes of a guess, as `told` says it; its entries are of the places `where`, [masks], of
+    """What each row's rule takes of a guess, as `encoded` says it; its entries are of the places `where`, [masks], of
     `shape` [rows, width], and all others have no mask. No value is looked at, so that no host waits.
     """
     places = shape[0] * shape[1]
     odds = torch.full((places,), torch.inf, dtype=guessed.odds.dtype, device=where.device)
     odds = odds.index_copy_(0, where, guessed.odds).view(shape)
     token = torch.zeros_like(odds, dtype=torch.int64).view(-1).index_copy_(0, where, guessed.token).view(shape)
-    return told(taken(odds, odds < torch.inf, rules), token, odds)
+    return encoded(taken(odds, odds < torch.inf, rules), token, odds)
 
 
-def told(chosen: torch.Tensor, token: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
+def encoded(chosen: torch.Tensor, token: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
     """For the host, int32 [rows, 2, width]: the token that is chosen, or -1, and its confidence's bits in float32."""
     confidence = (1.0 / (1.0 + odds.double())).float().view(torch.int32)
     return torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)

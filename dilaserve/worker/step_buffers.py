@@ -18,7 +18,7 @@ class Buffers(NamedTuple):
     """Where a step finds its rows and leaves what it did, all on the device."""
 
     batch: torch.Tensor  # int64 [rows, WIDTH + fields]; of each row the canvas of its active block, then `FIELDS`
-    found: torch.Tensor  # int32 [DEPTH, rows, 2, WIDTH], as `sampler.told` says it
+    found: torch.Tensor  # int32 [DEPTH, rows, 2, WIDTH], as `sampler.encoded` says it
     turn: torch.Tensor  # int64 [1], where in `found` the result of the last step lies
 
 

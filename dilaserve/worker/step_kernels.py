@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dilaserve.models.blocks import has_kernels
 from dilaserve.worker.candidates import Candidates
-from dilaserve.worker.sampler import Rules, taken, told
+from dilaserve.worker.sampler import Rules, encoded, taken
 from dilaserve.worker.step_buffers import DEPTH, REALS, WIDTH, Buffers, Laid, StepKernels
 
 
@@ -37,7 +37,7 @@ def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None
     token, odds = guess.token.view(rows, WIDTH), guess.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
     chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
     ids.copy_(torch.where(chosen, token, ids))
-    buffers.found[:, :rows].index_copy_(0, buffers.turn, told(chosen, token, odds)[None])
+    buffers.found[:, :rows].index_copy_(0, buffers.turn, encoded(chosen, token, odds)[None])
 
 
 PLAIN = StepKernels(lay_out, unmask)

@@ -15,7 +15,7 @@ class Bank(NamedTuple):
     served: float = 0.0
 
 
-def room(bank: Bank, budget: float, pending: float = 0.0) -> float:
+def budget_left(bank: Bank, budget: float, pending: float = 0.0) -> float:
     """The most points that one more request may drop; `pending` is promised to running requests."""
     left = budget * (bank.served + CREDIT) - bank.spent - pending
     return left if left > 0.0 else 0.0
@@ -38,6 +38,6 @@ def price(left: float, budget: float) -> float:
     return dear if dear > 0.0 else 0.0
 
 
-def settled(bank: Bank, drop: float, share: float = 1.0) -> Bank:
+def charged(bank: Bank, drop: float, share: float = 1.0) -> Bank:
     """The bank after a request that ended with this drop, when a share of its answer had been given."""
     return Bank(bank.spent + drop, bank.served + share)
