@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dilaserve.config import Config
-from dilaserve.scheduler import Scheduler
-from dilaserve.sim.roofline import llada_8b_h200
-from dilaserve.terms import (
+from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.sim.h200 import llada_8b_h200
+from dilaserve.types import (
     Arrival,
     Batch,
     Command,
@@ -59,14 +59,14 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
     config = Config.of(max_num_seqs=64, max_queue=4096 + 2 * rows, best_effort_backlog=1e9)
     machine = Scheduler(config, {1: law}, profile.quality)
     now, number = 0.0, 0
-    flying: list[tuple[float, Batch]] = []
+    in_flight: list[tuple[float, Batch]] = []
     took: list[float] = []
 
     def perform(commands: list[Command]) -> None:
         nonlocal number
         for command in commands:
             if isinstance(command, Launch):
-                flying.append((now + rng.uniform(0.01, 0.03), command.batch))
+                in_flight.append((now + rng.uniform(0.01, 0.03), command.batch))
             elif isinstance(command, Finish | Refuse | Decline):
                 arrive(command.request.row)
 
@@ -81,11 +81,11 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
         arrive(row)
     perform(list(machine.decide(now)))
     while len(took) < decisions:
-        flying.sort(key=lambda one: one[0], reverse=True)
-        now, batch = flying.pop()
+        in_flight.sort(key=lambda one: one[0], reverse=True)
+        now, batch = in_flight.pop()
         results = []
         for span in batch.spans:
-            left = max(0, machine.house.seats[batch.instance].residents[span.row].masks - rng.randint(2, 8))
+            left = max(0, machine.placement.replicas[batch.instance].residents[span.row].masks - rng.randint(2, 8))
             results.append(RowResult(span.row, span.generation, 4, left, span.block_end - left, -1, 3.8))
         perform(list(machine.observe(StepDone(batch.instance, batch.id, tuple(results), 0.02, 0.02), now)))
         began = time.thread_time()

@@ -22,16 +22,17 @@ from typing import NamedTuple
 
 from replay import MAX_TOKENS, chat
 
-from dilaserve import Config, Engine, Options, profiles
-from dilaserve.beliefs import Beliefs
-from dilaserve.cost import Features, StepCost
+from dilaserve import Config, Engine, Options
 from dilaserve.errors import DilaserveError
 from dilaserve.models.checkpoint import locate
-from dilaserve.progress import Progress
+from dilaserve.profile import profile_file
+from dilaserve.profile.problems import TASKS, Problem, held_out
+from dilaserve.profile.step_cost import Features, StepCost
+from dilaserve.scheduler.estimates import Estimates
+from dilaserve.scheduler.request_state import RequestState
 from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job, poisson
-from dilaserve.tasks import TASKS, Problem, held_out
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
 
 SCALE = 2.0
 NAME = "double"
@@ -46,22 +47,22 @@ class Fate(NamedTuple):
 class Errors:
     """Listens to a scheduler's forecasts and to what became true."""
 
-    def __init__(self, beliefs: Beliefs) -> None:
-        self.beliefs = beliefs
+    def __init__(self, estimates: Estimates) -> None:
+        self.estimates = estimates
         self.step_times: list[float] = []
         self.forecasts: dict[str, list[float]] = {}
         self.off = self.total = 0.0
-        self.stepped, self.watched = beliefs.stepped, beliefs.watched
-        beliefs.stepped, beliefs.watched = self.on_step, self.on_row  # type: ignore[method-assign]
+        self.stepped, self.watched = estimates.stepped, estimates.watched
+        estimates.stepped, estimates.watched = self.on_step, self.on_row  # type: ignore[method-assign]
 
     def on_step(self, features: Features, refreshes: bool, seconds: float, turnaround: float, degree: int) -> None:
-        self.step_times.append(abs(self.beliefs.pace(degree).learner.seconds(features, refreshes) / seconds - 1))
+        self.step_times.append(abs(self.estimates.pace(degree).learner.seconds(features, refreshes) / seconds - 1))
         self.stepped(features, refreshes, seconds, turnaround, degree)
 
-    def on_row(self, progress: Progress, masks: int, block: int, unmasked: int, ended: bool) -> None:
+    def on_row(self, progress: RequestState, masks: int, block: int, unmasked: int, ended: bool) -> None:
         self.watched(progress, masks, block, unmasked, ended)
         progress.loads = None
-        steps = self.beliefs.loads(progress, self.beliefs.base)[progress.level].steps
+        steps = self.estimates.loads(progress, self.estimates.base)[progress.level].steps
         self.forecasts.setdefault(progress.request.id, []).append(steps)
         if ended:
             seen = self.forecasts.pop(progress.request.id)
@@ -78,7 +79,7 @@ class Real(NamedTuple):
 
 async def real(config: Config, jobs: Sequence[Job], problems: Sequence[Problem]) -> Real:
     async with Engine(config) as engine:
-        errors = Errors(engine.scheduler.beliefs)
+        errors = Errors(engine.scheduler.estimates)
 
         async def one(job: Job, problem: Problem) -> Fate:
             await asyncio.sleep(began + job.at - time.perf_counter())
@@ -94,13 +95,13 @@ async def real(config: Config, jobs: Sequence[Job], problems: Sequence[Problem])
             await engine.generate(chat(problem), Options(max_tokens=MAX_TOKENS))
         began = time.perf_counter()
         fates = list(await asyncio.gather(*map(one, jobs, problems)))
-        return Real(fates, errors, engine.scheduler.beliefs.known()[0])
+        return Real(fates, errors, engine.scheduler.estimates.known()[0])
 
 
 def pretend(
     config: Config, jobs: Sequence[Job], devices: int, limit: int, laws: dict[int, StepCost] | None = None
 ) -> list[Fate]:
-    profile = profiles.find(locate(config.model.model), None)
+    profile = profile_file.find(locate(config.model.model), None)
     assert profile
     run = simulate(config, pretended(profile, devices, limit, laws), list(profile.quality.tasks), jobs)
     return [Fate(one.latency, bool(one.met), one.usage.steps if one.usage else 0) for one in run.outcomes]
@@ -117,10 +118,10 @@ def shown(name: str, fates: Sequence[Fate]) -> str:
 
 def capacity(model: str, devices: int, tasks: Sequence[str]) -> float:
     """Requests a second that the profile expects `devices` to finish at .9, three rows to a step."""
-    profile = profiles.find(locate(model), None)
+    profile = profile_file.find(locate(model), None)
     if profile is None:
         raise SystemExit("no profile yet: run `python -m dilaserve calibrate` first")
-    law = profile.costs[profiles.cost_key("cpu")]
+    law = profile.costs[profile_file.cost_key("cpu")]
     steps = statistics.fmean(profile.quality.tasks[task].steps[0] for task in tasks)
     refresh = law.marginal(130, 130 * 130, 130, 32, 1)
     reuse = law.marginal(32, 32 * 130, 130, 32, 1)

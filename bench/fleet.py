@@ -19,16 +19,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dilaserve.config import Config
-from dilaserve.cost import StepCost
-from dilaserve.fleet import Kind, points, unloaded
-from dilaserve.planner import Setup
-from dilaserve.policy.packing import groups
-from dilaserve.policy.planning import Ground, Offered, propose
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import Forecast
+from dilaserve.planner.operating_points import Kind, points, unloaded
+from dilaserve.planner.packing import groups
+from dilaserve.planner.planner import Setup
+from dilaserve.planner.program import Ground, Offered, propose
+from dilaserve.profile.decode_speed import Forecast
+from dilaserve.profile.profile_file import ModelProfile
+from dilaserve.profile.step_cost import StepCost
 from dilaserve.sim import workload
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import Report, report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import by_degree, pretended, simulate
 
 PROMPT, ANSWER, LIMIT = 200, 256, 1024

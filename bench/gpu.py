@@ -35,12 +35,12 @@ from card.rig import SHAPES, Bench, Goal, build, name_of
 from card.serving import law, pair, throughput
 from card.steps import refresh, reuse, roofs
 
-from dilaserve import profiles
-from dilaserve.models import layers
+from dilaserve.models import attention, blocks
+from dilaserve.profile import profile_file
 
 
 def machine(bench: Bench) -> Iterator[str]:
-    varlen = layers.varlen_for(bench.device, bench.dtype, bench.shape.width // bench.shape.heads)
+    varlen = attention.varlen_for(bench.device, bench.dtype, bench.shape.width // bench.shape.heads)
     yield f"- {name_of(bench.device)}, torch {torch.__version__}, CUDA {torch.version.cuda}, commit {commit()}"
     yield f"- attention: {varlen.__qualname__ if varlen else 'SDPA by groups'}; Triton: {triton_version(bench)}"
     if bench.cuda:
@@ -56,7 +56,7 @@ def commit() -> str:
 
 
 def triton_version(bench: Bench) -> str:
-    if not layers.has_kernels(bench.device):
+    if not blocks.has_kernels(bench.device):
         return "not used"
     import triton
 
@@ -113,7 +113,7 @@ def write(bench: Bench, out: Path, parts: list[str]) -> None:
     head = [f"# {name_of(bench.device)}", "", f"`python -m bench.gpu --shape {bench.args.shape}`", ""]
     out.write_text("\n".join([*head, *table(bench.goals, bench.cuda), "", *parts, ""]))
     if bench.profile:
-        out.with_suffix(".json").write_bytes(profiles.indented(bench.profile))
+        out.with_suffix(".json").write_bytes(profile_file.indented(bench.profile))
 
 
 def table(goals: Sequence[Goal], cuda: bool) -> list[str]:

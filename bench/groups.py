@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from dilaserve.exchange import Exchange
-from dilaserve.worker.groups import Groups
+from dilaserve.transport.collectives_memory import Exchange
+from dilaserve.worker.tp_group import Groups
 
 SHAPES = ((1, 128), (32, 128), (32, 768), (256, 768), (1024, 768))
 

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dilaserve.advisor import Advisor
-from dilaserve.planner import Planner
-from dilaserve.policy.packing import groups
-from dilaserve.policy.planning import Ground, propose
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.planner.packing import groups
+from dilaserve.planner.planner import Planner
+from dilaserve.planner.process import PlannerProcess
+from dilaserve.planner.program import Ground, propose
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import by_degree
-from dilaserve.terms import Demand, Flow, Plan
+from dilaserve.types import Demand, Flow, Plan
 
 DEGREES = (1, 2, 4, 8)
 FODDER = bytes(10**7)
@@ -110,9 +110,9 @@ def stalls(seconds: float, devices: int, classes: int) -> dict[str, list[float]]
         "tables": tables,
         "whole advice": lambda: planner.advise(next(source)),
     }
-    with Advisor(laws, profile.quality, planner.setup) as advisor:
-        advisor.advise(demand)
-        ways["advice, in a process"] = lambda: advisor.advise(next(source))
+    with PlannerProcess(laws, profile.quality, planner.setup) as planner_process:
+        planner_process.advise(demand)
+        ways["advice, in a process"] = lambda: planner_process.advise(next(source))
         return {name: asyncio.run(lateness(seconds, way)) for name, way in ways.items()}
 
 

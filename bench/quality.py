@@ -17,7 +17,7 @@ from rich.progress import track
 
 from dilaserve import Config, Engine, Options
 from dilaserve.config import CacheKind
-from dilaserve.tasks import TASKS, Problem, check, held_out
+from dilaserve.profile.problems import TASKS, Problem, check, held_out
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 

@@ -33,15 +33,15 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from dilaserve.config import Config
-from dilaserve.fleet import Kind, paced, unloaded
-from dilaserve.planner import Planner, Setup
-from dilaserve.policy.layouts import counted
-from dilaserve.policy.packing import groups
-from dilaserve.profiles import cost_key
-from dilaserve.quality import Forecast
+from dilaserve.planner.operating_points import Kind, paced, unloaded
+from dilaserve.planner.packing import groups
+from dilaserve.planner.planner import Planner, Setup
+from dilaserve.plans import counted
+from dilaserve.profile.decode_speed import Forecast
+from dilaserve.profile.profile_file import cost_key
 from dilaserve.sim import workload
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import Run, pretended, simulate
 from dilaserve.sim.workload import Job
 
@@ -191,8 +191,8 @@ def played(case: Case, system: str, devices: int, seed: int, trace: Path | None)
         laws = {degree: known.costs[cost_key("cuda", degree)] for degree in DEGREES}
         pause = RESTART if system == RESTARTING else 0.1
         planner = Planner(laws, known.quality, Setup.of(config, known.quality, pause))
-    furnish = pretended(known, devices, LIMIT, seed=seed, delay=delay)
-    return simulate(config, furnish, list(known.quality.tasks), work, planner=planner)
+    assemble = pretended(known, devices, LIMIT, seed=seed, delay=delay)
+    return simulate(config, assemble, list(known.quality.tasks), work, planner=planner)
 
 
 def measured(task: Task, args: argparse.Namespace) -> Cell:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import aiohttp
 
+from dilaserve.profile.problems import TASKS, Problem, check, held_out
+from dilaserve.profile.problems.problem import operations
 from dilaserve.sim.workload import arrivals, scaled, trace
-from dilaserve.tasks import TASKS, Problem, check, held_out
-from dilaserve.tasks.problem import operations
-from dilaserve.terms import OnMiss
+from dilaserve.types import OnMiss
 
 MAX_TOKENS = 96
 UNHURRIED = 1000.0  # a deadline that nobody misses

@@ -22,14 +22,14 @@ from slo import ABLATIONS, BEST_EFFORT, SYSTEMS
 
 from dilaserve.cli import parsed
 from dilaserve.config import Config
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import ANY
+from dilaserve.profile.decode_speed import ANY
+from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.sim import workload
 from dilaserve.sim.command import costs, prepared
 from dilaserve.sim.report import Report, report
 from dilaserve.sim.run import pretended, simulate
 from dilaserve.sim.workload import Job
-from dilaserve.terms import OnMiss
+from dilaserve.types import OnMiss
 
 EVERYBODY = {**SYSTEMS, **ABLATIONS}
 LIMIT = 4096
@@ -99,8 +99,8 @@ def measure(args: argparse.Namespace) -> str:
                 for seed in range(args.seeds):
                     on_miss: OnMiss = "best_effort" if name == BEST_EFFORT else "cancel_when_late"
                     todo = jobs(args, load * rate, args.scale, seed, args.seconds, on_miss)
-                    furnish = pretended(profile, args.devices, LIMIT, seed=seed)
-                    outcome = simulate(system(name, args.scale, args.devices), furnish, [ANY], todo)
+                    assemble = pretended(profile, args.devices, LIMIT, seed=seed)
+                    outcome = simulate(system(name, args.scale, args.devices), assemble, [ANY], todo)
                     found.append(report(outcome, args.seconds, WARM_UP))
                     simulated += args.seconds
                     bar.advance(task)

@@ -51,9 +51,9 @@ from rich.progress import Progress, track
 
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate import machine
+from dilaserve.profile.problems import TASKS, Problem, check
 from dilaserve.sim.workload import ARRIVALS
-from dilaserve.tasks import TASKS, Problem, check
-from dilaserve.terms import OnMiss
+from dilaserve.types import OnMiss
 
 CONSOLE = Console(stderr=True)
 FIXED = ("--threshold-control", "fixed")
@@ -377,7 +377,7 @@ def drawn(found: Found, args: argparse.Namespace) -> None:
         one.grid(alpha=0.25)
     figure.savefig(args.out / "slo.png", dpi=150)
     plt.close(figure)
-    from dilaserve import plots
+    from dilaserve.profile import plots
 
     system = "dilaserve" if "dilaserve" in args.systems else args.systems[0]
     fates = found.fates[Key(TWICE, system, middle)][0]

@@ -25,16 +25,17 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from dilaserve import Config, Engine, Options, profiles
+from dilaserve import Config, Engine, Options
 from dilaserve.calibrate import machine, step_costs
-from dilaserve.cost import StepCost, fit
 from dilaserve.errors import DilaserveError
-from dilaserve.fleet import Kind, paced
 from dilaserve.models.checkpoint import locate
-from dilaserve.policy.layouts import spelled
-from dilaserve.profiles import ModelProfile, cost_key
-from dilaserve.quality import ANY, PARTS, Forecast, QualityProfile, TaskProfile
-from dilaserve.sim.roofline import law_for
+from dilaserve.planner.operating_points import Kind, paced
+from dilaserve.plans import spelled
+from dilaserve.profile import profile_file
+from dilaserve.profile.decode_speed import ANY, PARTS, Forecast, QualityProfile, TaskProfile
+from dilaserve.profile.profile_file import ModelProfile, cost_key
+from dilaserve.profile.step_cost import StepCost, fit
+from dilaserve.sim.h200 import law_for
 from dilaserve.sim.workload import poisson
 
 PROMPT, ANSWER, BLOCK, STEPS = 32, 64, 32, 16
@@ -117,7 +118,7 @@ def profiled(directory: Path) -> dict[int, StepCost]:
         costs={cost_key("cpu", degree): law for degree, law in laws.items()},
         quality=quality(),
     )
-    (directory / profiles.FILE).write_bytes(profiles.indented(profile))
+    (directory / profile_file.FILE).write_bytes(profile_file.indented(profile))
     return laws
 
 

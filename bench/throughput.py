@@ -29,9 +29,9 @@ from rich.table import Table
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate import machine
 from dilaserve.models.checkpoint import locate
+from dilaserve.profile.problems import TASKS, held_out
 from dilaserve.server.app import running
-from dilaserve.tasks import TASKS, held_out
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
 
 THRESHOLD, BLOCK, STATIC = 0.9, 32, 16
 CONCURRENT = (1, 4, 16, 64)

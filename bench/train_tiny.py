@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dilaserve.models.checkpoint import locate
-from dilaserve.tasks import TASKS, Problem, training
+from dilaserve.profile.problems import TASKS, Problem, training
 
 SPECIALS = (
     "<|startoftext|>",

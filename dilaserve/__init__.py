@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dilaserve.config import Config
-    from dilaserve.engine import Engine, ModelCard, Profile
+    from dilaserve.engine.engine import Engine, ModelCard, Profile
+    from dilaserve.engine.prompts import Prompt
+    from dilaserve.engine.stream import Chunk, Completion, Stream
+    from dilaserve.engine.submit import Options
+    from dilaserve.engine.synchronous import Chunks, DilaServe
     from dilaserve.errors import (
         BadRequest,
         ConfigError,
@@ -22,11 +26,7 @@ if TYPE_CHECKING:
         RequestFailed,
         Unavailable,
     )
-    from dilaserve.options import Options
-    from dilaserve.prompts import Prompt
-    from dilaserve.stream import Chunk, Completion, Stream
-    from dilaserve.synchronous import Chunks, DilaServe
-    from dilaserve.terms import Change, Plan, Usage
+    from dilaserve.types import Change, Plan, Usage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,16 +57,16 @@ __all__ = [
 
 _HOMES = {
     "config": ("Config",),
-    "engine": ("Engine", "ModelCard", "Profile"),
+    "engine.engine": ("Engine", "ModelCard", "Profile"),
     "errors": (
         *("BadRequest", "ConfigError", "DeadlineMissed", "DilaserveError"),
         *("Overloaded", "RequestFailed", "Unavailable"),
     ),
-    "options": ("Options",),
-    "prompts": ("Prompt",),
-    "stream": ("Chunk", "Completion", "Stream"),
-    "synchronous": ("Chunks", "DilaServe"),
-    "terms": ("Change", "Plan", "Usage"),
+    "engine.submit": ("Options",),
+    "engine.prompts": ("Prompt",),
+    "engine.stream": ("Chunk", "Completion", "Stream"),
+    "engine.synchronous": ("Chunks", "DilaServe"),
+    "types": ("Change", "Plan", "Usage"),
 }
 
 

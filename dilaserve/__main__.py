@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-from dilaserve import interruption
+from dilaserve.system import signals
 
 FINITE = {"simulate", "calibrate"}  # commands that are cut short when they are interrupted; a server just ends
 INTERRUPTED = 130
@@ -11,11 +11,11 @@ INTERRUPTED = 130
 
 def run() -> NoReturn:
     """A signal ends the process quietly at any moment; the handlers stand before anything that takes time to import."""
-    interruption.leave_at_once(INTERRUPTED if FINITE.intersection(sys.argv[1:2]) else 0)
+    signals.leave_at_once(INTERRUPTED if FINITE.intersection(sys.argv[1:2]) else 0)
     from dilaserve.cli import main
 
     code = main()
-    interruption.leave_at_once(code)
+    signals.leave_at_once(code)
     sys.exit(code)
 
 

@@ -19,19 +19,14 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from dilaserve import profiles, tasks
-from dilaserve.beliefs import batch_features
 from dilaserve.config import Config
-from dilaserve.cost import Features, Sample, StepCost, fit
-from dilaserve.devices import listed
-from dilaserve.engine import Engine
+from dilaserve.engine.assembly import Assemble, Parts, real
+from dilaserve.engine.engine import Engine
+from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, ConfigError, Unavailable
-from dilaserve.executor import Executor, Progress
-from dilaserve.furniture import Furnish, Furniture, real
-from dilaserve.options import Options
-from dilaserve.pages import PAGE
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import (
+from dilaserve.executor.worker_processes import Executor, Progress
+from dilaserve.profile import problems, profile_file
+from dilaserve.profile.decode_speed import (
     ANY,
     BINS,
     LEVELS,
@@ -46,10 +41,26 @@ from dilaserve.quality import (
     parted,
     summed,
 )
-from dilaserve.table import RequestTable
-from dilaserve.tasks import TASKS, held_out
-from dilaserve.tasks.problem import Problem
-from dilaserve.terms import Batch, Decoding, Event, Instance, InstanceReady, Moves, Span, StepDone, WorkerLost, WorkerUp
+from dilaserve.profile.problems import TASKS, held_out
+from dilaserve.profile.problems.problem import Problem
+from dilaserve.profile.profile_file import ModelProfile
+from dilaserve.profile.step_cost import Features, Sample, StepCost, fit
+from dilaserve.scheduler.estimates import batch_features
+from dilaserve.transport.devices import listed
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import (
+    PAGE,
+    Batch,
+    Decoding,
+    Event,
+    Instance,
+    InstanceReady,
+    Moves,
+    Span,
+    StepDone,
+    WorkerLost,
+    WorkerUp,
+)
 
 ANSWER = 32  # tokens of the block that measured rows work on
 REUSE_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 16, 21, 24, 32, 48, 64)  # some of which a GPU pads
@@ -91,14 +102,14 @@ class Rig(NamedTuple):
     inbox: "asyncio.Queue[Event]"
 
 
-async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = real) -> dict[int, list[Sample]]:
+async def step_costs(config: Config, limit: int, seen: Seen, assemble: Assemble = real) -> dict[int, list[Sample]]:
     """Seconds of reuse, refresh and mixed steps by tensor-parallel degree, on the first devices; the median of several
     each.
     """
-    furniture = await asyncio.to_thread(furnish, config, quiet)
+    parts = await asyncio.to_thread(assemble, config, quiet)
     started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     inbox: asyncio.Queue[Event] = asyncio.Queue()
-    running = asyncio.create_task(furniture.executor.run(inbox.put_nowait, started))
+    running = asyncio.create_task(parts.executor.run(inbox.put_nowait, started))
     try:
         await asyncio.wait([running, started], return_when=asyncio.FIRST_COMPLETED)
         if running.done():
@@ -106,21 +117,19 @@ async def step_costs(config: Config, limit: int, seen: Seen, furnish: Furnish = 
         await started
         pool = min([event.kv_tokens for event in drained(inbox) if isinstance(event, WorkerUp)])
         found: dict[int, list[Sample]] = {}
-        for degree in furniture.degrees:
+        for degree in parts.degrees:
             instance = Instance(degree, tuple(range(degree)), pool // PAGE * PAGE * degree)
-            furniture.executor.reshard(Moves(tuple(found), (instance,)))
+            parts.executor.reshard(Moves(tuple(found), (instance,)))
             await until(inbox, InstanceReady)
-            rig = Rig(furniture.executor, furniture.table, instance.kv_tokens, inbox)
-            found[degree] = await measured(rig, furniture, degree, config, limit, seen)
+            rig = Rig(parts.executor, parts.table, instance.kv_tokens, inbox)
+            found[degree] = await measured(rig, parts, degree, config, limit, seen)
         return found
     finally:
         running.cancel()
         await asyncio.wait([running])
 
 
-async def measured(
-    rig: Rig, furniture: Furniture, instance: int, config: Config, limit: int, seen: Seen
-) -> list[Sample]:
+async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit: int, seen: Seen) -> list[Sample]:
     """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
     change their speed within seconds, and what a kind takes is told against what that one usually takes.
     """
@@ -129,11 +138,11 @@ async def measured(
 
     async def run(rows: list[Shape], times: int, unseen: int = 0) -> tuple[Features, float]:
         """What the steps are and take, the median of so many after those `unseen`."""
-        spans = laid_out(rig.table, rows, furniture.mask_id, rng, furniture.vocab_size)
+        spans = laid_out(rig.table, rows, parts.mask_id, rng, parts.vocab_size)
         seconds = []
         for _ in range(unseen + times):
             for span in spans:
-                rig.table.canvas[span.row, span.block_start : span.block_end] = furniture.mask_id
+                rig.table.canvas[span.row, span.block_start : span.block_end] = parts.mask_id
             rig.executor.launch(Batch(next(numbers), instance, spans))
             seconds.append((await until(rig.inbox, StepDone)).seconds)
         masks = sum(span.block_end - span.block_start for span in spans)
@@ -221,7 +230,7 @@ async def quality(
     engine: Engine, questions: dict[str, list[tuple[Question, Problem | None]]], seen: Seen
 ) -> QualityProfile:
     """Ask every question at every level; steps are counted from what the workers report, accuracy is paired."""
-    forecast = engine.scheduler.beliefs.forecast
+    forecast = engine.scheduler.estimates.forecast
     forecast.learns = False
     total = sum(map(len, questions.values())) * len(LEVELS)
     done = 0
@@ -252,7 +261,7 @@ async def quality(
     for task, edges in forecast.lengths.items():
         known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), seen_steps)
     profile = msgspec.structs.replace(profile, tasks=known)
-    return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, room(engine)))
+    return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, longest_answer(engine)))
 
 
 def split(
@@ -260,7 +269,7 @@ def split(
 ) -> TaskProfile:
     """The task with laws by length of prompt, if that tells enough; `steps` of one request by the finest kinds."""
     cuts = parted(steps, KINDS, FEWEST, GAIN)
-    if told(steps, cuts) < TELLING:
+    if information(steps, cuts) < TELLING:
         return profile
     kinds = [
         merged([observed_laws(seen, kind_of(task, kind)) for kind in range(start, end)])
@@ -304,7 +313,7 @@ def by_kind(lengths: Sequence[int], edges: Sequence[int], steps: Sequence[int]) 
     return kinds
 
 
-def told(steps: Sequence[Sequence[int]], cuts: Sequence[int]) -> float:
+def information(steps: Sequence[Sequence[int]], cuts: Sequence[int]) -> float:
     """The share of the variance of the steps that these parts of the kinds explain."""
     everything = [count for kind in steps for count in kind]
     total = statistics.pvariance(everything) * len(everything)
@@ -318,7 +327,7 @@ async def asked(
 ) -> list[tuple[str, int]]:
     """Answers and their steps, a few requests at a time."""
     gate = asyncio.Semaphore(CHATTER)
-    options = Options(confidence_threshold=level, task=task, max_tokens=room(engine))
+    options = Options(confidence_threshold=level, task=task, max_tokens=longest_answer(engine))
 
     async def ask(prompt: str) -> tuple[str, int]:
         async with gate:
@@ -332,7 +341,7 @@ async def asked(
     return list(await asyncio.gather(*(ask(prompt) for prompt in prompts)))
 
 
-def room(engine: Engine) -> int:
+def longest_answer(engine: Engine) -> int:
     return min(128, engine.model.max_model_len // 2)
 
 
@@ -344,7 +353,7 @@ def judged(item: tuple[Question, Problem | None], text: str, reference: str) -> 
     """By the task's rule, by the given answer, or by agreement with the reference threshold's answer."""
     question, problem = item
     if problem is not None:
-        return tasks.check(problem, text)
+        return problems.check(problem, text)
     expected = reference if question.answer is None else question.answer
     return " ".join(text.split()) == " ".join(expected.split())
 
@@ -394,7 +403,7 @@ def drop(reference: Sequence[Answer], answers: Sequence[Answer]) -> tuple[float,
 # the whole
 
 
-def unmeasured(config: Config, progress: Progress) -> Furniture:
+def unmeasured(config: Config, progress: Progress) -> Parts:
     """The model as if it had no profile, whatever there is: that has other levels, or is damaged."""
     return real(config, progress, measured=False)
 
@@ -434,7 +443,7 @@ async def calibrate(
     laws = {degree: fit(taken) for degree, taken in samples.items()}
     costs: dict[str, StepCost] = {
         **(known.costs if known else {}),
-        **{profiles.cost_key(device, degree): law for degree, law in laws.items()},
+        **{profile_file.cost_key(device, degree): law for degree, law in laws.items()},
     }
     profile = ModelProfile(
         model=name,

@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from dilaserve import __version__, config, interruption
+from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
-from dilaserve.descriptors import ensure_standard_streams, lead_nowhere
 from dilaserve.errors import ConfigError, DilaserveError
-from dilaserve.listening import bound
+from dilaserve.server.listening import bound
+from dilaserve.system import signals
+from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
 if TYPE_CHECKING:
-    from dilaserve.furniture import Furnish
-    from dilaserve.profiles import ModelProfile
+    from dilaserve.engine.assembly import Assemble
+    from dilaserve.profile.profile_file import ModelProfile
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 log = logging.getLogger(__name__)
@@ -108,27 +109,27 @@ def described(setting: Setting) -> str:
 def serve(settings: Config, extras: argparse.Namespace) -> int:
     """Load the model, then listen until told to stop."""
 
-    def furnish() -> "Furnish":
-        from dilaserve.furniture import real
+    def assemble() -> "Assemble":
+        from dilaserve.engine.assembly import real
 
         return real
 
-    return listen(settings, furnish)
+    return listen(settings, assemble)
 
 
 def emulate(settings: Config, extras: argparse.Namespace) -> int:
     """Listen like `serve`, with pretended devices that take the time a profile says and write filler."""
 
-    def furnish() -> "Furnish":
-        from dilaserve.sim.command import furnishing
+    def assemble() -> "Assemble":
+        from dilaserve.sim.command import assembly
 
-        return furnishing(settings, extras)
+        return assembly(settings, extras)
 
-    return listen(settings, furnish)
+    return listen(settings, assemble)
 
 
-def listen(settings: Config, furnish: "Callable[[], Furnish]") -> int:
-    """The server, until told to stop. `furnish` is called, and imports what takes long, once the addresses are bound,
+def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
+    """The server, until told to stop. `assemble` is called, and imports what takes long, once the addresses are bound,
     so that a port in use is reported at once.
     """
     quiet()
@@ -146,10 +147,10 @@ def listen(settings: Config, furnish: "Callable[[], Furnish]") -> int:
         from dilaserve.display import loading
         from dilaserve.server.app import serve as run
 
-        made = furnish()
+        made = assemble()
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             code = runner.run(run(settings, progress, announce, made, sockets))
-            interruption.leave_soon(code)
+            signals.leave_soon(code)
             return code
 
 
@@ -208,19 +209,19 @@ def calibration_flags(parser: argparse.ArgumentParser) -> None:
 def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
-    from dilaserve import profiles
     from dilaserve.calibrate import calibrate as measure
     from dilaserve.display import counting
     from dilaserve.models.checkpoint import locate
+    from dilaserve.profile import profile_file
 
-    interruption.raise_keyboard_interrupt()
+    signals.raise_keyboard_interrupt()
     directory, given = locate(settings.model.model), settings.scheduler.profile
     if given:
-        profiles.check_writable(Path(given))
+        profile_file.check_writable(Path(given))
     known = replaced(directory, given)
     with counting() as seen:
         profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known))
-    file = profiles.write(profile, directory, given)
+    file = profile_file.write(profile, directory, given)
     print(f"step costs: {law.samples} kinds of steps, {100 * law.error:.1f} % mean error on those held out")
     for name, task in profile.quality.tasks.items():
         if task.accuracy is not None:
@@ -233,7 +234,7 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
             print(f"{name}: accuracy {task.accuracy:.1f} %   steps {steps}   drop {drops}")
     print(f"profile: {file}")
     if extras.plots:
-        from dilaserve import plots
+        from dilaserve.profile import plots
 
         plots.step_cost(law, samples, extras.plots / "step-cost.png")
         plots.quality(profile.quality, extras.plots / "quality.png")
@@ -243,12 +244,12 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
 
 def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
     """The profile that is measured anew. None where there is none, or it cannot be read, which is said."""
-    from dilaserve import profiles
+    from dilaserve.profile import profile_file
 
     if given and not Path(given).exists():
         return None
     try:
-        return profiles.find(directory, given)
+        return profile_file.find(directory, given)
     except ConfigError as error:
         print(f"dilaserve: the old profile is replaced as a whole, other devices too: {error}", file=sys.stderr)
         return None
@@ -290,7 +291,7 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
     from dilaserve.display import counting
     from dilaserve.sim.command import simulate as run
 
-    interruption.raise_keyboard_interrupt()
+    signals.raise_keyboard_interrupt()
     with counting() as seen:
         for line in run(settings, extras, seen):
             print(line)

@@ -28,7 +28,7 @@ class DilaserveError(Exception):
     status = 500
     kind = "server_error"
     code: str | None = None
-    vain = False  # the same request will never be served, though the status reads as if it might
+    never_feasible = False  # the same request will never be served, though the status reads as if it might
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
@@ -89,15 +89,16 @@ class Overloaded(DilaserveError):
 class DeadlineMissed(DilaserveError):
     """The deadline cannot be met, and the client does not want the answer late.
 
-    429 when the request never started, with `retry_after` or `vain`, if it could not have made it alone; else 504.
+    429 when the request never started, with `retry_after`, or with `never_feasible` if it could not have made it alone;
+    else 504.
     """
 
     code = "deadline"
 
-    def __init__(self, message: str, *, retry_after: float | None = None, vain: bool = False) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, never_feasible: bool = False) -> None:
         super().__init__(message, retry_after=retry_after)
-        self.vain = vain
-        if vain or retry_after is not None:
+        self.never_feasible = never_feasible
+        if never_feasible or retry_after is not None:
             self.status, self.kind = 429, "rate_limit_error"
         else:
             self.status, self.kind = 504, "timeout_error"

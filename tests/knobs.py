@@ -2,7 +2,7 @@
 
 import torch
 
-from dilaserve.worker.unmask import Sampling
+from dilaserve.worker.sampler import Sampling
 
 TYPES = {"temperature": torch.float32, "top_p": torch.float32, "top_k": torch.int32, "min_p": torch.float32}
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "step": 0, "position": 0}

@@ -203,7 +203,10 @@ class Machine:
         self.allocated, self.peak = [0] * devices, [0] * devices
         self.elsewhere = 0  # bytes of each device that other processes have
         self.reserved = Counter()  # bytes of each memory of graphs
-        self.pinned, self.kept = [], []  # extents of memory, and what must not go so that they stay nobody else's
+        self.pinned, self.kept = (
+            [],
+            [],
+        )  # extents of memory, and what must not go so that they stay nobody else's
         self.landing, self.leaving = [], []  # copies to the host and from it
         self.graph = self.broken = None
         self.pins, self.left = True, None  # whether memory can be pinned, and the error that a call has left behind

@@ -10,10 +10,10 @@ import threading
 import checkpoints
 import pytest
 
-from dilaserve.chat_template import ChatTemplate, find, loaded
 from dilaserve.errors import BadRequest, CheckpointError, Unavailable
-from dilaserve.template_process import MEMORY, MOST_TEXT, Source
-from dilaserve.text import Text
+from dilaserve.tokenizer.chat_template import ChatTemplate, find, loaded
+from dilaserve.tokenizer.template_process import MEMORY, MOST_TEXT, Source
+from dilaserve.tokenizer.tokenizer import Text
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HELLO = [{"role": "user", "content": "Hello"}]

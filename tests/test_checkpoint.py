@@ -15,16 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dilaserve import Config, models, profiles
-from dilaserve.chat_template import find
-from dilaserve.devices import listed
+from dilaserve import Config, models
+from dilaserve.engine.assembly import ends, real
 from dilaserve.errors import CheckpointError, ConfigError
-from dilaserve.furniture import ends, real
+from dilaserve.models.blocks import rms_norm, rotary_table
 from dilaserve.models.checkpoint import Checkpoint, locate
-from dilaserve.models.layers import rms_norm, rotary_table
 from dilaserve.models.spec import ModelSpec, Shard
-from dilaserve.table import RequestTable
-from dilaserve.text import Text
+from dilaserve.profile import profile_file
+from dilaserve.tokenizer.chat_template import find
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.devices import listed
+from dilaserve.transport.request_table import RequestTable
 from dilaserve.worker import memory
 
 
@@ -392,7 +393,7 @@ FILES = (
 def everything_read_from(model):
     checkpoint = Checkpoint(model)
     ends(models.describe(checkpoint), Text(model), model)
-    profiles.find(model, None)
+    profile_file.find(model, None)
     find(model, None)
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from dilaserve import config, profiles
+from dilaserve import config
 from dilaserve.calibrate import questions_from
 from dilaserve.cli import folder, main
 from dilaserve.errors import ConfigError
 from dilaserve.models.checkpoint import locate
+from dilaserve.profile import profile_file
 
 
 def run(*words, **environ):
@@ -151,11 +152,11 @@ def test_a_wrong_word_is_one_sentence_and_exit_code_2(words, pattern, here):
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
-    profiles.check_writable(tmp_path / "profile.json")
+    profile_file.check_writable(tmp_path / "profile.json")
     assert not list(tmp_path.iterdir())
     for place in (tmp_path, tmp_path / "nowhere" / "profile.json", Path("/proc/profile.json")):
         with pytest.raises(ConfigError, match=f"cannot be written to {place}: "):
-            profiles.check_writable(place)
+            profile_file.check_writable(place)
     assert folder(str(tmp_path / "new" / "one")).is_dir()
     with pytest.raises(argparse.ArgumentTypeError, match="cannot write to /proc: "):
         folder("/proc")
@@ -163,15 +164,15 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
 
 def test_a_home_that_is_not_there_or_not_ours_leaves_the_profile_beside_the_model(tmp_path, monkeypatch):
     model = locate("dilaserve-tiny")
-    assert profiles.find(model, None) is not None
+    assert profile_file.find(model, None) is not None
     monkeypatch.setenv("XDG_CACHE_HOME", "a" * 300)  # an error at every look, as where it may not be looked at
-    assert profiles.find(model, None) is not None
+    assert profile_file.find(model, None) is not None
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert profiles.find(model, None) is not None
+    assert profile_file.find(model, None) is not None
     (tmp_path / "model").mkdir()
-    written = profiles.write(profiles.find(model, None), tmp_path / "model")
-    assert profiles.find(tmp_path / "model", None) is not None
+    written = profile_file.write(profile_file.find(model, None), tmp_path / "model")
+    assert profile_file.find(tmp_path / "model", None) is not None
     assert written.parent == tmp_path / "model"
 
 
@@ -227,7 +228,7 @@ def test_standard_streams_that_are_closed_or_full_do_not_matter(closed, tmp_path
     script.write_text(
         "import os, sys, logging\n"
         "from dilaserve import cli\n"
-        "from dilaserve.descriptors import ensure_standard_streams\n"
+        "from dilaserve.system.descriptors import ensure_standard_streams\n"
         "from dilaserve.display import counting, loading\n"
         "ensure_standard_streams()\n"
         "logging.basicConfig(stream=sys.stderr)\n"
@@ -419,7 +420,7 @@ def test_calibrate_writes_a_profile_that_the_server_loads(model, tmp_path):
     done = run("calibrate", *calibrating(model), *flags)
     assert done.returncode == 0, done.stderr
     assert "mean error on those held out" in done.stdout
-    profile = profiles.find(model, None)
+    profile = profile_file.find(model, None)
     assert set(profile.quality.tasks) == {"any", "prompts", "sums"}
     assert profile.costs["cpu x1"].samples > 20
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"step-cost.png", "quality.png"}
@@ -438,7 +439,7 @@ def test_calibrate_refuses_problems_that_cannot_be_asked_or_read(model, tmp_path
 
 
 def test_a_damaged_profile_stops_the_server_and_is_replaced_by_calibrate(model, tmp_path, here):
-    (model / profiles.FILE).write_text("[]")
+    (model / profile_file.FILE).write_text("[]")
     flags = calibrating(model)
     assert "damaged" in failed(*here(*flags, "--port", "0"))
     assert "cannot be written" in failed(*here("calibrate", *flags, "--profile", str(tmp_path)))
@@ -447,8 +448,8 @@ def test_a_damaged_profile_stops_the_server_and_is_replaced_by_calibrate(model, 
     problems.write_text('{"prompt": "hello"}\n')
     code, _, told = here("calibrate", *flags, "--problems", str(problems), "--profile", str(elsewhere))
     assert (code, "the old profile is replaced" in told) == (0, True), told
-    assert profiles.read(elsewhere).costs.keys() == {"cpu x1"}
-    assert (model / profiles.FILE).read_text() == "[]"
+    assert profile_file.read(elsewhere).costs.keys() == {"cpu x1"}
+    assert (model / profile_file.FILE).read_text() == "[]"
 
 
 def test_a_bench_that_is_terminated_leaves_no_checkpoint_behind():

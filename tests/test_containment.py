@@ -11,30 +11,36 @@ from hypothesis import strategies as st
 from test_scheduler import World, done, feed, request, result, scheduler
 
 from dilaserve import BadRequest, Config, Engine, Options, RequestFailed, Unavailable
-from dilaserve.beliefs import Beliefs
-from dilaserve.containment import Guard, StateBroken
+from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS
-from dilaserve.house import House
-from dilaserve.invariants import violations
-from dilaserve.launches import Launches
-from dilaserve.line import Line
-from dilaserve.progress import Progress
-from dilaserve.promises import Promises
-from dilaserve.scheduler import Scheduler
+from dilaserve.scheduler.batching import Batcher
+from dilaserve.scheduler.containment import Guard, StateBroken
+from dilaserve.scheduler.deadlines import Deadlines
+from dilaserve.scheduler.estimates import Estimates
+from dilaserve.scheduler.invariants import violations
+from dilaserve.scheduler.placement import Placement
+from dilaserve.scheduler.request_state import RequestState
+from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.scheduler.waiting_queue import WaitingQueue
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
-from dilaserve.stream import Stream
-from dilaserve.terms import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
+from dilaserve.types import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
 
 HANDLERS = [
-    *((Scheduler, name) for name in ("arrival", "returned", "end", "gone", "settle", "release", "seen", "account")),
-    *((House, name) for name in ("enter", "leave", "seat", "unseat", "aged", "seat_for", "make_room", "evict")),
-    *((Promises, name) for name in ("arrived", "rank", "wish", "deepest", "reserve", "settle", "is_hopeless")),
-    *((Beliefs, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
-    *((Progress, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
-    *((Line, name) for name in ("add", "remove")),
-    *((Launches, "ready"), (Launches, "reported")),
+    *(
+        (Scheduler, name)
+        for name in ("arrival", "returned", "end", "gone", "apply_threshold", "release", "seen", "account")
+    ),
+    *(
+        (Placement, name)
+        for name in ("enter", "leave", "assign", "unassign", "aged", "replica_for", "make_room", "evict")
+    ),
+    *((Deadlines, name) for name in ("arrived", "rank", "wish", "deepest", "reserve", "charge", "is_hopeless")),
+    *((Estimates, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
+    *((RequestState, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
+    *((WaitingQueue, name) for name in ("add", "remove")),
+    *((Batcher, "ready"), (Batcher, "reported")),
 ]
 
 
@@ -44,7 +50,7 @@ class Fault(Exception):
 
 def about(value, name):
     """Whether an argument is of the request with this name."""
-    if isinstance(value, Arrival | Progress | Stream):
+    if isinstance(value, Arrival | RequestState | Stream):
         value = value.request
     return isinstance(value, Request) and value.id == name
 
@@ -77,7 +83,7 @@ def test_a_row_that_steps_and_unmasks_nothing_ends_instead_of_stepping_for_ever(
     (span,) = launch.batch.spans
     commands = feed(guard, done(launch.batch, [result(span, masks_left=32, unmasked=0)]))
     (fail,) = [command for command in commands if isinstance(command, Fail)]
-    assert (fail.request.id, fail.told, "unmasked nothing" in fail.reason) == ("r0", OURS, True)
+    assert (fail.request.id, fail.for_client, "unmasked nothing" in fail.reason) == ("r0", OURS, True)
     assert Release(0) in commands
     assert isinstance(commands[-1], Launch)  # the other request
     assert violations(machine) == []
@@ -112,7 +118,7 @@ def test_an_error_without_a_request_is_nobodys_fault():
     feed(guard, InstanceReady(Instance(0, (0,), 4096)))
     feed(guard, Arrival(request(0)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(House, "place", lambda self, now, everywhere: 1 / 0)
+        patch.setattr(Placement, "place", lambda self, now, everywhere: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(guard.decide(1.0))
 
@@ -122,7 +128,7 @@ def test_an_error_that_leaves_the_state_inconsistent_ends_the_engine(monkeypatch
     guard = Guard(machine)
     feed(guard, InstanceReady(Instance(0, (0,), 4096)))
     feed(guard, Arrival(request(0)))
-    Faults(monkeypatch, House, "enter", "r1")
+    Faults(monkeypatch, Placement, "enter", "r1")
     machine.totals.received += 1
     with pytest.raises(StateBroken, match="inconsistent after an error: the requests that came"):
         feed(guard, Arrival(request(1)))
@@ -133,10 +139,10 @@ def test_a_row_in_flight_is_free_after_its_step(monkeypatch):
     feed(guard, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(guard, Arrival(request(0)))
     assert isinstance(launch, Launch)
-    Faults(monkeypatch, House, "leave", "r0")
+    Faults(monkeypatch, Placement, "leave", "r0")
     (fail,) = feed(guard, Cancel("r0", "cancelled"))
     assert (type(fail), type(fail.error), fail.request.id) == (Fail, Fault, "r0")
-    assert [seat.flying is not None for seat in guard.scheduler.house.seats.values()] == [True]
+    assert [replica.in_flight is not None for replica in guard.scheduler.placement.replicas.values()] == [True]
     assert violations(guard.scheduler) == []
 
 
@@ -149,28 +155,28 @@ def test_each_invariant_is_looked_at():
         for row in range(2):
             feed(machine, Arrival(request(row)))
         assert violations(machine) == []
-        (seat,) = machine.house.seats.values()
-        spoil(machine, machine.requests["r0"], machine.requests["r1"], seat)
+        (replica,) = machine.placement.replicas.values()
+        spoil(machine, machine.requests["r0"], machine.requests["r1"], replica)
         return violations(machine)
 
     spoils = [
-        lambda machine, runs, waits, seat: machine.requests.pop("r0"),
-        lambda machine, runs, waits, seat: machine.requests.pop("r1"),
-        lambda machine, runs, waits, seat: machine.house.waiting.remove(waits),
-        lambda machine, runs, waits, seat: machine.house.moving.append(waits),
-        lambda machine, runs, waits, seat: setattr(waits, "promised", True),
-        lambda machine, runs, waits, seat: setattr(runs, "promised", True),
-        lambda machine, runs, waits, seat: setattr(waits, "seat", seat),
-        lambda machine, runs, waits, seat: setattr(runs, "seat", None),
-        lambda machine, runs, waits, seat: seat.residents.clear(),
-        lambda machine, runs, waits, seat: setattr(seat, "flying", None),
-        lambda machine, runs, waits, seat: seat.flying.append(waits),
-        lambda machine, runs, waits, seat: seat.pages.take(64),
-        lambda machine, runs, waits, seat: seat.pages.free.clear(),
-        lambda machine, runs, waits, seat: machine.house.held.clear(),
-        lambda machine, runs, waits, seat: machine.promises.reserved.update({"": 1.0}),
-        lambda machine, runs, waits, seat: setattr(machine.totals, "received", 7),
-        lambda machine, runs, waits, seat: machine.house.seats.clear(),
+        lambda machine, runs, waits, replica: machine.requests.pop("r0"),
+        lambda machine, runs, waits, replica: machine.requests.pop("r1"),
+        lambda machine, runs, waits, replica: machine.placement.waiting.remove(waits),
+        lambda machine, runs, waits, replica: machine.placement.moving.append(waits),
+        lambda machine, runs, waits, replica: setattr(waits, "has_deadline", True),
+        lambda machine, runs, waits, replica: setattr(runs, "has_deadline", True),
+        lambda machine, runs, waits, replica: setattr(waits, "replica", replica),
+        lambda machine, runs, waits, replica: setattr(runs, "replica", None),
+        lambda machine, runs, waits, replica: replica.residents.clear(),
+        lambda machine, runs, waits, replica: setattr(replica, "in_flight", None),
+        lambda machine, runs, waits, replica: replica.in_flight.append(waits),
+        lambda machine, runs, waits, replica: replica.pages.take(64),
+        lambda machine, runs, waits, replica: replica.pages.free.clear(),
+        lambda machine, runs, waits, replica: machine.placement.held.clear(),
+        lambda machine, runs, waits, replica: machine.deadlines.reserved.update({"": 1.0}),
+        lambda machine, runs, waits, replica: setattr(machine.totals, "received", 7),
+        lambda machine, runs, waits, replica: machine.placement.replicas.clear(),
     ]
     assert [bool(broken(spoil)) for spoil in spoils] == [True] * len(spoils)
 
@@ -181,8 +187,8 @@ WISH = Options(max_tokens=32, block_length=16, confidence_threshold=0.8)
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(4)]
 FAULTS = [
     *((Scheduler, name) for name in ("arrival", "returned", "end", "release")),
-    *((House, "seat"), (House, "unseat"), (Promises, "arrived"), (Beliefs, "loads"), (Launches, "ready")),
-    *((Progress, "advance"), (Progress, "usage"), (Stream, "push"), (Stream, "finish")),
+    *((Placement, "assign"), (Placement, "unassign"), (Deadlines, "arrived"), (Estimates, "loads"), (Batcher, "ready")),
+    *((RequestState, "advance"), (RequestState, "usage"), (Stream, "push"), (Stream, "finish")),
 ]
 
 
@@ -261,7 +267,7 @@ async def test_what_no_scheduler_could_take_never_reaches_it(engine):
 
 def on_virtual_time(play):
     async def played():
-        async with Engine(Config.of(plan="1x1"), furnish=pretended(llada_8b_h200(), 1, 256)) as engine:
+        async with Engine(Config.of(plan="1x1"), assemble=pretended(llada_8b_h200(), 1, 256)) as engine:
             await play(engine)
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -271,7 +277,7 @@ def on_virtual_time(play):
 def test_when_nobody_is_to_blame_the_engine_ends_and_all_get_answers():
     async def play(engine):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(House, "place", lambda self, now, everywhere: 1 / 0)
+            patch.setattr(Placement, "place", lambda self, now, everywhere: 1 / 0)
             assert [type(one) for one in await all_ended(engine)] == [Unavailable] * len(PROMPTS)
         await engine.ended()
         assert isinstance(engine.failure, ZeroDivisionError)
@@ -285,7 +291,7 @@ def test_a_state_that_is_broken_ends_the_engine_with_a_clear_error():
     async def play(engine):
         engine.scheduler.totals.received += 1
         with pytest.MonkeyPatch.context() as patch:
-            Faults(patch, House, "enter", "r2")
+            Faults(patch, Placement, "enter", "r2")
             found = await all_ended(engine)
         assert isinstance(found[2], RequestFailed)
         assert {type(one) for one in found[:2] + found[3:]} == {Unavailable}
@@ -299,7 +305,7 @@ def test_an_error_while_a_place_is_sought_is_the_newcomers():
     async def play(engine):
         engine.free.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(House, "gives_way", lambda self, tenant: 1 / 0)
+            patch.setattr(Placement, "gives_way", lambda self, tenant: 1 / 0)
             assert isinstance(await ended(engine, PROMPTS[0], "r0"), RequestFailed)
         engine.free.append(0)
         assert isinstance(await ended(engine, PROMPTS[0], "r0"), list)

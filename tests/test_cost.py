@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.cost import KNOTS, Features, Learner, Sample, StepCost, alike, fit
 from dilaserve.errors import ConfigError
+from dilaserve.profile.step_cost import KNOTS, Features, Learner, Sample, StepCost, alike, fit
 
 TRUE = StepCost(
     fixed=0.004,

@@ -18,27 +18,27 @@ from reference import Llada
 from test_parity import expect, some_requests, wishes
 from test_plans import crowd, whole
 from test_reuse import CPU, ROWS, shapes_of, weights_on
-from test_reuse import House as Plain
+from test_reuse import Harness as Plain
 
 from dilaserve import Config, Engine
-from dilaserve.models import layers
+from dilaserve.models import attention, blocks
 from dilaserve.models.spec import Shard
-from dilaserve.policy.layouts import spelled
-from dilaserve.table import RequestTable
-from dilaserve.worker import loop, rehearsal
-from dilaserve.worker.batch import active_blocks, columns_of
-from dilaserve.worker.ends import DEPTH
+from dilaserve.plans import spelled
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.worker import main, warm_up
+from dilaserve.worker.graph_steps import GRAPHS, ReuseSteps
 from dilaserve.worker.memory import Claim, available, pin
-from dilaserve.worker.reuse import GRAPHS, ReuseSteps
 from dilaserve.worker.staging import Staging
+from dilaserve.worker.step_arrays import active_blocks, columns_of
+from dilaserve.worker.step_buffers import DEPTH
 
 GPU = torch.device("cuda:0")
 
 
 def forget():
     """What was found out about a device must not outlive it."""
-    layers.has_kernels.cache_clear()
-    layers.varlen_for.cache_clear()
+    blocks.has_kernels.cache_clear()
+    attention.varlen_for.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def machine():
         yield machine
 
 
-class House(Plain):
+class Harness(Plain):
     """In bfloat16, with its reuse steps on fixed buffers."""
 
     def __init__(self, directory, device, eager=False, **sizes):
@@ -166,20 +166,20 @@ def test_memory_ends():
 @pytest.mark.parametrize("count", [1, 3, 5, 8, 17])
 def test_steps_of_a_gpu_do_what_those_of_a_cpu_do(random_model, machine, count):
     shapes = shapes_of(count)
-    graphs, eager = House(random_model, GPU), House(random_model, GPU, eager=True)
+    graphs, eager = Harness(random_model, GPU), Harness(random_model, GPU, eager=True)
     canvases = graphs.denoised(shapes)
     assert np.array_equal(canvases, eager.denoised(shapes))
     assert (len(graphs.reuse.graphs), len(eager.reuse.graphs)) == (2, 0)
-    here = House(random_model, CPU).denoised(shapes)
+    here = Harness(random_model, CPU).denoised(shapes)
     masks, others = ((found == graphs.spec.mask_id).sum() for found in (canvases, here))
     assert np.mean(here == canvases) > 0.95  # attention rounds once there and more often here
     assert masks == others or masks < 3 * count
 
 
 def test_every_step_of_a_launch_says_what_it_was(random_model, machine):
-    house, shapes = House(random_model, GPU), shapes_of(3)
-    refresh, reuse = house.laid_out(shapes)
-    outcomes = list(house.runner.steps(refresh, 6, [(span,) for span in reuse]))
+    harness, shapes = Harness(random_model, GPU), shapes_of(3)
+    refresh, reuse = harness.laid_out(shapes)
+    outcomes = list(harness.runner.steps(refresh, 6, [(span,) for span in reuse]))
     stages = [[result.stage for result in outcome.results] for outcome in outcomes]
     assert stages == [[0] * 3, *[[1] * 3] * (len(outcomes) - 1)]
     left = [span.block_end - span.block_start for span in refresh]
@@ -190,61 +190,61 @@ def test_every_step_of_a_launch_says_what_it_was(random_model, machine):
 
 def test_rows_come_and_go_between_launches(random_model, machine):
     """Batches of all sizes on the same buffers, in any order, say the same with graphs and without."""
-    houses, rng = [House(random_model, GPU, eager) for eager in (False, True)], np.random.default_rng(3)
+    harnesses, rng = [Harness(random_model, GPU, eager) for eager in (False, True)], np.random.default_rng(3)
     for count in rng.integers(1, ROWS + 1, 12):
         shapes = shapes_of(int(count))[::-1]
-        one, other = (house.denoised(shapes, launches=2) for house in houses)
+        one, other = (harness.denoised(shapes, launches=2) for harness in harnesses)
         assert np.array_equal(one, other)
-    assert len(houses[0].reuse.graphs) > 3
+    assert len(harnesses[0].reuse.graphs) > 3
 
 
 @pytest.mark.parametrize(("where", "name"), [(Stream, "wait_event"), (Event, "synchronize"), (Event, "record")])
 def test_no_wait_is_one_too_many(random_model, machine, monkeypatch, where, name):
     """Without any one of its waits the road would be caught."""
-    house, shapes = House(random_model, GPU), shapes_of(4)
-    expected = House(random_model, GPU).denoised(shapes)
+    harness, shapes = Harness(random_model, GPU), shapes_of(4)
+    expected = Harness(random_model, GPU).denoised(shapes)
     monkeypatch.setattr(where, name, lambda *_: None)
     try:
-        found = house.denoised(shapes)
+        found = harness.denoised(shapes)
     except (Race, RuntimeError, OverflowError, IndexError):
         return
     assert not np.array_equal(found, expected)
 
 
 def test_more_steps_than_there_are_places_for_results_are_caught(random_model, machine):
-    house = House(random_model, GPU)
-    refresh, reuse = house.laid_out(shapes_of(3))
-    list(house.runner.steps(refresh, 1))
+    harness = Harness(random_model, GPU)
+    refresh, reuse = harness.laid_out(shapes_of(3))
+    list(harness.runner.steps(refresh, 1))
     columns = columns_of(reuse)
-    house.reuse.load(columns, active_blocks(columns), house.table)
+    harness.reuse.load(columns, active_blocks(columns), harness.table)
     for _ in range(DEPTH):
-        house.reuse.launch()
+        harness.reuse.launch()
     with pytest.raises(Race):
-        house.reuse.launch()
+        harness.reuse.launch()
 
 
 def test_steps_go_on_where_no_graph_can_be_captured(random_model, machine, monkeypatch, caplog):
-    expected = House(random_model, GPU, eager=True).denoised(shapes_of(3))
+    expected = Harness(random_model, GPU, eager=True).denoised(shapes_of(3))
 
     def refused(*_, **__):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
-    house = House(random_model, GPU)
-    assert np.array_equal(house.denoised(shapes_of(3)), expected)
-    assert house.reuse.graphs.eager
+    harness = Harness(random_model, GPU)
+    assert np.array_equal(harness.denoised(shapes_of(3)), expected)
+    assert harness.reuse.graphs.eager
     assert "no CUDA graph of 4 rows (CUDA error: operation not permitted when stream is capturing)" in caplog.text
 
 
 def test_a_step_laid_out_anew_sends_once_and_waits_once(random_model, machine, monkeypatch):
     """The host runs ahead of the device until it needs the result."""
-    house, shapes = House(random_model, GPU), shapes_of(6)
-    refresh, reuse = house.laid_out(shapes)
+    harness, shapes = Harness(random_model, GPU), shapes_of(6)
+    refresh, reuse = harness.laid_out(shapes)
     waits, sent = [], []
     wait, copied = machine.wait, machine.copied
     monkeypatch.setattr(machine, "wait", lambda clock: (waits.append(clock), wait(clock)))
     monkeypatch.setattr(machine, "copied", lambda *given: (sent.append(given), copied(*given))[1])
-    assert house.runner.step(columns_of([*refresh[:3], *reuse[3:]])).results
+    assert harness.runner.step(columns_of([*refresh[:3], *reuse[3:]])).results
     assert len(waits) == 2  # for what the last step sent, long gone, and for the result
     assert len(sent) == 2  # there and back
 
@@ -253,13 +253,13 @@ def test_a_step_laid_out_anew_sends_once_and_waits_once(random_model, machine, m
 def test_rows_that_sample_do_on_a_gpu_what_they_do_on_a_cpu(random_model, machine, cold):
     shapes, canvases = shapes_of(5), []
     for device in (GPU, CPU):
-        house = House(random_model, device)
-        refresh, _ = house.laid_out(shapes)
-        house.table.temperature[:5] = [cold, 0.5, 1.0, 0.0, 2.0]
-        house.table.top_p[:5] = [1.0, 0.9, 1.0, 1.0, 0.5]
+        harness = Harness(random_model, device)
+        refresh, _ = harness.laid_out(shapes)
+        harness.table.temperature[:5] = [cold, 0.5, 1.0, 0.0, 2.0]
+        harness.table.top_p[:5] = [1.0, 0.9, 1.0, 1.0, 0.5]
         for step in range(4):
-            list(house.runner.steps([span._replace(step=step) for span in refresh], 1))
-        canvases.append(house.table.canvas.copy())
+            list(harness.runner.steps([span._replace(step=step) for span in refresh], 1))
+        canvases.append(harness.table.canvas.copy())
     assert np.mean(canvases[0] == canvases[1]) > 0.95
 
 
@@ -288,22 +288,22 @@ def test_arrays_are_sent_together_as_they_are(machine):
 def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
     """All memory is given to K/V; then the largest refresh, the most reuse rows and all graphs run on what is left."""
     directory, rows, tokens = make(tmp_path / "model", width=128, mlp=1024, layers=3), 40, 4096
-    monkeypatch.setattr(rehearsal, "SLACK", 2**16)
+    monkeypatch.setattr(warm_up, "SLACK", 2**16)
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=tokens, max_rows=rows, kv_wanted=2**40)
     with pretend(memory=96 * 2**20) as machine:
         spec, _, weights = weights_on(GPU, directory, torch.bfloat16)
-        pool = loop.kv_tokens(job, spec, weights)
+        pool = main.kv_tokens(job, spec, weights)
         del weights
-        house = House(directory, GPU, tokens=pool, rows=rows)
+        harness = Harness(directory, GPU, tokens=pool, rows=rows)
         left = machine.memory - machine.allocated[0]
         machine.peak[0] = 0
         canvas = spec.max_length
-        refresh, _ = house.laid_out([(canvas - 32, 32, 32)] * (tokens // canvas))
-        list(house.runner.steps(refresh, 1))
+        refresh, _ = harness.laid_out([(canvas - 32, 32, 32)] * (tokens // canvas))
+        list(harness.runner.steps(refresh, 1))
         for count in (40, 17, *range(16, 0, -2), 1):
-            _, reuse = house.laid_out([(100, 32, 64)] * count)
-            list(house.runner.steps(reuse, 4))
-    assert len(house.reuse.graphs) == 11
+            _, reuse = harness.laid_out([(100, 32, 64)] * count)
+            list(harness.runner.steps(reuse, 4))
+    assert len(harness.reuse.graphs) == 11
     assert machine.peak[0] > machine.memory - left / 2  # and the room was no waste
 
 
@@ -312,7 +312,7 @@ def test_no_kernel_is_left_to_be_compiled_while_somebody_waits(random_model, mac
     spec, family, weights = weights_on(GPU, random_model, torch.bfloat16)
     seen, run = [], ReuseSteps.rehearse
     monkeypatch.setattr(ReuseSteps, "rehearse", lambda steps, rows: (seen.append(rows), run(steps, rows)))
-    rehearsal.rehearsed(spec, family.Model(spec, weights), 128, 20)
+    warm_up.rehearsed(spec, family.Model(spec, weights), 128, 20)
     assert set(seen) == {count for count in GRAPHS if count <= 20}
 
 
@@ -321,7 +321,7 @@ def test_a_part_of_the_weights_is_rehearsed_as_well(random_model, machine, rank)
     """It has the logits of half the vocabulary, and no step that one device alone would take."""
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=512, max_rows=8, kv_wanted=4096)
     spec, _, weights = weights_on(GPU, random_model, torch.bfloat16, Shard(rank, 2))
-    assert loop.kv_tokens(job, spec, weights) == 4096
+    assert main.kv_tokens(job, spec, weights) == 4096
 
 
 @pytest.mark.parametrize("can", [True, False])

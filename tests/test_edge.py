@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from dilaserve import Config, Engine, Options, listening
+from dilaserve import Config, Engine, Options
+from dilaserve.engine.assembly import named
 from dilaserve.errors import BadRequest, ConfigError, RequestFailed, Unavailable
-from dilaserve.furniture import named
-from dilaserve.panics import Panic, contained
-from dilaserve.server import connection, shape
+from dilaserve.server import connection, json_shape, listening
 from dilaserve.server.app import running
 from dilaserve.server.intake import Claim, Intake
-from dilaserve.server.pace import Pace
+from dilaserve.server.loop_share import LoopShare
 from dilaserve.server.paths import canonical
+from dilaserve.tokenizer.panics import Panic, contained
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import stalls
@@ -111,7 +111,7 @@ def parts(value):
 
 @given(JSON, st.integers(1, 50), st.booleans())
 async def test_what_a_body_holds_is_counted_the_same_in_any_pieces(value, size, ascii):
-    body, counter = json.dumps(value, ensure_ascii=ascii).encode(), shape.Counter()
+    body, counter = json.dumps(value, ensure_ascii=ascii).encode(), json_shape.Counter()
     for start in range(0, len(body), size):
         counter.add(body[start : start + size])
     containers, strings = parts(value)
@@ -121,21 +121,21 @@ async def test_what_a_body_holds_is_counted_the_same_in_any_pieces(value, size, 
 @pytest.mark.parametrize(
     "body",
     [
-        b"[" * (shape.CONTAINERS + 1),
-        b'{"prompt": [1' + b",1" * (shape.NUMBERS + 1),
-        b'["a"' + b',"a"' * shape.STRINGS,
-        b"[1" + b",1e5" * (shape.FRACTIONS + 1),
-        b"[1" + b",1.5" * (shape.FRACTIONS + 1),
-        b'"' + b"\\n" * (shape.ESCAPES + 1) + b'"',
+        b"[" * (json_shape.CONTAINERS + 1),
+        b'{"prompt": [1' + b",1" * (json_shape.NUMBERS + 1),
+        b'["a"' + b',"a"' * json_shape.STRINGS,
+        b"[1" + b",1e5" * (json_shape.FRACTIONS + 1),
+        b"[1" + b",1.5" * (json_shape.FRACTIONS + 1),
+        b'"' + b"\\n" * (json_shape.ESCAPES + 1) + b'"',
     ],
 )
 async def test_a_body_that_holds_too_much_is_refused_before_it_is_decoded(body):
     with pytest.raises(BadRequest, match="the body holds more than"):
-        shape.check(body)
+        json_shape.check(body)
 
 
 async def test_text_may_hold_any_number_of_brackets():
-    shape.check(json.dumps({"prompt": "[{,.e" * 200_000, "stop": ['"\\', "\\"]}).encode())
+    json_shape.check(json.dumps({"prompt": "[{,.e" * 200_000, "stop": ['"\\', "\\"]}).encode())
 
 
 async def test_bodies_in_flight_are_bounded_and_short_ones_find_room():
@@ -174,9 +174,9 @@ async def test_work_gets_half_of_the_loop(monkeypatch):
         slept.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("dilaserve.server.pace.time.perf_counter", lambda: now[0])
-    monkeypatch.setattr("dilaserve.server.pace.asyncio.sleep", sleep)
-    pace = Pace()
+    monkeypatch.setattr("dilaserve.server.loop_share.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dilaserve.server.loop_share.asyncio.sleep", sleep)
+    pace = LoopShare()
 
     def work():
         now[0] += 0.010

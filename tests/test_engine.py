@@ -13,9 +13,10 @@ import checkpoints
 import pytest
 import pytest_asyncio
 
-from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable, executor
-from dilaserve.engine import missed
-from dilaserve.terms import Usage
+from dilaserve import BadRequest, Config, ConfigError, Engine, Options, Overloaded, Unavailable
+from dilaserve.engine.engine import missed
+from dilaserve.executor import worker_processes
+from dilaserve.types import Usage
 
 
 def on(model, **settings):
@@ -192,8 +193,10 @@ async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(engin
 
 def test_only_a_deadline_that_company_spoils_is_worth_another_try():
     usage = Usage(steps=0, refreshes=0, queued=0.0, served=0.0, mean_confidence=None, deadline=1.0)
-    late = [missed(usage, retry, vain) for retry, vain in ((1.0, True), (1.0, False), (None, False))]
-    assert [(error.status, error.retry_after, error.vain) for error in late] == [
+    late = [
+        missed(usage, retry, never_feasible) for retry, never_feasible in ((1.0, True), (1.0, False), (None, False))
+    ]
+    assert [(error.status, error.retry_after, error.never_feasible) for error in late] == [
         (429, None, True),
         (429, 1.0, False),
         (504, None, False),
@@ -298,7 +301,7 @@ def test_a_start_that_fails_leaves_nothing_to_be_said_at_the_exit(random_model, 
 
 
 async def test_a_worker_that_cannot_come_back_ends_the_engine_and_nobody_waits_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.0)
+    monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.0)
     model = checkpoints.make(tmp_path / "vanishing")
     async with Engine(on(model)) as engine:
         stream = await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4))

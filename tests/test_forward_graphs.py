@@ -5,31 +5,31 @@ import pytest
 import torch
 from pretended import pretend
 from test_cuda import GPU, anew  # noqa: F401 - a fixture
-from test_reuse import CPU, House, shapes_of
+from test_reuse import CPU, Harness, shapes_of
 
-from dilaserve.worker import rehearsal
-from dilaserve.worker.batch import columns_of
+from dilaserve.worker import warm_up
 from dilaserve.worker.forward_graphs import SPANS, STRIDE, TOKENS, ForwardGraphs
+from dilaserve.worker.step_arrays import columns_of
 
 
 def runner_of(directory, device=CPU, dtype=torch.float32, *, forward=True, eager=False):
-    house = House(directory, False, device, dtype, rows=SPANS + 1)
+    harness = Harness(directory, False, device, dtype, rows=SPANS + 1)
     if forward:
-        house.runner.forward = ForwardGraphs(house.spec, house.model, house.pool, TOKENS, eager)
-    return house
+        harness.runner.forward = ForwardGraphs(harness.spec, harness.model, harness.pool, TOKENS, eager)
+    return harness
 
 
-def denoised(house, shapes, steps=5):
+def denoised(harness, shapes, steps=5):
     """Canvases after steps in which every second row refreshes, the others reuse what the first step wrote."""
-    house.fill(shapes)
-    refresh, reuse = house.spans(shapes, refresh=True), house.spans(shapes, refresh=False)
-    list(house.runner.steps(refresh, 1))
+    harness.fill(shapes)
+    refresh, reuse = harness.spans(shapes, refresh=True), harness.spans(shapes, refresh=False)
+    list(harness.runner.steps(refresh, 1))
     for step in range(steps):
         mixed = [
             one if (row + step) % 2 else other for row, (one, other) in enumerate(zip(refresh, reuse, strict=True))
         ]
-        list(house.runner.steps(mixed, 1))
-    return house.table.canvas.copy()
+        list(harness.runner.steps(mixed, 1))
+    return harness.table.canvas.copy()
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
@@ -40,13 +40,15 @@ def test_padded_forward_passes_give_the_tokens_of_steps_laid_out_anew(random_mod
 
 
 def test_padding_writes_to_the_spare_page_alone(random_model):
-    house = runner_of(random_model)
+    harness = runner_of(random_model)
     shapes = [(20, 16, 37)]
-    for keys in (*house.pool.keys, *house.pool.values):
+    for keys in (*harness.pool.keys, *harness.pool.values):
         keys.fill_(7.0)
-    denoised(house, shapes, steps=2)
+    denoised(harness, shapes, steps=2)
     canvas = 20 + 37
-    assert all(bool((keys[canvas : house.pool.spare] == 7.0).all()) for keys in (*house.pool.keys, *house.pool.values))
+    assert all(
+        bool((keys[canvas : harness.pool.spare] == 7.0).all()) for keys in (*harness.pool.keys, *harness.pool.values)
+    )
 
 
 def test_graphs_give_the_tokens_of_the_same_function_without_graphs(random_model):
@@ -59,11 +61,11 @@ def test_graphs_give_the_tokens_of_the_same_function_without_graphs(random_model
 
 
 def test_only_small_steps_of_few_rows_are_replayed(random_model):
-    house = runner_of(random_model)
-    forward = house.runner.forward
+    harness = runner_of(random_model)
+    forward = harness.runner.forward
 
     def takes(shapes):
-        return forward.takes(columns_of(house.spans(shapes, refresh=True)))
+        return forward.takes(columns_of(harness.spans(shapes, refresh=True)))
 
     assert takes([(TOKENS // 2 - 32, 32, 32)] * 2)
     assert not takes([(TOKENS // 2 - 32, 32, 32)] * 2 + [(1, 1, 1)])
@@ -72,15 +74,15 @@ def test_only_small_steps_of_few_rows_are_replayed(random_model):
 
 
 def test_a_server_whose_largest_step_is_small_has_graphs_up_to_that_size(random_model):
-    house = runner_of(random_model)
-    assert ForwardGraphs(house.spec, house.model, house.pool, 200).most == 200 // STRIDE * STRIDE
-    assert ForwardGraphs(house.spec, house.model, house.pool, 8).most == STRIDE
+    harness = runner_of(random_model)
+    assert ForwardGraphs(harness.spec, harness.model, harness.pool, 200).most == 200 // STRIDE * STRIDE
+    assert ForwardGraphs(harness.spec, harness.model, harness.pool, 8).most == STRIDE
 
 
 def test_the_largest_graph_is_rehearsed_so_that_its_memory_is_known(random_model, monkeypatch):
     seen = []
     monkeypatch.setattr(ForwardGraphs, "forward", lambda forward, size: seen.append(size))
     with pretend():
-        house = House(random_model, False, GPU, torch.bfloat16)
-        rehearsal.rehearsed(house.spec, house.model, 2048, 8)
+        harness = Harness(random_model, False, GPU, torch.bfloat16)
+        warm_up.rehearsed(harness.spec, harness.model, 2048, 8)
     assert seen == [TOKENS]

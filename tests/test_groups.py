@@ -11,13 +11,13 @@ import torch.multiprocessing as mp
 from knobs import sampling
 
 from dilaserve import models
-from dilaserve.exchange import Exchange
 from dilaserve.models import llada
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.kvcache import KVPool
+from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
-from dilaserve.worker.groups import Abandoned, Alone, Groups, SharedMemory
-from dilaserve.worker.unmask import guess, guess_part
+from dilaserve.transport.collectives_memory import Exchange
+from dilaserve.worker.sampler import guess, guess_part
+from dilaserve.worker.tp_group import Abandoned, Alone, Groups, SharedMemory
 
 MANY = 40  # instances
 SLOT = 4096  # bytes, so that larger tensors pass in pieces
@@ -204,7 +204,7 @@ def test_a_guard_ends_with_its_instance_and_aborts_no_group_of_a_later_one(monke
         def abort(self):
             self.aborted = True
 
-    monkeypatch.setattr("dilaserve.worker.groups.made", lambda *args: Peers())
+    monkeypatch.setattr("dilaserve.worker.tp_group.made", lambda *args: Peers())
     exchange, before = Exchange(4), threading.active_count()
     joined = Groups("nccl", exchange, 0, "")
     for instance in range(MANY):

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve import host, sharing
 from dilaserve.config import DeviceConfig
-from dilaserve.devices import threads_for
 from dilaserve.errors import ConfigError
-from dilaserve.host import HOST
+from dilaserve.system import host, shared_memory
+from dilaserve.system.host import HOST
+from dilaserve.transport.devices import threads_for
 from dilaserve.worker import memory
 
 GIB = 2**30
@@ -158,11 +158,11 @@ def inherits(shared, line):
 
 
 def test_memory_without_a_name_is_shared_with_those_who_inherit_it():
-    shared = sharing.SharedBytes(10_000)
+    shared = shared_memory.SharedBytes(10_000)
     shared.tensor[4] = 9
     ours, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("fork").Process(
-        target=inherits, args=(sharing.SharedBytes(10_000, os.dup(shared.fd)), theirs)
+        target=inherits, args=(shared_memory.SharedBytes(10_000, os.dup(shared.fd)), theirs)
     )
     child.start()
     assert ours.recv() == 9
@@ -176,12 +176,12 @@ def test_without_nameless_memory_a_file_does_and_without_that_there_is_one_sente
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(os, "memfd_create", refused)
-    shared = sharing.SharedBytes(4096)
+    shared = shared_memory.SharedBytes(4096)
     assert os.fstat(shared.fd).st_size == 4096
     for place in (tmp_path / "missing", "/proc"):  # not there; not to be written to
-        monkeypatch.setattr(sharing, "FILES", str(place))
+        monkeypatch.setattr(shared_memory, "FILES", str(place))
         with pytest.raises(ConfigError, match=r"there is no shared memory for the workers: .*; mount a tmpfs at"):
-            sharing.SharedBytes(4096)
+            shared_memory.SharedBytes(4096)
 
 
 def test_shared_memory_that_is_full_is_told_before_anybody_writes_to_it(monkeypatch):
@@ -191,8 +191,8 @@ def test_shared_memory_that_is_full_is_told_before_anybody_writes_to_it(monkeypa
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError, match=r"no 1 MiB of shared memory .* \(No space left on device\); give /dev/shm"):
-        sharing.SharedBytes(2**20)
+        shared_memory.SharedBytes(2**20)
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.setattr(host, "memory_left", lambda: host.Memory(GIB, HOST))
     with pytest.raises(ConfigError, match="takes 2048 MiB of shared memory and 1024 are free; lower --max-queue"):
-        sharing.SharedBytes(2 * GIB)
+        shared_memory.SharedBytes(2 * GIB)

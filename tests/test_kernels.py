@@ -12,13 +12,13 @@ import torch
 from checkpoints import make
 from interpreting import mended
 from pretended import pretend
-from test_cuda import GPU, House, forget
+from test_cuda import GPU, Harness, forget
 from test_reuse import shapes_of
 from test_unmask import MASK
 
-from dilaserve.models import layers
-from dilaserve.worker import ends, statistics
-from dilaserve.worker.batch import active_blocks, columns_of
+from dilaserve.models import attention, blocks, spans
+from dilaserve.worker import candidates, confidence, step_buffers, step_kernels
+from dilaserve.worker.step_arrays import active_blocks, columns_of
 
 if "triton" in sys.modules:
     pytest.skip("Triton was imported before it could be told to interpret", allow_module_level=True)
@@ -56,7 +56,7 @@ def test_the_sweep_finds_what_the_twin_finds(vocab, dtype):
     logits[2, vocab - 1] = 80.0
     logits[3, [5, vocab // 2]] = 90.0
     logits[4] -= 200.0
-    found, expected = of_logits.best(logits.clone(), MASK), statistics.plain(logits.clone(), MASK)
+    found, expected = of_logits.best(logits.clone(), MASK), confidence.plain(logits.clone(), MASK)
     assert torch.equal(found.token, expected.token)
     assert torch.allclose(found.odds, expected.odds, rtol=1e-5, atol=0)
 
@@ -72,10 +72,10 @@ def test_broken_rows_are_hopeless_and_never_the_mask():
     logits[5, MASK] = inf
     logits[6, MASK] = nan
     logits[7, MASK] = 300.0
-    found, expected = of_logits.best(logits.clone(), MASK), statistics.plain(logits.clone(), MASK)
+    found, expected = of_logits.best(logits.clone(), MASK), confidence.plain(logits.clone(), MASK)
     assert torch.equal(found.odds, expected.odds)
     assert expected.odds[4] == 0.0
-    assert (expected.odds[[0, 1, 2, 3, 5, 6, 7]] == statistics.HOPELESS).all()
+    assert (expected.odds[[0, 1, 2, 3, 5, 6, 7]] == candidates.HOPELESS).all()
     assert (found.token != MASK).all()
     assert (found.token < 50).all()
     whole = [1, 3, 4, 5, 6, 7]
@@ -88,7 +88,7 @@ def test_sum_and_norm_agree(width, dtype):
     x, delta = (random(5, width, dtype=dtype, seed=i) for i in range(2))
     weight = random(width, dtype=dtype, seed=2)
     total, normed = of_layers.add_norm(x, delta, weight, 1e-5)
-    expected_total, expected = layers.add_norm(x, delta, weight, 1e-5)
+    expected_total, expected = blocks.add_norm(x, delta, weight, 1e-5)
     assert close(total, expected_total)
     assert close(normed, expected)
 
@@ -98,11 +98,11 @@ def test_sum_and_norm_agree(width, dtype):
 def test_heads_are_turned_and_placed_alike(groups, q, kv, dim, dtype):
     tokens, pool = 6, 40
     fused = random(tokens, groups, q + 2 * kv, dim, dtype=dtype)
-    turns = layers.rotary_table(64, dim, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
+    turns = blocks.rotary_table(64, dim, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
     slots = torch.tensor([3, 0, 39, 17, 8, 9])
     stores = [torch.zeros(pool, groups * kv, dim, dtype=dtype) for _ in range(4)]
     found = of_layers.place(fused, turns, slots, *stores[:2], q, kv)
-    expected = layers.place(fused, turns, slots, *stores[2:], q, kv)
+    expected = blocks.place(fused, turns, slots, *stores[2:], q, kv)
     for one, other in ((found, expected), (stores[0], stores[2]), (stores[1], stores[3])):
         assert close(one, other)
     assert torch.equal(stores[1], stores[3])
@@ -112,7 +112,7 @@ def test_heads_are_turned_and_placed_alike(groups, q, kv, dim, dtype):
 @pytest.mark.parametrize(("groups", "width"), [(2, 24), (3, 1000)])
 def test_gates_agree(groups, width, dtype):
     fused = random(4, groups, 2, width, dtype=dtype, scale=2.0)
-    found, expected = of_layers.gated(fused.clone()), layers.gated(fused.clone())
+    found, expected = of_layers.gated(fused.clone()), blocks.gated(fused.clone())
     assert close(found, expected)
 
 
@@ -126,9 +126,9 @@ def test_even_runs_attend_alike(heads, shared, dim, splits, dtype):
     keys, values = (random(520, heads // shared, dim, dtype=dtype, seed=seed) for seed in (1, 2))
     offsets = torch.arange(len(used) + 1, dtype=torch.int32) * queries
     of = lambda numbers: torch.tensor(numbers, dtype=torch.int32)  # noqa: E731
-    runs = layers.Runs(offsets, of([*starts, 0]), of(used), queries, 520, even=True)
+    runs = spans.Runs(offsets, of([*starts, 0]), of(used), queries, 520, even=True)
     found = of_layers.attend_even(q, keys, values, runs, splits)
-    expected = layers.each_run(q.float(), keys.float(), values.float(), runs)
+    expected = attention.each_run(q.float(), keys.float(), values.float(), runs)
     assert found.dtype == dtype
     tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
     assert torch.allclose(found.float(), expected, rtol=tolerance, atol=tolerance)
@@ -145,31 +145,33 @@ def test_keys_are_split_while_processors_are_idle(monkeypatch):
 def some_rows(rows, seed):
     """Buffers of rows under all rules, some with few or no masks, and a guess for them with many equal odds."""
     rng = np.random.default_rng(seed)
-    batch = torch.from_numpy(rng.integers(0, 40, (rows + 2, ends.WIDTH + len(ends.FIELDS))))
-    masks = torch.from_numpy(rng.random((rows + 2, ends.WIDTH)) < rng.choice([0, 0.1, 0.6, 1.0], (rows + 2, 1)))
-    batch[:, : ends.WIDTH][masks] = MASK
-    fields, reals = batch[:, ends.WIDTH :], batch.view(torch.float64)
+    batch = torch.from_numpy(rng.integers(0, 40, (rows + 2, step_buffers.WIDTH + len(step_buffers.FIELDS))))
+    masks = torch.from_numpy(rng.random((rows + 2, step_buffers.WIDTH)) < rng.choice([0, 0.1, 0.6, 1.0], (rows + 2, 1)))
+    batch[:, : step_buffers.WIDTH][masks] = MASK
+    fields, reals = batch[:, step_buffers.WIDTH :], batch.view(torch.float64)
     fields[:, 0] *= 64
-    fields[:, 3] = torch.from_numpy(rng.integers(1, ends.WIDTH + 1, rows + 2))
+    fields[:, 3] = torch.from_numpy(rng.integers(1, step_buffers.WIDTH + 1, rows + 2))
     fields[:, 4] = torch.arange(rows + 2) % 3
     fields[:, 5] = torch.from_numpy(rng.integers(0, 9, rows + 2))
     reals[:, -2] = torch.from_numpy(rng.choice([0.0, 0.3, 0.5, 0.9, 1.0], rows + 2))
     reals[:, -1] = torch.from_numpy(rng.choice([0.0, 0.5, 1.0, 1.5, 30.0], rows + 2))
-    found = torch.full((ends.DEPTH, rows + 2, 2, ends.WIDTH), 77, dtype=torch.int32)
-    odds = rng.choice([0.0, 1e-9, 0.01, 0.2, 1.0, 1.0, 7.0, float(statistics.HOPELESS)], rows * ends.WIDTH)
-    guess = statistics.Guess(torch.from_numpy(rng.integers(0, 40, rows * ends.WIDTH)), torch.from_numpy(odds).float())
-    return ends.Buffers(batch, found, torch.tensor([seed % ends.DEPTH])), guess
+    found = torch.full((step_buffers.DEPTH, rows + 2, 2, step_buffers.WIDTH), 77, dtype=torch.int32)
+    odds = rng.choice([0.0, 1e-9, 0.01, 0.2, 1.0, 1.0, 7.0, float(candidates.HOPELESS)], rows * step_buffers.WIDTH)
+    guess = candidates.Candidates(
+        torch.from_numpy(rng.integers(0, 40, rows * step_buffers.WIDTH)), torch.from_numpy(odds).float()
+    )
+    return step_buffers.Buffers(batch, found, torch.tensor([seed % step_buffers.DEPTH])), guess
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_are_laid_out_and_unmasked_alike(seed):
     rows = 1 + 3 * seed
     (mine, guess), (theirs, _) = (some_rows(rows, seed) for _ in range(2))
-    for one, other in zip(of_logits.lay_out(mine, rows, 5000), ends.lay_out(theirs, rows, 5000), strict=True):
+    for one, other in zip(of_logits.lay_out(mine, rows, 5000), step_kernels.lay_out(theirs, rows, 5000), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
     of_logits.unmask(mine, rows, MASK, guess)
-    ends.unmask(theirs, rows, MASK, guess)
+    step_kernels.unmask(theirs, rows, MASK, guess)
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other)
     assert (mine.found[mine.turn.item(), :rows, 0] != 77).all()
@@ -181,14 +183,14 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     """On a device that is pretended."""
     directory, shapes = make(tmp_path / "model", layers=1, heads=2), shapes_of(1)
     with pretend():
-        expected = House(directory, GPU).denoised(shapes, launches=2, most=2)
+        expected = Harness(directory, GPU).denoised(shapes, launches=2, most=2)
     forget()
     with pretend(kernels=True):
-        house = House(directory, GPU, rows=1)
-        found = house.denoised(shapes, launches=2, most=2)
+        harness = Harness(directory, GPU, rows=1)
+        found = harness.denoised(shapes, launches=2, most=2)
     forget()
-    assert house.model.kit is of_layers.KIT
-    assert len(house.reuse.graphs) == 1
+    assert harness.model.kit is of_layers.KERNELS
+    assert len(harness.reuse.graphs) == 1
     assert ((found[0] == MASK) == (expected[0] == MASK)).all()
     assert (found[0] == expected[0]).mean() > 0.95
 
@@ -200,11 +202,11 @@ def test_a_step_of_a_graph_is_few_launches(tmp_path):
     for layers_there in (1, 2):
         directory = make(tmp_path / str(layers_there), layers=layers_there, heads=2)
         with pretend(kernels=True):
-            house = House(directory, GPU, rows=1)
-            _, (span,) = house.laid_out(shapes_of(1))
+            harness = Harness(directory, GPU, rows=1)
+            _, (span,) = harness.laid_out(shapes_of(1))
             columns = columns_of([span])
-            house.reuse.load(columns, active_blocks(columns), house.table)
-            counts.append(house.reuse.graphs.captured[1].launches)
+            harness.reuse.load(columns, active_blocks(columns), harness.table)
+            counts.append(harness.reuse.graphs.captured[1].launches)
         forget()
     layer = counts[1] - counts[0]
     assert (layer["kernel"], layer["mm"], layer.total()) == (6, 4, 10)  # of few rows; of more attention is one kernel

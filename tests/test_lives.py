@@ -14,18 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scheduler import PAIRS, SINGLES, done, feed, formed, request, result, scheduler, up
 
-from dilaserve import Config, Engine, Options, backoff
-from dilaserve.advisor import Advisor, PlannerGone
+from dilaserve import Config, Engine, Options
 from dilaserve.calibrate import Question, quality
-from dilaserve.exchange import Exchange
-from dilaserve.executor import MOST_PAUSE, RESPAWN_PAUSE, Death, Ended, ProcessExecutor
-from dilaserve.planner import Planner, Setup
-from dilaserve.policy.layouts import parsed
-from dilaserve.policy.patience import MOST_DOUBLINGS, OVERDUE, UNKNOWN, forming_limit, step_limit
+from dilaserve.executor.worker_processes import MOST_PAUSE, RESPAWN_PAUSE, Death, Ended, ProcessExecutor
+from dilaserve.planner.planner import Planner, Setup
+from dilaserve.planner.process import PlannerGone, PlannerProcess
+from dilaserve.plans import parsed
+from dilaserve.scheduler.rules.time_limits import MOST_DOUBLINGS, OVERDUE, UNKNOWN, forming_limit, step_limit
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
-from dilaserve.terms import (
+from dilaserve.system import backoff
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.collectives_memory import Exchange
+from dilaserve.types import (
     Arrival,
     Cancel,
     Instance,
@@ -42,8 +44,7 @@ from dilaserve.terms import (
     WorkerLost,
     WorkerUp,
 )
-from dilaserve.text import Text
-from dilaserve.worker.groups import Groups, file_of
+from dilaserve.worker.tp_group import Groups, file_of
 
 LIVES = 100
 
@@ -124,7 +125,7 @@ def test_once_step_costs_are_known_patience_is_short_again():
         batch = of(commands, Launch)[-1].batch
         commands = feed(machine, done(batch, [result(span) for span in batch.spans]), 31.0)
         commands += feed(machine, Arrival(request(row, answer=32)), 31.0)
-    assert machine.beliefs.pace(1).sure
+    assert machine.estimates.pace(1).sure
     assert killed_at(machine) == 34.0
 
 
@@ -136,7 +137,7 @@ def test_an_instance_that_does_not_go_when_it_is_killed_is_killed_again():
 
 
 def slow(seconds, text=None):
-    """Furniture whose steps take so long, which nobody knows."""
+    """Parts whose steps take so long, which nobody knows."""
     profile = llada_8b_h200()
     law = profile.costs["cuda x1"]
     guess = msgspec.structs.replace(profile, costs={"cuda x1": msgspec.structs.replace(law, guess=True)})
@@ -147,12 +148,12 @@ def slow(seconds, text=None):
 @pytest.mark.parametrize(("seconds", "kills"), [(30.0, 0), (150.0, 0), (300.0, 1)])
 def test_a_slow_machine_that_nobody_knows_is_learned_and_not_killed_again_and_again(seconds, kills):
     async def served():
-        async with Engine(Config.of(), furnish=slow(seconds)) as engine:
+        async with Engine(Config.of(), assemble=slow(seconds)) as engine:
             killed, kill = [], engine.executor.kill
             engine.executor.kill = lambda instance, reason: (killed.append(reason), kill(instance, reason))
-            while not engine.scheduler.beliefs.pace(1).sure:
+            while not engine.scheduler.estimates.pace(1).sure:
                 await engine.generate([0] * 32, Options(max_tokens=64, ignore_eos=True))
-            return killed, engine.scheduler.beliefs.pace(1).fixed
+            return killed, engine.scheduler.estimates.pace(1).fixed
 
     killed, learned = virtually(served())
     assert len(killed) == kills
@@ -161,7 +162,7 @@ def test_a_slow_machine_that_nobody_knows_is_learned_and_not_killed_again_and_ag
 
 def test_calibrate_measures_a_slow_machine(random_model):
     async def measured():
-        async with Engine(Config.of(), furnish=slow(30.0, Text(random_model))) as engine:
+        async with Engine(Config.of(), assemble=slow(30.0, Text(random_model))) as engine:
             question = Question("a" * 20, task="prompts")
             return await quality(engine, {"prompts": [(question, None)]}, lambda what, done, total: None)
 
@@ -215,9 +216,9 @@ def test_the_time_to_form_an_instance_does_not_begin_again_whatever_else_happens
     assert [kill.instance for kill in kills].count(hangs.id) == 2  # at 3 s, and as it does not go again at 9
     commands = feed(machine, InstanceLost(hangs.id, "hung"), now)
     (again,) = [one for moves in of(commands, Reshard) for one in moves.moves.begins if one.ranks == hangs.ranks]
-    assert machine.layout.limits[again.id] == now + 12.0  # longer after two that did not come up
+    assert machine.plan_state.limits[again.id] == now + 12.0  # longer after two that did not come up
     feed(machine, InstanceReady(again), now)
-    assert len(hangs.ranks) not in machine.layout.hung
+    assert len(hangs.ranks) not in machine.plan_state.hung
 
 
 def test_a_pause_gives_an_instance_that_is_being_formed_the_time_again():
@@ -238,7 +239,7 @@ def moving(rows):
         commands += feed(machine, done(batch, [result(span, 20, 12) for span in batch.spans]), 1.0)
     begins = [instance for reshard in of(commands, Reshard) for instance in reshard.moves.begins]
     assert [instance.ranks for instance in sorted(begins, key=lambda one: one.ranks)] == list(PAIRS.groups)
-    assert len(machine.house.moving) == rows
+    assert len(machine.placement.moving) == rows
     return machine, begins
 
 
@@ -253,11 +254,11 @@ def test_rows_that_move_go_on_with_the_first_instance_that_stands_however_long_o
     seen = set()
     if rows > at_once:
         assert machine.wake_at() == 2.0
-        (seat,) = machine.house.seats.values()
+        (replica,) = machine.placement.replicas.values()
         list(machine.decide(2.0))
-        seen = rows_of(feed(machine, done(seat.batch, [result(span, 16, 13) for span in seat.batch.spans]), 2.0))
+        seen = rows_of(feed(machine, done(replica.batch, [result(span, 16, 13) for span in replica.batch.spans]), 2.0))
         assert seen == set(range(rows))
-    assert not machine.house.moving
+    assert not machine.placement.moving
 
 
 def test_rows_that_move_are_spread_over_instances_that_stand_one_after_the_other():
@@ -275,7 +276,7 @@ def test_a_row_that_the_first_instance_cannot_hold_waits_for_one_that_can():
     list(machine.observe(WorkerUp(2, 64), 1.0))
     list(machine.observe(WorkerUp(3, 4096), 1.0))
     feed(machine, Replan(Plan(((2,), (3,))), "asked"), 1.0)
-    small, large = sorted(machine.layout.forming.values(), key=lambda instance: instance.kv_tokens)
+    small, large = sorted(machine.plan_state.forming.values(), key=lambda instance: instance.kv_tokens)
     feed(machine, done(launch.batch, [result(span, 20, 12) for span in launch.batch.spans]), 1.0)
     assert rows_of(feed(machine, InstanceReady(small), 1.1)) == set()
     assert rows_of(feed(machine, InstanceReady(large), 1.2)) == {0}
@@ -303,7 +304,7 @@ def test_a_lost_instance_whose_ranks_have_not_all_left_keeps_its_rows_and_gets_n
 def test_an_idle_instance_whose_rank_is_gone_gets_no_work_although_the_rank_is_back():
     machine = scheduler(plan=Plan(((0, 1),)))
     up(machine, range(2))
-    (old,) = machine.house.seats
+    (old,) = machine.placement.replicas
     for event in (WorkerLost(0, "killed"), WorkerUp(0, 4096)):  # both are seen at once
         list(machine.observe(event, 1.0))
     commands = feed(machine, Arrival(request(0, at=1.0)), 1.0)
@@ -314,7 +315,7 @@ def test_an_idle_instance_whose_rank_is_gone_gets_no_work_although_the_rank_is_b
 
 def test_the_row_that_has_been_free_for_longest_is_given_next():
     async def rows():
-        async with Engine(Config.of(max_queue=3), furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(Config.of(max_queue=3), assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             given = []
             for _ in range(7):
                 stream = await engine.submit([0] * 32, Options(max_tokens=32))
@@ -343,7 +344,7 @@ class Peers:
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_the_process_groups_of_lives_that_are_over_are_given_up(backend, monkeypatch):
     made = []
-    monkeypatch.setattr("dilaserve.worker.groups.made", lambda *args: made.append(Peers()) or made[-1])
+    monkeypatch.setattr("dilaserve.worker.tp_group.made", lambda *args: made.append(Peers()) or made[-1])
     exchange = Exchange(3)
     groups = Groups(backend, exchange, 0, "")
     for life in range(1, LIVES + 1):
@@ -412,7 +413,7 @@ class Moody(Planner):
 
 def test_a_planner_that_fails_is_asked_again_and_that_is_logged(caplog):
     async def planned():
-        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 2, 1024), planner=planner) as engine:
+        async with Engine(Config.of(), assemble=pretended(llada_8b_h200(), 2, 1024), planner=planner) as engine:
             await asyncio.sleep(20.0)
             return len(engine.plan.groups)
 
@@ -427,7 +428,7 @@ def test_a_planner_that_fails_is_asked_again_and_that_is_logged(caplog):
 
 def test_a_planner_whose_process_dies_counts_as_one_that_fails():
     profile = llada_8b_h200()
-    advisor = Advisor({1: profile.costs["cuda x1"]}, profile.quality, Setup())
-    advisor.advise = lambda demand: None
+    planner_process = PlannerProcess({1: profile.costs["cuda x1"]}, profile.quality, Setup())
+    planner_process.advise = lambda demand: None
     with pytest.raises(PlannerGone, match="has died or does not answer"):
-        advisor(None)
+        planner_process(None)

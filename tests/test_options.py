@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.config import DecodeConfig
+from dilaserve.engine.submit import Options, parse_classes, resolve, validated
 from dilaserve.errors import BadRequest, ConfigError
-from dilaserve.options import Options, parse_classes, settle, validated
 
 DEFAULTS = DecodeConfig()
 
 
 def settled(prompt_tokens=10, limit=512, **wishes):
-    return settle(validated(Options(**wishes)), prompt_tokens, limit, 123, DEFAULTS)
+    return resolve(validated(Options(**wishes)), prompt_tokens, limit, 123, DEFAULTS)
 
 
 def test_defaults_fill_what_is_left_open():
@@ -127,7 +127,7 @@ def test_classes_without_a_deadline_in_time_are_named(text):
 )
 def test_a_settled_canvas_always_fits(prompt_tokens, limit, options):
     try:
-        found = settle(validated(options), prompt_tokens, limit, 0, DEFAULTS)
+        found = resolve(validated(options), prompt_tokens, limit, 0, DEFAULTS)
     except BadRequest:
         return
     assert prompt_tokens + found.max_tokens <= found.canvas_tokens <= limit

@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilaserve import quality
 from dilaserve.config import Config
-from dilaserve.policy.best_effort import MOST_SAVED, after_step, may_lead
-from dilaserve.policy.composition import Candidate, within
-from dilaserve.profiles import guessed
-from dilaserve.progress import State
-from dilaserve.quality import ANY
-from dilaserve.recent import RecentLeast
-from dilaserve.scheduler import MOST_ENDS, Scheduler
+from dilaserve.profile import decode_speed
+from dilaserve.profile.decode_speed import ANY
+from dilaserve.profile.profile_file import guessed
+from dilaserve.scheduler.recent_minimum import RecentMinimum
+from dilaserve.scheduler.request_state import State
+from dilaserve.scheduler.rules.best_effort import MOST_SAVED, after_step, may_lead
+from dilaserve.scheduler.rules.composition import Candidate, within
+from dilaserve.scheduler.scheduler import MOST_ENDS, Scheduler
 from dilaserve.sim import workload
 from dilaserve.sim.command import prepared
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import pretended, simulate
-from dilaserve.terms import (
+from dilaserve.types import (
     Arrival,
     Cancel,
     Decoding,
@@ -79,8 +79,8 @@ def launched(commands):
 
 def unloaded(machine):
     """Seconds that one of these requests takes alone."""
-    progress = machine.promises.arrived(request(0))
-    return machine.beliefs.unloaded(progress)
+    progress = machine.deadlines.arrived(request(0))
+    return machine.estimates.unloaded(progress)
 
 
 # best effort under overload
@@ -125,7 +125,7 @@ def test_a_best_effort_row_leads_now_and_then_and_not_in_each_step():
         at += 0.01
         (batch,) = launched(steps(machine, batch, at, left=16))
         led += any(span.row == 0 and span.start == 0 for span in batch.spans)
-        refresh = machine.house.seats[0].residents.get(0)
+        refresh = machine.placement.replicas[0].residents.get(0)
         refresh.fresh, refresh.ready = False, None  # wants a refresh each time
     assert 1 <= led < 40
 
@@ -147,10 +147,10 @@ def test_a_deadline_goes_to_the_next_best_instance_where_the_best_has_no_room():
     feed(machine, InstanceReady(Instance(1, (1,), 8192)))
     for row in range(2):  # one on each, the first on the first
         feed(machine, Arrival(request(row, seconds=1000.0, prompt=448)))
-    placed = machine.requests["r0.1"].seat.instance.id, machine.requests["r1.1"].seat.instance.id
+    placed = machine.requests["r0.1"].replica.instance.id, machine.requests["r1.1"].replica.instance.id
     assert sorted(placed) == [0, 1]
     feed(machine, Arrival(request(2, seconds=1000.0, prompt=448)))
-    assert machine.requests["r2.1"].seat.instance.id == 1
+    assert machine.requests["r2.1"].replica.instance.id == 1
 
 
 def test_nobody_is_evicted_for_a_request_that_finds_no_room_all_the_same():
@@ -161,7 +161,7 @@ def test_nobody_is_evicted_for_a_request_that_finds_no_room_all_the_same():
     (batch,) = launched(steps(machine, batch, 0.1))
     list(machine.observe(Arrival(request(2, seconds=1000.0, prompt=448)), 0.1))
     steps(machine, batch, 0.2)
-    assert machine.requests["r1.1"].seat is not None
+    assert machine.requests["r1.1"].replica is not None
     assert machine.requests["r2.1"].state is State.WAITING
 
 
@@ -173,17 +173,17 @@ def test_what_is_left_of_the_step_in_flight_counts_when_a_deadline_is_tested():
     fates = []
     for flying in (False, True):
         machine = scheduler(max_num_seqs=64)
-        machine.promises.sheds = False
+        machine.deadlines.sheds = False
         feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
         if flying:
             for row in range(10, 40):
                 list(machine.observe(Arrival(request(row, prompt=900)), 0.0))
             list(machine.decide(0.0))
-        left = machine.house.seats[0].ends_at
+        left = machine.placement.replicas[0].ends_at
         assert (left > 0.2) == flying
-        progress = machine.promises.arrived(request(0, seconds=need + 0.2))
-        progress.deadline, progress.promised = need + 0.2, True
-        fates.append(machine.house.any_with_slack(progress, 0.0))
+        progress = machine.deadlines.arrived(request(0, seconds=need + 0.2))
+        progress.deadline, progress.has_deadline = need + 0.2, True
+        fates.append(machine.placement.any_with_slack(progress, 0.0))
     assert fates == [True, False]
 
 
@@ -195,12 +195,12 @@ def test_steps_without_deadlines_are_short_while_tight_deadlines_come():
         if tightest:
             feed(machine, Arrival(request(99, seconds=tightest)))
             feed(machine, Cancel("r99.1", "cancelled"))
-            machine.house.seats[0].flying = None
-            machine.house.seats[0].residents.clear()
+            machine.placement.replicas[0].in_flight = None
+            machine.placement.replicas[0].residents.clear()
         for row in range(10, 40):
             list(machine.observe(Arrival(request(row, prompt=900)), 0.1))
         (batch,) = launched(machine.decide(0.1))
-        lengths.append(machine.house.seats[0].ends_at - 0.1)
+        lengths.append(machine.placement.replicas[0].ends_at - 0.1)
         assert batch.spans
     assert lengths[1] < lengths[0] / 4
 
@@ -216,7 +216,7 @@ def test_a_bounded_step_has_the_first_row_and_no_more_seconds_beside(rows, secon
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.1, 9)), min_size=1, max_size=30), st.floats(0, 100))
 def test_the_least_of_lately_is_of_one_window_to_three(came, later):
-    window, recent, now, all_of_them = 10.0, RecentLeast(10.0), 0.0, []
+    window, recent, now, all_of_them = 10.0, RecentMinimum(10.0), 0.0, []
     for wait, value in came:
         now += wait
         recent.add(value, now)
@@ -231,16 +231,16 @@ def test_the_least_of_lately_is_of_one_window_to_three(came, later):
 def test_the_order_by_slack_follows_rows_as_they_get_on():
     machine = scheduler(scheduling="least-slack")
     feed(machine, InstanceReady(Instance(0, (0,), 8192)))
-    short, long = [machine.beliefs.unloaded(machine.promises.arrived(request(0, answer=n))) for n in (64, 640)]
+    short, long = [machine.estimates.unloaded(machine.deadlines.arrived(request(0, answer=n))) for n in (64, 640)]
     (batch,) = launched(feed(machine, Arrival(request(0, seconds=100.0 + long - 0.4 * short, answer=640))))
     list(machine.observe(Arrival(request(1, seconds=100.0)), 0.0))
     orders = []
     for left in (30, 16, 8, 4):  # the second gets on, the first does not
         (batch,) = launched(steps(machine, batch, 0.001, {0: 28, 1: left}))
-        promised = machine.house.seats[0].promised
-        ranks = [machine.promises.rank(progress) for progress in promised]
+        with_deadline = machine.placement.replicas[0].with_deadline
+        ranks = [machine.deadlines.rank(progress) for progress in with_deadline]
         assert ranks == sorted(ranks)
-        orders.append([progress.request.row for progress in promised])
+        orders.append([progress.request.row for progress in with_deadline])
     assert (orders[0], orders[-1]) == ([1, 0], [0, 1])
 
 
@@ -253,14 +253,14 @@ def test_a_lone_client_after_a_burst_runs_at_its_own_threshold_again():
     for row in range(6):
         list(machine.observe(Arrival(request(row, seconds=1000.0)), 0.0))
     now = 0.0
-    while not machine.promises.floor:
+    while not machine.deadlines.floor:
         now += 0.25
         list(machine.decide(now))
         assert now < 20.0
     for row in range(5):
         list(machine.observe(Cancel(f"r{row}.1", "cancelled"), now))
-    (batch,) = [seat.batch for seat in machine.house.seats.values()]
-    while machine.promises.floor:
+    (batch,) = [replica.batch for replica in machine.placement.replicas.values()]
+    while machine.deadlines.floor:
         now += 0.25
         (batch,) = launched(steps(machine, batch, now, left=28))
         assert now < 40.0
@@ -274,18 +274,18 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
     machine = scheduler(guaranteed_rows=2, max_queue=4096)
     for id in range(4):
         feed(machine, InstanceReady(Instance(id, (id,), 10**6)))
-    original = machine.house.place_one
+    original = machine.placement.place_one
     monkeypatch.setattr(
-        machine.house, "place_one", lambda progress, *rest: tests.append(progress) or original(progress, *rest)
+        machine.placement, "place_one", lambda progress, *rest: tests.append(progress) or original(progress, *rest)
     )
     for row in range(1000):
         list(machine.observe(Arrival(request(row, seconds=10_000.0 + row)), 0.0))
     now = 0.0
-    while machine.house.queue.untested:
+    while machine.placement.queue.untested:
         tests.clear()
         list(machine.decide(now))
         assert 0 < len(tests) < 300
-        assert machine.wake_at() <= now or not machine.house.queue.untested
+        assert machine.wake_at() <= now or not machine.placement.queue.untested
     seen = set()
     for _ in range(200):
         now += 0.25
@@ -293,7 +293,7 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
         list(machine.decide(now))
         assert len(tests) < 300
         seen |= {progress.request.row for progress in tests}
-    waiting = {progress.request.row for progress in machine.house.queue}
+    waiting = {progress.request.row for progress in machine.placement.queue}
     assert waiting <= seen
 
 
@@ -303,7 +303,7 @@ def test_tenants_with_deadlines_are_tested_in_turn():
         list(machine.observe(Arrival(request(row, seconds=1000.0, tenant="many")), 0.0))
     list(machine.observe(Arrival(request(8, seconds=2000.0, tenant="few")), 0.0))
     feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
-    assert machine.requests["r8.1"].seat is not None
+    assert machine.requests["r8.1"].replica is not None
 
 
 def test_hopeless_requests_leave_a_long_queue_when_they_become_so():
@@ -345,7 +345,7 @@ def test_best_effort_work_is_refused_when_there_is_more_than_will_be_done_while_
     assert refused(1002, 0.2, seconds=need / 100)  # it would be best effort
     assert not refused(1003, 0.2, seconds=1000.0)
     assert not refused(1004, 100.0)  # no deadline has come for long
-    assert machine.house.backlog.requests == 41 + int(5.0 / need)
+    assert machine.placement.backlog.requests == 41 + int(5.0 / need)
 
 
 @settings(max_examples=30, deadline=None)
@@ -362,18 +362,20 @@ def test_the_backlog_is_what_is_unfinished(seed):
         )
         if rng.random() < 0.3 and machine.requests:
             feed(machine, Cancel(rng.choice(sorted(machine.requests)), "cancelled"), now)
-        if rng.random() < 0.05 and machine.house.seats:
-            feed(machine, InstanceLost(max(machine.house.seats), "killed"), now)
+        if rng.random() < 0.05 and machine.placement.replicas:
+            feed(machine, InstanceLost(max(machine.placement.replicas), "killed"), now)
         rows = list(machine.requests.values())
-        assert machine.house.backlog.timed == pytest.approx(sum(row.seconds for row in rows if row.promised))
-        assert machine.house.backlog.best_effort == pytest.approx(sum(row.seconds for row in rows if not row.promised))
-        assert machine.house.backlog.requests == sum(not row.promised for row in rows)
+        assert machine.placement.backlog.timed == pytest.approx(sum(row.seconds for row in rows if row.has_deadline))
+        assert machine.placement.backlog.best_effort == pytest.approx(
+            sum(row.seconds for row in rows if not row.has_deadline)
+        )
+        assert machine.placement.backlog.requests == sum(not row.has_deadline for row in rows)
 
 
 def test_an_arrival_of_thousands_of_short_blocks_is_no_more_work_than_one_of_few(monkeypatch):
     calls = []
-    original = quality.joined
-    monkeypatch.setattr(quality, "joined", lambda *args: calls.append(args) or original(*args))
+    original = decode_speed.with_block
+    monkeypatch.setattr(decode_speed, "with_block", lambda *args: calls.append(args) or original(*args))
     counts = []
     for block in (32, 1):
         machine = scheduler()

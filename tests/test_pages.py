@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.pages import PAGE, PagePool, rounded
+from dilaserve.scheduler.kv_pages import PagePool, rounded
+from dilaserve.types import PAGE
 
 
 def test_runs_are_taken_first_fit_and_joined_again():

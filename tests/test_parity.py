@@ -12,7 +12,7 @@ from test_reference import CASES, cache_of
 
 from dilaserve import Config, Engine, Options
 from dilaserve.models.checkpoint import locate
-from dilaserve.tasks import TASKS, held_out
+from dilaserve.profile.problems import TASKS, held_out
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SETTINGS = [

@@ -7,14 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.fleet import NEVER, RATES, Kind, points, reached, unloaded
-from dilaserve.hindsight import FADING, FEW, Hindsight
-from dilaserve.planner import CLASSES, Planner, Setup, explained, few
-from dilaserve.policy.admission import HOPELESS
-from dilaserve.policy.packing import block, changed, groups, layout, quick_layout
-from dilaserve.policy.planning import (
+from dilaserve.planner.operating_points import NEVER, RATES, Kind, points, reached, unloaded
+from dilaserve.planner.packing import block, changed, groups, layout, quick_layout
+from dilaserve.planner.planner import CLASSES, Planner, Setup, explained, few
+from dilaserve.planner.process import PlannerProcess
+from dilaserve.planner.program import (
     BLUR,
     DOUBT,
     KNOWN,
@@ -40,11 +38,13 @@ from dilaserve.policy.planning import (
     switching,
     worth_switching,
 )
-from dilaserve.quality import ANY, BINS, PARTS, Forecast, Law, QualityProfile, TaskProfile
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.planner.track_record import FADING, FEW, TrackRecord
+from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Forecast, Law, QualityProfile, TaskProfile
+from dilaserve.scheduler.arrivals import WINDOW, Seen, Traffic
+from dilaserve.scheduler.rules.admission import HOPELESS
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import by_degree
-from dilaserve.terms import Demand, Flow, Plan
-from dilaserve.traffic import WINDOW, Seen, Traffic
+from dilaserve.types import Demand, Flow, Plan
 
 PROFILE = llada_8b_h200()
 LAWS = by_degree(PROFILE.costs)
@@ -409,7 +409,7 @@ def foretold(on_time, counts=None):
 
 
 def test_what_was_foretold_is_believed_until_it_turns_out_otherwise():
-    memory = Hindsight()
+    memory = TrackRecord()
     assert memory.judged(foretold(0.9)).on_time == pytest.approx(0.9)
     memory.happened(foretold(0.9), met=0, ended=FEW - 1)
     assert memory.judged(foretold(0.9)).on_time == pytest.approx(0.9)
@@ -422,7 +422,7 @@ def test_what_was_foretold_is_believed_until_it_turns_out_otherwise():
 
 
 def test_a_plan_that_was_worse_is_remembered_for_a_while_and_in_such_situations():
-    memory = Hindsight()
+    memory = TrackRecord()
     for _ in range(20):
         memory.happened(foretold(0.9, {2: 4}), met=80, ended=100)
     for _ in range(20):
@@ -436,7 +436,7 @@ def test_a_plan_that_was_worse_is_remembered_for_a_while_and_in_such_situations(
 
 
 def test_two_looks_at_a_plan_that_disappoints_tell_more_than_what_is_known_of_others():
-    memory = Hindsight()
+    memory = TrackRecord()
     for _ in range(20):
         memory.happened(foretold(0.96, {2: 4}), met=96, ended=100)
     for _ in range(2):
@@ -446,7 +446,7 @@ def test_two_looks_at_a_plan_that_disappoints_tell_more_than_what_is_known_of_ot
 
 
 def test_what_a_plan_was_like_in_another_situation_is_forgotten_as_soon_as_it_is_seen_in_this_one():
-    memory = Hindsight()
+    memory = TrackRecord()
     for _ in range(20):
         memory.happened(foretold(0.4), met=20, ended=100)
     memory.happened(foretold(0.98), met=98, ended=100)
@@ -454,7 +454,7 @@ def test_what_a_plan_was_like_in_another_situation_is_forgotten_as_soon_as_it_is
 
 
 def test_only_a_few_plans_are_remembered():
-    memory = Hindsight()
+    memory = TrackRecord()
     for count in range(1, 12):
         memory.happened(foretold(0.9, {1: count}), met=90, ended=100)
     assert memory.tried() == [{1: count} for count in range(6, 12)]
@@ -586,18 +586,18 @@ def test_a_few_requests_are_no_reason_to_change():
 
 def test_the_planner_in_its_own_process_answers_alike_and_outlives_its_process():
     setup = Setup()
-    with Advisor(LAWS, PROFILE.quality, setup) as advisor:
+    with PlannerProcess(LAWS, PROFILE.quality, setup) as planner_process:
         wanted = demand({0.8: 6.0}, SINGLE)
         inline = Planner(LAWS, PROFILE.quality, setup).advise(wanted)
-        assert advisor.advise(wanted) == inline
-        advisor.learned({1: LAWS[1]}, PROFILE.quality)
-        assert advisor.advise(wanted).plan is None
-        dead = advisor.process
+        assert planner_process.advise(wanted) == inline
+        planner_process.learned({1: LAWS[1]}, PROFILE.quality)
+        assert planner_process.advise(wanted).plan is None
+        dead = planner_process.process
         dead.kill()
         dead.wait()
-        assert advisor.advise(wanted) is None
-        assert "8x1" in advisor.advise(wanted).reason
-    assert advisor.process is None
+        assert planner_process.advise(wanted) is None
+        assert "8x1" in planner_process.advise(wanted).reason
+    assert planner_process.process is None
 
 
 def test_the_configuration_sets_the_planner_up():

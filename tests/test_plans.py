@@ -17,13 +17,13 @@ from test_engine import children, until
 from test_parity import answers, asked, expect, some_requests
 
 from dilaserve import BadRequest, Config, ConfigError, Engine, Options, RequestFailed
-from dilaserve.engine import advised
-from dilaserve.furniture import first_plan, real
-from dilaserve.policy.layouts import checked, counted, parsed, shrunk, spelled, uniform
-from dilaserve.profiles import guessed
+from dilaserve.engine.assembly import first_plan, real
+from dilaserve.engine.engine import advised
+from dilaserve.plans import checked, counted, parsed, shrunk, spelled, uniform
+from dilaserve.profile.profile_file import guessed
 from dilaserve.server.app import running
-from dilaserve.server.plans import shown
-from dilaserve.terms import Plan
+from dilaserve.server.plan_api import shown
+from dilaserve.types import Plan
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = [5, 6, 7]
@@ -82,9 +82,9 @@ async def test_plans_change_under_load_and_no_process_and_no_token_with_them(eng
 
 async def test_a_change_leaves_the_instances_of_both_plans_alone(engine):
     await engine.replan("1x2+2x1")
-    kept = {seat.instance.ranks: id for id, seat in engine.scheduler.house.seats.items()}
+    kept = {replica.instance.ranks: id for id, replica in engine.scheduler.placement.replicas.items()}
     await engine.replan("2x2")
-    now = {seat.instance.ranks: id for id, seat in engine.scheduler.house.seats.items()}
+    now = {replica.instance.ranks: id for id, replica in engine.scheduler.placement.replicas.items()}
     assert now[(0, 1)] == kept[(0, 1)]
     assert len(now) == 2
 
@@ -148,9 +148,9 @@ async def test_where_there_is_no_planner_it_is_said_what_is_missing(engine, monk
         await engine.replan("auto")
     assert "planner" not in engine.advice  # a plan was named
     assert re.match(cure, shown(engine)["no_planner"])
-    furniture = real(Config.of(devices="cpu,cpu"), lambda device, done, total: None)
+    parts = real(Config.of(devices="cpu,cpu"), lambda device, done, total: None)
     cure = "step costs are known at degree 1 alone of 1, 2; `dilaserve calibrate --devices cpu,cpu` measures the others"
-    assert (furniture.planner, furniture.unplanned) == (None, cure)
+    assert (parts.planner, parts.unplanned) == (None, cure)
     assert advised(None, cure) == f"no planner changes the plan: {cure}"
     assert advised("a note", cure) == f"a note; no planner changes the plan: {cure}"
     assert (advised("a note", None), advised(None, None)) == ("a note", None)
@@ -195,7 +195,7 @@ async def crowd(engine, strike):
 
 async def whole(engine):
     """Wait until the wanted plan stands again."""
-    await until(lambda: engine.plan == engine.wanted_plan and engine.scheduler.layout.change is None)
+    await until(lambda: engine.plan == engine.wanted_plan and engine.scheduler.plan_state.change is None)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -221,7 +221,7 @@ async def test_a_rank_that_hangs_is_taken_for_dead(mortal):
 async def test_the_rows_of_a_lost_instance_wait_for_the_rank_that_lives_on(mortal, monkeypatch):
     """However long that rank is held between its last collective and its write, its rows are nobody else's yet."""
     await whole(mortal)
-    monkeypatch.setattr(mortal.scheduler.launches, "patience", 600.0)
+    monkeypatch.setattr(mortal.scheduler.batcher, "patience", 600.0)
     stream = await mortal.submit(PROMPT, Options(max_tokens=200, block_length=4, ignore_eos=True, cache="none"))
     await anext(stream)
     held, dies = (mortal.executor.workers[rank].process.pid for rank in (0, 1))

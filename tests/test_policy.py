@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.policy.admission import (
+from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, affordable_level, budget_left, charged, price
+from dilaserve.scheduler.rules.admission import (
     COMPANY,
     HELD,
     KEPT,
@@ -18,15 +19,24 @@ from dilaserve.policy.admission import (
     place_in,
     retry_after,
 )
-from dilaserve.policy.budget import CREDIT, Bank, borne, price, room, settled
-from dilaserve.policy.caching import CACHES, View, Work, work
-from dilaserve.policy.composition import COMPOSITIONS, Candidate, in_order, within_slack
-from dilaserve.policy.demand import alone, drifted, ends, load, together
-from dilaserve.policy.fairness import Ride, Turns, allowances, gives_way, granted, in_turn, left_over, riders, start
-from dilaserve.policy.ordering import without_deadline
-from dilaserve.policy.thresholds import Wish, by_slack, crowding, fixed_levels, moved
-from dilaserve.policy.transfer import even, steps_per_block
-from dilaserve.terms import Load
+from dilaserve.scheduler.rules.composition import COMPOSITIONS, Candidate, in_order, within_slack
+from dilaserve.scheduler.rules.demand import alone, drifted, ends, load, together
+from dilaserve.scheduler.rules.fairness import (
+    Ride,
+    Turns,
+    allowances,
+    gives_way,
+    granted,
+    in_turn,
+    left_over,
+    riders,
+    start,
+)
+from dilaserve.scheduler.rules.ordering import without_deadline
+from dilaserve.scheduler.rules.quotas import even, steps_per_block
+from dilaserve.scheduler.rules.step_kind import CACHES, View, Work, work
+from dilaserve.scheduler.rules.thresholds import ThresholdQuery, by_slack, crowding, fixed_levels, moved
+from dilaserve.types import Load
 
 FRESH, STALE = View(100, 40, 72, True), View(100, 40, 72, False)
 
@@ -85,7 +95,9 @@ def test_the_emptiest_instance_comes_first_and_a_full_one_never():
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9))))
 def test_admission_names_every_instance_with_room_once(pairs):
     rooms = [Room(i, residents, limit) for i, (residents, limit) in enumerate(pairs)]
-    assert sorted(least_loaded(rooms)) == [room.instance for room in rooms if room.residents < room.limit]
+    assert sorted(least_loaded(rooms)) == [
+        budget_left.instance for budget_left in rooms if budget_left.residents < budget_left.limit
+    ]
 
 
 def keys(chosen):
@@ -195,7 +207,10 @@ WISHES = st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3), st.in
 
 @given(st.lists(WISHES, max_size=8), st.integers(0, 1))
 def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, floor):
-    wishes = [Wish(left, [Load(steps / (level + 1), 0.0) for level in range(4)], *deep) for left, steps, *deep in rows]
+    wishes = [
+        ThresholdQuery(left, [Load(steps / (level + 1), 0.0) for level in range(4)], *deep)
+        for left, steps, *deep in rows
+    ]
     for wish, verdict in zip(wishes, by_slack(wishes, floor, 0.01), strict=True):
         assert min(floor, wish.deepest) <= verdict.level <= wish.deepest
         assert verdict.slack >= 0.0
@@ -204,17 +219,17 @@ def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, flo
 
 def test_a_row_short_of_time_runs_at_a_lower_threshold():
     loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
-    levels = [by_slack([Wish(left, loads, 2, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.4, 0.3)]
+    levels = [by_slack([ThresholdQuery(left, loads, 2, 2)], 0, 0.01)[0].level for left in (2.1, 1.5, 1.1, 0.4, 0.3)]
     assert levels == [0, 1, 2, 2, 0]  # points would not save the last one
 
 
 def test_what_the_budget_cannot_bear_for_all_is_for_rows_in_need_unless_rows_crowd():
     loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
-    wishes = [Wish(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
+    wishes = [ThresholdQuery(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
     assert [by_slack([wish], 0, 0.01)[0].level for wish in wishes] == [1, 1, 2]
     assert [by_slack([wish], 1, 0.01)[0].level for wish in wishes] == [1, 2, 2]
-    assert [borne((0.0, 0.5, 0.9, 2.0), budget) for budget in (0.0, 0.6, 0.9, 5.0)] == [0, 1, 2, 3]
-    assert borne((1.6, 6.9), 0.9) == 0
+    assert [affordable_level((0.0, 0.5, 0.9, 2.0), budget) for budget in (0.0, 0.6, 0.9, 5.0)] == [0, 1, 2, 3]
+    assert affordable_level((1.6, 6.9), 0.9) == 0
 
 
 def test_the_floor_follows_the_share_of_rows_that_will_miss_and_the_crowd():
@@ -237,8 +252,8 @@ def test_crowding_is_none_for_a_row_alone_and_at_most_their_number(loads, fixed)
 def test_the_bank_holds_the_mean_drop_within_its_budget(wishes, budget):
     bank = Bank()
     for drop, late in wishes:
-        taken = drop if late and drop <= room(bank, budget) else 0.0
-        bank = settled(bank, taken)
+        taken = drop if late and drop <= budget_left(bank, budget) else 0.0
+        bank = charged(bank, taken)
         assert bank.spent <= budget * (bank.served + CREDIT) + 1e-9
 
 
@@ -248,24 +263,24 @@ def test_points_go_where_they_save_most(budget, poor, better):
     bank, taken = Bank(), {poor: 0.0, better * poor: 0.0}
     for turn in range(4000):
         yields = list(taken)[turn % 2]
-        left = room(bank, budget)
+        left = budget_left(bank, budget)
         drop = 3.0 if yields >= price(left, budget) and left >= 3.0 else 0.0
         taken[yields] += drop if turn > 1000 else 0.0
-        bank = settled(bank, drop)
+        bank = charged(bank, drop)
     rich = min(1.5, budget) * 3000  # what comes in, or all that they can take
     assert taken[better * poor] >= 0.6 * rich
     assert taken[better * poor] >= taken[poor]
 
 
 def test_an_answer_that_is_left_early_pays_in_full_and_adds_room_by_what_was_given():
-    bank = settled(settled(Bank(), 2.0, share=0.25), 0.0)
+    bank = charged(charged(Bank(), 2.0, share=0.25), 0.0)
     assert bank == Bank(spent=2.0, served=1.25)
 
 
 def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
-    assert room(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
-    assert room(Bank(), 0.9, pending=50.0) == 0.0
-    assert room(Bank(spent=100.0), 0.9) == 0.0
+    assert budget_left(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
+    assert budget_left(Bank(), 0.9, pending=50.0) == 0.0
+    assert budget_left(Bank(spent=100.0), 0.9) == 0.0
 
 
 @given(st.floats(0, 1e6), st.integers(0, 64))

@@ -9,16 +9,15 @@ import torch
 from dilaserve import models
 from dilaserve.models import llada
 from dilaserve.models.checkpoint import Checkpoint, locate
-from dilaserve.models.kvcache import KVPool
+from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
-from dilaserve.pages import PAGE
-from dilaserve.table import RequestTable
-from dilaserve.tasks import TASKS, held_out
-from dilaserve.terms import Decoding, Span
-from dilaserve.text import Text
-from dilaserve.worker.batch import columns_of
-from dilaserve.worker.groups import add
-from dilaserve.worker.runner import Runner
+from dilaserve.profile.problems import TASKS, held_out
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import PAGE, Decoding, Span
+from dilaserve.worker.model_runner import Runner
+from dilaserve.worker.step_arrays import columns_of
+from dilaserve.worker.tp_group import add
 
 BLOCK, ROOM, PER_TASK = 32, 512, 4
 TINY = "dilaserve-tiny"
@@ -39,7 +38,7 @@ def canvases():
     return found
 
 
-class House:
+class Harness:
     """The same devices in one group after another: what each keeps in memory is viewed anew, never copied."""
 
     def __init__(self, dtype, canvases):
@@ -111,11 +110,11 @@ def together(size, work):
 
 
 def test_bfloat16_at_any_degree_and_after_a_reshard_is_as_likely_to_be_right_as_float32(canvases):
-    exact, short = House(torch.float32, canvases), House(torch.bfloat16, canvases)
+    exact, short = Harness(torch.float32, canvases), Harness(torch.bfloat16, canvases)
     assert short.spec.degrees == (1, 2, 4)
     for share in (0.0, 0.5):
-        for house in (exact, short):
-            house.commit(share)
+        for harness in (exact, short):
+            harness.commit(share)
         expected = exact.loss(1, refresh=True), exact.loss(1, refresh=False)
         for before in short.spec.degrees:
             found = short.loss(before, refresh=True), short.loss(before, refresh=False)

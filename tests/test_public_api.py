@@ -14,7 +14,7 @@ import pytest
 import dilaserve
 from dilaserve import config, errors
 from dilaserve.keywords import Keywords
-from dilaserve.terms import Usage
+from dilaserve.types import Usage
 
 ROOT = Path(__file__).parent.parent
 ERRORS = {
@@ -101,9 +101,9 @@ PROGRAM = """
     from dilaserve import Nothing
 """
 FOUND = [
-    'Revealed type is "dilaserve.stream.Chunk"',
-    'Revealed type is "dilaserve.stream.Completion"',
-    'Revealed type is "dilaserve.terms.Usage | None"',
+    'Revealed type is "dilaserve.engine.stream.Chunk"',
+    'Revealed type is "dilaserve.engine.stream.Completion"',
+    'Revealed type is "dilaserve.types.Usage | None"',
     'Unexpected keyword argument "prot" for "of" of "Config"',
     'Argument "port" to "of" of "Config" has incompatible type "str"; expected "int"',
     'Unexpected keyword argument "prot" for "DilaServe"',

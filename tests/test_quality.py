@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from dilaserve.calibrate import untold
 from dilaserve.errors import ConfigError
-from dilaserve.profiles import guessed, pace, read, write
-from dilaserve.quality import (
+from dilaserve.profile.decode_speed import (
     ANY,
     BINS,
     FIRST_LOOK,
@@ -30,12 +29,13 @@ from dilaserve.quality import (
     chances,
     hull,
     isotonic,
-    joined,
     part_of,
     parted,
     slope,
+    with_block,
 )
-from dilaserve.tasks import held_out
+from dilaserve.profile.problems import held_out
+from dilaserve.profile.profile_file import guessed, pace, read, write
 
 BLOCK = 32
 
@@ -179,7 +179,7 @@ def test_long_prompts_have_a_law_of_their_own_and_it_learns_apart(tmp_path):
 def test_many_blocks_of_one_law_are_summed_up_as_if_one_by_one(steps, variance, ends, blocks):
     law, ahead = Chain((0.0, steps), (0.0, variance), (0.0, ends)), Outlook(0.0, 0.0, 0.0)
     for _ in range(blocks):
-        ahead = joined(law, 1, ahead, 1.0)
+        ahead = with_block(law, 1, ahead, 1.0)
     assert tuple(alike(law, 1, blocks)) == pytest.approx(tuple(ahead), rel=1e-3, abs=1e-9)
 
 
@@ -265,6 +265,6 @@ def test_a_part_of_the_canvas_that_nobody_has_reached_is_taken_to_be_like_the_on
 
 
 def test_a_task_with_few_problems_gives_all_it_has(monkeypatch):
-    monkeypatch.setattr("dilaserve.tasks.DRY", 2000)
+    monkeypatch.setattr("dilaserve.profile.problems.DRY", 2000)
     problems = held_out("add", 10**9)
     assert len({problem.prompt for problem in problems}) == len(problems) > 100

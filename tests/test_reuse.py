@@ -13,21 +13,21 @@ from reference import Llada
 from test_parity import expect, some_requests, wishes
 
 from dilaserve import Config, Engine, Options, models
-from dilaserve.devices import steps_for
-from dilaserve.models import layers
+from dilaserve.models import attention, blocks
+from dilaserve.models.attention import attend, each_run, grouped
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import PackedSpan, Runs, attend, each_run, grouped
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import PackedSpan, Runs
 from dilaserve.models.spec import Shard
-from dilaserve.pages import PAGE
-from dilaserve.table import RequestTable
-from dilaserve.terms import Decoding, Span
-from dilaserve.worker import rehearsal
-from dilaserve.worker.batch import columns_of
-from dilaserve.worker.ends import WIDTH
-from dilaserve.worker.groups import Alone
-from dilaserve.worker.reuse import ReuseSteps, buckets
-from dilaserve.worker.runner import Runner
+from dilaserve.transport.devices import steps_for
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import PAGE, Decoding, Span
+from dilaserve.worker import warm_up
+from dilaserve.worker.graph_steps import ReuseSteps, buckets
+from dilaserve.worker.model_runner import Runner
+from dilaserve.worker.step_arrays import columns_of
+from dilaserve.worker.step_buffers import WIDTH
+from dilaserve.worker.tp_group import Alone
 
 TOKENS, ROWS = 4096, 20
 RULES = (dict(rule="threshold", confidence_threshold=0.5), dict(rule="steps"), dict(rule="factor", factor=1.0))
@@ -44,7 +44,7 @@ def weights_on(device, directory, dtype, shard=WHOLE):
     return spec, family, family.load(spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, shard)
 
 
-class House:
+class Harness:
     """A runner with its own table and pool, with and without static steps."""
 
     def __init__(self, directory, static, device=CPU, dtype=torch.float32, *, eager=False, tokens=TOKENS, rows=ROWS):
@@ -80,13 +80,13 @@ def shapes_of(count):
 
 @pytest.mark.parametrize("count", [1, 3, 5, 8, 17])
 def test_padded_steps_do_what_steps_laid_out_anew_do(random_model, count):
-    shapes, houses = shapes_of(count), [House(random_model, static) for static in (False, True)]
-    for house in houses:
-        house.fill(shapes)
-        list(house.runner.steps(house.spans(shapes, refresh=True), 1))
-    plain, static = houses
+    shapes, harnesses = shapes_of(count), [Harness(random_model, static) for static in (False, True)]
+    for harness in harnesses:
+        harness.fill(shapes)
+        list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
+    plain, static = harnesses
     for _ in range(6):
-        reports = [list(house.runner.steps(house.spans(shapes, refresh=False), 4)) for house in houses]
+        reports = [list(harness.runner.steps(harness.spans(shapes, refresh=False), 4)) for harness in harnesses]
         assert sum(outcome.last for outcome in reports[1]) == 1
         for report in reports:
             assert report[-1].last
@@ -113,10 +113,10 @@ def stages(outcome):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_steps_that_reuse_follow_a_refresh_in_one_launch(random_model, static):
-    shapes, houses = [(20, 32, 32), (33, 32, 40), (46, 32, 32)], [House(random_model, static) for _ in range(2)]
-    for house in houses:
-        house.fill(shapes)
-    one, other = houses
+    shapes, harnesses = [(20, 32, 32), (33, 32, 40), (46, 32, 32)], [Harness(random_model, static) for _ in range(2)]
+    for harness in harnesses:
+        harness.fill(shapes)
+    one, other = harnesses
     refresh, reuse = (one.spans(shapes, refresh=kind) for kind in (True, False))
     together = list(one.runner.steps(refresh, 4, [(span,) for span in reuse]))
     apart = [*other.runner.steps(refresh, 1), *other.runner.steps(reuse, len(together) - 1)]
@@ -129,83 +129,83 @@ def test_steps_that_reuse_follow_a_refresh_in_one_launch(random_model, static):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_no_step_begins_once_somebody_is_hurried(random_model, static):
-    house, shapes = House(random_model, static), [(20, 32, 32)]
-    house.fill(shapes)
-    house.table.threshold[0] = 1.0
-    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
+    harness, shapes = Harness(random_model, static), [(20, 32, 32)]
+    harness.fill(shapes)
+    harness.table.threshold[0] = 1.0
+    list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
     looks = iter([False, False, True, True, True])
-    outcomes = list(house.runner.steps(house.spans(shapes, refresh=False), 20, (), lambda: next(looks)))
+    outcomes = list(harness.runner.steps(harness.spans(shapes, refresh=False), 20, (), lambda: next(looks)))
     assert len(outcomes) == 3 + static  # the next was under way
     assert [outcome.last for outcome in outcomes] == [False] * (len(outcomes) - 1) + [True]
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_steps_end_with_the_answer(random_model, static):
-    house, shapes = House(random_model, static), [(20, 32, 32)]
-    house.fill(shapes)
-    house.table.threshold[0] = 1.0
-    house.runner.stop_ids = np.arange(house.spec.vocab_size)  # the first token ends the answer
-    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
-    outcomes = list(house.runner.steps(house.spans(shapes, refresh=False), 40))
+    harness, shapes = Harness(random_model, static), [(20, 32, 32)]
+    harness.fill(shapes)
+    harness.table.threshold[0] = 1.0
+    harness.runner.stop_ids = np.arange(harness.spec.vocab_size)  # the first token ends the answer
+    list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
+    outcomes = list(harness.runner.steps(harness.spans(shapes, refresh=False), 40))
     ended = [results[0].stop_at < results[0].prefix for results, *_ in outcomes]
     assert ended == [False] * (len(outcomes) - 1 - static) + [True] * (1 + static)  # the next was under way
     assert outcomes[-1].results[0].masks_left
-    house.table.ignore_eos[0] = True
-    *_, outcome = house.runner.steps(house.spans(shapes, refresh=False), 40)
+    harness.table.ignore_eos[0] = True
+    *_, outcome = harness.runner.steps(harness.spans(shapes, refresh=False), 40)
     assert (outcome.results[0].masks_left, outcome.results[0].stop_at) == (0, -1)
 
 
 def test_a_block_in_which_no_end_token_may_stand_yet_takes_the_way_that_leaves_it_out(random_model):
-    house, shapes = House(random_model, static=True), [(20, 32, 64)]
-    house.fill(shapes)
-    house.table.threshold[0] = 0.0
-    house.table.stop_ids[0, :2] = 5, 6
-    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
-    columns = columns_of(house.spans(shapes, refresh=False))
+    harness, shapes = Harness(random_model, static=True), [(20, 32, 64)]
+    harness.fill(shapes)
+    harness.table.threshold[0] = 0.0
+    harness.table.stop_ids[0, :2] = 5, 6
+    list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
+    columns = columns_of(harness.spans(shapes, refresh=False))
     for may_end_at, taken in ((20, True), (21, False), (52, False)):
-        house.table.may_end_at[0] = may_end_at
-        assert house.reuse.takes(columns, house.table) == taken
-    house.table.canvas[0, 20:] = house.spec.mask_id
-    head = house.model.head
+        harness.table.may_end_at[0] = may_end_at
+        assert harness.reuse.takes(columns, harness.table) == taken
+    harness.table.canvas[0, 20:] = harness.spec.mask_id
+    head = harness.model.head
     head.data[[5, 6]] = head.data[7] * 1.5  # at least one of the three beats all others where 7 did
-    list(house.runner.steps(house.spans(shapes, refresh=False), 1))
-    assert not set(house.table.canvas[0, 20:52].tolist()) & {5, 6, house.spec.mask_id}
+    list(harness.runner.steps(harness.spans(shapes, refresh=False), 1))
+    assert not set(harness.table.canvas[0, 20:52].tolist()) & {5, 6, harness.spec.mask_id}
 
 
 def test_a_step_that_might_have_been_the_last_is_followed_by_another(random_model):
     """Of 7 masks, 3 a step, 1 is left where 3 might have gone: the next step waits for the result, and comes."""
-    house, shapes = House(random_model, static=True), shapes_of(2)
-    house.fill(shapes)
-    (span,) = house.spans(shapes, refresh=False)[1:]
-    outcomes = list(house.runner.steps([span], 8))
+    harness, shapes = Harness(random_model, static=True), shapes_of(2)
+    harness.fill(shapes)
+    (span,) = harness.spans(shapes, refresh=False)[1:]
+    outcomes = list(harness.runner.steps([span], 8))
     assert [outcome.results[0].masks_left for outcome in outcomes] == [4, 1, 0]
     assert [outcome.last for outcome in outcomes] == [False, False, True]
 
 
 def test_what_pads_a_batch_touches_the_spare_page_alone(random_model):
-    house = House(random_model, static=True)
+    harness = Harness(random_model, static=True)
     shapes = shapes_of(3)
-    house.fill(shapes)
-    house.pool.keys[0].fill_(7.0)
-    list(house.runner.steps(house.spans(shapes, refresh=False), 1))
-    touched = (house.pool.keys[0] != 7.0).flatten(1).any(1)
-    mine = {span.kv_start + p for span in house.spans(shapes, False) for p in range(span.block_start, span.block_end)}
-    assert house.reuse.bucket == 4
+    harness.fill(shapes)
+    harness.pool.keys[0].fill_(7.0)
+    list(harness.runner.steps(harness.spans(shapes, refresh=False), 1))
+    touched = (harness.pool.keys[0] != 7.0).flatten(1).any(1)
+    mine = {span.kv_start + p for span in harness.spans(shapes, False) for p in range(span.block_start, span.block_end)}
+    assert harness.reuse.bucket == 4
     assert set(touched.nonzero().flatten().tolist()) == mine | set(range(TOKENS, TOKENS + PAGE))
 
 
 def test_only_greedy_reuse_rows_with_blocks_of_a_page_are_taken(random_model):
-    house, shapes = House(random_model, static=True), shapes_of(2)
-    house.fill(shapes)
+    harness, shapes = Harness(random_model, static=True), shapes_of(2)
+    harness.fill(shapes)
 
     def takes(spans):
-        return house.reuse.takes(columns_of(spans), house.table)
+        return harness.reuse.takes(columns_of(spans), harness.table)
 
-    reuse, refresh = house.spans(shapes, refresh=False), house.spans(shapes, refresh=True)
+    reuse, refresh = harness.spans(shapes, refresh=False), harness.spans(shapes, refresh=True)
     assert takes(reuse)
     assert not takes([*reuse[:1], *refresh[1:]])
-    assert not takes(house.spans([(20, WIDTH + 1, WIDTH + 1)], refresh=False))
-    house.table.temperature[1] = 0.5
+    assert not takes(harness.spans([(20, WIDTH + 1, WIDTH + 1)], refresh=False))
+    harness.table.temperature[1] = 0.5
     assert not takes(reuse)
     assert takes(reuse[:1])
 
@@ -237,13 +237,13 @@ def test_runs_say_the_same_as_groups_of_spans(heads):
 
 
 def test_the_largest_step_can_be_rehearsed(random_model):
-    house = House(random_model, static=False)
+    harness = Harness(random_model, static=False)
     with torch.inference_mode():
-        pool = rehearsal.small_pool(house.spec, house.model)
-        rehearsal.refreshed(house.spec, house.model, pool, 700, 8)
-        ReuseSteps(house.spec, house.model, pool, 8).rehearse(8)
-    assert pool.tokens == house.spec.max_length + PAGE
-    assert layers.kit_for(torch.device("cpu")) is layers.PLAIN
+        pool = warm_up.small_pool(harness.spec, harness.model)
+        warm_up.refreshed(harness.spec, harness.model, pool, 700, 8)
+        ReuseSteps(harness.spec, harness.model, pool, 8).rehearse(8)
+    assert pool.tokens == harness.spec.max_length + PAGE
+    assert blocks.kernels_for(torch.device("cpu")) is blocks.PLAIN
 
 
 def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, monkeypatch):
@@ -256,7 +256,7 @@ def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, mo
     steps = ReuseSteps(spec, family.Model(spec, weights), pool, 8)
     with pytest.raises(Exception, match="meta"):
         steps.step(4)
-    monkeypatch.setattr(layers, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))
+    monkeypatch.setattr(attention, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))
     steps.step(4)
 
 
@@ -271,7 +271,7 @@ async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
     requests = some_requests(40, seed=12)
     async with Engine(Config.of(model=str(random_model), devices="cpu", steps_per_launch=most)) as engine:
         alone = [await engine.generate(*wish) for wish in wishes(requests[:10])]
-        batches = engine.scheduler.launches.batches
+        batches = engine.scheduler.batcher.batches
         together = await asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
     expect(Llada(random_model), requests[:10], alone)
     expect(Llada(random_model), requests, together)
@@ -280,16 +280,16 @@ async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_launch_goes_on_into_the_next_block(random_model, static):
-    one, other = houses = [House(random_model, static) for _ in range(2)]
+    one, other = harnesses = [Harness(random_model, static) for _ in range(2)]
     shapes = [(20, 32, 64), (45, 24, 96)]
 
-    def fill(house):
-        house.fill(shapes)
-        house.table.threshold[:2] = 0.0  # all masks in a step
-        house.table.rule[:2] = 0
+    def fill(harness):
+        harness.fill(shapes)
+        harness.table.threshold[:2] = 0.0  # all masks in a step
+        harness.table.rule[:2] = 0
 
-    def launch(house):
-        (*first,) = house.spans(shapes, refresh=True)
+    def launch(harness):
+        (*first,) = harness.spans(shapes, refresh=True)
         then = [[span._replace(start=span.block_start, length=span.block_end - span.block_start)] for span in first]
         for course, span in zip(then, first, strict=True):
             length = span.block_end - span.block_start
@@ -297,8 +297,8 @@ def test_a_launch_goes_on_into_the_next_block(random_model, static):
             course += [later, later._replace(start=later.block_start, length=length)]
         return first, then
 
-    for house in houses:
-        fill(house)
+    for harness in harnesses:
+        fill(harness)
     first, then = launch(one)
     together = list(one.runner.steps(first, 8, then))
     assert [[result.masks_left for result in outcome.results] for outcome in together] == [[0, 0], [0, 0]]
@@ -314,11 +314,11 @@ def test_a_launch_goes_on_into_the_next_block(random_model, static):
 
 
 def test_a_row_whose_block_is_done_rests_in_the_steps_that_had_begun_and_the_report_says_so(random_model):
-    house, shapes = House(random_model, True), [(20, 32, 64), (45, 24, 96)]
-    house.fill(shapes)
-    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
-    house.table.canvas[0, 21:52] = 7  # one mask is left, and many of the other row
-    outcomes = list(house.runner.steps(house.spans(shapes, refresh=False), 8))
+    harness, shapes = Harness(random_model, True), [(20, 32, 64), (45, 24, 96)]
+    harness.fill(shapes)
+    list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
+    harness.table.canvas[0, 21:52] = 7  # one mask is left, and many of the other row
+    outcomes = list(harness.runner.steps(harness.spans(shapes, refresh=False), 8))
     rests = [[result.rested for result in outcome.results] for outcome in outcomes]
     assert rests == [[False, False], [True, False]]
     assert [outcome.results[0].unmasked for outcome in outcomes] == [1, 0]
@@ -327,12 +327,12 @@ def test_a_row_whose_block_is_done_rests_in_the_steps_that_had_begun_and_the_rep
 @pytest.mark.parametrize("static", [False, True])
 def test_a_block_that_was_done_before_the_launch_is_a_step_with_nothing_to_unmask(random_model, static):
     """As a worker leaves it that dies between its write and its report. The row must not rest: it would for ever."""
-    house, shapes = House(random_model, static), [(20, 32, 64), (45, 24, 96)]
-    house.fill(shapes)
-    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
-    house.table.canvas[0, 20:52] = 7
+    harness, shapes = Harness(random_model, static), [(20, 32, 64), (45, 24, 96)]
+    harness.fill(shapes)
+    list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
+    harness.table.canvas[0, 20:52] = 7
     for most in (1, 8):
-        outcome, *_ = house.runner.steps(house.spans(shapes, refresh=False), most)
+        outcome, *_ = harness.runner.steps(harness.spans(shapes, refresh=False), most)
         done, _ = outcome.results
         assert (done.rested, done.unmasked, done.masks_left, done.prefix) == (False, 0, 0, 52)
 
@@ -349,22 +349,22 @@ class Held(Alone):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_step_that_is_late_writes_nothing_to_a_row_that_is_anothers_by_then(random_model, static):
-    house, shapes = House(random_model, static), [(20, 32, 32), (33, 32, 40)]
-    house.fill(shapes)
-    list(house.runner.steps(house.spans(shapes, refresh=True), 1))
-    spans, kept = house.spans(shapes, refresh=False), house.table.canvas[1].copy()
-    table, prompt = house.table, np.full(30, 9, dtype=np.int32)
+    harness, shapes = Harness(random_model, static), [(20, 32, 32), (33, 32, 40)]
+    harness.fill(shapes)
+    list(harness.runner.steps(harness.spans(shapes, refresh=True), 1))
+    spans, kept = harness.spans(shapes, refresh=False), harness.table.canvas[1].copy()
+    table, prompt = harness.table, np.full(30, 9, dtype=np.int32)
 
     def given_away():
-        table.fill(0, prompt, 100, house.spec.mask_id, Decoding())
+        table.fill(0, prompt, 100, harness.spec.mask_id, Decoding())
 
     if static:
-        read = house.reuse.read
-        house.reuse.read = lambda: (given_away(), read())[1]
+        read = harness.reuse.read
+        harness.reuse.read = lambda: (given_away(), read())[1]
     else:
-        house.runner.group = Held(given_away)
-    list(house.runner.steps(spans, 1))
-    assert table.canvas[0, :100].tolist() == [9] * 30 + [house.spec.mask_id] * 70
+        harness.runner.group = Held(given_away)
+    list(harness.runner.steps(spans, 1))
+    assert table.canvas[0, :100].tolist() == [9] * 30 + [harness.spec.mask_id] * 70
     assert not table.confidence[0, :100].any()
     assert (table.canvas[1] != kept).any()  # the other row is still its request's
 
@@ -374,7 +374,7 @@ async def test_who_arrives_need_not_wait_for_all_the_steps_of_a_launch(random_mo
     long = Options(max_tokens=250, block_length=250, confidence_threshold=1.0, ignore_eos=True)
     async with Engine(config) as engine, await engine.submit([5, 6, 7], long) as stream:
         (worker,), seen = engine.executor.workers.values(), {}
-        launch, hurry = engine.executor.launch, engine.executor.hurry
+        launch, stop_early = engine.executor.launch, engine.executor.stop_early
 
         def note(what, call):
             def noted(batch):
@@ -384,7 +384,7 @@ async def test_who_arrives_need_not_wait_for_all_the_steps_of_a_launch(random_mo
             return noted
 
         monkeypatch.setattr(engine.executor, "launch", note("launch", launch))
-        monkeypatch.setattr(engine.executor, "hurry", note("hurry", hurry))
+        monkeypatch.setattr(engine.executor, "stop_early", note("hurry", stop_early))
         await anext(stream)
         os.kill(worker.process.pid, signal.SIGSTOP)
         os.waitpid(worker.process.pid, os.WUNTRACED)  # noqa: ASYNC222

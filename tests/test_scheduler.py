@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
-from dilaserve.invariants import violations
-from dilaserve.policy.budget import Bank
-from dilaserve.profiles import guessed
-from dilaserve.progress import TRANSITIONS, Did, Progress, State
-from dilaserve.scheduler import Scheduler
-from dilaserve.terms import (
+from dilaserve.profile.profile_file import guessed
+from dilaserve.scheduler.invariants import violations
+from dilaserve.scheduler.request_state import TRANSITIONS, RequestState, State, Transition
+from dilaserve.scheduler.rules.accuracy_budget import Bank
+from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.types import (
     Adjust,
     Arrival,
     Cancel,
@@ -24,7 +24,6 @@ from dilaserve.terms import (
     Emit,
     Fail,
     Finish,
-    Hurry,
     Instance,
     InstanceLost,
     InstanceReady,
@@ -42,11 +41,12 @@ from dilaserve.terms import (
     Slo,
     Solve,
     StepDone,
+    StopEarly,
     WorkerLost,
     WorkerUp,
 )
-from dilaserve.worker.courses import Courses
-from dilaserve.worker.runner import answered
+from dilaserve.worker.model_runner import answered
+from dilaserve.worker.multi_step import Courses
 
 
 def request(row, prompt=10, answer=64, at=0.0, slo=Slo(), **decoding):  # noqa: B008
@@ -109,12 +109,12 @@ def test_a_batch_goes_on_while_nobody_waits_and_ends_soon_when_somebody_does():
     assert (first.start, first.length, then.start, then.length) == (0, 74, 10, 32)  # the refresh, and what reuses it
     (emit,) = feed(machine, done(launch.batch, [result(first, masks_left=28, prefix=12)], last=False))
     assert emit.prefix == 12
-    assert feed(machine, Arrival(request(1, rule="steps", num_denoising_steps=64))) == [Hurry(launch.batch)]
+    assert feed(machine, Arrival(request(1, rule="steps", num_denoising_steps=64))) == [StopEarly(launch.batch)]
     assert feed(machine, done(launch.batch, [result(first, masks_left=24, prefix=13)], last=False))[1:] == []
     emit, launch = feed(machine, done(launch.batch, [result(first, masks_left=20, prefix=14)]))
     assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
     assert [[span.start for span in then] for then in launch.batch.then] == [[0, 42], [10, 0, 42]]
-    assert feed(machine, Arrival(request(2))) == [Hurry(launch.batch)]  # it waits for a place
+    assert feed(machine, Arrival(request(2))) == [StopEarly(launch.batch)]  # it waits for a place
     states = {span.row: result(span, masks_left=16, prefix=span.block_start + 3) for span in launch.batch.spans}
     *_, launch = feed(machine, done(launch.batch, [states[span.row] for span in launch.batch.spans]))
     assert (launch.batch.steps, launch.batch.then) == (1, ())
@@ -130,8 +130,8 @@ def test_a_batch_of_several_steps_ends_soon_when_a_row_in_it_leaves_or_the_insta
         *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
         assert (len(launch.batch.spans), launch.batch.steps) == (2, 8)
         list(machine.observe(WorkerUp(1, 4096), 0.0))
-        assert Hurry(launch.batch) in feed(machine, event)
-        assert not any(isinstance(command, Hurry) for command in machine.decide(1.0))
+        assert StopEarly(launch.batch) in feed(machine, event)
+        assert not any(isinstance(command, StopEarly) for command in machine.decide(1.0))
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_a_launch_goes_on_into_the_next_blocks():
     reuse, refresh, again, *_ = then
     places = [(10, 32, 10), (0, 106, 42), (42, 32, 42), (0, 106, 74), (74, 32, 74)]
     assert [(span.start, span.length, span.block_start) for span in then] == places
-    row, (seat,) = machine.requests["r0"], machine.house.seats.values()
+    row, (replica,) = machine.requests["r0"], machine.placement.replicas.values()
 
     def step(span, last=False, **how):
         prefixes = [command.prefix for command in feed(machine, done(launch.batch, [result(span, **how)], last))[:1]]
-        return prefixes, row.steps, row.refreshes, seat.features.tokens, seat.refreshing
+        return prefixes, row.steps, row.refreshes, replica.features.tokens, replica.refreshing
 
     assert step(first, masks_left=28, prefix=12) == ([12], 1, 1, 106, True)
     assert step(reuse, stage=1) == ([42], 2, 1, 32, False)
@@ -183,11 +183,11 @@ def test_what_a_step_was_is_what_the_worker_says_and_not_what_it_should_have_bee
     machine = scheduler(repeats=8)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0, answer=96)))
-    (first,), (seat,), row = launch.batch.spans, machine.house.seats.values(), machine.requests["r0"]
+    (first,), (replica,), row = launch.batch.spans, machine.placement.replicas.values(), machine.requests["r0"]
     seen = []
     for left, stage in ((28, 0), (24, 0), (20, 1), (16, 0)):
         feed(machine, done(launch.batch, [result(first, left, 12, stage=stage)], last=False))
-        seen.append((row.refreshes, row.since_refresh, seat.features.tokens, seat.refreshing))
+        seen.append((row.refreshes, row.since_refresh, replica.features.tokens, replica.refreshing))
     assert seen == [(1, 1, 106, True), (2, 1, 106, True), (2, 2, 32, False), (3, 1, 106, True)]
 
 
@@ -222,7 +222,7 @@ def test_a_row_that_is_done_rests_until_the_batch_is():
     machine = scheduler(repeats=8)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0, answer=32)))
-    assert feed(machine, Arrival(request(1))) == [Hurry(launch.batch)]
+    assert feed(machine, Arrival(request(1))) == [StopEarly(launch.batch)]
     *_, launch = feed(machine, done(launch.batch, [result(launch.batch.spans[0], masks_left=28, prefix=12)]))
     both = [result(span, masks_left=20, prefix=15) for span in launch.batch.spans]
     *_, launch = feed(machine, done(launch.batch, both))
@@ -231,7 +231,7 @@ def test_a_row_that_is_done_rests_until_the_batch_is():
     assert (one.row, other.row) == (0, 1)
     first = [result(one), result(other, masks_left=16, prefix=16)]
     after = feed(machine, done(launch.batch, first, last=False))
-    assert [type(command) for command in after] == [Emit, Finish, Emit, Hurry]
+    assert [type(command) for command in after] == [Emit, Finish, Emit, StopEarly]
     finish = next(command for command in after if isinstance(command, Finish))
     rest = [result(one, unmasked=0, rested=True), result(other, masks_left=12, prefix=17)]
     after = feed(machine, done(launch.batch, rest))
@@ -287,8 +287,8 @@ def test_a_row_that_has_ended_in_a_batch_that_goes_on_wants_no_time_of_it():
     (launch,) = feed(machine, Arrival(request(0, answer=32, slo=Slo(seconds=1.0))))
     emit, finish, _ = feed(machine, done(launch.batch, [result(launch.batch.spans[0])], last=False))
     assert (emit.prefix, finish.reason) == (42, "length")
-    (seat,) = machine.house.seats.values()
-    assert (list(seat.residents), seat.promised) == ([0], [])
+    (replica,) = machine.placement.replicas.values()
+    assert (list(replica.residents), replica.with_deadline) == ([0], [])
     assert list(machine.decide(0.5)) == []  # a look at the whole house
     assert feed(machine, done(launch.batch, [result(launch.batch.spans[0])])) == [Release(0)]
 
@@ -298,14 +298,14 @@ def test_a_guess_turns_nobody_away_until_steps_have_been_seen():
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     hurried = Slo(seconds=0.045, on_miss="reject")  # too little by the guess, enough for steps of 10 ms
     commands, row, now = feed(machine, Arrival(request(0, slo=hurried))), 0, 0.0
-    while machine.beliefs.pace(1).learner.law.guess:
+    while machine.estimates.pace(1).learner.law.guess:
         now += 0.01
         launches = [command for command in commands if isinstance(command, Launch)]
         commands = feed(machine, done(launches[-1].batch, [result(span) for span in launches[-1].batch.spans]), now)
         if any(isinstance(command, Release) for command in commands):
             row += 1
             commands += feed(machine, Arrival(request(row, at=now, slo=hurried)), now)
-        if machine.beliefs.pace(1).learner.law.guess:
+        if machine.estimates.pace(1).learner.law.guess:
             assert not any(isinstance(command, Decline) for command in commands)
     assert row > 50
     late = feed(machine, Arrival(request(999, at=now, slo=Slo(seconds=0.001, on_miss="reject"))), now)
@@ -322,30 +322,30 @@ def test_a_deadline_that_nobody_could_keep_is_told_from_one_that_company_spoils(
         late = feed(machine, Arrival(request(row, slo=Slo(seconds=seconds, on_miss=on_miss))))
         late += list(machine.decide(float(row)))
         declined |= {one.request.row: one for one in late if isinstance(one, Decline)}
-    assert {row: (one.vain, one.retry_after is not None) for row, one in declined.items()} == {
+    assert {row: (one.never_feasible, one.retry_after is not None) for row, one in declined.items()} == {
         100: (True, True),
         101: (False, True),
     }
 
 
 def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
-    monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
+    monkeypatch.setattr("dilaserve.scheduler.deadlines.MAX_TENANTS", 3)
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     for i in range(6):
         (launch,) = feed(machine, Arrival(request(i, answer=8, slo=Slo(tenant=f"t{i % 5}"))), i)
         feed(machine, done(launch.batch, [result(launch.batch.spans[0])]), i)
-    assert list(machine.promises.banks) == ["t3", "t4", "t0"]
-    assert machine.promises.reserved == {}
+    assert list(machine.deadlines.banks) == ["t3", "t4", "t0"]
+    assert machine.deadlines.reserved == {}
 
 
 def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkeypatch):
-    monkeypatch.setattr("dilaserve.promises.MAX_TENANTS", 3)
-    promises = scheduler().promises
-    promises.banks["greedy"] = Bank(spent=40.0, served=2)
+    monkeypatch.setattr("dilaserve.scheduler.deadlines.MAX_TENANTS", 3)
+    deadlines = scheduler().deadlines
+    deadlines.banks["greedy"] = Bank(spent=40.0, served=2)
     for i in range(9):
-        promises.settle(promises.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
-    assert list(promises.banks) == ["greedy", "t7", "t8"]
+        deadlines.charge(deadlines.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
+    assert list(deadlines.banks) == ["greedy", "t7", "t8"]
 
 
 @pytest.mark.parametrize(
@@ -358,9 +358,9 @@ def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkey
     ],
 )
 def test_only_answers_whose_threshold_may_be_lowered_add_room_for_lower_ones(decoding, slo, counts):
-    promises = scheduler().promises
-    promises.settle(promises.arrived(request(0, slo=slo, **decoding)))
-    assert promises.all.served == counts
+    deadlines = scheduler().deadlines
+    deadlines.charge(deadlines.arrived(request(0, slo=slo, **decoding)))
+    assert deadlines.all.served == counts
 
 
 def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
@@ -372,11 +372,17 @@ def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
         machine.requests[f"r{row}"].deepest = 1
         drop = machine.requests[f"r{row}"].drop
         feed(machine, Cancel(f"r{row}", "cancelled"))
-        (flying,) = machine.house.seats[0].residents.values()
-        feed(machine, done(machine.house.seats[0].batch, [result(span) for span in machine.house.seats[0].batch.spans]))
+        (flying,) = machine.placement.replicas[0].residents.values()
+        feed(
+            machine,
+            done(
+                machine.placement.replicas[0].batch,
+                [result(span) for span in machine.placement.replicas[0].batch.spans],
+            ),
+        )
         assert flying.state is State.GONE
-    assert machine.promises.all.served == 16 / 64
-    assert machine.promises.all.spent == drop > 0.0
+    assert machine.deadlines.all.served == 16 / 64
+    assert machine.deadlines.all.spent == drop > 0.0
 
 
 def test_a_newcomer_alone_runs_at_its_own_threshold():
@@ -387,11 +393,11 @@ def test_a_newcomer_alone_runs_at_its_own_threshold():
         while launches := [command for command in commands if isinstance(command, Launch)]:
             assert not any(isinstance(command, Adjust) for command in commands)
             commands = feed(machine, done(launches[0].batch, [result(span) for span in launches[0].batch.spans]), i)
-        assert machine.promises.floor == 0
+        assert machine.deadlines.floor == 0
 
 
 def test_an_answer_is_charged_for_its_lowest_threshold_however_few_tokens_it_gave():
-    progress = Progress(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1), 0)
+    progress = RequestState(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1), 0)
     for level, unmasked in ((0, 20), (2, 1), (1, 11)):
         progress.level = level
         progress.advance(RowResult(0, 1, unmasked, 0 if level == 1 else 9, 10, -1, 0.9 * unmasked))
@@ -408,7 +414,7 @@ def test_a_crowd_lowers_thresholds_before_anybody_is_late():
         results = [result(span, masks_left=9, prefix=10) for span in launch.batch.spans]
         commands = feed(machine, done(launch.batch, results), tick * 0.25)
         (launch,) = [command for command in commands if isinstance(command, Launch)]
-    assert machine.promises.floor == 1
+    assert machine.deadlines.floor == 1
     assert {progress.level for progress in machine.requests.values()} == {1}
 
 
@@ -495,7 +501,7 @@ def test_a_change_of_plan_touches_only_what_changes_and_keeps_what_was_committed
     flying = {}
     for i in range(4):
         (launch,) = feed(machine, Arrival(request(i, at=float(i))), float(i))
-        flying[machine.house.seats[launch.batch.instance].instance.ranks] = launch.batch
+        flying[machine.placement.replicas[launch.batch.instance].instance.ranks] = launch.batch
     assert feed(machine, Replan(Plan(((0, 1), (2,), (3,))), "asked"), 4.0) == []
     first, second = flying[(0,)], flying[(1,)]
     commands = feed(machine, done(first, [result(first.spans[0], 20, first.spans[0].block_start + 2)]), 5.0)
@@ -519,7 +525,7 @@ def test_a_plan_taken_back_in_time_costs_nothing():
     machine = scheduler(plan=SINGLES)
     up(machine, range(4))
     (launch,) = feed(machine, Arrival(request(0)))
-    idle = [id for id in machine.house.seats if id != launch.batch.instance]
+    idle = [id for id in machine.placement.replicas if id != launch.batch.instance]
     (reshard,) = feed(machine, Replan(PAIRS, "asked"))
     assert set(reshard.moves.ends) == set(idle)
     (pair,) = reshard.moves.begins
@@ -530,14 +536,14 @@ def test_a_plan_taken_back_in_time_costs_nothing():
     (last,) = [command for command in commands if isinstance(command, Reshard)]
     *_, reshaped = formed(machine, [last], 0.0)
     assert (reshaped.change.after, reshaped.change.reason) == (SINGLES, "asked; no")
-    assert launch.batch.instance in machine.house.seats
+    assert launch.batch.instance in machine.placement.replicas
 
 
 def test_the_plan_shrinks_to_what_is_alive_and_grows_back():
     machine = scheduler(plan=PAIRS)
     up(machine, range(4))
     (launch,) = feed(machine, Arrival(request(0)))
-    ranks = machine.house.seats[launch.batch.instance].instance.ranks
+    ranks = machine.placement.replicas[launch.batch.instance].instance.ranks
     dead, survivor = ranks
     list(machine.observe(WorkerLost(dead, "killed by SIGKILL"), 1.0))
     (launch, *rest) = feed(machine, InstanceLost(launch.batch.instance, "killed by SIGKILL"), 1.0)
@@ -569,14 +575,14 @@ def test_a_step_under_way_gets_the_time_again_that_the_engine_did_not_live_throu
     machine, lost = scheduler(step_timeout=3.0), 0.0
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (launch,) = feed(machine, Arrival(request(0)))
-    known = machine.beliefs.known()
+    known = machine.estimates.known()
     for seconds in pauses:
         lost += seconds
         assert feed(machine, Paused(seconds), 2.9 + lost) == []
     assert machine.wake_at() == pytest.approx(3.0 + lost)
     if pauses:
         list(machine.observe(done(launch.batch, [result(launch.batch.spans[0], 20, 12)]), 2.9 + lost))
-        assert machine.beliefs.known() == known  # how long it took tells nothing
+        assert machine.estimates.known() == known  # how long it took tells nothing
 
 
 def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
@@ -592,12 +598,12 @@ def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     assert 0 < flow.tightness < 0.7
     assert (solve.demand.plan, solve.demand.ranks) == (SINGLES, (0, 1, 2, 3))
     feed(machine, PlanReady(PAIRS, "tight deadlines"), 4.0)
-    assert machine.layout.wanted == PAIRS
+    assert machine.plan_state.wanted == PAIRS
     feed(machine, Replan(SINGLES, "asked"), 4.5)
     feed(machine, PlanReady(PAIRS, "tight deadlines"), 5.0)
-    assert (machine.layout.wanted, machine.solves) == (SINGLES, False)  # who asks by hand has the last word
+    assert (machine.plan_state.wanted, machine.solves) == (SINGLES, False)  # who asks by hand has the last word
     feed(machine, Replan(None, "auto"), 6.0)
-    assert (machine.layout.wanted, machine.solves) == (SINGLES, True)
+    assert (machine.plan_state.wanted, machine.solves) == (SINGLES, True)
 
 
 def test_the_planner_is_asked_more_often_while_the_first_traffic_begins():
@@ -647,7 +653,7 @@ def test_a_row_that_has_lost_its_promise_waits_where_it_came():
     feed(machine, Arrival(request(1, at=1.0, slo=Slo(seconds=5.0))), 1.0)
     feed(machine, Arrival(request(2, at=2.0)), 2.0)
     list(machine.decide(7.0))
-    assert [progress.request.row for progress in machine.house.waiting] == [1, 2]
+    assert [progress.request.row for progress in machine.placement.waiting] == [1, 2]
 
 
 @pytest.mark.parametrize("scheduling", ["edf", "least-slack", "composed"])
@@ -672,7 +678,7 @@ def test_a_deadline_that_has_passed_is_no_guess():
     flying, waiting, release = machine.decide(0.3)
     assert [(one.request.row, one.retry_after is None) for one in (flying, waiting)] == [(0, False), (1, False)]
     assert release == Release(1)  # the other row is in flight
-    batch = machine.house.seats[0].batch
+    batch = machine.placement.replicas[0].batch
     assert feed(machine, done(batch, [result(span, 9, 20) for span in batch.spans]), 0.32) == [Release(0)]
 
 
@@ -680,10 +686,10 @@ def test_a_row_that_fits_nowhere_any_more_holds_nobody_up_and_ends_when_all_work
     machine = scheduler(plan=Plan(((0,), (1,))), best_effort_age=5.0)
     up(machine, range(2))
     feed(machine, Arrival(request(0, answer=2048)))
-    for seat in sorted(machine.house.seats.values(), key=lambda seat: len(seat.residents)):
-        (rank,) = seat.instance.ranks
+    for replica in sorted(machine.placement.replicas.values(), key=lambda replica: len(replica.residents)):
+        (rank,) = replica.instance.ranks
         list(machine.observe(WorkerLost(rank, "killed"), 1.0))
-        feed(machine, InstanceLost(seat.instance.id, "killed"), 1.0)
+        feed(machine, InstanceLost(replica.instance.id, "killed"), 1.0)
     formed(machine, feed(machine, WorkerUp(0, 1024), 2.0), 2.0)
     (launch,) = feed(machine, Arrival(request(1, at=3.0)), 3.0)
     assert [span.row for span in launch.batch.spans] == [1]
@@ -692,7 +698,7 @@ def test_a_row_that_fits_nowhere_any_more_holds_nobody_up_and_ends_when_all_work
     commands = formed(machine, feed(machine, WorkerUp(1, 512), 10.0), 10.0)
     (fail,) = [command for command in commands if isinstance(command, Fail)]
     assert fail.request.row == 0
-    assert "lower max_tokens" in fail.told
+    assert "lower max_tokens" in fail.for_client
     assert Release(0) in commands
 
 
@@ -707,12 +713,12 @@ def test_requests_wait_in_order_for_rows_and_for_room_in_the_pool():
 
 
 def test_what_the_tables_do_not_list_is_a_bug():
-    assert (State.GONE, Did.RETURNED) not in TRANSITIONS
+    assert (State.GONE, Transition.RETURNED) not in TRANSITIONS
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     feed(machine, Arrival(request(0)))
     with pytest.raises(KeyError):
-        machine.requests["r0"].did(Did.PLACED)
+        machine.requests["r0"].did(Transition.PLACED)
 
 
 PLANS = (SINGLES, PAIRS, Plan(((0, 1), (2,), (3,))), Plan(((0, 1, 2, 3),)))
@@ -736,8 +742,8 @@ class World:
         self.machine = scheduler(plan=SINGLES, **self.settings)
         self.driver = self.machine  # what observes and decides
         self.steps, self.courses = {}, {}  # by instance: taken by its batch, and what its rows do now and next
-        self.hurried, self.begun = set(), set()  # instances told to hurry; those a step ahead of what they know
-        self.flying, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
+        self.stopped_early, self.begun = set(), set()  # instances told to hurry; those a step ahead of what they know
+        self.in_flight, self.up, self.now, self.rows = {}, set(), 0.0, 0  # `up`: ranks
         self.instances, self.forming = {}, {}
         self.dying = {}  # instances of which a rank is gone: the ranks that have not left them yet, by id
         self.pools = self.rng.choice(((400,), (400, 224), (400, 200, 96)))  # tokens that workers come up with
@@ -762,7 +768,7 @@ class World:
         """Every request is in the house or has one fate, and the state is consistent."""
         machine = self.machine
         assert violations(machine) == []
-        assert 0 <= machine.house.running <= len(machine.requests)
+        assert 0 <= machine.placement.running <= len(machine.requests)
         assert sum(machine.totals.fates.values()) == len(self.ended) == self.rows - len(machine.requests)
 
     def perform(self, commands):
@@ -770,10 +776,10 @@ class World:
             match command:
                 case Launch(batch):
                     self.launched(batch)
-                case Hurry(batch):
-                    assert self.flying[batch.instance] == batch
-                    assert batch.instance not in self.hurried
-                    self.hurried.add(batch.instance)
+                case StopEarly(batch):
+                    assert self.in_flight[batch.instance] == batch
+                    assert batch.instance not in self.stopped_early
+                    self.stopped_early.add(batch.instance)
                 case Finish(wanted) | Fail(wanted) | Decline(wanted):
                     self.told[type(command)] += 1
                     self.timed += wanted.slo.seconds is not None
@@ -786,7 +792,7 @@ class World:
                     self.alive.remove(row)
                 case Reshard(moves):
                     for id in moves.ends:
-                        assert id not in self.flying
+                        assert id not in self.in_flight
                         del self.instances[id]
                         self.dying.pop(id, None)
                     for instance in moves.begins:
@@ -798,19 +804,19 @@ class World:
     def launched(self, batch):
         assert batch.instance in self.instances
         assert batch.instance not in self.dying
-        assert batch.instance not in self.flying
+        assert batch.instance not in self.in_flight
         rows = [span.row for span in batch.spans]
-        busy = [span.row for other in self.flying.values() for span in other.spans]
+        busy = [span.row for other in self.in_flight.values() for span in other.spans]
         assert len(set(rows)) == len(rows)
         assert not set(rows) & set(busy)
         assert set(rows) <= self.alive
         places = sorted((span.kv_start, span.kv_start + span.keys) for span in batch.spans)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
-        self.flying[batch.instance] = batch
+        self.in_flight[batch.instance] = batch
         self.courses[batch.instance] = Courses(batch.spans, batch.then)
         self.refreshed.update(span.row for span in batch.spans if span.length == span.keys)
         self.steps[batch.instance] = 0
-        self.hurried.discard(batch.instance)
+        self.stopped_early.discard(batch.instance)
         self.begun.discard(batch.instance)
 
     def act(self):
@@ -835,8 +841,8 @@ class World:
             self.lose(self.rng.choice(sorted(self.dying)))
         elif choice < 0.58 and (ready := sorted(self.forming.keys() - self.dying.keys())):
             self.form(self.rng.choice(ready))
-        elif self.flying:
-            self.finish(self.rng.choice(sorted(self.flying)))
+        elif self.in_flight:
+            self.finish(self.rng.choice(sorted(self.in_flight)))
 
     def slo(self):
         seconds = self.rng.choice((None, None, 0.001, 1.0, 5.0, 100.0))
@@ -860,11 +866,11 @@ class World:
 
     def lose(self, id):
         """All ranks that live on have left the instance. What its last step wrote stays, reported or not."""
-        if id in self.flying and self.rng.random() < 0.5:
+        if id in self.in_flight and self.rng.random() < 0.5:
             for span in self.courses[id].spans:
                 before = self.masks.get(key := (span.row, span.block_start), span.block_end - span.block_start)
                 self.masks[key] = max(0, before - self.rng.choice((1, 8, 32)))
-        for there in (self.instances, self.forming, self.flying, self.dying):
+        for there in (self.instances, self.forming, self.in_flight, self.dying):
             there.pop(id, None)
         self.feed(InstanceLost(id, "killed", outside=self.rng.random() < 0.5))
 
@@ -874,9 +880,12 @@ class World:
 
     def finish(self, instance):
         """One step; where all rows reuse, another may have begun before this one's result was known."""
-        batch, courses, results = self.flying[instance], self.courses[instance], []
-        spans, seat = courses.spans, self.machine.house.seats.get(instance) or self.machine.house.closing[instance]
-        there = [progress.state is not State.LEAVING for progress in seat.flying]
+        batch, courses, results = self.in_flight[instance], self.courses[instance], []
+        spans, replica = (
+            courses.spans,
+            self.machine.placement.replicas.get(instance) or self.machine.placement.closing[instance],
+        )
+        there = [progress.state is not State.LEAVING for progress in replica.in_flight]
         for span, stage, here in zip(spans, courses.stages, there, strict=True):
             key = (span.row, span.block_start)
             before = self.masks.get(key, span.block_end - span.block_start)
@@ -889,7 +898,7 @@ class World:
                 self.refreshed[span.row] += self.steps[instance] > 0 and span.length == span.keys
         self.steps[instance] += 1
         last = self.steps[instance] == batch.steps
-        over = answered(results) or instance in self.hurried
+        over = answered(results) or instance in self.stopped_early
         ends = over or not all(one.masks_left for one in results)
         begins = not last and instance not in self.begun and all(span.start for span in spans)
         if ends and begins and self.rng.random() < 0.5:
@@ -899,12 +908,12 @@ class World:
         self.begun.discard(instance)
         last = last or over or not courses.follow(results)
         tokens = sum(span.length for span in courses.spans)
-        last = last or (tokens > self.machine.launches.max_tokens and len(spans) > 1)
+        last = last or (tokens > self.machine.batcher.max_tokens and len(spans) > 1)
         if last:
-            del self.flying[instance]
+            del self.in_flight[instance]
         self.feed(done(batch, results, last))
-        if seat.batch is batch:  # the scheduler knows what its rows have done
-            assert [known[3:8] for known in seat.spans] == [span[3:8] for span in spans]
+        if replica.batch is batch:  # the scheduler knows what its rows have done
+            assert [known[3:8] for known in replica.spans] == [span[3:8] for span in spans]
 
     def settle(self):
         """Bring up every instance and let everything end."""
@@ -912,11 +921,11 @@ class World:
             self.lose(min(self.dying))
         for rank in {0, 1, 2, 3} - self.up:
             self.toggle(rank)
-        while self.flying or self.machine.requests or self.forming:
+        while self.in_flight or self.machine.requests or self.forming:
             if self.forming:
                 self.form(min(self.forming))
-            elif self.flying:
-                self.finish(min(self.flying))
+            elif self.in_flight:
+                self.finish(min(self.in_flight))
             else:
                 self.now = max(self.now, self.machine.wake_at())
                 self.perform(self.decide())
@@ -935,13 +944,13 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     fates = world.machine.totals.fates
     assert (fates["declined"], fates["failed"]) == (world.told[Decline], world.told[Fail])
     assert sum(world.machine.totals.deadlines.values()) == world.timed
-    assert not world.machine.house.waiting
-    assert not world.machine.house.queue
-    assert all(abs(held) < 1e-6 for held in world.machine.promises.reserved.values())
-    for seat in world.machine.house.seats.values():
-        assert seat.pages.free == [(0, seat.pages.capacity)]
-    assert world.machine.plan == world.machine.layout.wanted
-    assert not world.machine.house.closing
+    assert not world.machine.placement.waiting
+    assert not world.machine.placement.queue
+    assert all(abs(held) < 1e-6 for held in world.machine.deadlines.reserved.values())
+    for replica in world.machine.placement.replicas.values():
+        assert replica.pages.free == [(0, replica.pages.capacity)]
+    assert world.machine.plan == world.machine.plan_state.wanted
+    assert not world.machine.placement.closing
 
 
 def test_the_same_events_give_the_same_commands():

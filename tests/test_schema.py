@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dilaserve.engine.prompts import ROLES, Message, conversation
 from dilaserve.errors import MAX_ECHO, BadRequest, quoted, shortened
-from dilaserve.prompts import ROLES, Message, conversation
 from dilaserve.server import openai, unsupported
 from dilaserve.server.schema import (
     MAX_DEFAULT,

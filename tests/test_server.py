@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
 from dilaserve.server import app
-from dilaserve.server.answers import Form, Token, Told
 from dilaserve.server.app import running
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.server.responses import ResponseFormat, Token, Told
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -133,7 +133,7 @@ async def test_a_request_with_time_to_spare_meets_its_deadline(client):
 
 
 async def test_a_deadline_that_cannot_be_met_ends_as_the_client_wishes(client, engine):
-    while not engine.scheduler.promises.admits:  # nobody is turned away on a guess of what steps cost
+    while not engine.scheduler.deadlines.admits:  # nobody is turned away on a guess of what steps cost
         await post(client, CHAT, HELLO)
     hurried = HELLO | {"slo": {"deadline_ms": 0.01}}
     status, body, _ = await post(client, CHAT, hurried)
@@ -229,7 +229,7 @@ async def test_offsets_and_bytes_of_log_probabilities_fit_each_choice(client):
 
 
 async def test_all_parts_of_a_character_begin_where_it_does(engine):
-    form = Form(engine, chat=False, logprobs=True)
+    form = ResponseFormat(engine, chat=False, logprobs=True)
     told = [Token(id, 1.0) for id in engine.text.encode("é x") if id != checkpoints.BOS]
     assert form.probabilities(0, told)["text_offset"] == [0, 0, 1, 2]
 
@@ -637,7 +637,7 @@ async def test_a_key_is_asked_for_where_one_is_set(engine):
 async def test_a_server_that_shuts_down_says_that_it_is_draining():
     config = Config.of(port=0)
     async with (
-        Engine(config, furnish=pretended(llada_8b_h200(), 1, 256)) as engine,
+        Engine(config, assemble=pretended(llada_8b_h200(), 1, 256)) as engine,
         running(engine, config) as address,
         aiohttp.ClientSession(address) as client,
     ):

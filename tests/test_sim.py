@@ -12,24 +12,24 @@ import random
 import msgspec
 import pytest
 
-from dilaserve import profiles
-from dilaserve.beliefs import Beliefs
 from dilaserve.cli import main
 from dilaserve.config import Config
-from dilaserve.cost import Features, Learner
-from dilaserve.engine import Engine, Options
+from dilaserve.engine.engine import Engine, Options
 from dilaserve.errors import ConfigError, DeadlineMissed, DilaserveError, Overloaded, RequestFailed
-from dilaserve.planner import Planner
-from dilaserve.policy.layouts import parsed
-from dilaserve.quality import chain
+from dilaserve.planner.planner import Planner
+from dilaserve.plans import parsed
+from dilaserve.profile import profile_file
+from dilaserve.profile.decode_speed import chain
+from dilaserve.profile.step_cost import Features, Learner
+from dilaserve.scheduler.estimates import Estimates
 from dilaserve.server import metrics
 from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
+from dilaserve.sim.h200 import STEPS, law_at, llada_8b_h200
 from dilaserve.sim.report import by_second, report
-from dilaserve.sim.roofline import STEPS, law_at, llada_8b_h200
 from dilaserve.sim.run import ask, classes, pretended, simulate
 from dilaserve.sim.workload import Job
-from dilaserve.terms import PlanReady
+from dilaserve.types import PlanReady
 
 SECONDS = 20.0
 
@@ -92,20 +92,20 @@ def test_deadlines_are_met_where_first_come_first_served_misses_them():
 
 def test_the_accuracy_budget_is_kept():
     tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget=0.1, min_confidence_threshold=0.7)
-    bank = tight.engine.scheduler.promises.banks[""]
+    bank = tight.engine.scheduler.deadlines.banks[""]
     assert bank.spent <= 0.1 * (bank.served + 50)
 
 
 def test_tenants_together_keep_the_budget_however_many_there_are():
     async def crowded():
-        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(Config.of(), assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             rng, tasks = random.Random(0), []
             for i in range(320):
                 options = Options(max_tokens=256, deadline_ms=500, user=f"tenant {i}")
                 tasks.append(asyncio.create_task(engine.generate([0] * 32, options)))
                 await asyncio.sleep(rng.expovariate(5.0))
             await asyncio.gather(*tasks)
-            return engine.scheduler.promises
+            return engine.scheduler.deadlines
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         promises = runner.run(crowded())
@@ -118,7 +118,7 @@ def test_tenants_together_keep_the_budget_however_many_there_are():
 def test_who_has_waited_for_too_long_gets_a_seat_where_promises_fill_all(limits):
     async def busy():
         config = Config.of(plan="1x1", best_effort_age=10.0, **limits)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             rng, prompt = random.Random(0), [0] * 32
             patient, hurried = [], []
             while len(hurried) < 100 or not all(task.done() for task in patient):
@@ -139,9 +139,9 @@ def test_who_turns_all_away_by_a_wrong_law_finds_out():
 
     async def refusing(factor):
         profile = llada_8b_h200()
-        engine = Engine(Config.of(plan="1x1"), furnish=pretended(profile, 1, 1024))
+        engine = Engine(Config.of(plan="1x1"), assemble=pretended(profile, 1, 1024))
         async with engine:
-            pace = engine.scheduler.beliefs.pace(1)
+            pace = engine.scheduler.estimates.pace(1)
             pace.learner = Learner(pace.learner.law.scaled(factor))
             met = 0
             for _ in range(200):
@@ -157,21 +157,21 @@ def test_who_turns_all_away_by_a_wrong_law_finds_out():
 
 
 def test_a_machine_that_slept_during_a_step_is_no_slower_for_it():
-    beliefs = Beliefs({1: law_at(1)}, llada_8b_h200().quality)
+    estimates = Estimates({1: law_at(1)}, llada_8b_h200().quality)
     for _ in range(100):
-        beliefs.stepped(Features(32, 32 * 256, 256, 32, 1), False, 0.005, 0.006, 1)
-    before = beliefs.pace(1).overhead
-    beliefs.stepped(Features(32, 32 * 256, 256, 32, 1), False, 0.005, 3600.0, 1)
-    assert beliefs.pace(1).overhead < 1.2 * before
+        estimates.stepped(Features(32, 32 * 256, 256, 32, 1), False, 0.005, 0.006, 1)
+    before = estimates.pace(1).overhead
+    estimates.stepped(Features(32, 32 * 256, 256, 32, 1), False, 0.005, 3600.0, 1)
+    assert estimates.pace(1).overhead < 1.2 * before
 
 
 @pytest.mark.parametrize("scheduling", ["edf", "least-slack", "composed"])
 def test_the_accuracy_budget_is_kept_by_rows_that_ask_for_it_at_once(scheduling):
     async def crowded():
         config = Config.of(scheduling=scheduling)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             await asyncio.gather(*(engine.generate([0] * 32, Options(deadline_ms=1000)) for _ in range(60)))
-            return engine.scheduler.promises.banks[""]
+            return engine.scheduler.deadlines.banks[""]
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         bank = runner.run(crowded())
@@ -183,7 +183,7 @@ def test_the_accuracy_budget_is_kept_by_rows_that_ask_for_it_at_once(scheduling)
 def test_a_step_that_hangs_is_noticed_after_a_crowd_as_well(scheduling, monkeypatch):
     async def hanging():
         config = Config.of(scheduling=scheduling, max_num_seqs=8)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             await asyncio.gather(
                 *(engine.generate([0] * 32, Options(max_tokens=64, deadline_ms=300)) for _ in range(60))
             )
@@ -214,7 +214,7 @@ def test_a_deadline_is_answered_when_it_passes_whatever_the_workers_do(schedulin
 
     async def stopped():
         config = Config.of(scheduling=scheduling, max_num_seqs=2, plan="1x1")
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             monkeypatch.setattr(engine.executor, "launch", lambda batch: None)
             late = await asyncio.gather(*(asked(engine, 0.31 + 0.37 * i) for i in range(12)))
             assert sum(engine.scheduler.totals.fates.values()) == engine.scheduler.totals.fates["declined"] == 12
@@ -231,7 +231,7 @@ def test_each_request_of_a_random_crowd_has_one_fate():
     async def crowd(seed):
         rng = random.Random(seed)
         config = Config.of(max_queue=7, max_num_seqs=2, plan="2x1")
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 2, 1024, seed=seed)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 2, 1024, seed=seed)) as engine:
             scheduler, told = engine.scheduler, collections.Counter()
 
             def look():
@@ -304,7 +304,7 @@ async def latency(engine, **wish):
 def test_one_tenant_with_a_thousand_requests_does_not_keep_another_waiting(scheduling, wish):
     async def crowded():
         config = Config.of(plan="1x1", max_queue=1024, scheduling=scheduling)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 256)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 256)) as engine:
             alone = await latency(engine)
             greedy = [asyncio.create_task(latency(engine, user="greedy", **wish)) for _ in range(1008)]
             await asyncio.sleep(1.0)
@@ -321,7 +321,7 @@ def test_one_tenant_with_a_thousand_requests_does_not_keep_another_waiting(sched
 def test_a_full_queue_makes_room_for_a_tenant_with_less_in_it():
     async def crowded():
         config = Config.of(plan="1x1", max_queue=16, max_num_seqs=4)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 256)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 256)) as engine:
             greedy = [asyncio.create_task(latency(engine, user="greedy")) for _ in range(16)]
             await asyncio.sleep(0.1)
             with pytest.raises(Overloaded) as caught:
@@ -349,7 +349,7 @@ def test_clients_that_come_back_when_they_are_told_to_are_served_soon():
 
     async def crowded():
         config = Config.of(plan="1x1", max_queue=2)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 4096)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 4096)) as engine:
             return await asyncio.gather(*(patient(engine) for _ in range(8)))
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -359,7 +359,7 @@ def test_clients_that_come_back_when_they_are_told_to_are_served_soon():
 def test_priority_counts_without_a_deadline_among_the_requests_of_a_tenant():
     async def crowded():
         config = Config.of(plan="1x1", max_num_seqs=1)
-        async with Engine(config, furnish=pretended(llada_8b_h200(), 1, 256)) as engine:
+        async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 256)) as engine:
             tasks = [asyncio.create_task(latency(engine, priority=priority)) for priority in (0, -1, 0, 1)]
             return await asyncio.gather(*tasks)
 
@@ -371,7 +371,7 @@ def test_priority_counts_without_a_deadline_among_the_requests_of_a_tenant():
 def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
     async def changing():
         profile = llada_8b_h200()
-        async with Engine(Config.of(), furnish=pretended(profile, 4, 1024, delay=0.5)) as engine:
+        async with Engine(Config.of(), assemble=pretended(profile, 4, 1024, delay=0.5)) as engine:
             prompts = [[0] * 100 for _ in range(12)]
             load = [asyncio.create_task(engine.generate(prompt, Options(max_tokens=256))) for prompt in prompts]
             changes = []
@@ -393,7 +393,7 @@ def test_a_change_of_plan_costs_its_delay_and_loses_nobody():
 def test_a_planner_is_asked_at_its_times_and_obeyed():
     asked = []
 
-    class Counsel(Planner):
+    class PlannerPort(Planner):
         def __call__(self, demand):
             asked.append(demand)
             return (
@@ -401,10 +401,10 @@ def test_a_planner_is_asked_at_its_times_and_obeyed():
             )
 
     profile = llada_8b_h200()
-    planner = Counsel({}, profile.quality)
+    planner = PlannerPort({}, profile.quality)
 
     async def planned():
-        async with Engine(Config.of(), furnish=pretended(profile, 4, 1024), planner=planner) as engine:
+        async with Engine(Config.of(), assemble=pretended(profile, 4, 1024), planner=planner) as engine:
             await asyncio.sleep(5.0)
             assert len(engine.plan.groups) == 4
             await engine.generate([0] * 100, Options(max_tokens=256))
@@ -421,7 +421,7 @@ def test_a_quiet_house_is_planned_for_latency_and_a_busy_one_for_throughput():
     """The planner of the house: with few requests devices run together, with many each for itself."""
 
     async def load(rate, seconds):
-        async with Engine(Config.of(slo_class="far=3x"), furnish=pretended(llada_8b_h200(), 4, 1024)) as engine:
+        async with Engine(Config.of(slo_class="far=3x"), assemble=pretended(llada_8b_h200(), 4, 1024)) as engine:
             async with asyncio.TaskGroup() as group:
                 for _ in range(int(rate * seconds)):
                     group.create_task(engine.generate([0] * 100, Options(max_tokens=256, slo_class="far")))
@@ -437,7 +437,7 @@ def test_a_rush_after_a_quiet_time_is_met_by_each_device_for_itself():
     """However great it is: a plan that was taken for latency is left within a few looks."""
 
     async def rushed():
-        async with Engine(Config.of(slo_class="x2=2x"), furnish=pretended(llada_8b_h200(), 4, 1024)) as engine:
+        async with Engine(Config.of(slo_class="x2=2x"), assemble=pretended(llada_8b_h200(), 4, 1024)) as engine:
             seen = []
             async with asyncio.TaskGroup() as group:
                 for rate, seconds in ((1.0, 12.0), (65.0, 7.0)):
@@ -461,7 +461,7 @@ def test_who_believes_that_all_is_hopeless_tries_and_learns(scheduling):
     async def asked():
         settings = Config.of(scheduling=scheduling)
         met = []
-        async with Engine(settings, furnish=pretended(feared, 1, 1024, truth=truth)) as engine:
+        async with Engine(settings, assemble=pretended(feared, 1, 1024, truth=truth)) as engine:
             for _ in range(40):
                 try:
                     options = Options(max_tokens=256, deadline_ms=1000, on_miss="cancel_when_late")
@@ -607,6 +607,6 @@ def test_a_profile_with_missing_entries_is_damaged(tmp_path):
     for changed in ({"costs": {}}, *wrong_costs, {"quality": short}):
         (tmp_path / "profile.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(known, **changed)))
         with pytest.raises(ConfigError, match="damaged"):
-            profiles.read(tmp_path / "profile.json")
+            profile_file.read(tmp_path / "profile.json")
     (tmp_path / "profile.json").write_bytes(msgspec.json.encode(known))
-    assert profiles.read(tmp_path / "profile.json") == known
+    assert profile_file.read(tmp_path / "profile.json") == known

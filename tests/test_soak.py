@@ -10,7 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "bench"))  # where bench/soak.py finds its parts
 
 from soaking import cases, wire
-from soaking.asking import Known, Verdict, judged
+from soaking.asking import Known, ThresholdChoice, judged
 from soaking.counters import added_up
 from soaking.mixed import grown
 from soaking.wire import Answer
@@ -61,12 +61,12 @@ def test_a_stream_must_end_as_it_should():
 @pytest.mark.parametrize(
     ("cache", "text", "refreshes", "expected"),
     [
-        ("none", "abc", 9, Verdict.RIGHT),
-        ("none", "abd", 9, Verdict.WRONG),
-        ("dual, always refreshed", "abd", 9, Verdict.WRONG),
-        ("dual", "abd", 4, Verdict.WRONG),  # nothing disturbed it
-        ("dual", "abd", 5, Verdict.MOVED),
-        ("dual", "abc", 5, Verdict.RIGHT),
+        ("none", "abc", 9, ThresholdChoice.RIGHT),
+        ("none", "abd", 9, ThresholdChoice.WRONG),
+        ("dual, always refreshed", "abd", 9, ThresholdChoice.WRONG),
+        ("dual", "abd", 4, ThresholdChoice.WRONG),  # nothing disturbed it
+        ("dual", "abd", 5, ThresholdChoice.MOVED),
+        ("dual", "abc", 5, ThresholdChoice.RIGHT),
     ],
 )
 def test_only_a_further_refresh_excuses_another_answer(cache, text, refreshes, expected):

@@ -194,10 +194,11 @@ def test_a_script_ends_cleanly_however_it_ends(random_model, how):
 def test_ctrl_c_while_it_opens_leaves_no_worker(random_model):
     script = textwrap.dedent(f"""
         import _thread, os, subprocess, threading, time
-        from dilaserve import DilaServe, children
+        from dilaserve import DilaServe
+        from dilaserve.system import child_processes
 
         def interrupt():
-            while not children.running:
+            while not child_processes.running:
                 time.sleep(0.001)
             _thread.interrupt_main()
 
@@ -205,7 +206,7 @@ def test_ctrl_c_while_it_opens_leaves_no_worker(random_model):
         try:
             DilaServe(model={str(random_model)!r}, devices="cpu").open()
         except KeyboardInterrupt:
-            print("interrupted", len(children.running))
+            print("interrupted", len(child_processes.running))
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted 0\n", "")

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilaserve.table import RequestTable, nbytes, private_bytes
-from dilaserve.terms import Decoding
+from dilaserve.transport.request_table import RequestTable, nbytes, private_bytes
+from dilaserve.types import Decoding
 
 ROWS, LENGTH, MASK = 6, 40, 99
 

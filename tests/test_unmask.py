@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from knobs import sampling
 from reference import factor_count as reference_factor_count
 
-from dilaserve.table import RULES
-from dilaserve.worker.statistics import Guess
-from dilaserve.worker.unmask import Rules, decided, factor_count, guess, gumbel, narrowed
+from dilaserve.transport.request_table import RULES
+from dilaserve.worker.candidates import Candidates
+from dilaserve.worker.sampler import Rules, decided, factor_count, guess, gumbel, narrowed
 
 MASK = 7
 
@@ -27,7 +27,7 @@ def rules(rows, rule="threshold", threshold=0.9, factor=1.0, quota=1):
 
 def guessed(confidences):
     p = torch.tensor(confidences, dtype=torch.float64)
-    return Guess(torch.zeros(len(confidences), dtype=torch.int64), ((1 - p) / p).float())
+    return Candidates(torch.zeros(len(confidences), dtype=torch.int64), ((1 - p) / p).float())
 
 
 def accepted(found, masked, knobs):

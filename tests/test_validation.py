@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dilaserve.engine.prompts import Message, conversation, is_conversation, listed, token_ids
+from dilaserve.engine.submit import Options, validated
 from dilaserve.errors import BadRequest
-from dilaserve.options import Options, validated
-from dilaserve.prompts import Message, conversation, is_conversation, listed, token_ids
 from dilaserve.server import openai
 from dilaserve.server.schema import ChatRequest, decoded
 

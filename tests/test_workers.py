@@ -18,14 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import until
 
-from dilaserve import Config, Engine, Options, children, executor
+from dilaserve import Config, Engine, Options
+from dilaserve.engine.stall_detector import LATE, PERIOD, StallDetector
+from dilaserve.engine.stream import collect
 from dilaserve.errors import CheckpointError, DilaserveError
-from dilaserve.executor import MAX_FAILURES, Death, Ended, ProcessExecutor, epitaph, refusal
-from dilaserve.pulse import LATE, PERIOD, Pulse
+from dilaserve.executor import worker_processes
+from dilaserve.executor.worker_processes import (
+    MAX_FAILURES,
+    Death,
+    Ended,
+    ProcessExecutor,
+    epitaph,
+    refusal,
+)
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
-from dilaserve.stream import collect
+from dilaserve.system import child_processes
 
 PROMPT, WISH = [5, 6, 7], Options(max_tokens=32, block_length=8, ignore_eos=True)
 POOL = 2**21  # tokens of K/V, far more than any test here uses
@@ -49,7 +58,7 @@ async def engine(random_model, tmp_path_factory):
 
 
 def pids():
-    return {child.pid for child in children.running if child.args[-1].startswith("dilaserve worker")}
+    return {child.pid for child in child_processes.running if child.args[-1].startswith("dilaserve worker")}
 
 
 def rss(pid):
@@ -75,7 +84,7 @@ async def test_the_pool_takes_memory_as_rows_use_it(engine):
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_workers_that_are_killed_while_they_load_cost_time_alone(engine, monkeypatch):
-    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.001)
+    monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.001)
     known = await engine.generate(PROMPT, WISH)
     waiting = asyncio.create_task(engine.generate(PROMPT, WISH))
     struck = set()
@@ -93,7 +102,7 @@ async def test_workers_that_are_killed_while_they_load_cost_time_alone(engine, m
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_worker_that_is_killed_during_the_first_start_is_started_again(random_model, monkeypatch):
-    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.001)
+    monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.001)
     others = pids()
     starting = asyncio.create_task(Engine(Config.of(model=str(random_model), devices="cpu")).__aenter__())
     await until(lambda: pids() - others)
@@ -108,7 +117,7 @@ async def test_a_worker_that_is_killed_during_the_first_start_is_started_again(r
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engine, monkeypatch, caplog):
-    monkeypatch.setattr(executor, "RESPAWN_PAUSE", 0.05)
+    monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.05)
     known, (soft, hard) = await engine.generate(PROMPT, WISH), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -129,9 +138,9 @@ async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_no
     await until(lambda: len(engine.capacity) == 2)
     wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache=cache)
     async with await engine.submit(PROMPT, wish) as stream:
-        await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.seat and known.steps)
+        await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.replica and known.steps)
         progress = engine.scheduler.requests[stream.id]
-        (rank,) = progress.seat.instance.ranks
+        (rank,) = progress.replica.instance.ranks
         process = engine.executor.workers[rank].process
         strike(process.pid, signal.SIGSTOP)
         await asyncio.sleep(0.05)  # what it has reported by then is known
@@ -148,8 +157,8 @@ async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_no
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(engine, monkeypatch, caplog):
     """As when a driver keeps it in the kernel: it neither ends nor closes its line."""
-    monkeypatch.setattr(executor, "MORTAL", 0.01)
-    monkeypatch.setattr(executor, "PATIENCE", 0.01)
+    monkeypatch.setattr(worker_processes, "MORTAL", 0.01)
+    monkeypatch.setattr(worker_processes, "PATIENCE", 0.01)
     wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
     await until(lambda: len(engine.capacity) == 2)
     known = await engine.generate(PROMPT, wish)
@@ -170,11 +179,11 @@ async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(eng
 
 
 def test_no_thread_waits_for_ever_for_a_process_that_cannot_be_killed(monkeypatch, caplog):
-    monkeypatch.setattr(children, "PATIENCE", 0.01)
+    monkeypatch.setattr(child_processes, "PATIENCE", 0.01)
     with subprocess.Popen(["sleep", "60"]) as child:
         with monkeypatch.context() as kept:
             kept.setattr(child, "kill", lambda: None)
-            children.end(child)
+            child_processes.end(child)
         child.kill()
     assert caplog.messages == [f"the process {child.pid} (60) cannot be killed"]
 
@@ -226,7 +235,8 @@ def test_a_fork_of_the_program_that_exits_leaves_the_workers_to_it(random_model)
     """However it exits, and with a directory in which workers meet. The engine's loop runs in a thread."""
     said = run(f"""
         import asyncio, os, sys, threading
-        from dilaserve import Config, Engine, Options, children
+        from dilaserve import Config, Engine, Options
+        from dilaserve.system import child_processes
 
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, daemon=True).start()
@@ -236,15 +246,15 @@ def test_a_fork_of_the_program_that_exits_leaves_the_workers_to_it(random_model)
 
         engine = Engine(Config.of(model={str(random_model)!r}, devices="cpu", group_backend="gloo"))
         done(engine.__aenter__())
-        before = [child.pid for child in children.running]
-        for leave in (sys.exit, children.kill, lambda: asyncio.run(engine._leave()), lambda: os._exit(0)):
+        before = [child.pid for child in child_processes.running]
+        for leave in (sys.exit, child_processes.kill, lambda: asyncio.run(engine._leave()), lambda: os._exit(0)):
             if not (pid := os.fork()):
-                assert not children.running
+                assert not child_processes.running
                 leave()
                 sys.exit()
             assert os.waitpid(pid, 0)[1] == 0
         print(done(engine.generate("hello", Options(max_tokens=8))).completion_tokens)
-        print([child.pid for child in children.running] == before, len(before))
+        print([child.pid for child in child_processes.running] == before, len(before))
         print(os.path.isdir(os.path.dirname(engine.executor.workers[0].job.store)))
         done(engine._leave())
         """)
@@ -292,7 +302,7 @@ def test_an_engine_works_inside_a_daemonic_process(random_model):
 def test_a_loop_that_runs_has_missed_nothing_and_one_that_does_not_has():
     async def lives():
         loop = asyncio.get_running_loop()
-        pulse = Pulse(loop)
+        pulse = StallDetector(loop)
         pulse.watch(True)
         await asyncio.sleep(100 * PERIOD)
         seen = [pulse.missed(loop.time())]
@@ -319,7 +329,7 @@ def test_a_step_gets_the_time_again_in_which_the_engine_was_stopped(pauses, monk
     """Of the time that it lives through, a step that hangs has no more than ever."""
 
     async def hanging():
-        async with Engine(Config.of(), furnish=pretended(llada_8b_h200(), 1, 1024)) as engine:
+        async with Engine(Config.of(), assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             loop = asyncio.get_running_loop()
             killed = loop.create_future()
             monkeypatch.setattr(engine.executor, "launch", lambda batch: None)

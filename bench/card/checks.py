@@ -9,18 +9,20 @@ from baselines import Plain
 from card.parts import replayed
 from card.rig import BLOCK, Bench, Goal, Rig
 from card.steps import blocks_of
-from dilaserve.models import layers
-from dilaserve.terms import Span
-from dilaserve.worker import statistics as row_statistics
-from dilaserve.worker.batch import columns_of
-from dilaserve.worker.ends import PLAIN
+from dilaserve.models import blocks
+from dilaserve.models.attention import attend, each_run
+from dilaserve.models.spans import Runs
+from dilaserve.types import Span
+from dilaserve.worker import confidence as row_statistics
+from dilaserve.worker.step_arrays import columns_of
+from dilaserve.worker.step_kernels import PLAIN
 
 
 def kernels(bench: Bench) -> Iterator[str]:
     """On a GPU: what the CPU cannot check of them."""
     rig, device, dtype = bench.rig(), bench.device, bench.dtype
     if bench.cuda:
-        used = layers.has_kernels(device)
+        used = blocks.has_kernels(device)
         bench.goals.append(Goal("Triton kernels", "used" if used else "not used", "used", used))
     vocab, mask_id = bench.shape.vocab, bench.shape.mask_id
     logits = torch.randn(256, vocab, device=device).mul_(4).to(dtype)
@@ -37,7 +39,7 @@ def kernels(bench: Bench) -> Iterator[str]:
     kit, block = rig.model.kit, rig.weights.blocks[0]
     x, delta = (torch.randn(64, bench.shape.width, device=device).to(dtype) for _ in range(2))
     pairs = zip(
-        kit.add_norm(x, delta, block.ff_norm, 1e-5), layers.add_norm(x, delta, block.ff_norm, 1e-5), strict=True
+        kit.add_norm(x, delta, block.ff_norm, 1e-5), blocks.add_norm(x, delta, block.ff_norm, 1e-5), strict=True
     )
     yield beside(bench, "sum and norm", pairs)
     fused = torch.nn.functional.linear(x, block.qkv).view(64, rig.model.groups, -1, rig.spec.head_dim)
@@ -46,12 +48,12 @@ def kernels(bench: Bench) -> Iterator[str]:
     heads = rig.model.q, rig.model.kv
     queries = (
         kit.place(fused, turns, slots, *stores[:2], *heads),
-        layers.place(fused, turns, slots, *stores[2:], *heads),
+        blocks.place(fused, turns, slots, *stores[2:], *heads),
     )
     placed = [queries, (stores[0], stores[2]), (stores[1], stores[3])]
     yield beside(bench, "rotation and placing", placed)
     gate_up = torch.nn.functional.linear(x, block.gate_up).view(64, rig.model.groups, 2, -1)
-    yield beside(bench, "gate", [(kit.gated(gate_up.clone()), layers.gated(gate_up.clone()))])
+    yield beside(bench, "gate", [(kit.gated(gate_up.clone()), blocks.gated(gate_up.clone()))])
     yield from attention(bench, rig)
     yield from replays(bench, rig)
     yield from mixed(bench, rig)
@@ -81,9 +83,9 @@ def attention(bench: Bench, rig: Rig) -> Iterator[str]:
         lengths = columns.length.tolist()
         q = torch.randn(sum(lengths), rig.spec.heads, rig.spec.head_dim, device=bench.device).to(bench.dtype)
         offsets, starts = as_tensor([0, *np.cumsum(lengths)]), as_tensor([*columns.kv_start, 0])
-        runs = layers.Runs(offsets, starts, as_tensor(columns.keys), max(lengths), rig.spec.max_length, even)
-        found = layers.attend(q, pool, 0, runs, rig.model.kit)
-        twin = layers.each_run(q, pool.keys[0], pool.values[0], runs)
+        runs = Runs(offsets, starts, as_tensor(columns.keys), max(lengths), rig.spec.max_length, even)
+        found = attend(q, pool, 0, runs, rig.model.kit)
+        twin = each_run(q, pool.keys[0], pool.values[0], runs)
         yield beside(bench, f"attention over {what}", [(found, twin)], most=2e-2)
 
 

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from card.rig import BLOCK, Bench, Rig
 from card.steps import alone, drain, onward
-from dilaserve.models import layers
-from dilaserve.pages import PAGE
+from dilaserve.models import attention, spans
+from dilaserve.types import PAGE
 
 SHOWN = 14  # kernels of a step, the longest first
 STEPS = 8  # that are profiled
@@ -59,7 +59,7 @@ def kernels_of(bench: Bench, rig: Rig, rows: int) -> Iterator[str]:
 def attentions(bench: Bench, rig: Rig) -> Iterator[str]:
     """Of a block's queries over canvases, by each way there is."""
     spec, pool, device = rig.spec, rig.pool, bench.device
-    library = layers.varlen_for(device, bench.dtype, spec.head_dim) or layers.each_run
+    library = attention.varlen_for(device, bench.dtype, spec.head_dim) or attention.each_run
     ways: dict[str, Callable[..., torch.Tensor]] = {"library": library}
     if rig.model.kit.attend_even:
         from dilaserve.models.kernels import attend_even
@@ -73,7 +73,7 @@ def attentions(bench: Bench, rig: Rig) -> Iterator[str]:
         q = torch.randn(rows * BLOCK, spec.heads, spec.head_dim, device=device).to(bench.dtype)
         numbers = [range(0, BLOCK * (rows + 1), BLOCK), range(0, keys * (rows + 1), keys), [keys] * rows]
         offsets, starts, used = (torch.tensor(list(one), dtype=torch.int32, device=device) for one in numbers)
-        runs = layers.Runs(offsets, starts, used, BLOCK, spec.max_length, even=True)
+        runs = spans.Runs(offsets, starts, used, BLOCK, spec.max_length, even=True)
         floor = 2 * rows * keys * spec.kv_heads * spec.head_dim * bench.dtype.itemsize / bench.bandwidth
         found = []
         for way in ways.values():

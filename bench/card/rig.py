@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dilaserve import Config, models, profiles
+from dilaserve import Config, models
 from dilaserve.models.checkpoint import BUNDLED_MODELS, Checkpoint
-from dilaserve.models.kvcache import KVPool
+from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
-from dilaserve.pages import PAGE
-from dilaserve.policy.transfer import even
-from dilaserve.table import RequestTable
-from dilaserve.terms import Decoding, Span
-from dilaserve.worker.batch import columns_of
-from dilaserve.worker.ends import Ends
+from dilaserve.profile import profile_file
+from dilaserve.scheduler.rules.quotas import even
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import PAGE, Decoding, Span
 from dilaserve.worker.forward_graphs import TOKENS, ForwardGraphs
-from dilaserve.worker.reuse import ReuseSteps
-from dilaserve.worker.runner import Runner
+from dilaserve.worker.graph_steps import ReuseSteps
+from dilaserve.worker.model_runner import Runner
+from dilaserve.worker.step_arrays import columns_of
+from dilaserve.worker.step_buffers import StepKernels
 
 BLOCK = 32
 FEW = 2  # runs of what is measured on a tiny shape
@@ -80,7 +80,7 @@ class Bench:
         self.quotas = even(BLOCK, args.steps)
         self.bandwidth = self.rate = math.nan
         self.goals: list[Goal] = []
-        self.profile: profiles.ModelProfile | None = None
+        self.profile: profile_file.ModelProfile | None = None
         self.resident: Rig | None = None
 
     def left(self) -> float:
@@ -153,7 +153,7 @@ class Rig:
         self.replayed = self.runner_of(None, self.forward)
         self.canvas = canvas
 
-    def steps(self, eager: bool = False, ends: Ends | None = None) -> ReuseSteps:
+    def steps(self, eager: bool = False, ends: StepKernels | None = None) -> ReuseSteps:
         made = ReuseSteps(self.spec, self.model, self.pool, self.table.rows, eager)
         made.ends = ends or made.ends
         return made

@@ -14,10 +14,11 @@ import torch
 from baselines import Plain, loop
 
 from card.rig import BLOCK, SHAPES, Bench, Goal, Shape, build, name_of, prompts_for
-from dilaserve import Engine, Options, profiles
+from dilaserve import Engine, Options
 from dilaserve.calibrate import step_costs
-from dilaserve.cost import Sample, fit
-from dilaserve.sim.roofline import llada_8b_h200
+from dilaserve.profile import profile_file
+from dilaserve.profile.step_cost import Sample, fit
+from dilaserve.sim.h200 import llada_8b_h200
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ def law(bench: Bench) -> Iterator[str]:
     found: dict[int, list[Sample]] = bounded(bench, step_costs(config, limit, told))
     fitted = {degree: fit(samples) for degree, samples in found.items()}
     known = llada_8b_h200()
-    costs = {**known.costs, **{profiles.cost_key(str(bench.device), degree): one for degree, one in fitted.items()}}
+    costs = {**known.costs, **{profile_file.cost_key(str(bench.device), degree): one for degree, one in fitted.items()}}
     bench.profile = msgspec.structs.replace(
         known,
         model=f"{bench.args.shape}, random weights",

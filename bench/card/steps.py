@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from card.rig import BLOCK, Bench, Rig
-from dilaserve.terms import Span
-from dilaserve.worker.batch import Blocks, active_blocks, columns_of
-from dilaserve.worker.ends import DEPTH, PLAIN
-from dilaserve.worker.reuse import ReuseSteps
+from dilaserve.types import Span
+from dilaserve.worker.graph_steps import ReuseSteps
+from dilaserve.worker.step_arrays import Blocks, active_blocks, columns_of
+from dilaserve.worker.step_buffers import DEPTH
+from dilaserve.worker.step_kernels import PLAIN
 
 
 def roofs(bench: Bench) -> Iterator[str]:

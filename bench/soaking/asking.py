@@ -25,7 +25,7 @@ class Known(NamedTuple):
     refreshes: int
 
 
-class Verdict(enum.Enum):
+class ThresholdChoice(enum.Enum):
     RIGHT = "as undisturbed"
     MOVED = "another, after more refreshes"
     WRONG = "wrong"
@@ -58,8 +58,8 @@ async def asked(session: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[s
     return answer["choices"][0]["text"], answer["dilaserve"]["refreshes"]
 
 
-def judged(known: Known, text: str, refreshes: int) -> Verdict:
+def judged(known: Known, text: str, refreshes: int) -> ThresholdChoice:
     if text == known.text:
-        return Verdict.RIGHT
+        return ThresholdChoice.RIGHT
     moved = known.cache not in EXACT and refreshes > known.refreshes
-    return Verdict.MOVED if moved else Verdict.WRONG
+    return ThresholdChoice.MOVED if moved else ThresholdChoice.WRONG

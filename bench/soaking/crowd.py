@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from soaking.asking import COMPLETIONS, Known, Verdict, asked, judged
+from soaking.asking import COMPLETIONS, Known, ThresholdChoice, asked, judged
 from soaking.cases import WEIGHTS, case
 from soaking.processes import Server
 from soaking.wire import exchange
@@ -55,7 +55,7 @@ async def exact(soak: Soak, number: int) -> None:
         except BROKEN as error:
             await noted(soak, "exact", error)
             continue
-        if verdict is not Verdict.RIGHT:
+        if verdict is not ThresholdChoice.RIGHT:
             soak.seen.faults.append(f"wrong answer to {one.body}")
 
 

@@ -13,9 +13,9 @@ import msgspec
 import torch
 from safetensors import safe_open
 
-from dilaserve import files
 from dilaserve.errors import CheckpointError
-from dilaserve.files import read_json, read_json_if_present
+from dilaserve.system import files
+from dilaserve.system.files import read_json, read_json_if_present
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"

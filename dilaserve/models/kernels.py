@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a layer, as Triton kernels that round where `layers` rounds.
+"""What lies between the matrix products of a layer, as Triton kernels that round where `blocks` rounds.
 
 A reuse step reads all weights for a few tokens; many small kernels beside that would take a third of its time.
 """
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dilaserve.models.layers import Kit, Runs
+from dilaserve.models.spans import Kernels, Runs
 
 WIDE = 2048  # elements of the MLP that a program gates
 TILE = 8192  # elements of K, and of V, that a program of attention looks at together
@@ -19,7 +19,7 @@ MOST_SPLITS = 8  # of a row's keys
 def add_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `layers.add_norm`; x and delta are [tokens, hidden] and contiguous."""
+    """See `blocks.add_norm`; x and delta are [tokens, hidden] and contiguous."""
     total, normed = torch.empty_like(x), torch.empty_like(x)
     tokens, width = x.shape
     if tokens:
@@ -39,7 +39,7 @@ def place(
     q: int,
     kv: int,
 ) -> torch.Tensor:
-    """See `layers.place`."""
+    """See `blocks.place`."""
     tokens, groups, _, head_dim = fused.shape
     out = torch.empty(tokens, groups * q, head_dim, dtype=fused.dtype, device=fused.device)
     if tokens:
@@ -51,7 +51,7 @@ def place(
 
 
 def gated(fused: torch.Tensor) -> torch.Tensor:
-    """See `layers.gated`."""
+    """See `blocks.gated`."""
     tokens, groups, _, width = fused.shape
     out = torch.empty(tokens, groups * width, dtype=fused.dtype, device=fused.device)
     if tokens:
@@ -62,7 +62,7 @@ def gated(fused: torch.Tensor) -> torch.Tensor:
 def attend_even(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs, splits: int | None = None
 ) -> torch.Tensor:
-    """See `layers.each_run`; the queries of a span are a power of two, and at least 16.
+    """See `attention.each_run`; the queries of a span are a power of two, and at least 16.
 
     Of few rows the keys are split so that all processors have some; the parts are joined by their sums (Flash-Decoding,
     Dao et al. 2023).
@@ -93,7 +93,7 @@ def splits_for(programs: int, device: torch.device) -> int:
     return min(MOST_SPLITS, 1 << max(0, spare.bit_length() - 1))
 
 
-KIT = Kit(add_norm, place, gated, attend_even)
+KERNELS = Kernels(add_norm, place, gated, attend_even)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dilaserve.models.attention import attend
+from dilaserve.models.blocks import interleaved, kernels_for, rms_norm, rotary_table
 from dilaserve.models.checkpoint import Checkpoint, Tensors, shown
-from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import Packed, attend, interleaved, kit_for, rms_norm, rotary_table
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import Packed
 from dilaserve.models.spec import ModelSpec, Shard
 
 MAX_DEGREE = 8
@@ -222,7 +224,7 @@ class Model:
         first = weights.held.slice(spec.vocab_size).start
         self.head = weights.head[self.vocabulary.start - first : self.vocabulary.stop - first]
         device = weights.norm.device
-        self.kit = kit_for(device)
+        self.kit = kernels_for(device)
         self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:

@@ -17,9 +17,12 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from dilaserve import __version__, children, interruption, listening
+from dilaserve import __version__
 from dilaserve.config import Config
-from dilaserve.engine import Engine, Stream
+from dilaserve.engine.assembly import Assemble, real
+from dilaserve.engine.engine import Engine, Stream
+from dilaserve.engine.prompts import Message, Prompt, conversation
+from dilaserve.engine.stream import collect
 from dilaserve.errors import (
     BadRequest,
     DilaserveError,
@@ -30,17 +33,15 @@ from dilaserve.errors import (
     quoted,
     shortened,
 )
-from dilaserve.executor import Progress
-from dilaserve.furniture import Furnish, real
-from dilaserve.prompts import Message, Prompt, conversation
-from dilaserve.server import metrics, openai, plans, schema, sse
-from dilaserve.server.answers import Form, Json, failure
+from dilaserve.executor.worker_processes import Progress
+from dilaserve.server import listening, metrics, openai, plan_api, schema, sse
 from dilaserve.server.connection import Connection
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.intake import Intake
 from dilaserve.server.paths import rooted
-from dilaserve.stream import collect
-from dilaserve.text import LONGEST, MARKS
+from dilaserve.server.responses import Json, ResponseFormat, failure
+from dilaserve.system import child_processes, signals
+from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,7 +64,7 @@ async def serve(
     config: Config,
     progress: Progress,
     announce: Announce,
-    furnish: Furnish = real,
+    assemble: Assemble = real,
     sockets: Sequence[socket.socket] | None = None,
 ) -> int:
     """Load, listen, and on SIGTERM or SIGINT finish what runs; a second signal exits at once.
@@ -77,17 +78,17 @@ async def serve(
 
     def interrupt() -> None:
         if stop.is_set():
-            children.kill()
+            child_processes.kill()
             os._exit(1)
         stop.set()
         if not started and me:
-            interruption.leave_soon(0)
+            signals.leave_soon(0)
             me.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, interrupt)
     try:
-        async with Engine(config, progress, furnish) as engine, running(engine, config, sockets) as address:
+        async with Engine(config, progress, assemble) as engine, running(engine, config, sockets) as address:
             started = True
             freeze()
             announce(address, engine.model.name, config.server.api_key is not None, engine.text.template is not None)
@@ -252,7 +253,7 @@ def refused(error: DilaserveError) -> web.Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    if error.vain:
+    if error.never_feasible:
         headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -352,7 +353,7 @@ def known(engine: Engine, name: str | None) -> None:
 async def chat(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.ChatRequest)
     engine = request.app[ENGINE]
-    form = Form(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
+    form = ResponseFormat(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
     return await respond(request, asked, form, [await chatted(engine, asked.messages)])
 
 
@@ -365,7 +366,9 @@ async def complete(request: web.Request) -> web.StreamResponse:
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
-    form = Form(engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings)
+    form = ResponseFormat(
+        engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings
+    )
     return await respond(request, asked, form, prompts, bool(asked.echo))
 
 
@@ -378,7 +381,7 @@ async def spoken(engine: Engine, ids: list[int]) -> str:
 
 
 async def respond(
-    request: web.Request, asked: schema.Common, form: Form, prompts: Sequence[Prompt], echoes: bool = False
+    request: web.Request, asked: schema.Common, form: ResponseFormat, prompts: Sequence[Prompt], echoes: bool = False
 ) -> web.StreamResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
@@ -403,13 +406,13 @@ async def respond(
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
-    return answer(plans.shown(request.app[ENGINE]))
+    return answer(plan_api.shown(request.app[ENGINE]))
 
 
 async def replan(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, plans.PlanRequest), request.app[ENGINE]
-    change = await engine.replan(plans.wanted(asked), plans.because(asked))
-    return answer(plans.told(engine, change))
+    asked, engine = await read(request, plan_api.PlanRequest), request.app[ENGINE]
+    change = await engine.replan(plan_api.wanted(asked), plan_api.because(asked))
+    return answer(plan_api.as_json(engine, change))
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:

@@ -13,8 +13,8 @@ from aiohttp import HttpVersion11, StreamReader, web
 from aiohttp.http_parser import RawRequestMessage
 
 from dilaserve.errors import BadRequest, shortened
-from dilaserve.server.answers import failure
 from dilaserve.server.feeder import Feeder
+from dilaserve.server.responses import failure
 
 log = logging.getLogger(__name__)
 PROBE_AFTER = 1.0  # seconds between questions whether a client that sends no more still reads

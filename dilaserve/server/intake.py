@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from dilaserve.errors import Unavailable
-from dilaserve.server import heap, shape
-from dilaserve.server.pace import Pace
-from dilaserve.server.shape import Buffer
+from dilaserve.server import heap, json_shape
+from dilaserve.server.json_shape import Buffer
+from dilaserve.server.loop_share import LoopShare
 
 T = TypeVar("T")
 BODY_WITHIN = 30.0  # seconds to receive a request body
@@ -34,7 +34,7 @@ class Intake:
     def __init__(self, most_each: int, most: int) -> None:
         self.most_each, self.most = most_each, most
         self.held = self.peak = 0  # bytes in flight; the most since memory was last given back
-        self.pace = Pace()
+        self.pace = LoopShare()
         self.opening = asyncio.Lock()  # one large body is inflated and looked through at a time
         self.thread = ThreadPoolExecutor(1, "dilaserve-bodies")
         self.trimming: asyncio.TimerHandle | None = None
@@ -70,7 +70,7 @@ class Intake:
 
     async def count(self, body: Buffer) -> None:
         """On the loop, a piece at a time: a thread would hold the interpreter's lock when the loop needs it."""
-        counter = shape.Counter()
+        counter = json_shape.Counter()
         for start in range(0, len(body), PIECE):
             await self.pace.run(partial(counter.add, body[start : start + PIECE]))
 

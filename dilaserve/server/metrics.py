@@ -6,10 +6,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dilaserve.engine import Engine
+from dilaserve.engine.engine import Engine
 
 
-class House(Collector):
+class EngineCollector(Collector):
     """Reads the engine whenever it is asked; nothing is counted twice."""
 
     def __init__(self, engine: Engine) -> None:
@@ -18,8 +18,8 @@ class House(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, scheduler = self.engine, self.engine.scheduler
         totals, profile = scheduler.totals, engine.profile
-        yield gauge("requests_running", "requests with a row on an instance", scheduler.house.running)
-        yield gauge("requests_waiting", "requests without one", len(scheduler.requests) - scheduler.house.running)
+        yield gauge("requests_running", "requests with a row on an instance", scheduler.placement.running)
+        yield gauge("requests_waiting", "requests without one", len(scheduler.requests) - scheduler.placement.running)
         yield gauge("instances", "instances that are up", len(engine.capacity))
         degrees = GaugeMetricFamily(
             "dilaserve_plan_instances", "instances that are up, by tensor-parallel degree", labels=["degree"]
@@ -34,7 +34,7 @@ class House(Collector):
         yield gauge("plan_last_pause_seconds", "that of the last change", last or 0.0)
         yield counter("workers_lost", "workers that died or hung", profile.workers_lost)
         yield gauge(
-            "threshold_floor_level", "levels by which load has lowered all thresholds", scheduler.promises.floor
+            "threshold_floor_level", "levels by which load has lowered all thresholds", scheduler.deadlines.floor
         )
         yield counter("steps", "denoising steps", profile.steps)
         yield counter("step_rows", "rows in all steps", profile.rows)
@@ -47,8 +47,8 @@ class House(Collector):
         yield counter("requests_received", "requests (choices, each counts), refused ones too", totals.received)
         yield by_fate("requests", "requests that have ended, each once, by fate", totals.fates)
         yield by_fate("deadlines", "those with a deadline; met and missed are answered ones", totals.deadlines)
-        spent = sum(bank.spent for bank in scheduler.promises.banks.values())
-        served = sum(bank.served for bank in scheduler.promises.banks.values())
+        spent = sum(bank.spent for bank in scheduler.deadlines.banks.values())
+        served = sum(bank.served for bank in scheduler.deadlines.banks.values())
         yield gauge("accuracy_drop", "mean drop that the banks have counted, in points", spent / max(1, served))
 
 
@@ -69,5 +69,5 @@ def by_fate(name: str, about: str, counts: Mapping[str, int]) -> Metric:
 
 def text(engine: Engine) -> bytes:
     registry = CollectorRegistry()
-    registry.register(House(engine))
+    registry.register(EngineCollector(engine))
     return generate_latest(registry)

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, quoted
-from dilaserve.options import Options
 from dilaserve.server.schema import ChatRequest, Common, Slo, TokenizeRequest
 
 N = TypeVar("N", int, float)

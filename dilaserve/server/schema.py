@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from dilaserve.config import CacheKind
+from dilaserve.engine.prompts import Message
 from dilaserve.errors import BadRequest, quoted, shortened
-from dilaserve.prompts import Message
 from dilaserve.server import unsupported
 from dilaserve.server.unsupported import Unsupported
-from dilaserve.terms import DecodeRule, OnMiss
+from dilaserve.types import DecodeRule, OnMiss
 from dilaserve.validation import complaint
 
 T = TypeVar("T")

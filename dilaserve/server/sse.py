@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 from aiohttp import web
 
-from dilaserve.engine import Chunk, Stream
+from dilaserve.engine.engine import Chunk, Stream
 from dilaserve.errors import DilaserveError
-from dilaserve.server.answers import Form, failure
 from dilaserve.server.connection import Connection
+from dilaserve.server.responses import ResponseFormat, failure
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake
@@ -21,7 +21,12 @@ _json = msgspec.json.Encoder()
 
 
 async def relay(
-    request: web.Request, form: Form, streams: Sequence[Stream], echoes: Sequence[str], prompt_tokens: int, count: bool
+    request: web.Request,
+    form: ResponseFormat,
+    streams: Sequence[Stream],
+    echoes: Sequence[str],
+    prompt_tokens: int,
+    count: bool,
 ) -> web.StreamResponse:
     """Write the streams as one event stream; errors after the first byte become an event."""
     response = web.StreamResponse(headers={**HEADERS, "x-request-id": request[REQUEST_ID]})
@@ -42,13 +47,13 @@ async def relay(
     return response
 
 
-def opening(form: Form, choices: int, echoes: Sequence[str]) -> bytes:
+def opening(form: ResponseFormat, choices: int, echoes: Sequence[str]) -> bytes:
     if form.chat:
         return b"".join(event(form.opening(index)) for index in range(choices))
     return b"".join(event(form.echo(index, echo)) for index, echo in enumerate(echoes) if echo)
 
 
-def events(form: Form, index: int, chunk: Chunk) -> bytes:
+def events(form: ResponseFormat, index: int, chunk: Chunk) -> bytes:
     delta = form.delta(index, chunk)
     data = event(delta) if delta else b""
     return data + (event(form.closing(index, chunk)) if chunk.finish_reason else b"")

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import msgspec
 
-from dilaserve import profiles
-from dilaserve.advisor import Advisor
 from dilaserve.config import Config
+from dilaserve.engine.assembly import Assemble, template_file
 from dilaserve.errors import ConfigError
-from dilaserve.furniture import Furnish, template_file
 from dilaserve.models.checkpoint import locate
-from dilaserve.profiles import ModelProfile
-from dilaserve.quality import ANY
+from dilaserve.planner.process import PlannerProcess
+from dilaserve.profile import profile_file
+from dilaserve.profile.decode_speed import ANY
+from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.sim import workload
+from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.report import by_second, lines, report
-from dilaserve.sim.roofline import llada_8b_h200
 from dilaserve.sim.run import Run, classes, pretended, written
 from dilaserve.sim.run import simulate as play
 from dilaserve.sim.workload import Job
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
 
 Scales = tuple[tuple[float | None, float], ...]
 MOST_REQUESTS = 10_000_000
@@ -38,9 +38,9 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
     limit = settings.model.max_model_len or 4096
     jobs, cut = traffic(extras, profile, scales, limit)
     settings = prepared(settings, scales)
-    furnish = pretended(profile, extras.sim_devices, limit, seed=extras.sim_seed)
+    assemble = pretended(profile, extras.sim_devices, limit, seed=extras.sim_seed)
     began = time.perf_counter()
-    run = play(settings, furnish, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
+    run = play(settings, assemble, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
     took = time.perf_counter() - began
     result = report(run, extras.seconds)
     yield from lines(result)
@@ -51,15 +51,17 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
         yield from saved(run, result, extras.out)
 
 
-def furnishing(settings: Config, extras: argparse.Namespace) -> Furnish:
+def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
     """Pretended devices behind the model's own tokenizer."""
     text = Text(locate(settings.model.model), template_file(settings))
     limit = settings.model.max_model_len or 4096
-    return pretended(costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, counsel=Advisor)
+    return pretended(
+        costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, planner_port=PlannerProcess
+    )
 
 
 def saved(run: Run, result: object, out: Path) -> Iterator[str]:
-    from dilaserve import plots
+    from dilaserve.profile import plots
 
     written(run, out / "outcomes.json")
     (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
@@ -70,7 +72,7 @@ def saved(run: Run, result: object, out: Path) -> Iterator[str]:
 
 
 def costs(name: str) -> ModelProfile:
-    return llada_8b_h200() if name == "h200" else profiles.read(Path(name))
+    return llada_8b_h200() if name == "h200" else profile_file.read(Path(name))
 
 
 def prepared(settings: Config, scales: Scales) -> Config:

@@ -6,12 +6,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 
-from dilaserve.beliefs import batch_features
-from dilaserve.cost import StepCost, derived
-from dilaserve.executor import Post
-from dilaserve.quality import Forecast, QualityProfile, chances, part_of
-from dilaserve.table import RequestTable
-from dilaserve.terms import Batch, Instance, InstanceLost, InstanceReady, Moves, RowResult, Span, StepDone, WorkerUp
+from dilaserve.executor.worker_processes import Post
+from dilaserve.profile.decode_speed import Forecast, QualityProfile, chances, part_of
+from dilaserve.profile.step_cost import StepCost, derived
+from dilaserve.scheduler.estimates import batch_features
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import Batch, Instance, InstanceLost, InstanceReady, Moves, RowResult, Span, StepDone, WorkerUp
 
 DELAY = 0.02  # seconds in which an instance is formed
 FILLER = ord("a")  # the token that a pretended model writes
@@ -43,7 +43,7 @@ class SimMachine:
         self.mask_id = mask_id
         self.random = random.Random(seed)
         self.jitter, self.spread = jitter, quality.spread
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, SimRow] = {}
         self.odds: dict[tuple[str, int, int, int], list[float]] = {}
 
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
@@ -62,7 +62,7 @@ class SimMachine:
         seconds *= self.random.lognormvariate(0.0, self.jitter)
         self.loop.call_later(seconds, self.finish, batch, seconds)
 
-    def hurry(self, batch: Batch) -> None:
+    def stop_early(self, batch: Batch) -> None:
         """Pretended batches are of one step."""
 
     def law(self, degree: int) -> StepCost:
@@ -93,13 +93,13 @@ class SimMachine:
         results = tuple([self.unmask(span) for span in batch.spans])
         self.post(StepDone(batch.instance, batch.id, results, seconds, seconds))
 
-    def row(self, span: Span) -> "Row":
+    def row(self, span: Span) -> "SimRow":
         known = self.rows.get(span.row)
         if known is None or known.generation != span.generation:
             slowness = self.random.lognormvariate(0.0, self.spread)
             task = self.tasks[int(self.table.canvas[span.row, 0]) % len(self.tasks)]
             kind = self.forecast.kind(task, span.block_start)
-            known = self.rows[span.row] = Row(span, kind, slowness)
+            known = self.rows[span.row] = SimRow(span, kind, slowness)
         if known.block_start != span.block_start:
             known.next_block(span)
         return known
@@ -144,7 +144,7 @@ class SimMachine:
         return min(bisect_right(sums, self.random.random() * sums[-1]), masks)
 
 
-class Row:
+class SimRow:
     """What the machine keeps of a row in work."""
 
     def __init__(self, span: Span, kind: str, slowness: float) -> None:

@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 import msgspec
 
-from dilaserve.advisor import Advisor
 from dilaserve.config import Config
-from dilaserve.cost import StepCost
-from dilaserve.engine import Engine
+from dilaserve.engine.assembly import Assemble, ModelCard, Parts, first_plan, unplanned
+from dilaserve.engine.engine import Engine
+from dilaserve.engine.stream import collect
+from dilaserve.engine.submit import Options
 from dilaserve.errors import DilaserveError
-from dilaserve.executor import Progress
-from dilaserve.furniture import Furnish, Furniture, ModelCard, first_plan, unplanned
-from dilaserve.options import Options
-from dilaserve.planner import Counsel, Planner, Setup
-from dilaserve.profiles import ModelProfile, cost_key
+from dilaserve.executor.worker_processes import Progress
+from dilaserve.planner.planner import Planner, PlannerPort, Setup
+from dilaserve.planner.process import PlannerProcess
+from dilaserve.profile.profile_file import ModelProfile, cost_key
+from dilaserve.profile.step_cost import StepCost
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.machine import DELAY, SimMachine
 from dilaserve.sim.workload import Job
-from dilaserve.stream import collect
-from dilaserve.table import RequestTable, nbytes, private_bytes
-from dilaserve.terms import Usage
-from dilaserve.text import Text
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.request_table import RequestTable, nbytes, private_bytes
+from dilaserve.types import Usage
 
 MASK = 2**30  # no token of a pretended model
 DEGREES = (1, 2, 4, 8)
@@ -63,14 +63,15 @@ def pretended(
     seed: int = 0,
     text: Text | None = None,
     delay: float = DELAY,
-    counsel: type[Planner] | type[Advisor] = Planner,
-) -> Furnish:
-    """Furniture without a model: `devices` machines that behave as the profile says, or as `truth` costs by degree.
+    planner_port: type[Planner] | type[PlannerProcess] = Planner,
+) -> Assemble:
+    """Parts without a model: `devices` machines that behave as the profile says, or as `truth` costs by degree.
 
-    `delay` are the seconds that forming an instance takes; `counsel` plans where the loop's time is virtual or real.
+    `delay` are the seconds that forming an instance takes; `planner_port` plans, be the loop's time virtual or
+    real.
     """
 
-    def furnish(config: Config, progress: Progress) -> Furniture:
+    def assemble(config: Config, progress: Progress) -> Parts:
         laws = by_degree(profile.costs)
         degrees = tuple(degree for degree in DEGREES if degree <= devices)
         plan = first_plan(config.device.plan, devices, degrees)
@@ -80,8 +81,8 @@ def pretended(
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
         card = ModelCard(profile.model, limit, 0, 0, profile.model)
         names = [f"sim:{i}" for i in range(devices)]
-        planner = counsel(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
-        return Furniture(
+        planner = planner_port(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
+        return Parts(
             card,
             MASK,
             MASK,
@@ -97,7 +98,7 @@ def pretended(
             unplanned=unplanned(laws, degrees, config),
         )
 
-    return furnish
+    return assemble
 
 
 def by_degree(costs: Mapping[str, StepCost]) -> dict[int, StepCost]:
@@ -114,29 +115,29 @@ class Run(NamedTuple):
 
 def simulate(
     config: Config,
-    furnish: Furnish,
+    assemble: Assemble,
     tasks: Sequence[str],
     jobs: Sequence[Job],
     seen: Callable[[int], None] = lambda done: None,
-    planner: Counsel | None = None,
+    planner: PlannerPort | None = None,
 ) -> Run:
     """Run all jobs to their end; `seen` hears how many have arrived."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(play(config, furnish, tasks, jobs, seen, planner))
+        return runner.run(play(config, assemble, tasks, jobs, seen, planner))
 
 
 async def play(
     config: Config,
-    furnish: Furnish,
+    assemble: Assemble,
     tasks: Sequence[str],
     jobs: Sequence[Job],
     seen: Callable[[int], None],
-    planner: Counsel | None,
+    planner: PlannerPort | None,
 ) -> Run:
     loop = asyncio.get_running_loop()
     outcomes: list[Outcome] = []
     timeline: list[tuple[float, int, int, float]] = []
-    async with Engine(config, furnish=furnish, planner=planner) as engine:
+    async with Engine(config, assemble=assemble, planner=planner) as engine:
         began = loop.time()
 
         async def one(job: Job) -> None:
@@ -182,8 +183,8 @@ async def watch(engine: Engine, timeline: list[tuple[float, int, int, float]], b
     while True:
         await asyncio.sleep(1.0)
         rows = list(engine.scheduler.requests.values())
-        seated = [row for row in rows if row.seat]
-        mean = sum(row.told for row in seated) / len(seated) if seated else math.nan
+        seated = [row for row in rows if row.replica]
+        mean = sum(row.table_threshold for row in seated) / len(seated) if seated else math.nan
         timeline.append((loop.time() - began, len(rows) - len(seated), len(seated), mean))
 
 

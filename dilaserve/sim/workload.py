@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dilaserve.errors import ConfigError
-from dilaserve.terms import OnMiss
+from dilaserve.types import OnMiss
 
 MOST_TOKENS = 10_000_000  # in a prompt or an answer that somebody means
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dilaserve.models.kvcache import KVPool
-from dilaserve.models.layers import Packed, Runs
+from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.llada import Model
+from dilaserve.models.spans import Packed, Runs
 from dilaserve.models.spec import ModelSpec
-from dilaserve.pages import PAGE
-from dilaserve.worker.batch import Array, Columns
-from dilaserve.worker.graphs import Graphs
+from dilaserve.types import PAGE
+from dilaserve.worker.cuda_graphs import Graphs
+from dilaserve.worker.step_arrays import Array, Columns
 
 STRIDE = 64  # packed tokens between two sizes
 TOKENS = 768  # of the largest size; a larger step computes for longer than its launches take

@@ -7,25 +7,25 @@ import torch
 import triton
 import triton.language as tl
 
-from dilaserve.worker.ends import DEPTH, WIDTH, Buffers, Ends, Laid
-from dilaserve.worker.statistics import HOPELESS, Guess
+from dilaserve.worker.candidates import HOPELESS, Candidates
+from dilaserve.worker.step_buffers import DEPTH, WIDTH, Buffers, Laid, StepKernels
 
 MOST = 8192  # logits that a program looks at together
 
 
-def best(logits: torch.Tensor, mask_id: int) -> Guess:
-    """See `statistics.plain`; here `logits` stay as they are."""
+def best(logits: torch.Tensor, mask_id: int) -> Candidates:
+    """See `confidence.plain`; here `logits` stay as they are."""
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     odds = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block = min(MOST, triton.next_power_of_2(vocab))
         sweep[(rows,)](logits, token, odds, logits.stride(0), mask_id, HOPELESS, vocab, block, num_warps=8)
-    return Guess(token, odds)
+    return Candidates(token, odds)
 
 
 def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
-    """See `ends.lay_out`."""
+    """See `step_kernels.lay_out`."""
     batch, device = buffers.batch, buffers.batch.device
     ids, positions, slots = (torch.empty(rows * WIDTH, dtype=torch.int64, device=device) for _ in range(3))
     starts, keys = (torch.empty(size, dtype=torch.int32, device=device) for size in (rows + 1, rows))
@@ -35,8 +35,8 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
     return Laid(ids, positions, slots, starts, keys)
 
 
-def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
-    """See `ends.unmask`."""
+def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None:
+    """See `step_kernels.unmask`."""
     batch, found = buffers.batch, buffers.found
     reals, bits = batch.view(torch.float64), found.view(torch.float32)
     sizes = batch.stride(0), found.stride(0), found.stride(1)
@@ -45,14 +45,14 @@ def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Guess) -> None:
     )
 
 
-ENDS = Ends(lay_out, unmask)
+STEP_KERNELS = StepKernels(lay_out, unmask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def lay_out_row(  # type: ignore[no-untyped-def]
     batch, turn, ids, positions, slots, starts, keys, stride, spare, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """One row, its fields as `ends.FIELDS` has them; the first program takes the turn, the last one ends `starts`."""
+    """One row, its fields as `FIELDS` has them; the first program takes the turn, the last one ends `starts`."""
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     fields = batch + row * stride + WIDTH

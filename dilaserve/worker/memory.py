@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from dilaserve import host
 from dilaserve.errors import CheckpointError
 from dilaserve.models.spec import ModelSpec
-from dilaserve.pages import PAGE
+from dilaserve.system import host
+from dilaserve.types import PAGE
 
 log = logging.getLogger(__name__)
 GIB = 2**30

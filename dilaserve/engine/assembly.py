@@ -1,0 +1,237 @@
+"""What an engine works with: the model as clients see it, its tokenizer, the request table, and who runs the steps."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from dilaserve import models
+from dilaserve.config import BUNDLED, Config, DeviceConfig
+from dilaserve.errors import BadRequest, CheckpointError, ConfigError
+from dilaserve.executor.worker_processes import Executor, ProcessExecutor, Progress
+from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models.spec import ModelSpec
+from dilaserve.planner.planner import PlannerPort, Setup
+from dilaserve.planner.process import PlannerProcess
+from dilaserve.plans import parsed, uniform
+from dilaserve.profile import profile_file
+from dilaserve.profile.decode_speed import QualityProfile
+from dilaserve.profile.profile_file import ModelProfile
+from dilaserve.profile.step_cost import StepCost
+from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.transport.collectives_memory import Exchange
+from dilaserve.transport.devices import backend_for, dtype_for, listed, threads_for
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import Plan
+from dilaserve.worker import memory
+from dilaserve.worker.main import Shared, WorkerJob
+
+log = logging.getLogger(__name__)
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """The model as clients see it; `created` in Unix seconds."""
+
+    name: str
+    max_model_len: int
+    created: int
+    parameters: int
+    root: str  # the directory
+
+
+class Parts(NamedTuple):
+    model: ModelCard
+    mask_id: int
+    vocab_size: int
+    text: Text
+    table: RequestTable
+    executor: Executor
+    laws: dict[int, StepCost]  # by tensor-parallel degree
+    quality: QualityProfile
+    devices: list[str]
+    degrees: tuple[int, ...]
+    plan: Plan
+    note: str | None = None  # what the user should hear once the engine is up
+    planner: PlannerPort | None = None  # None: there is nothing to choose, or too little is known
+    unplanned: str | None = None  # what would have to be known
+
+
+Assemble = Callable[[Config, Progress], Parts]
+
+
+def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
+    """A checkpoint and worker processes; reads and checks everything that needs no worker. Blocking.
+
+    Not `measured`: no profile is read, so that it does not matter what is wrong with it.
+    """
+    directory = locate(config.model.model)
+    names = listed(config.device.devices)
+    checkpoint = Checkpoint(directory)
+    spec = models.describe(checkpoint)
+    text = Text(directory, template_file(config))
+    if (highest := text.highest_id()) >= spec.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.json in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
+            "is it another model's?"
+        )
+    limit = config.model.max_model_len or spec.max_length
+    if limit > spec.max_length:
+        raise ConfigError(
+            f"--max-model-len {limit} exceeds the model's {spec.max_length}; lower it", param="max_model_len"
+        )
+    card = ModelCard(
+        config.model.served_model_name or named(directory),
+        limit,
+        int(time.time()),
+        spec.parameters,
+        str(directory),
+    )
+    table = RequestTable(config.scheduler.max_queue, limit)
+    stop_ids = ends(spec, text, directory)
+    shared = {"directory": str(directory.resolve()), "max_length": limit, "stop_ids": stop_ids}
+    claim = memory.host_claim(names.count("cpu")) if "cpu" in names else memory.Claim()
+    degrees = possible_degrees(spec, names, config, claim)
+    shared["shards"] = min(degrees)
+    plan = first_plan(config.device.plan, len(names), degrees)
+    mapped = Shared(table, Exchange(len(names)))
+    executor = ProcessExecutor([job(config, name, names, shared, claim) for name in names], mapped, progress)
+    profile = profile_file.find(directory, config.scheduler.profile) if measured else None
+    if profile and profile.model not in (card.name, directory.resolve().name):
+        log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
+    laws, quality, note = known(profile, card.name, names[0], degrees)
+    planner = PlannerProcess(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
+    return Parts(
+        card,
+        spec.mask_id,
+        spec.vocab_size,
+        text,
+        table,
+        executor,
+        laws,
+        quality,
+        names,
+        degrees,
+        plan,
+        note,
+        planner,
+        unplanned(laws, degrees, config, names),
+    )
+
+
+def named(directory: Path) -> str:
+    """What clients call the model: the directory as it was given, also where it is a link to elsewhere; a snapshot in
+    a cache of Hugging Face's hub has the name of its repository.
+    """
+    given = Path(os.path.abspath(directory))
+    repository = given.parent.parent.name
+    if given.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return given.name
+
+
+def template_file(config: Config) -> Path | None:
+    """The file of --chat-template."""
+    return Path(config.model.chat_template) if config.model.chat_template else None
+
+
+def ends(spec: ModelSpec, text: Text, directory: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, from wherever the checkpoint names one. Raises `CheckpointError`."""
+    found = tuple(sorted({*spec.stop_ids, *text.stop_ids()}))
+    if spec.mask_id in found:
+        raise CheckpointError(
+            f"the mask token {spec.mask_id} of {directory} is also named as a token that ends answers"
+        )
+    if not found:
+        log.warning("%s names no eos_token: answers end at max_tokens or at a stop string", directory)
+    return found
+
+
+def possible_degrees(spec: ModelSpec, names: list[str], config: Config, claim: memory.Claim) -> tuple[int, ...]:
+    """How many devices may run the model together: as its heads divide, and so many that its weights fit.
+
+    Raises `CheckpointError` where there are too few devices.
+    """
+    size = getattr(torch, dtype_for(names[0], config.model.dtype)).itemsize
+    room = min(weights_room(name, names, config.device, claim) for name in names)
+    fits = [degree for degree in spec.degrees if spec.shard_parameters(degree) * size <= room]
+    if not fits:
+        fits = [spec.degrees[-1]]  # the worker says what is missing
+    if fits[0] > len(names):
+        raise CheckpointError(
+            f"the weights fit on {fits[0]} devices together and there are {len(names)}; see --devices"
+        )
+    return tuple(degree for degree in fits if degree <= len(names))
+
+
+def weights_room(name: str, names: list[str], config: DeviceConfig, claim: memory.Claim) -> float:
+    """Bytes that weights may take on this device, which workers of the same name share."""
+    if config.weights_memory is not None:
+        return config.weights_memory * 2**30
+    if name == "cpu":
+        return claim.nbytes
+    total: int = torch.cuda.get_device_properties(name).total_memory
+    return total * config.gpu_memory_utilization / names.count(name)
+
+
+def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:
+    """The plan of --plan; `auto` starts with instances as small as can be. Raises `ConfigError`."""
+    if text == "auto":
+        return uniform(devices, min(degrees))
+    try:
+        return parsed(text, devices, degrees)
+    except BadRequest as error:
+        reason = "there is one device, whose plan is 1x1; see --devices" if devices == 1 else error.message
+        raise ConfigError(f"--plan {text}: {reason}", param="plan") from error
+
+
+def known(
+    profile: ModelProfile | None, name: str, device: str, degrees: tuple[int, ...]
+) -> tuple[dict[int, StepCost], QualityProfile, str | None]:
+    """Cost laws by degree and quality profile, and what to tell the user where a guess stands in for them."""
+    guess, least = profile_file.guessed(name, device), min(degrees)
+    if profile is None:
+        note = f"{name} has no profile yet and starts from a cautious guess; `dilaserve calibrate` measures one"
+        return {least: guess.costs[profile_file.cost_key(device)]}, guess.quality, note
+    laws = {
+        degree: profile.costs[profile_file.cost_key(device, degree)]
+        for degree in degrees
+        if profile_file.cost_key(device, degree) in profile.costs
+    }
+    if least not in laws:
+        note = f"the profile of {name} knows no step costs on {device}; they are learned while serving"
+        return {least: guess.costs[profile_file.cost_key(device)]}, profile.quality, note
+    return laws, profile.quality, None
+
+
+def unplanned(
+    laws: dict[int, StepCost], degrees: tuple[int, ...], config: Config, names: list[str] | None = None
+) -> str | None:
+    """Why there is no planner among several degrees, and what measures what it lacks on devices of these names."""
+    if len(laws) > 1 or len(degrees) < 2:
+        return None
+    model = "" if config.model.model == BUNDLED else f" --model {config.model.model}"
+    cure = f"; `dilaserve calibrate{model} --devices {','.join(names)}` measures the others" if names else ""
+    return f"step costs are known at degree {min(laws)} alone of {', '.join(map(str, degrees))}{cure}"
+
+
+def job(config: Config, device: str, names: list[str], shared: dict[str, Any], claim: memory.Claim) -> WorkerJob:
+    """What the worker of one device is started with; `claim` is that of a CPU."""
+    used = config.device.gpu_memory_utilization
+    fields = {
+        "device": device,
+        "dtype": dtype_for(device, config.model.dtype),
+        "threads": threads_for(device, names, config.device),
+        "kv_tokens": config.device.kv_cache_tokens,
+        "kv_wanted": config.device.max_num_seqs * shared["max_length"],
+        "backend": backend_for(names, config.device.group_backend),
+        "batched_tokens": config.device.max_num_batched_tokens,
+        "max_rows": config.device.max_num_seqs,
+        "eager": config.device.enforce_eager == "on",
+        "claim": claim if device == "cpu" else memory.Claim(used / names.count(device), 1 - used),
+    }
+    return msgspec.convert({**shared, **fields}, WorkerJob)

@@ -1,0 +1,182 @@
+"""One request's way out: tokens become final, text comes out, once and in order."""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import chain
+from typing import NamedTuple, Self
+
+import msgspec
+
+from dilaserve.engine.doorbell import Bell
+from dilaserve.errors import DilaserveError, Unavailable
+from dilaserve.tokenizer.tokenizer import Detokenizer, StopStrings, Text
+from dilaserve.types import Cancel, Event, FinishReason, Request, Usage
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """What has become final since the last one. The last chunk carries why it ended and what it cost.
+
+    `confidences` are the probabilities of the tokens when they were unmasked. Text may lag behind the tokens, by part
+    of a character or of a stop string.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    confidences: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    usage: Usage
+
+
+class Cut(NamedTuple):
+    """Where the text ends: at one of the strings `stop`, once the answer has more than `min_tokens` tokens. `shown`:
+    what stops it, a string or a token, is part of the text.
+    """
+
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    shown: bool = False
+
+
+class Stream:
+    """An async iterator of chunks. Leaving it early (`aclose`, or the `async with` block) cancels the request."""
+
+    def __init__(self, request: Request, text: Text, cut: Cut, post: Callable[[Event], None]) -> None:
+        self.request, self.cut, self.post = request, cut, post
+        self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
+        self.detokenizer, self.stops = Detokenizer(text), StopStrings(cut.stop, cut.shown)
+        self.chunks: deque[Chunk | DilaserveError | None] = deque()
+        self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says
+        self.patient = False
+        self.seen = Bell()  # rings when the scheduler has seen the request
+        self.over = False  # no more chunks will come
+        self.read = False  # nobody will read any more
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.request.prompt_tokens
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string has come."""
+        return self.stops.found
+
+    @property
+    def shows_stop_token(self) -> bool:
+        """The token that ends the answer belongs to its text; no stop string has ended it before."""
+        return self.cut.shown and not self.stopped
+
+    @property
+    def waits(self) -> bool:
+        """Nobody would notice if all came at the end."""
+        return self.patient and not self.stops.stops
+
+    async def admitted(self) -> None:
+        """Wait until the request is in the house; raises what the scheduler has against it."""
+        await self.seen.wait()
+        if self.over and isinstance(error := self.chunks[0], DilaserveError):
+            self.read = True
+            raise error
+
+    # the engine's side
+
+    def push(self, ids: list[int], confidences: list[float]) -> None:
+        """Raises what the tokenizer raises; the stream then has no text any more."""
+        text = self.shown(ids)
+        self.position += len(ids)
+        self.chunks.append(Chunk(text, tuple(ids), tuple(confidences)))
+        if not self.patient:
+            self.news.ring()
+
+    def shown(self, ids: list[int]) -> str:
+        """The text of the next tokens, up to where it is cut. No stop string ends within the first `min_tokens` tokens;
+        those go one by one, so that their text does not depend on how many come together.
+        """
+        early = max(0, self.request.prompt_tokens + self.cut.min_tokens - self.position) if self.stops.stops else 0
+        first = [self.stops.pass_over(self.detokenizer.push([id])) for id in ids[:early]]
+        return "".join(first) + self.stops.push(self.detokenizer.push(ids[early:]))
+
+    def finish(self, reason: FinishReason, usage: Usage) -> None:
+        if reason == "cancelled":
+            self.end(None)
+            return
+        rest = self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+        self.end(Chunk(rest, finish_reason="stop" if self.stopped else reason, usage=usage))
+
+    def fail(self, error: DilaserveError) -> None:
+        self.end(error)
+
+    def end(self, last: Chunk | DilaserveError | None) -> None:
+        self.over = True
+        self.chunks.append(last)
+        self.seen.ring()
+        self.news.ring()
+
+    # the reader's side
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self.read:
+            raise StopAsyncIteration
+        while not self.chunks:
+            await self.news.wait()
+        chunk = self.chunks.popleft()
+        self.read = not isinstance(chunk, Chunk) or chunk.finish_reason is not None
+        if isinstance(chunk, DilaserveError):
+            raise chunk
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    async def whole(self) -> list[Chunk]:
+        """All chunks, once the last has come."""
+        self.patient = True
+        while not self.over:
+            await self.news.wait()
+        return [chunk async for chunk in self]
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it is over; its row is free after the step in flight."""
+        self.read = True
+        if not self.over:
+            self.post(Cancel(self.id, "cancelled"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+
+async def collect(stream: Stream) -> Completion:
+    """Read a stream to its end; raises the stream's error, and `Unavailable` if it was cancelled from elsewhere."""
+    chunks = await stream.whole()
+    if not chunks or (last := chunks[-1]).finish_reason is None or last.usage is None:
+        raise Unavailable("the request was cancelled")
+    ids = tuple(chain.from_iterable([chunk.token_ids for chunk in chunks]))
+    return Completion(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=ids,
+        confidences=tuple(chain.from_iterable([chunk.confidences for chunk in chunks])),
+        finish_reason=last.finish_reason,
+        prompt_tokens=stream.prompt_tokens,
+        completion_tokens=len(ids),
+        usage=last.usage,
+    )

@@ -1,0 +1,1 @@
+"""Runs steps for the engine: one worker process per device."""

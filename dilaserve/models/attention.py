@@ -1,0 +1,127 @@
+"""Attention over packed spans: the ways to compute it, and which one a device gets."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dilaserve.models.blocks import PLAIN
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import Attention, Kernels, PackedSpan, Runs, SpanGroup
+
+MAX_PADDING = 1.25  # keys of a group's longest row over those of its shortest
+MAX_KEYS = 640  # of one group, so that its K and V stay in a core's cache
+
+
+def attend(
+    q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs, kit: Kernels = PLAIN
+) -> torch.Tensor:
+    """Unmasked attention of each span's queries over its row's keys; q and the result are [tokens, heads, head_dim]."""
+    keys, values = pool.keys[layer], pool.values[layer]
+    if isinstance(groups, Runs):
+        even = kit.attend_even if groups.even else None
+        return (even or varlen_for(q.device, q.dtype, q.shape[-1]) or each_run)(q, keys, values, groups)
+    gqa = q.shape[1] != keys.shape[1]
+    parts = []
+    for first, rows, slots, hidden in groups:
+        queries = q[first.offset : first.offset + first.length * rows]
+        if slots is None:
+            mine = slice(first.kv_start, first.kv_start + first.keys)
+            k, v = keys[mine], values[mine]
+        else:
+            k, v = keys.index_select(0, slots), values.index_select(0, slots)
+        query, key, value = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (queries, k, v))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden, enable_gqa=gqa)
+        parts.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.cache
+def varlen_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention | None:
+    """Flash attention over runs of different lengths, or None where the device or the installed torch has none.
+
+    Its `seqused_k` lets a run end anywhere, so a run's place is all that it needs to know: a table of pages would ask
+    for pages of 256 tokens, and rows have one run each.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return raw_varlen() if "seqused_k" in schema() else None
+    named = set(inspect.signature(varlen_attn).parameters)
+    if {"seqused_k", "enable_gqa"} <= named:
+        return public_varlen(varlen_attn)
+    return raw_varlen() if "seqused_k" in schema() else None
+
+
+def schema() -> str:
+    return str(getattr(torch.ops.aten._flash_attention_forward, "default", None) and flash()._schema)
+
+
+def flash() -> Any:
+    return torch.ops.aten._flash_attention_forward.default
+
+
+def public_varlen(call: Any) -> Attention:
+    def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
+        offsets, starts, used, most_queries, most_keys, _ = runs
+        gqa = q.shape[1] != keys.shape[1]
+        out: torch.Tensor = call(
+            q, keys, values, offsets, starts, most_queries, most_keys, seqused_k=used, enable_gqa=gqa
+        )
+        return out
+
+    return attention
+
+
+def raw_varlen() -> Attention:
+    """What varlen_attn calls, for versions of torch whose varlen_attn does not hand on `seqused_k`."""
+
+    def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
+        offsets, starts, used, most_queries, most_keys, _ = runs
+        arguments = (q, keys, values, offsets, starts, most_queries, most_keys, 0.0, False, False)
+        out: torch.Tensor = flash()(*arguments, seqused_k=used)[0]
+        return out
+
+    return attention
+
+
+def each_run(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """The same in plain torch, span by span; it defines the result, and is what a CPU checks."""
+    out, gqa = torch.empty_like(q), q.shape[1] != keys.shape[1]
+    offsets = runs.offsets.tolist()
+    for first, end, start, used in zip(offsets, offsets[1:], runs.starts.tolist(), runs.keys.tolist(), strict=False):
+        query, key, value = (
+            x.transpose(0, 1)[None] for x in (q[first:end], keys[start : start + used], values[start : start + used])
+        )
+        out[first:end] = F.scaled_dot_product_attention(query, key, value, enable_gqa=gqa)[0].transpose(0, 1)
+    return out
+
+
+def grouped(spans: list[PackedSpan], device: torch.device) -> list[SpanGroup]:
+    """Put neighbours of one query length together while padding wastes little and a core's cache holds their keys."""
+    runs: list[list[PackedSpan]] = []
+    for span in spans:
+        first = runs[-1][0] if runs else span
+        fits = span.keys <= MAX_PADDING * first.keys and span.keys * (len(runs[-1]) + 1 if runs else 1) <= MAX_KEYS
+        if runs and span.length == first.length and fits:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return [group(run, device) for run in runs]
+
+
+def group(run: list[PackedSpan], device: torch.device) -> SpanGroup:
+    if len(run) == 1:
+        return SpanGroup(run[0], 1, None, None)
+    starts, keys = torch.tensor([(span.kv_start, span.keys) for span in run], device=device).T
+    column = torch.arange(int(keys.max()), device=device)
+    padding = column >= keys[:, None]
+    slots = (starts[:, None] + column).masked_fill(padding, run[0].kv_start).flatten()
+    hidden = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)[:, None, None]
+    return SpanGroup(run[0], len(run), slots, hidden if bool(padding.any()) else None)

@@ -1,0 +1,110 @@
+"""The parts that families are built from: packed spans, attention over them, rotary positions."""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+import torch.nn.functional as F
+
+from dilaserve.models.spans import Kernels
+
+log = logging.getLogger(__name__)
+
+
+def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """cos + i sin of every position and frequency, complex64 [length, head_dim / 2] (RoFormer, section 3.4)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), theta**-exponents)
+    return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotate x [tokens, …, head_dim], whose pairs lie side by side, by turns [tokens, head_dim / 2]; in float32."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    turns = turns.view(turns.shape[0], *(1,) * (x.dim() - 2), turns.shape[1])
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm, cast to the model's type before the weight is applied, as LLaDA does."""
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+    length: torch.Tensor = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True
+    )  # one pass over x where the library makes three
+    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
+def add_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta, and its RMS norm; all [tokens, hidden]."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
+def place(
+    fused: torch.Tensor,
+    turns: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    q: int,
+    kv: int,
+) -> torch.Tensor:
+    """Rotated queries [tokens, groups · q, head_dim]; rotated keys, and values, go to the pool tokens `slots`.
+
+    `fused` is [tokens, groups, q + 2 kv, head_dim].
+    """
+    tokens, _, _, head_dim = fused.shape
+    turned = rotate(fused[:, :, : q + kv], turns)
+    keys.index_copy_(0, slots, turned[:, :, q:].reshape(tokens, -1, head_dim))
+    values.index_copy_(0, slots, fused[:, :, q + kv :].reshape(tokens, -1, head_dim))
+    return turned[:, :, :q].reshape(tokens, -1, head_dim)
+
+
+def gated(fused: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, [tokens, groups · width], of [tokens, groups, 2, width]."""
+    gate, up = fused.unbind(2)
+    return F.silu(gate).mul_(up).flatten(1)
+
+
+PLAIN = Kernels(add_norm, place, gated, None)
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels where they can run, else plain torch."""
+    if not has_kernels(device):
+        return PLAIN
+    from dilaserve.models import kernels
+
+    return kernels.KERNELS
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run there, which takes a GPU, Triton, and a C compiler for its launchers; tries one."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from dilaserve.models import kernels
+
+    try:
+        kernels.gated(torch.ones(1, 1, 2, 16, dtype=torch.bfloat16, device=device))
+    except Exception as error:  # whatever is missing, steps go on without
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        log.warning("Triton's kernels do not run on %s (%s); steps will be slower", device, reason)
+        return False
+    return True
+
+
+def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of a q or k projection reordered from NeoX halves to neighbouring pairs, which `rotate` wants.
+
+    Attention scores do not change: q and k are reordered alike.
+    """
+    halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
+    return halves.transpose(1, 2).reshape(weight.shape)

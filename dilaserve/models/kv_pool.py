@@ -1,0 +1,26 @@
+"""The K/V pool of one instance: one flat allocation, viewed per layer. Positions of a row lie next to each other."""
+
+import torch
+
+from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.types import PAGE
+
+
+class KVPool:
+    """K and V in `flat`; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim].
+
+    A shard has fewer heads and so more tokens in the same memory. The pool is dead memory between refreshes: nothing in
+    it is ever needed to rebuild it.
+    """
+
+    def __init__(self, spec: ModelSpec, shard: Shard, flat: torch.Tensor) -> None:
+        heads = spec.kv_heads // shard.size
+        self.tokens = flat.numel() // (spec.layers * 2 * heads * spec.head_dim)
+        pool = flat.view(spec.layers, 2, self.tokens, heads, spec.head_dim)
+        self.keys = list(pool[:, 0].unbind())
+        self.values = list(pool[:, 1].unbind())
+
+    @property
+    def spare(self) -> int:
+        """The first token of the last page, which belongs to no row: rows that pad a batch write there."""
+        return self.tokens - PAGE

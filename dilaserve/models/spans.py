@@ -1,0 +1,73 @@
+"""The spans of a step on a device, and what computes them: values and signatures."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class PackedSpan(NamedTuple):
+    """Queries `[offset, offset + length)` of the packed tokens see the pool's tokens `[kv_start, kv_start + keys)`."""
+
+    offset: int
+    length: int
+    kv_start: int
+    keys: int
+
+
+class SpanGroup(NamedTuple):
+    """Neighbouring spans of one query length that share a call; their keys are padded to the longest.
+
+    `slots` are the pool tokens of the padded keys, [rows · keys], and `hidden` is -inf where a key is padding, else 0,
+    [rows, 1, 1, keys]. A lone span needs neither: its keys are a slice of the pool.
+    """
+
+    first: PackedSpan
+    rows: int
+    slots: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+
+class Runs(NamedTuple):
+    """The spans of a step on the device, for one call that takes them all. A row's K/V is one run of the pool.
+
+    `most_queries` and `most_keys` bound the lengths; they may be more than any span has. `even`: all spans have
+    `most_queries` queries.
+    """
+
+    offsets: torch.Tensor  # int32 [spans + 1], the first query of each, and their number
+    starts: torch.Tensor  # int32 [spans + 1], the pool token of each one's first key; the last says nothing
+    keys: torch.Tensor  # int32 [spans]
+    most_queries: int
+    most_keys: int
+    even: bool = False
+
+
+class Packed(NamedTuple):
+    """The tokens of one step, without padding.
+
+    `kept` are the packed tokens whose hidden states are wanted after the last layer, span by span, as `kept_groups`
+    says in packed coordinates of their own; None keeps all.
+    """
+
+    ids: torch.Tensor  # [tokens]
+    positions: torch.Tensor  # [tokens]
+    slots: torch.Tensor  # [tokens], pool token of each
+    groups: list[SpanGroup] | Runs
+    kept: torch.Tensor | None  # [kept]
+    kept_groups: list[SpanGroup] | Runs
+
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs], torch.Tensor]
+
+
+class Kernels(NamedTuple):
+    """What lies between the matrix products of a layer; the functions of these names say what each does.
+
+    `attend_even` is `each_run` for runs that are `even`; None leaves them to what takes all.
+    """
+
+    add_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+    place: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+    gated: Callable[[torch.Tensor], torch.Tensor]
+    attend_even: Attention | None

@@ -1,0 +1,56 @@
+"""Requests that wait for an instance that keeps their deadline, and whose turn it is to be tested again."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from dilaserve.scheduler.request_state import RequestState
+from dilaserve.scheduler.rules.fairness import Turns, in_turn
+from dilaserve.scheduler.waiting_queue import WaitingQueue
+
+
+class DeadlineQueue(WaitingQueue):
+    """In the order of `key`; and beside it, by row, those that were never tested and those that failed the test."""
+
+    def __init__(self, key: Callable[[RequestState], float]) -> None:
+        super().__init__(key)
+        self.untested: OrderedDict[int, RequestState] = OrderedDict()
+        self.tested: OrderedDict[int, RequestState] = (
+            OrderedDict()
+        )  # the one whose last test is longest ago comes first
+
+    def add(self, progress: RequestState) -> None:
+        """Wait, as one that was never tested: instances may have changed since the request waited before."""
+        super().add(progress)
+        self.untested[progress.request.row] = progress
+
+    def remove(self, progress: RequestState) -> None:
+        super().remove(progress)
+        self.untested.pop(progress.request.row, None)
+        self.tested.pop(progress.request.row, None)
+
+    def is_tested(self, progress: RequestState) -> bool:
+        return progress.request.row in self.tested
+
+    def next_untested(self, most: int) -> list[RequestState]:
+        return list(islice(self.untested.values(), most))
+
+    def next_tested(self, most: int) -> list[RequestState]:
+        return list(islice(self.tested.values(), most))
+
+    def failed(self, progress: RequestState) -> None:
+        """The request was tested and waits on; all others that wait are tested on all instances before it is again."""
+        self.untested.pop(progress.request.row, None)
+        self.tested[progress.request.row] = progress
+        self.tested.move_to_end(progress.request.row)
+
+    def in_order(
+        self, some: Iterable[RequestState], turns: Turns, seconds: Callable[[RequestState], float]
+    ) -> Iterator[RequestState]:
+        """These of those that wait, each once, in the order in which tenants get rows."""
+        lines: dict[str, list[RequestState]] = {}
+        for progress in {progress.request.row: progress for progress in some}.values():
+            lines.setdefault(progress.request.slo.tenant, []).append(progress)
+        for line in lines.values():
+            line.sort(key=lambda progress: self.spots[progress.request.row])
+        return in_turn(lines, turns, seconds)

@@ -1,0 +1,175 @@
+"""What the scheduler believes of the future: seconds of a step, and steps and seconds that a request still needs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from dilaserve.profile.decode_speed import Chain, Forecast, Outlook, QualityProfile, Track, part_of
+from dilaserve.profile.step_cost import Features, Learner, StepCost, derived
+from dilaserve.scheduler.request_state import Loads, RequestState
+from dilaserve.scheduler.rules.demand import alone, drifted
+from dilaserve.types import Request, Span
+
+SMOOTH = 0.02
+NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
+
+
+class StepClock:
+    """Seconds of steps at one tensor-parallel degree: a cost law that learns, and the way to a worker and back."""
+
+    def __init__(self, law: StepCost) -> None:
+        self.learner = Learner(law)
+        self.overhead = 0.0  # seconds of a round trip outside the worker
+
+    @property
+    def sure(self) -> bool:
+        """Whether the cost law was measured, or learned from enough steps."""
+        return not self.learner.law.guess
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that every step takes, whoever is in it."""
+        return self.learner.law.fixed * self.learner.factors[False] + self.overhead
+
+    def refresh_seconds(self, progress: RequestState) -> float:
+        """What the row adds to a step that recomputes its whole canvas."""
+        canvas = progress.request.canvas_tokens
+        return self.row_seconds(canvas, canvas, progress.masks, True)
+
+    def reuse_seconds(self, progress: RequestState) -> float:
+        """What the row adds to a step that reuses its K/V."""
+        request = progress.request
+        if request.decoding.cache == "none":
+            return self.refresh_seconds(progress)
+        canvas = request.canvas_tokens
+        tokens = (progress.block_end if request.decoding.cache == "dual" else canvas) - progress.block_start
+        return self.row_seconds(tokens, canvas, progress.masks, False)
+
+    def row_seconds(self, tokens: int, canvas: int, masks: int, refreshes: bool) -> float:
+        """What a row with so many queries and a whole canvas of keys adds to a step."""
+        learner = self.learner
+        return learner.law.marginal(tokens, tokens * canvas, canvas, masks, 1) * learner.factors[refreshes]
+
+
+class Estimates:
+    """Cost laws by degree, and a quality profile. A degree without a law of its own gets one from the smallest."""
+
+    def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
+        self.paces = {degree: StepClock(law) for degree, law in laws.items()}
+        self.base = min(laws)
+        self.surely: set[int] = set()  # degrees whose law is known; it stays so
+        self.believe(quality)
+
+    def believe(self, quality: QualityProfile) -> None:
+        """Start again from this profile."""
+        self.forecast = Forecast(quality)
+
+    # steps
+
+    def pace(self, degree: int) -> StepClock:
+        found = self.paces.get(degree)
+        if found is None:
+            found = self.paces[degree] = StepClock(derived(self.paces[self.base].learner.law, degree // self.base))
+        return found
+
+    def known(self) -> tuple[dict[int, StepCost], QualityProfile]:
+        """The laws that are no guesses, by degree, and the quality profile, with all that was learned.
+
+        What a step costs outside the worker counts as part of it.
+        """
+        laws = {
+            degree: msgspec.structs.replace(pace.learner.law, fixed=pace.fixed)
+            for degree, pace in self.paces.items()
+            if pace.sure
+        }
+        return laws, self.forecast.profile
+
+    def sure(self, degrees: Sequence[int]) -> bool:
+        """Whether the laws of all these degrees are known."""
+        if self.surely.issuperset(degrees):
+            return True
+        self.surely.update([degree for degree in degrees if self.pace(degree).sure])
+        return self.surely.issuperset(degrees)
+
+    def step_seconds(self, progress: RequestState, refresh: bool, degree: int) -> float:
+        """What the row adds to its next step."""
+        loads = progress.loads
+        if loads is not None and loads.degree == degree:
+            return loads.refresh if refresh else loads.reuse
+        pace = self.pace(degree)
+        return pace.refresh_seconds(progress) if refresh else pace.reuse_seconds(progress)
+
+    def stepped(self, features: Features, refreshes: bool, seconds: float, turnaround: float, degree: int) -> None:
+        """A step at this degree has taken `seconds` on the worker and `turnaround` seen from here."""
+        pace = self.pace(degree)
+        pace.learner.observe(features, refreshes, seconds)
+        outside = min(max(0.0, turnaround - seconds), seconds + 2 * pace.overhead)  # a machine that slept tells nothing
+        pace.overhead += SMOOTH * (outside - pace.overhead)
+
+    # requests
+
+    def levels(self, request: Request, thresholds: Sequence[float]) -> tuple[int, ...]:
+        """Of the profile, by threshold of the request; the other rules have the law and the drop of the reference."""
+        return tuple(map(self.forecast.level_of, thresholds)) if request.decoding.rule == "threshold" else (0,)
+
+    def kind(self, request: Request) -> str:
+        return self.forecast.kind(request.slo.task, request.prompt_tokens)
+
+    def tracks(self, progress: RequestState) -> list[Track]:
+        """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
+        if progress.tracked != (progress.block, self.forecast.version):
+            levels = self.levels(progress.request, progress.thresholds)
+            place = progress.block, len(progress.blocks), progress.request.decoding.block_length
+            progress.tracks = self.forecast.tracks(progress.kind, levels, *place)
+            progress.tracked = progress.block, self.forecast.version
+        return progress.tracks
+
+    def loads(self, progress: RequestState, degree: int) -> Loads:
+        """What the request still needs at this degree, by its own levels; kept until it has moved on."""
+        loads = progress.loads
+        if loads is None or loads.degree != degree:
+            pace = self.pace(degree)
+            refresh, reuse = pace.refresh_seconds(progress), pace.reuse_seconds(progress)
+            if progress.quotas:
+                loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
+            else:
+                drift = drifted(progress.observed, progress.expected)
+                due = 0.0 if progress.fresh else 1.0
+                interval = progress.request.decoding.refresh_interval
+                loads = Loads(self.tracks(progress), progress.masks, due, drift, refresh, reuse, interval, degree)
+            progress.loads = loads
+        return loads
+
+    def unloaded(self, progress: RequestState, degree: int | None = None) -> float:
+        """Seconds that the request takes alone at its reference threshold, by default on as few devices as can be."""
+        degree = degree or self.base
+        return alone(self.loads(progress, degree)[0], self.pace(degree).fixed)
+
+    def watched(self, progress: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
+        """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
+        if progress.quotas or progress.request.decoding.rule != "threshold":
+            return
+        forecast, kind = self.forecast, progress.kind
+        level, part = forecast.level_of(progress.table_threshold), part_of(block_before)
+        steps = forecast.chain(kind, level, part, progress.request.decoding.block_length).steps
+        left = steps[progress.masks] if progress.block == block_before else 0.0
+        forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
+        progress.observed += 1.0
+        progress.expected += steps[masks_before] - left
+
+
+def counted(progress: RequestState) -> Track:
+    """Under the steps rule the future is known."""
+    left = sum(map(len, progress.quotas[progress.block :])) - progress.block_step
+    refreshes = len(progress.quotas) - progress.block - progress.fresh
+    return Track(NOTHING, Outlook(left, 0.0, refreshes))
+
+
+def batch_features(spans: Iterable[Span], masks: int) -> Features:
+    tokens = attention = keys = rows = 0
+    for span in spans:
+        tokens += span.length
+        attention += span.length * span.keys
+        keys += span.keys
+        rows += 1
+    return Features(tokens, attention, keys, masks, rows)

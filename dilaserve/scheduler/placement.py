@@ -1,0 +1,460 @@
+"""Who is in the house: the rows that wait, the instances, and who has a seat on which."""
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from operator import attrgetter
+
+from dilaserve.config import Config
+from dilaserve.scheduler.backlog import Backlog
+from dilaserve.scheduler.deadline_queue import DeadlineQueue
+from dilaserve.scheduler.deadlines import Deadlines
+from dilaserve.scheduler.expiry import Expiry
+from dilaserve.scheduler.request_state import InstanceState, RequestState, State, Transition
+from dilaserve.scheduler.rules.admission import Room, Tenant, fits, least_loaded
+from dilaserve.scheduler.rules.fairness import Turns, gives_way, granted, in_turn
+from dilaserve.scheduler.rules.ordering import ORDERS, without_deadline
+from dilaserve.scheduler.waiting_queue import WaitingQueue
+from dilaserve.types import Instance, Load
+
+LOOKS = 8  # requests at the head of the queue that each decision tests on the instances between two steps
+TESTS = 300  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
+PLACED = 32  # requests without admitted deadlines that a decision gives rows to, at most; about 20 µs each
+WINDOW = 64  # requests that failed the test and that a tick tests again, at most
+STALE = 10.0  # seconds without a step after which what is believed of an instance may be wrong
+FARTHEST = 10.0  # times too long that a step may seem to take
+ARRIVAL = attrgetter("request.arrived_at")
+
+
+class Placement:
+    """Gives seats to those who wait, and takes them back.
+
+    Rows with a promise get a seat where their deadline holds, the others where room is.
+    """
+
+    def __init__(self, config: Config, deadlines: Deadlines) -> None:
+        self.deadlines, self.estimates = deadlines, deadlines.estimates
+        self.max_rows = config.device.max_num_seqs
+        self.max_guaranteed = config.scheduler.guaranteed_rows
+        self.age = config.scheduler.best_effort_age
+        self.waiting = WaitingQueue(turn)  # without a promised deadline
+        self.queue = DeadlineQueue(deadlines.rank)  # with one
+        self.hopeless = Expiry()  # requests of the queue, by when they can no longer end in time
+        self.backlog = Backlog()
+        self.turns = Turns()  # of tenants
+        self.held: Counter[str] = Counter()  # rows on instances, by tenant
+        self.moving: list[RequestState] = []  # rows of an old plan that wait for the new one to stand
+        self.replicas: dict[int, InstanceState] = {}
+        self.closing: dict[int, InstanceState] = {}  # instances of an old plan that finish their step in flight
+        self.places_more = False  # there was more to place than one decision does
+        self.reserved_instance: InstanceState | None = (
+            None  # takes no promises until who has waited for too long finds room on it
+        )
+
+    def reseated(self) -> None:
+        self.deadlines.degrees = tuple(sorted({replica.degree for replica in self.replicas.values()})) or (
+            self.estimates.base,
+        )
+
+    def instances(self) -> list[Instance]:
+        return [replica.instance for replicas in (self.replicas, self.closing) for replica in replicas.values()]
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row on an instance and have not ended."""
+        replicas = [*self.replicas.values(), *self.closing.values()]
+        return sum(row.state is not State.LEAVING for replica in replicas for row in replica.residents.values())
+
+    def place(self, now: float, everywhere: bool) -> None:
+        """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
+        first = self.place_aged(now)
+        if self.deadlines.admits:
+            self.place_with_deadline(now, everywhere)
+            self.place_rest(self.waiting.by_turn(self.turns, self.estimates.unloaded))
+        else:
+            self.place_rest(self.unadmitted(first))
+
+    def unadmitted(self, first: RequestState | None) -> Iterator[RequestState]:
+        """All that wait, with and without deadlines, in the order in which they get rows; `first` goes before all."""
+        names = dict.fromkeys([*self.queue.lines, *self.waiting.lines])
+        lines = {name: self.line_of(name) for name in names}
+        rest = in_turn(lines, self.turns, self.estimates.unloaded)
+        return chain([first] if first else [], (progress for progress in rest if progress is not first))
+
+    def line_of(self, tenant: str) -> Iterator[RequestState]:
+        """A tenant's requests in the order of service where deadlines are not tested; those that missed theirs last."""
+        timed = [progress for _, progress in self.queue.lines.get(tenant, ())]
+        others = [progress for _, progress in self.waiting.lines.get(tenant, ())]
+        timely = (progress for progress in others if not progress.late)
+        late = (progress for progress in others if progress.late)
+        if self.deadlines.order is ORDERS["fcfs"]:
+            return chain(heapq.merge(timed, timely, key=arrival_turn), late)
+        return chain(timed, timely, late)
+
+    def place_aged(self, now: float) -> RequestState | None:
+        """A best-effort request that has waited for too long gets a row before requests with deadlines do.
+
+        Returns it if there was no room; an instance without such a row then takes no deadlines until there is.
+        """
+        self.reserved_instance = None
+        if not self.waiting or now - self.waiting.since <= self.age:
+            return None
+        rows = self.waiting.by_turn(self.turns, self.estimates.unloaded)
+        first = next((row for row in rows if self.aged(row, now) and self.ever_fits(row)), None)
+        if first is None:
+            return None
+        if replica := self.replica_for(first):
+            self.waiting.remove(first)
+            self.assign(first, replica)
+            return None
+        replicas = [
+            replica
+            for replica in self.replicas.values()
+            if self.holds(replica, first) and not self.has_aged(replica, now)
+        ]
+        self.reserved_instance = min(replicas, key=lambda replica: len(replica.residents), default=None)
+        return first
+
+    def has_aged(self, replica: InstanceState, now: float) -> bool:
+        """Whether a best-effort row of the instance has waited for too long: one at a time may keep deadlines out."""
+        return any(self.aged(row, now) for row in replica.residents.values() if not row.has_deadline)
+
+    def aged(self, progress: RequestState, now: float) -> bool:
+        return now - progress.request.arrived_at > self.age
+
+    @property
+    def open(self) -> list[InstanceState]:
+        """The instances that take promises."""
+        return [replica for replica in self.replicas.values() if replica is not self.reserved_instance]
+
+    def place_with_deadline(self, now: float, everywhere: bool) -> None:
+        """Test those that wait with a deadline, as many as a decision may.
+
+        Newcomers are tested on every instance; those at the head of the queue on the instances between two steps; at a
+        tick (`everywhere`) those whose last test is longest ago on every instance again.
+        """
+        queue = self.queue
+        if not queue:
+            return
+        idle = [replica for replica in self.open if replica.in_flight is None]
+        head = list(islice(queue.by_turn(self.turns, self.estimates.unloaded), LOOKS)) if idle else []
+        looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
+        tenants: dict[int, list[Tenant]] = {}
+        for progress in queue.in_order([*head, *looked.values()], self.turns, self.estimates.unloaded):
+            replicas = self.open if progress.request.row in looked else idle
+            if not self.place_one(progress, replicas, tenants, now) and progress.request.row in looked:
+                queue.failed(progress)
+
+    def affordable(self, some: Sequence[RequestState]) -> dict[int, RequestState]:
+        """The first of these, by row, as many as a decision may test on all instances; one at least."""
+        found: dict[int, RequestState] = {}
+        tests = 0
+        for progress in some:
+            if tests >= TESTS:
+                break
+            tests += len(self.replicas) * len(progress.thresholds)
+            found[progress.request.row] = progress
+        return found
+
+    def place_one(
+        self, progress: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
+    ) -> bool:
+        """Give the request a row on the best of these instances that keep its deadline and have room, if one does."""
+        found = self.seats_with_slack(progress, replicas, tenants, now)
+        replica = next((replica for replica in found if self.make_room(replica, progress, now)), None)
+        if replica is None:
+            replica = self.replica_for_hopeless(progress, now)
+            if replica is None or not self.make_room(replica, progress, now):
+                return False
+        self.queue.remove(progress)
+        self.assign(progress, replica)
+        tenants.pop(replica.instance.id, None)
+        return True
+
+    def any_with_slack(self, progress: RequestState, now: float) -> bool:
+        """Whether an instance would keep the deadline, with its room made free if need be."""
+        return any(True for _ in self.seats_with_slack(progress, self.open, {}, now))
+
+    def enter(self, progress: RequestState) -> None:
+        """Wait in the order of service, or of arrival and priority without a deadline."""
+        if not progress.has_deadline:
+            self.waiting.add(progress)
+            return
+        self.queue.add(progress)
+        if self.deadlines.sheds:
+            self.hopeless.add(progress, self.deadlines.hopeless_at(progress), self.backlog.unfinished)
+
+    def leave(self, progress: RequestState) -> None:
+        """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""
+        if progress.replica is None:
+            home = self.queue if progress.has_deadline else self.waiting
+            (self.moving if progress in self.moving else home).remove(progress)
+        elif progress.has_deadline:
+            progress.replica.with_deadline.remove(progress)
+
+    def replica_for_hopeless(self, progress: RequestState, now: float) -> InstanceState | None:
+        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches.
+
+        None for a request that is not hopeless: it waits for a seat that keeps its slack.
+        """
+        replicas = self.open
+        if self.deadlines.shed and (
+            all(replica.with_deadline for replica in replicas) or self.deadlines.is_past(progress, now)
+        ):
+            return None
+        if not self.deadlines.is_hopeless(progress, now):
+            return None
+        return min(
+            [replica for replica in replicas if self.holds(replica, progress)],
+            key=lambda replica: len(replica.with_deadline),
+            default=None,
+        )
+
+    def tries(self, progress: RequestState, now: float) -> bool:
+        """Whether a request that seems hopeless is worth a try: an instance has stood idle for long, and what is
+        believed of it may be out of date, as nothing is learned from those who are turned away.
+        """
+        stale = any(not replica.residents and now > replica.launched_at + STALE for replica in self.open)
+        return stale and progress.left(now) * FARTHEST > self.estimates.unloaded(progress)
+
+    def place_rest(self, rows: Iterable[RequestState]) -> None:
+        """In order, until one finds no room, or as many have found some as a decision may place.
+
+        Who is too large for all instances, as workers came back with less memory, holds nobody up.
+        """
+        placed, self.places_more = 0, False
+        for progress in rows if self.replicas else ():
+            if placed == PLACED:
+                self.places_more = True
+                break
+            if replica := self.replica_for(progress) or self.replica_of_another(progress):
+                (self.queue if progress.has_deadline else self.waiting).remove(progress)
+                self.assign(progress, replica)
+                placed += 1
+            elif self.ever_fits(progress):
+                break
+
+    def replica_of_another(self, progress: RequestState) -> InstanceState | None:
+        """A tenant without any row gets that of a tenant with several, between two steps; it waits no longer than one.
+
+        The evicted row, the last to come, keeps its tokens and waits again.
+        """
+        tenant = progress.request.slo.tenant
+        if self.held[tenant] or max(self.held.values(), default=0) < 2:
+            return None
+        for replica in self.replicas.values():
+            starts = [row.kv_start for row in self.surplus_rows(replica)]
+            if not replica.pages.fits_without(progress.request.canvas_tokens, starts):
+                continue
+            while victim := self.surplus(replica):
+                self.evict(victim, replica)
+                kv_start = replica.pages.take(progress.request.canvas_tokens)
+                if kv_start is not None:
+                    progress.kv_start = kv_start
+                    return replica
+        return None
+
+    def surplus(self, replica: InstanceState) -> RequestState | None:
+        """The row that came last, of the tenant with most rows, if that has several."""
+        rows = self.surplus_rows(replica)
+        return max(rows, key=lambda row: (self.held[row.request.slo.tenant], ARRIVAL(row)), default=None)
+
+    def surplus_rows(self, replica: InstanceState) -> list[RequestState]:
+        """Rows of tenants that have several, which may be evicted."""
+        return [
+            row
+            for row in replica.residents.values()
+            if row.state is State.RESIDENT
+            and self.held[row.request.slo.tenant] > 1
+            and not (row.has_deadline and self.deadlines.admits)
+        ]
+
+    def evict(self, progress: RequestState, replica: InstanceState) -> None:
+        """The row waits again; its next step refreshes."""
+        self.unassign(progress, replica)
+        progress.did(Transition.EVICTED)
+        self.enter(progress)
+
+    def gives_way(self, tenant: str) -> RequestState | None:
+        """The waiting request that makes room in a full queue for one of this tenant: the last to come that has not
+        started, of the tenant that holds most places.
+        """
+        waiting = Counter(self.queue.counts()) + Counter(self.waiting.counts())
+        held = waiting + self.held
+        while loser := gives_way(waiting, held, tenant):
+            rows = [row for line in (self.queue, self.waiting) for _, row in line.lines.get(loser, ())]
+            if fresh := [row for row in rows if row.started_at is None]:
+                return max(fresh, key=ARRIVAL)
+            del waiting[loser]
+        return None
+
+    def ever_fits(self, progress: RequestState) -> bool:
+        """Whether an instance holds the canvas when nobody else is there."""
+        return any(self.holds(replica, progress) for replica in self.replicas.values())
+
+    def holds(self, replica: InstanceState, progress: RequestState) -> bool:
+        """Whether the instance has K/V for the canvas when nobody else is there."""
+        return replica.pages.ever_fits(progress.request.canvas_tokens)
+
+    def replica_for(self, progress: RequestState) -> InstanceState | None:
+        """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
+        degrees = self.deadlines.degrees
+        seconds = {degree: self.estimates.unloaded(progress, degree) for degree in degrees} if len(degrees) > 1 else {}
+        rooms = [
+            Room(id, len(replica.residents), self.max_rows * replica.degree, seconds.get(replica.degree, 1.0))
+            for id, replica in self.replicas.items()
+        ]
+        for id in least_loaded(rooms):
+            kv_start = self.replicas[id].pages.take(progress.request.canvas_tokens)
+            if kv_start is not None:
+                progress.kv_start = kv_start
+                return self.replicas[id]
+        return None
+
+    def seats_with_slack(
+        self, progress: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
+    ) -> Iterator[InstanceState]:
+        """The instances that pass the test and can hold the canvas, at the highest threshold first, most slack first.
+
+        `tenants` keeps the rows of the instances that were looked at.
+        """
+        looked = [
+            replica
+            for replica in replicas
+            if len(replica.with_deadline) < self.max_guaranteed and self.holds(replica, progress)
+        ]
+        if not looked:
+            return
+        loads = {degree: self.estimates.loads(progress, degree) for degree in {replica.degree for replica in looked}}
+        paces = {degree: self.estimates.pace(degree).fixed for degree in loads}
+        for replica in looked:
+            if replica.instance.id not in tenants:
+                tenants[replica.instance.id] = self.tenants(replica, now)
+        deepest = self.deadlines.deepest(progress)
+        for level in range(min(self.deadlines.floor, deepest), deepest + 1):
+            found: list[tuple[float, int]] = []
+            for replica in looked:
+                newcomer = tenant(progress, loads[replica.degree][level], max(now, replica.ends_at))
+                slack = fits(newcomer, tenants[replica.instance.id], paces[replica.degree])
+                if slack is not None:
+                    found.append((slack, -replica.instance.id))
+            for _, id in sorted(found, reverse=True):
+                yield self.replicas[-id]
+
+    def tenants(self, replica: InstanceState, now: float) -> list[Tenant]:
+        """The rows with deadlines, as they are when the step in flight ends."""
+        loads, at = self.estimates.loads, max(now, replica.ends_at)
+        return [
+            tenant(row, self.need_after_step(row, loads(row, replica.degree)[row.level]), at)
+            for row in replica.with_deadline
+        ]
+
+    def need_after_step(self, row: RequestState, need: Load) -> Load:
+        """What the row needs beside the step in flight, if it is in it."""
+        if row.state is not State.STEPPING or row.replica is None:
+            return need
+        added = row.replica.added.get(row.request.row, 0.0)
+        return Load(max(0.0, need.steps - 1.0), max(0.0, need.work - added))
+
+    def make_room(self, replica: InstanceState, progress: RequestState, now: float) -> bool:
+        """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes.
+
+        Nobody is evicted if that is not enough.
+        """
+        canvas = progress.request.canvas_tokens
+        rows = self.evictable(replica, now)
+        starts = [row.kv_start for row in rows]
+        over = max(0, len(replica.residents) + 1 - self.max_rows * replica.degree)  # rows that must go in any case
+        if over > len(rows) or not replica.pages.fits_without(canvas, starts):
+            return False
+        enough = bisect_left(
+            range(over, len(rows)), True, key=lambda count: replica.pages.fits_without(canvas, starts[:count])
+        )
+        for row in rows[: over + enough]:
+            self.evict(row, replica)
+        kv_start = replica.pages.take(canvas)
+        assert kv_start is not None, "pages that were counted as free are not"
+        progress.kv_start = kv_start
+        return True
+
+    def evictable(self, replica: InstanceState, now: float) -> list[RequestState]:
+        """Best-effort rows between two steps, the last to come first; the first of all stays if it has aged."""
+        rest = sorted([row for row in replica.residents.values() if not row.has_deadline], key=ARRIVAL, reverse=True)
+        if rest and self.aged(rest[-1], now):
+            rest.pop()
+        return [row for row in rest if row.state is State.RESIDENT]
+
+    def assign(self, progress: RequestState, replica: InstanceState) -> None:
+        tenant = progress.request.slo.tenant
+        if not progress.charged:
+            progress.charged = True
+            self.turns = granted(self.turns, tenant, self.estimates.unloaded(progress))
+        self.held[tenant] += 1
+        progress.did(Transition.PLACED)
+        progress.replica = replica
+        replica.residents[progress.request.row] = progress
+        if progress.has_deadline:
+            insort(replica.with_deadline, progress, key=self.deadlines.rank)
+
+    def unassign(self, progress: RequestState, replica: InstanceState) -> None:
+        del replica.residents[progress.request.row]
+        tenant = progress.request.slo.tenant
+        self.held[tenant] -= 1
+        if not self.held[tenant]:
+            del self.held[tenant]
+        if progress in replica.with_deadline:
+            replica.with_deadline.remove(progress)
+        replica.pages.give(progress.kv_start)
+        progress.replica, progress.fresh, progress.loads, progress.ready = None, False, None, None
+
+    def doom(self, rank: int) -> None:
+        """The worker is gone: nothing more is launched on its instance, which is lost once its peers have left it."""
+        for replica in chain(self.replicas.values(), self.closing.values()):
+            replica.doomed |= rank in replica.instance.ranks
+
+    def move_to(self, instance: Instance, forming: Iterable[Instance]) -> None:
+        """Rows of an old plan go on: an instance that stands takes its part, by devices, of what fits on it, and leaves
+        the others to those that are still to stand.
+        """
+        pages, mine = self.replicas[instance.id].pages, len(instance.ranks)
+        coming = {rank for other in (*forming, *self.closing_instances()) for rank in other.ranks}
+        fitting = [row for row in self.moving if pages.ever_fits(row.request.canvas_tokens)]
+        fitting.sort(key=lambda row: (row.left(0.0), ARRIVAL(row)))
+        part = fitting[: math.ceil(len(fitting) * mine / (mine + len(coming)))]
+        self.moving = [row for row in self.moving if row not in part]
+        self.wait_again(part)
+
+    def closing_instances(self) -> list[Instance]:
+        return [replica.instance for replica in self.closing.values()]
+
+    def wait_again(self, rows: list[RequestState]) -> None:
+        """Rows that had a seat go back into the order that they were in."""
+        for progress in rows:
+            self.enter(progress)
+
+    def demote(self, progress: RequestState) -> None:
+        """The row has lost its promise and goes on without one."""
+        self.leave(progress)
+        self.backlog.remove(progress)
+        progress.has_deadline, progress.late = False, True
+        self.backlog.add(progress)
+        if progress.replica is None:
+            self.enter(progress)
+
+
+def arrival_turn(progress: RequestState) -> float:
+    """The order of arrival, in which priority counts without a deadline."""
+    return ARRIVAL(progress) if progress.has_deadline else turn(progress)
+
+
+def turn(progress: RequestState) -> float:
+    """The order of a tenant's rows without a promised deadline."""
+    request = progress.request
+    return without_deadline(request.arrived_at, request.slo.weight)
+
+
+def tenant(progress: RequestState, need: Load, now: float) -> Tenant:
+    return Tenant(progress.left(now), need.steps, need.work, progress.request.slo.weight)

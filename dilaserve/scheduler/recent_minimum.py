@@ -1,0 +1,27 @@
+"""The least of the values that came lately."""
+
+import math
+
+
+class RecentMinimum:
+    """The least value of the last `window` seconds, or of up to three times as many; two numbers are all it keeps."""
+
+    def __init__(self, window: float) -> None:
+        self.window = window
+        self.began = -math.inf
+        self.before = self.least = math.inf
+
+    def add(self, value: float, now: float) -> None:
+        self.turn(now)
+        self.least = min(self.least, value)
+
+    def at(self, now: float) -> float:
+        """Infinite if none came."""
+        self.turn(now)
+        return min(self.before, self.least)
+
+    def turn(self, now: float) -> None:
+        windows = (now - self.began) / self.window
+        if windows >= 1.0:
+            self.before = self.least if windows < 2.0 else math.inf
+            self.began, self.least = now, math.inf

@@ -1,0 +1,100 @@
+"""Makes the scheduler's lists and counts agree again after a handler stopped half-way.
+
+Its input is what each request and each batch in flight says of itself; everything that is derived from that is made
+anew. It decides nothing: rows keep their tokens, and a row whose step never began, or was lost, refreshes.
+
+1. Rows on an instance that ended, or that are in no batch although they say so, are put right or taken off.
+2. Requests that say they are on an instance which does not know them wait again.
+3. The waiting lines, the promises and pages of each instance, and what is kept by tenant are made anew.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from dilaserve.scheduler.backlog import Backlog
+from dilaserve.scheduler.deadline_queue import DeadlineQueue
+from dilaserve.scheduler.deadlines import Deadlines
+from dilaserve.scheduler.expiry import Expiry
+from dilaserve.scheduler.placement import Placement, turn
+from dilaserve.scheduler.request_state import InstanceState, RequestState, State
+from dilaserve.scheduler.waiting_queue import WaitingQueue
+
+
+def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[int]:
+    """Returns rows of the request table that nobody uses any more and that nobody has given back."""
+    replicas = [*placement.replicas.values(), *placement.closing.values()]
+    free = [row for replica in replicas for row in end_step(replica, requests)]
+    for progress in requests.values():
+        if not is_held(progress, replicas):
+            wait(progress)
+    for replica in replicas:
+        derive(replica, placement)
+    reserve(placement.deadlines, requests)
+    placement.held = Counter(row.request.slo.tenant for replica in replicas for row in replica.residents.values())
+    moving = {id(row) for row in placement.moving}
+    placement.moving = [row for row in requests.values() if row.state is State.WAITING and id(row) in moving]
+    placement.queue, placement.waiting, placement.hopeless = (
+        DeadlineQueue(placement.deadlines.rank),
+        WaitingQueue(turn),
+        Expiry(),
+    )
+    for progress in requests.values():
+        if progress.state is State.WAITING and id(progress) not in moving:
+            placement.enter(progress)
+    placement.backlog = Backlog()
+    for progress in requests.values():
+        placement.backlog.add(progress)
+    return free
+
+
+def end_step(replica: InstanceState, requests: Mapping[str, RequestState]) -> list[int]:
+    """Rows agree with the batch in flight; returns those that have ended and are in no step any more."""
+    free = []
+    in_flight = {id(row) for row in replica.in_flight or ()}
+    for key, row in list(replica.residents.items()):
+        if id(row) in in_flight:
+            row.state = State.STEPPING if requests.get(row.request.id) is row else State.LEAVING
+        elif requests.get(row.request.id) is row and row.replica is replica:
+            if row.state is not State.RESIDENT:
+                row.state = State.RESIDENT
+                refresh(row)
+        else:
+            del replica.residents[key]
+            if row.state is State.LEAVING:
+                row.state = State.GONE
+                free.append(key)
+    return free
+
+
+def is_held(progress: RequestState, replicas: list[InstanceState]) -> bool:
+    replica = progress.replica
+    return any(replica is one for one in replicas) and replica.residents.get(progress.request.row) is progress  # type: ignore[union-attr]
+
+
+def wait(progress: RequestState) -> None:
+    progress.state, progress.replica = State.WAITING, None
+    refresh(progress)
+
+
+def refresh(progress: RequestState) -> None:
+    """The next step computes the row's K/V anew, and nothing that was worked out for it holds."""
+    progress.fresh, progress.loads, progress.ready = False, None, None
+
+
+def reserve(deadlines: Deadlines, requests: Mapping[str, RequestState]) -> None:
+    """The accuracy that running requests may still spend, by tenant and in all."""
+    deadlines.reserved = {}
+    for progress in requests.values():
+        if progress.reserved:
+            tenant = progress.request.slo.tenant
+            deadlines.reserved[tenant] = deadlines.reserved.get(tenant, 0.0) + progress.reserved
+    deadlines.pending = sum(deadlines.reserved.values())
+
+
+def derive(replica: InstanceState, placement: Placement) -> None:
+    """The promises of an instance in the order of service, and the pages that its rows own."""
+    rows = replica.residents.values()
+    with_deadline = [row for row in rows if row.has_deadline and row.state is not State.LEAVING]
+    replica.with_deadline[:] = sorted(with_deadline, key=placement.deadlines.rank)
+    for start in set(replica.pages.runs) - {row.kv_start for row in rows}:
+        replica.pages.give(start)

@@ -1,0 +1,43 @@
+"""The accuracy bank of a tenant: how far thresholds may be lowered, enforced and not hoped for, and for whom first."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+CREDIT = 50  # requests' worth of drop that a new tenant may spend in advance
+
+
+class Bank(NamedTuple):
+    """Percentage points spent so far, and requests served; one that was left at its half counts as half a request."""
+
+    spent: float = 0.0
+    served: float = 0.0
+
+
+def budget_left(bank: Bank, budget: float, pending: float = 0.0) -> float:
+    """The most points that one more request may drop; `pending` is promised to running requests."""
+    left = budget * (bank.served + CREDIT) - bank.spent - pending
+    return left if left > 0.0 else 0.0
+
+
+def affordable_level(drops: Sequence[float], budget: float) -> int:
+    """The deepest level at which all requests may run for ever, or the first; `drops` by level never fall."""
+    return max(0, bisect_right(drops, budget) - 1)
+
+
+def price(left: float, budget: float) -> float:
+    """What a point costs, in shares of a request's time that it must save, when so many points are left.
+
+    Nothing while there is more than the credit. The less is left, the dearer it gets, without an end, so that points go
+    where they save the most, and the bank settles where as many are asked for as come in.
+    """
+    if left <= 0.0:
+        return math.inf
+    dear = budget * CREDIT / left - 1.0
+    return dear if dear > 0.0 else 0.0
+
+
+def charged(bank: Bank, drop: float, share: float = 1.0) -> Bank:
+    """The bank after a request that ended with this drop, when a share of its answer had been given."""
+    return Bank(bank.spent + drop, bank.served + share)

@@ -1,0 +1,193 @@
+"""What goes out: OpenAI's answer objects and stream chunks, built from the engine's chunks."""
+
+import math
+import secrets
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dilaserve import __version__
+from dilaserve.engine.engine import Chunk, Completion, Engine
+from dilaserve.errors import DilaserveError
+from dilaserve.tokenizer.tokenizer import UNFINISHED, Detokenizer, Text
+from dilaserve.types import Usage
+
+Json = dict[str, Any]
+FINGERPRINT = f"dilaserve-{__version__}"
+
+
+class Token(NamedTuple):
+    id: int
+    confidence: float
+
+
+class ResponseFormat:
+    """One endpoint's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
+    into the answer, or into the last chunk of each choice.
+    """
+
+    def __init__(
+        self, engine: Engine, chat: bool, logprobs: bool, stops: bool = False, warnings: Sequence[str] = ()
+    ) -> None:
+        self.warned: Json = {"warnings": list(warnings)} if warnings else {}
+        self.engine, self.chat, self.logprobs, self.stops = engine, chat, logprobs, stops
+        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self.created = int(time.time())
+        self.written: Counter[int] = Counter()  # characters by choice, for text_offset
+        self.spoken: defaultdict[int, Detokenizer] = defaultdict(lambda: Detokenizer(engine.text))  # likewise
+        self.told: defaultdict[int, Told] = defaultdict(lambda: Told(engine.text))  # by choice
+
+    def head(self, streamed: bool) -> Json:
+        kind = "text_completion" if not self.chat else "chat.completion.chunk" if streamed else "chat.completion"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.engine.model.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    # streams
+
+    def opening(self, index: int) -> Json:
+        return self.piece({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def delta(self, index: int, chunk: Chunk) -> Json | None:
+        """None if there is nothing to say."""
+        tokens = self.tokens(index, chunk)
+        if not chunk.text and not tokens:
+            return None
+        said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
+        logprobs = self.probabilities(index, tokens)
+        return self.piece({"index": index, **said, "logprobs": logprobs, "finish_reason": None})
+
+    def echo(self, index: int, text: str) -> Json:
+        self.written[index] += len(text)
+        return self.piece({"index": index, "text": text, "logprobs": None, "finish_reason": None})
+
+    def closing(self, index: int, chunk: Chunk) -> Json:
+        silent: Json = {"delta": {}} if self.chat else {"text": ""}
+        return self.piece({"index": index, **silent, "finish_reason": chunk.finish_reason}) | {
+            "dilaserve": cost([chunk.usage] if chunk.usage else []),
+            **self.warned,
+        }
+
+    def counted(self, prompt_tokens: int, completion_tokens: int) -> Json:
+        return self.head(True) | {"choices": [], "usage": usage(prompt_tokens, completion_tokens)}
+
+    def piece(self, choice: Json) -> Json:
+        return self.head(True) | {"choices": [choice]}
+
+    # whole answers
+
+    def answer(self, completions: Sequence[Completion], echoes: Sequence[str], prompt_tokens: int) -> Json:
+        choices = [self.choice(i, completion, echoes[i]) for i, completion in enumerate(completions)]
+        spent = sum(completion.completion_tokens for completion in completions)
+        return self.head(False) | {
+            "choices": choices,
+            "usage": usage(prompt_tokens, spent),
+            "dilaserve": cost([completion.usage for completion in completions]),
+            **self.warned,
+        }
+
+    def choice(self, index: int, completion: Completion, echo: str) -> Json:
+        choice: Json = {"index": index, "finish_reason": completion.finish_reason}
+        self.written[index] += len(echo)
+        choice["logprobs"] = self.probabilities(index, self.tokens(index, completion))
+        if self.chat:
+            return choice | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+        return choice | {"text": echo + completion.text}
+
+    def tokens(self, index: int, answer: Chunk | Completion) -> list[Token]:
+        """The tokens whose probabilities are told now."""
+        if not self.logprobs:
+            return []
+        tokens = [Token(*pair) for pair in zip(answer.token_ids, answer.confidences, strict=True)]
+        return self.told[index].shown(tokens, answer.text, answer.finish_reason is not None) if self.stops else tokens
+
+    def probabilities(self, index: int, told: Sequence[Token]) -> Json | None:
+        """Log probabilities of the chosen tokens, when they were unmasked.
+
+        Part of a character has no text of its own, and of its bytes the tokenizer does not tell; all its parts begin
+        where it does.
+        """
+        if not self.logprobs:
+            return None
+        tokens = [self.engine.detokenize([token.id]) for token in told]
+        logs = [math.log(max(token.confidence, 1e-45)) for token in told]
+        if self.chat:
+            pairs = zip(tokens, logs, strict=True)
+            return {"content": [{"token": t, "logprob": p, "bytes": spelled(t), "top_logprobs": []} for t, p in pairs]}
+        offsets = []
+        for token, alone in zip(told, tokens, strict=True):
+            start, more = self.written[index], self.spoken[index].push([token.id])
+            self.written[index] += len(more)
+            offsets.append(self.written[index] - len(alone) if alone and more.endswith(alone) else start)
+        return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
+
+
+class Told:
+    """Holds back the tokens of a text that may be cut, until some of their text is shown."""
+
+    def __init__(self, text: Text) -> None:
+        self.detokenizer = Detokenizer(text)
+        self.waiting: deque[tuple[int, Token]] = deque()  # with the character at which they begin
+        self.length = self.seen = 0  # characters of all tokens, and of those what is shown
+
+    def shown(self, tokens: Sequence[Token], text: str, ends: bool) -> list[Token]:
+        """The tokens that `text`, which is shown after what was, begins to show. What it `ends` with is not cut, unless
+        the tokens have more text.
+        """
+        for token in tokens:
+            self.waiting.append((self.length, token))
+            self.length += len(self.detokenizer.push([token.id]))
+        self.seen += len(text)
+        whole = ends and self.length + len(self.detokenizer.flush()) <= self.seen
+        found = []
+        while self.waiting and (whole or self.waiting[0][0] < self.seen):
+            found.append(self.waiting.popleft()[1])
+        return found
+
+
+def spelled(token: str) -> list[int] | None:
+    return None if UNFINISHED in token else list(token.encode())
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def cost(usages: Sequence[Usage]) -> Json:
+    """Our own object: steps and refreshes over all choices; the longest wait, service and deadline in seconds; what the
+    thresholds were, and the points of accuracy that they are expected to cost.
+    """
+    timed = [usage for usage in usages if usage.deadline_met is not None]
+    fate = {
+        "steps": sum(usage.steps for usage in usages),
+        "refreshes": sum(usage.refreshes for usage in usages),
+        "queued": max((usage.queued for usage in usages), default=0.0),
+        "served": max((usage.served for usage in usages), default=0.0),
+        "mean_confidence": mean([usage.mean_confidence for usage in usages]),
+        "deadline_met": all(usage.deadline_met for usage in timed) if timed else None,
+        "deadline": max((usage.deadline or 0.0 for usage in timed), default=None),
+        "min_threshold": min(
+            (usage.min_threshold for usage in usages if usage.min_threshold is not None), default=None
+        ),
+        "mean_threshold": mean([usage.mean_threshold for usage in usages]),
+        "expected_accuracy_drop": mean([usage.expected_accuracy_drop for usage in usages]),
+    }
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in fate.items()}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def failure(error: DilaserveError) -> Json:
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}

@@ -1,0 +1,147 @@
+"""A model's chat template: where it is read from, and its rendering in a process of its own."""
+
+import asyncio
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dilaserve.errors import CheckpointError, Unavailable
+from dilaserve.system import child_processes, files
+from dilaserve.tokenizer import template_process
+from dilaserve.tokenizer.template_process import TOO_SLOW, Reply, Source
+
+READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")  # by transformers
+FOLDER, FILE, DEFAULT = "additional_chat_templates", "chat_template.jinja", "default"
+PATIENCE = 30.0  # seconds of the clock that a rendering gets; a busy machine may give its process little of them
+ATTEMPTS = 2  # a process that was killed from outside is no fault of the template
+
+
+def find(directory: Path, given: Path | None) -> Source | str:
+    """The template of a directory, or the `given` one in its place; or why there is none.
+
+    Takes a second, because transformers is imported here, which knows all the places where a template may be.
+    Raises `CheckpointError`.
+    """
+    try:
+        check_sizes(directory)
+        source = files.read(given, files.MOST_TEMPLATE).decode() if given else None
+    except (OSError, ValueError) as error:  # ValueError: no text, or no file has such a name
+        reason = f"{getattr(error, 'filename', None) or given}: {getattr(error, 'strerror', error)}"
+        raise CheckpointError(f"the chat template cannot be read from {reason}") from error
+    tokenizer = loaded(directory)
+    found = source if given else tokenizer.chat_template
+    if isinstance(found, dict) and DEFAULT not in found:
+        return f"its chat templates are {', '.join(found)} and none is the default; choose one with --chat-template"
+    template = found[DEFAULT] if isinstance(found, dict) else found
+    if not template:
+        return "it has no chat template; give it one with --chat-template"
+    if not isinstance(template, str):
+        raise CheckpointError(f"the chat template in {directory} is no text, but {type(template).__name__}")
+    return Source(template, {name: plain(token) for name, token in tokenizer.special_tokens_map.items()})
+
+
+def plain(token: Any) -> str | list[str]:
+    """The text of a special token, or of several."""
+    return list(map(str, token)) if isinstance(token, list | tuple) else str(token)
+
+
+def check_sizes(directory: Path) -> None:
+    """Raises `OSError` for a file that transformers would read and that is too large, or is none."""
+    templates = [directory / FILE, *(directory / FOLDER).glob("*.jinja")]
+    bounds = {directory / name: files.MOST_JSON for name in READ} | dict.fromkeys(templates, files.MOST_TEMPLATE)
+    for file, most in bounds.items():
+        if files.present(file):
+            files.size(file, most)
+
+
+def loaded(directory: Path) -> Any:
+    """The tokenizer as transformers reads it."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging as chatter
+
+    chatter.set_verbosity_error()
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever a damaged tokenizer_config.json leads to
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the chat template in {directory} cannot be read: {reason}") from error
+
+
+class ChatTemplate:
+    """Renders conversations, one at a time, in a child process that is ended when one takes too long.
+
+    A new process takes its place at the next rendering. Safe from several threads.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.turn = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, "dilaserve chat template")  # so that waiting renderings hold up no others
+        self.process: subprocess.Popen[bytes] | None = None
+        self.closed = False
+
+    async def rendered(self, messages: Sequence[Mapping[str, Any]]) -> Reply:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self.render, messages)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> Reply:
+        """Blocking. Raises `Unavailable` where no process can be had, or it is killed again and again."""
+        request = msgspec.msgpack.encode([without_nulls(message) for message in messages])
+        with self.turn:
+            for _ in range(ATTEMPTS):
+                try:
+                    return self.asked(request)
+                except (OSError, EOFError) as error:
+                    lost: Exception = error
+                    if self.end() == -TOO_SLOW:
+                        return Reply(reason=f"it takes more than {self.source.seconds:g} seconds of CPU time")
+        raise Unavailable(f"the process that renders the chat template is gone: {lost}", retry_after=1.0) from lost
+
+    def asked(self, request: bytes) -> Reply:
+        """Raises `OSError` or `EOFError` when the process is gone, does not answer, or cannot be started."""
+        if self.process is None:
+            self.start()
+        self.line.send_bytes(request)
+        if not self.line.poll(PATIENCE):
+            raise TimeoutError(f"no answer in {PATIENCE:g} seconds")
+        return msgspec.msgpack.decode(self.line.recv_bytes(), type=Reply)
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.line: Connection[bytes, bytes] = Connection(ours.detach())
+        with Connection(child_processes.heritable(theirs.detach())) as end:
+            arguments = (end.fileno(), self.source)
+            self.process = child_processes.start(
+                "dilaserve chat template", template_process.main, arguments, self.line, [end.fileno()]
+            )
+        if self.closed:
+            raise EOFError("the engine has stopped")
+
+    def end(self) -> int | None:
+        """Kill the process, if it still runs; returns how it ended."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        self.line.close()
+        child_processes.end(process)
+        return process.returncode
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self.closed = True
+        if process := self.process:
+            process.kill()  # a rendering that is under way holds the turn
+        with self.turn:
+            self.end()
+        self.thread.shutdown(wait=False)
+
+
+def without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates are written for keys that are missing, as transformers hands them on."""
+    return {key: value for key, value in message.items() if value is not None}

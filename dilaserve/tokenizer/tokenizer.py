@@ -1,0 +1,305 @@
+"""Between text and token ids: encoding, the chat template, and decoding that never takes back what it gave."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
+from dilaserve.system import files
+from dilaserve.tokenizer.chat_template import ChatTemplate, find
+from dilaserve.tokenizer.panics import contained
+from dilaserve.tokenizer.template_process import Reply
+
+log = logging.getLogger(__name__)
+STEP_KERNELS = (
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|role_end|>",
+)  # tokens that end a turn, where a model has them
+UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
+LONGEST = 2**18  # characters, or ids, that are encoded or decoded at once, if the canvas does not hold more
+DENSE = 64  # characters a token, more than texts have
+MARKS = 64  # characters that a message costs besides what it holds
+LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
+
+
+class Text:
+    """A checkpoint's tokenizer and chat template. Encoding and decoding are safe from several threads."""
+
+    def __init__(self, directory: Path, chat_template: Path | None = None) -> None:
+        self.directory, self.given = directory, chat_template
+        self.tokenizer = read_tokenizer(directory)
+        self.longest = longest_token(self.tokenizer)
+        self.template: ChatTemplate | None = None
+        self.untemplated = "its chat template is not loaded yet"  # why there is no template
+        self.closed = False
+
+    def load_template(self) -> None:
+        """Read the chat template and try it; takes a second. Raises `CheckpointError` for one that is broken."""
+        found = find(self.directory, self.given)
+        if isinstance(found, str):
+            self.untemplated = found
+            log.warning("%s serves no chats: %s", self.directory, found)
+            return
+        self.template = ChatTemplate(found)
+        if self.closed:  # meanwhile
+            self.template.close()
+        else:
+            self.try_template(self.template)
+
+    def try_template(self, template: ChatTemplate) -> None:
+        """A template that is broken is found here, and not by the first who chats."""
+        reply = template.render([{"role": "user", "content": "Hello"}])
+        if reply.text is not None:
+            return
+        if not reply.on_purpose:  # else the template may want other messages
+            raise CheckpointError(f"the chat template in {self.given or self.directory} is broken: {reply.reason}")
+        log.warning("the chat template in %s rejects a single message: %s", self.directory, reply.reason)
+
+    def close(self) -> None:
+        """End what renders the chat template; blocks for a moment."""
+        self.closed = True
+        if self.template:
+            self.template.close()
+
+    def highest_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values(), default=0)
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a turn: those that do so in many models, and the tokenizer's own."""
+        found = {token: self.tokenizer.token_to_id(token) for token in (*STEP_KERNELS, *end_tokens(self.directory))}
+        for token in (token for token, id in found.items() if id is None and token not in STEP_KERNELS):
+            log.warning("the tokenizer in %s does not know its own eos_token %r", self.directory, token)
+        return tuple(id for id in found.values() if id is not None)
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Raises `BadRequest` for a text that has more than `limit` tokens for sure, before any work."""
+        return self.ids(text, limit, True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> list[int]:
+        """The rendered conversation with the mark that opens the assistant's turn; raises `BadRequest`."""
+        return self.ids(self.render(messages, limit), limit, False)
+
+    def ids(self, text: str, limit: int | None, special: bool) -> list[int]:
+        """The library holds the interpreter's lock while it encodes, except in batches. Those wait for its threads,
+        and with them for other long texts, so that short ones do without.
+        """
+        if limit is not None and self.longest is not None and len(text) > limit * self.longest:
+            raise BadRequest(
+                f"this model's maximum context length is {limit} tokens, and a prompt of {len(text)} characters leaves "
+                "no room for an answer; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        check_length(len(text), limit)
+        with tokenizing():
+            if len(text) < LONG:
+                return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+            return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+
+    def render(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> str:
+        """The conversation as the chat template writes it. Blocking; raises `BadRequest`."""
+        return accepted(self.template_for(messages, limit).render(messages))
+
+    def knows_role(self, role: str) -> bool:
+        """Whether the chat template speaks of this role."""
+        return self.template is not None and role in self.template.source.template
+
+    async def rendered(self, messages: Sequence[Mapping[str, str]], limit: int | None = None) -> str:
+        """`render` without blocking."""
+        return accepted(await self.template_for(messages, limit).rendered(messages))
+
+    def template_for(self, messages: Sequence[Mapping[str, str]], limit: int | None) -> ChatTemplate:
+        """The template, if there is one and the conversation is not too long to be rendered."""
+        if self.template is None:
+            raise BadRequest(
+                f"this model serves no chats: {self.untemplated}, or use /v1/completions", param="messages"
+            )
+        check_length(sum(map(characters, messages)), limit)
+        return self.template
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text without special tokens."""
+        listed = list(ids)
+        with tokenizing():
+            if len(listed) < LONG:
+                return str(self.tokenizer.decode(listed, skip_special_tokens=True))
+            return str(self.tokenizer.decode_batch([listed], skip_special_tokens=True)[0])
+
+
+@contextlib.contextmanager
+def tokenizing() -> Iterator[None]:
+    """Whatever the tokenizers library raises fails the one request, and is logged; a panic too."""
+    try:
+        with contained():
+            yield
+    except DilaserveError:
+        raise
+    except Exception as error:
+        log.exception("the tokenizer has failed")
+        raise RequestFailed(
+            "the tokenizer failed on this request; the log says why", code="tokenizer_failed"
+        ) from error
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """No text is worked on that no canvas of `limit` tokens holds; raises `BadRequest`."""
+    if length > (most := max(LONGEST, DENSE * (limit or 0))):
+        raise BadRequest(
+            f"a text of {length} characters is too long; send at most {most} at a time",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
+def characters(message: Mapping[str, Any]) -> int:
+    """How much there is to render of a message."""
+    return MARKS + sum(len(value) for value in message.values() if isinstance(value, str))
+
+
+def accepted(reply: Reply) -> str:
+    if reply.text is None:
+        raise BadRequest(f"the chat template rejects these messages: {shortened(reply.reason)}", param="messages")
+    return reply.text
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of tokenizer.json, without what was set in it for training alone. Raises `CheckpointError`."""
+    file = directory / "tokenizer.json"
+    try:
+        if not files.present(file):
+            raise CheckpointError(f"{directory} holds no tokenizer.json")
+        files.size(file, files.MOST_TABLE)
+        with contained():
+            tokenizer = Tokenizer.from_file(str(file))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    tokenizer.no_truncation()  # as transformers does with both at every call
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def end_tokens(directory: Path) -> list[str]:
+    """The tokenizer's own end tokens, by the files where they may stand, as text or as a token with its traits."""
+    found = []
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = files.read_json_if_present(directory / name).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token and not isinstance(token, str):
+            raise CheckpointError(f"{directory / name}: eos_token must be a token's text")
+        found += [token] if token else []
+    return list(dict.fromkeys(found))
+
+
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """Characters of text that one token stands for, at most; None where no such bound is known.
+
+    There is one where every byte of a text comes out in some token: byte-level BPE that has all bytes, so that a token
+    is spelled with one letter a byte, behind nothing that drops, joins or swallows characters.
+    """
+    model, normalizes, cuts = tokenizer.model, tokenizer.normalizer is not None, tokenizer.truncation is not None
+    if normalizes or cuts or not isinstance(model, models.BPE) or tokenizer.pre_tokenizer is None:
+        return None
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    stages = json.loads(tokenizer.pre_tokenizer.__getstate__())
+    stages = stages["pretokenizers"] if stages["type"] == "Sequence" else [stages]
+    kinds = [stage["type"] for stage in stages]
+    if kinds.count("ByteLevel") != 1 or not set(kinds) <= {"ByteLevel", "Split", "Digits"}:
+        return None
+    if any(stage.get("behavior") == "Removed" for stage in stages):
+        return None
+    added = tokenizer.get_added_tokens_decoder().values()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    if any(token.lstrip or token.rstrip for token in added) or not tokenizer.get_vocab(False).keys() >= set(letters):
+        return None
+    return max(map(len, tokenizer.get_vocab()))
+
+
+class Detokenizer:
+    """Text of a growing list of ids; what was returned once never changes.
+
+    Part of a character is held back until the rest has come; `flush` gives it up at the end.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.ids: list[int] = []
+        self.settled = 0  # ids before it are out
+        self.context = 0  # ids before it no longer influence how later ones are decoded
+
+    def push(self, ids: Iterable[int]) -> str:
+        self.ids.extend(ids)
+        before, after = self.pending()
+        if after.endswith(UNFINISHED) or len(after) <= len(before):
+            return ""
+        self.context, self.settled = self.settled, len(self.ids)
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        before, after = self.pending()
+        self.context, self.settled = self.settled, len(self.ids)
+        return after[len(before) :]
+
+    def pending(self) -> tuple[str, str]:
+        """What is out of the current window, and the window with all that has come."""
+        before = self.text.decode(self.ids[self.context : self.settled]) if self.context < self.settled else ""
+        return before, self.text.decode(self.ids[self.context :])
+
+
+class StopStrings:
+    """Cuts text at the stop string that is complete first, and holds back what might be the beginning of one.
+
+    Where the cut lies does not depend on the pieces in which the text comes. `shown`: behind the stop string, else
+    before it.
+    """
+
+    def __init__(self, stops: Sequence[str], shown: bool = False) -> None:
+        self.stops, self.shown = stops, shown
+        self.held = ""
+        self.spared = 0  # characters of `held` within which no stop string may end
+        self.found = False
+
+    def pass_over(self, text: str) -> str:
+        """As `push`, but no stop string may end in this text; one may begin in it."""
+        self.spared = len(self.held) + len(text)
+        return self.push(text)
+
+    def push(self, text: str) -> str:
+        """The part of all text so far that is safe to show now. After `found`, nothing."""
+        if not self.stops or self.found:
+            return "" if self.found else text
+        self.held += text
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self.first(stop)) >= 0]
+        end, start = min(ends, default=(0, 0))
+        self.found, cut = bool(ends), end if self.shown else start
+        keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
+        shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
+        self.held = self.held[len(shown) :]
+        self.spared = max(0, self.spared - len(shown))
+        return shown
+
+    def first(self, stop: str) -> int:
+        """Where the stop string stands first that ends behind what is spared; -1 if nowhere."""
+        return self.held.find(stop, max(0, self.spared - len(stop) + 1))
+
+    def flush(self) -> str:
+        """What was held back, when no more text will come."""
+        rest, self.held = ("" if self.found else self.held), ""
+        return rest
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,309 @@
+"""One step on one device: rows from the table, one forward pass over their spans, unmasked tokens back to the table."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dilaserve.models.attention import grouped, varlen_for
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.llada import Model
+from dilaserve.models.spans import Packed, PackedSpan, Runs, SpanGroup
+from dilaserve.models.spec import ModelSpec
+from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
+from dilaserve.types import RowResult, Span
+from dilaserve.worker.candidates import Candidates
+from dilaserve.worker.forward_graphs import ForwardGraphs
+from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
+from dilaserve.worker.multi_step import Courses
+from dilaserve.worker.sampler import Rules, Sampling, decided, guess, guess_part
+from dilaserve.worker.staging import Staging
+from dilaserve.worker.step_arrays import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
+from dilaserve.worker.step_buffers import DEPTH
+from dilaserve.worker.tp_group import Alone, TPGroup
+
+RULE_KNOBS = len(Rules._fields)
+
+
+class LaunchResult(NamedTuple):
+    """What a step did, and the seconds it took; `last`: none of the same launch follows."""
+
+    results: list[RowResult]
+    seconds: float
+    forward: float
+    last: bool = True
+
+
+def never() -> bool:
+    """Nobody waits."""
+    return False
+
+
+class Runner:
+    """Runs an instance's batches as one rank of its TP group, with one model and one K/V pool.
+
+    All ranks read the same rows and have read them before the last collective of a step; behind it rank 0 alone judges
+    and writes. Batches that `reuse` takes go through it; the others are laid out anew, and computed by `forward` if it
+    takes them. A launch does not go on into a step of more than `max_tokens` (None: no limit).
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: Model,
+        pool: KVPool,
+        table: RequestTable,
+        stop_ids: tuple[int, ...],
+        group: TPGroup = Alone(),  # noqa: B008 - has no state
+        reuse: ReuseSteps | None = None,
+        max_tokens: int | None = None,
+        forward: ForwardGraphs | None = None,
+    ) -> None:
+        self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
+        self.reuse, self.forward, self.max_tokens = reuse, forward, max_tokens
+        self.device = pool.keys[0].device
+        self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
+        self.staging = Staging(self.device)
+        self.stop_ids = np.array(stop_ids, dtype=np.int32)
+
+    def steps(
+        self,
+        spans: Sequence[Span],
+        most: int,
+        then: Sequence[Sequence[Span]] = (),
+        stops_early: Callable[[], bool] = never,
+    ) -> Iterator[LaunchResult]:
+        """Up to `most` steps as `types.Batch` tells; none begins once somebody is `stops_early`.
+
+        Ranks other than 0 take one and say nothing. Raises `Abandoned`.
+        """
+        courses = Courses(spans, then)
+        count, last = 0, False
+        while not last:
+            columns = columns_of(courses.spans, courses.stages)
+            stretch: Iterable[LaunchResult]
+            if self.reuse is not None and self.reuse.takes(columns, self.table):
+                stretch = self.pipelined(self.reuse, columns, most - count, stops_early)
+            elif (outcome := self.step(columns)) is not None:
+                stretch = [outcome]
+            else:
+                return
+            for outcome in stretch:
+                count += 1
+                if outcome.last:
+                    over = count == most or answered(outcome.results) or stops_early()
+                    last = over or not courses.follow(outcome.results) or not self.fits(courses.spans)
+                yield outcome._replace(last=last)
+
+    def fits(self, spans: Sequence[Span]) -> bool:
+        """Whether what follows is within the largest step; one row alone always is."""
+        tokens = sum(span.length for span in spans)
+        return self.max_tokens is None or tokens <= self.max_tokens or len(spans) == 1
+
+    def pipelined(
+        self, reuse: ReuseSteps, columns: Columns, most: int, stops_early: Callable[[], bool]
+    ) -> Iterator[LaunchResult]:
+        """Steps alike until a block or an answer is done; the next is begun before the last is read, unless that has
+        probably finished all rows.
+        """
+        mark = time.perf_counter()
+        blocks = active_blocks(columns)
+        with torch.inference_mode():
+            reuse.load(columns, blocks, self.table)
+        entered = time.perf_counter()
+        launched = read = 0
+        masks = (self.table.canvas[columns.row[:, None], blocks.positions] == self.spec.mask_id) & blocks.valid
+        ahead, over, last = bool((masks.sum(1) > columns.quota.clip(min=1)).any()), False, False
+        while not last:
+            with torch.inference_mode():
+                while launched < most and launched - read < DEPTH and not over and (ahead or launched == read):
+                    reuse.launch()
+                    launched += 1
+            token, confidence = reuse.read()
+            arrived = time.perf_counter()
+            read += 1
+            width = blocks.valid.shape[1]
+            taken = token[:, :width] >= 0
+            written, spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
+            results = self.results(columns, blocks, written, spent, overlapped=read > 1)
+            over = over or any(not one.masks_left for one in results) or answered(results) or stops_early()
+            ahead = any(result.masks_left > result.unmasked for result in results)
+            last = read == launched and (over or launched == most)
+            now = time.perf_counter()
+            yield LaunchResult(results, now - mark, arrived - entered, last)
+            mark, entered = now, arrived if launched > read else now  # a step that is under way has gone on meanwhile
+
+    @torch.inference_mode()
+    def step(self, columns: Columns) -> LaunchResult | None:
+        """Denoise once. Results come in the order of the spans; ranks other than 0 have none.
+
+        Raises `Abandoned` when a peer is gone.
+        """
+        began = time.perf_counter()
+        blocks = active_blocks(columns)
+        canvas = self.table.canvas[columns.row[:, None], blocks.positions]
+        masked = (canvas == self.spec.mask_id) & blocks.valid
+        wanted, where = np.flatnonzero(masked[blocks.valid]), np.flatnonzero(masked)
+        others = [wanted, where, *self.rules(columns), *self.sampling(columns, blocks, masked)]
+        forward, (kept, places, *knobs) = self.prepared(columns, others)
+        entered = time.perf_counter()
+        hidden = forward()[kept]
+        guessed = self.guess(hidden, Sampling(*knobs[RULE_KNOBS:]) if knobs[RULE_KNOBS:] else None)
+        if self.group.rank:
+            return None
+        found = decided(guessed, places, masked.shape, Rules(*knobs[:RULE_KNOBS])).cpu().numpy()
+        left = time.perf_counter()
+        self.group.check()
+        token, sure = found[:, 0], found[:, 1].view(np.float32)
+        taken = token >= 0
+        written, confidence = self.write(columns, blocks, taken, token, sure)
+        results = self.results(columns, blocks, written, confidence)
+        return LaunchResult(results, time.perf_counter() - began, left - entered)
+
+    def guess(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
+        """The candidate of each masked position, [masks], from its hidden state; a slice of the logits at a time."""
+        size = max(1, MAX_LOGITS // self.spec.vocab_size)
+        if len(hidden) <= size:
+            return self.guess_slice(hidden, sampling)
+        pieces = []
+        for first in range(0, len(hidden), size):
+            part = sampling and sampling.of(slice(first, first + size))
+            pieces.append(self.guess_slice(hidden[first : first + size], part))
+        return Candidates(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def guess_slice(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
+        logits, mask_id = self.model.logits(hidden), self.spec.mask_id
+        if self.group.size == 1:
+            return guess(logits, mask_id, sampling)
+        return guess_part(logits, self.group, self.model.vocabulary, self.spec.vocab_size, mask_id, sampling)
+
+    def prepared(
+        self, columns: Columns, others: Sequence[np.ndarray[Any, Any] | None]
+    ) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+        """The forward pass, ready to be run, and other arrays on the device. It gives the hidden states of the active
+        blocks; the first of the others, which are indices into these, is made to fit what it gives.
+        """
+        if self.forward is None or not self.forward.takes(columns):
+            packed, rest = self.pack(columns, others)
+            return partial(self.model.hidden, packed, self.pool), rest
+        wanted, *others = others
+        tokens = active_tokens(columns)[wanted]
+        longs, ints, *rest = self.staging.send(
+            [*self.forward.laid_out(*self.tokens(columns), columns), tokens, *others]
+        )
+        return partial(self.forward.hidden, longs, ints), rest
+
+    def tokens(self, columns: Columns) -> tuple[Array, Array, Array]:
+        """Id, position and pool token of each of the spans' tokens, one after the other."""
+        positions = ranges(columns.start, columns.length)
+        ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
+        return ids.astype(np.int64), positions, positions + np.repeat(columns.kv_start, columns.length)
+
+    def pack(
+        self, columns: Columns, others: Sequence[np.ndarray[Any, Any] | None] = ()
+    ) -> tuple[Packed, list[torch.Tensor]]:
+        """Lay the spans' tokens one after the other, and say which of them the last layer must finish; other arrays
+        come along.
+        """
+        kept, widths = None, columns.block_end - columns.block_start
+        if bool((widths < columns.length).any()):
+            kept = active_tokens(columns)
+        runs = self.runs(columns, widths) if self.varlen else [None] * 4
+        arrays = [*self.tokens(columns), kept, *runs, *others]
+        tokens, places, targets, there, ends, kept_ends, first, keys, *rest = self.staging.send(arrays)
+
+        def spans(offsets: torch.Tensor | None, lengths: Array) -> list[SpanGroup] | Runs:
+            """As attention wants them here: for one call, or for one for each group of alike ones."""
+            if offsets is None:
+                return grouped(packed_spans(starts(lengths), lengths, columns), self.device)
+            return Runs(offsets, first, keys, int(lengths.max()), int(columns.keys.max()))
+
+        groups, kept_groups = spans(ends, columns.length), spans(kept_ends, widths) if kept is not None else []
+        return Packed(tokens, places, targets, groups, there, kept_groups), rest
+
+    def runs(self, columns: Columns, widths: Array) -> list[np.ndarray[Any, Any] | None]:
+        """See `spans.Runs`: where the spans end, where their kept parts do, where their keys begin, and how many."""
+        ends = [np.append(0, lengths.cumsum()) for lengths in (columns.length, widths)]
+        return [array.astype(np.int32) for array in (*ends, np.append(columns.kv_start, 0), columns.keys)]
+
+    def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """The knobs of `sampler.Sampling` of each mask; none when every row is greedy and may end anywhere."""
+        table, row = self.table, columns.row
+        early = blocks.positions < table.may_end_at[row, None]
+        if not table.temperature[row].any() and not (early & masked).any():
+            return []
+        masks = masked.sum(1)
+        knobs = (table.temperature, table.top_p, table.top_k, table.min_p, table.seed)
+        each = [np.repeat(knob, masks) for knob in (*(knob[row] for knob in knobs), columns.step)]
+        ends = np.repeat(self.ends(row), masks, axis=0)
+        never = np.where(early[masked][:, None], ends, NO_TOKEN)
+        return [*each, blocks.positions[masked], never.astype(np.int64)]
+
+    def ends(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The tokens that end each row's answer, [rows, ids], filled up with `NO_TOKEN`."""
+        models = np.where(self.table.ignore_eos[row, None], NO_TOKEN, self.stop_ids)
+        own = self.table.stop_ids[row]
+        return np.concatenate([models, own[:, (own != NO_TOKEN).any(0)]], axis=1)
+
+    def rules(self, columns: Columns) -> list[np.ndarray[Any, Any] | None]:
+        """The knobs of `sampler.Rules` of each row."""
+        table, row = self.table, columns.row
+        rule = table.rule[row]
+        factor = table.factor[row] if (rule == RULES["factor"]).any() else None
+        return [rule, table.threshold[row], factor, columns.quota]
+
+    def write(
+        self,
+        columns: Columns,
+        blocks: Blocks,
+        taken: np.ndarray[Any, Any],
+        token: np.ndarray[Any, Any],
+        confidence: np.ndarray[Any, Any],
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Put accepted tokens, all [rows, width], on their canvases.
+
+        Returns which were written, [rows, width], and the confidence spent on these per row, [rows].
+        """
+        written = self.table.unmask(columns.row, columns.generation, blocks.positions, taken, token, confidence)
+        return written, np.asarray(np.where(written, confidence, 0.0).sum(1))
+
+    def results(
+        self,
+        columns: Columns,
+        blocks: Blocks,
+        written: np.ndarray[Any, Any],
+        confidence: np.ndarray[Any, Any],
+        overlapped: bool = False,
+    ) -> list[RowResult]:
+        """What a step did, by row. `overlapped`: it was begun before the last one was read, so that blocks may have
+        been done already. Those of other steps may be too, where a worker died before it could report; such a row has
+        taken part, and goes on with its next block.
+        """
+        canvas = self.table.canvas[columns.row[:, None], blocks.positions]
+        masked = (canvas == self.spec.mask_id) & blocks.valid
+        may_end = blocks.valid & (blocks.positions >= self.table.may_end_at[columns.row, None])
+        stops = (canvas[..., None] == self.ends(columns.row)[:, None]).any(-1) & may_end
+        prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)
+        stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
+        unmasked, left = written.sum(1), masked.sum(1)
+        rested = (unmasked + left == 0) & overlapped
+        fields = (columns.row, columns.generation, unmasked, left, prefix, stop_at, confidence, columns.stage, rested)
+        return [RowResult(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
+
+
+def answered(results: list[RowResult]) -> bool:
+    """Whether a row has no mask before a stop token."""
+    return any(0 <= result.stop_at < result.prefix for result in results)
+
+
+def active_tokens(columns: Columns) -> Array:
+    """The packed tokens of the active blocks, row by row."""
+    return ranges(starts(columns.length) + columns.block_start - columns.start, columns.block_end - columns.block_start)
+
+
+def packed_spans(offsets: Array, lengths: Array, columns: Columns) -> list[PackedSpan]:
+    fields = (offsets, lengths, columns.kv_start, columns.keys)
+    return [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]

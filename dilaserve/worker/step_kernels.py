@@ -1,0 +1,52 @@
+"""The two ends of a step on fixed buffers, before and behind the forward pass; by a kernel each where there is one.
+
+`lay_out` and `unmask` define the results. In plain torch they are some sixty launches for a few hundred numbers, which
+beside a small step is time; the kernels of a GPU must give the same.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dilaserve.models.blocks import has_kernels
+from dilaserve.worker.candidates import Candidates
+from dilaserve.worker.sampler import Rules, encoded, taken
+from dilaserve.worker.step_buffers import DEPTH, REALS, WIDTH, Buffers, Laid, StepKernels
+
+
+def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
+    """The first `rows` rows of the batch, and the next turn. What pads a block goes to the pool's tokens from `spare`
+    on.
+    """
+    ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
+    kv_start, keys, block_start, length, *_ = fields.unbind(1)
+    column = torch.arange(WIDTH, device=ids.device)
+    valid = column < length[:, None]
+    positions = torch.where(valid, block_start[:, None] + column, column)
+    slots = torch.where(valid, kv_start[:, None] + positions, spare + column)
+    buffers.turn.add_(1).remainder_(DEPTH)
+    starts = F.pad(kv_start, (0, 1)).int()
+    return Laid(ids.flatten(), positions.flatten(), slots.flatten(), starts, keys.int())
+
+
+def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None:
+    """Put what each row's rule accepts of the guess, [rows · WIDTH], on its canvas, and say so in `found`."""
+    ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
+    _, _, _, length, rule, quota = fields[:, :-REALS].unbind(1)
+    threshold, factor = fields[:, -REALS:].view(torch.float64).unbind(1)
+    masked = (ids == mask_id) & (torch.arange(WIDTH, device=ids.device) < length[:, None])
+    token, odds = guess.token.view(rows, WIDTH), guess.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
+    chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
+    ids.copy_(torch.where(chosen, token, ids))
+    buffers.found[:, :rows].index_copy_(0, buffers.turn, encoded(chosen, token, odds)[None])
+
+
+PLAIN = StepKernels(lay_out, unmask)
+
+
+def step_kernels_for(device: torch.device) -> StepKernels:
+    """The kernels where they can run, else plain torch."""
+    if not has_kernels(device):
+        return PLAIN
+    from dilaserve.worker import kernels
+
+    return kernels.STEP_KERNELS
