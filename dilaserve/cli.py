@@ -145,8 +145,10 @@ def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
         import uvloop
 
         from dilaserve.display import loading
+        from dilaserve.server import heap
         from dilaserve.server.app import serve as run
 
+        heap.keep_small()
         made = assemble()
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             code = runner.run(run(settings, progress, announce, made, sockets))

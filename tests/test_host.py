@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -196,3 +199,39 @@ def test_shared_memory_that_is_full_is_told_before_anybody_writes_to_it(monkeypa
     monkeypatch.setattr(host, "memory_left", lambda: host.Memory(GIB, HOST))
     with pytest.raises(ConfigError, match="takes 2048 MiB of shared memory and 1024 are free; lower --max-queue"):
         shared_memory.SharedBytes(2 * GIB)
+
+
+HEAP = """
+import sys
+from dilaserve.server import heap
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+if sys.argv[1] == "kept small":
+    heap.keep_small()
+first = b"x" * 2**20
+del first  # from now on the C library, left alone, has blocks of this size between all others
+before, kept, large = resident(), [], []
+for count in range(32):
+    large.append(bytes([count]) * 2**20)
+    kept.append(bytes([count]) * 1000)
+large.clear()
+print((resident() - before) // 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such options")
+@pytest.mark.parametrize(
+    ("how", "environment", "most"),
+    [
+        ("kept small", {}, 1),
+        ("left alone", {}, None),
+        ("kept small", {name: str(2**25) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}, None),
+    ],
+)
+def test_the_heap_of_a_server_keeps_no_large_blocks_unless_the_environment_says_otherwise(how, environment, most):
+    command = [sys.executable, "-c", HEAP, how]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= most if most else int(done.stdout) >= 16

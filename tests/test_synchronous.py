@@ -191,7 +191,7 @@ def test_a_script_ends_cleanly_however_it_ends(random_model, how):
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
-def test_ctrl_c_while_it_opens_leaves_no_worker(random_model):
+def test_ctrl_c_while_it_opens_leaves_no_worker(random_model, interruptible):
     script = textwrap.dedent(f"""
         import _thread, os, subprocess, threading, time
         from dilaserve import DilaServe
