@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system: the C library (glibc) keeps it otherwise. Other ones are left alone."""
+"""Memory that was freed goes back to the system: glibc keeps it otherwise. Other C libraries are left alone."""
 
 import ctypes
 import os
