@@ -261,7 +261,7 @@ async def quality(
     for task, edges in forecast.lengths.items():
         known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), seen_steps)
     profile = msgspec.structs.replace(profile, tasks=known)
-    return msgspec.structs.replace(profile, spread=untold(profile, lengths, steps, longest_answer(engine)))
+    return msgspec.structs.replace(profile, spread=unexplained_spread(profile, lengths, steps, longest_answer(engine)))
 
 
 def split(
@@ -278,7 +278,7 @@ def split(
     return msgspec.structs.replace(profile, lengths=tuple(edges[cut - 1] for cut in cuts), by_length=tuple(kinds))
 
 
-def untold(
+def unexplained_spread(
     profile: QualityProfile, lengths: Mapping[str, Sequence[int]], steps: Mapping[str, Sequence[int]], answer: int
 ) -> float:
     """The relative spread of the steps of like requests beyond what the laws say.

@@ -114,7 +114,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     slo_class: Annotated[
         str, Meta(description="deadlines by name, NAME=2.0x|800ms|none[*WEIGHT],…; x: times the unloaded latency")
     ] = ""
-    guaranteed_rows: Annotated[Positive, Meta(description="rows with a promised deadline on one device, at most")] = 6
+    guaranteed_rows: Annotated[Positive, Meta(description="rows with an admitted deadline on one device, at most")] = 6
     batch_cap: Annotated[Positive | None, Meta(description="rows in one step, at most")] = None
     best_effort_age: Annotated[
         Patience, Meta(description="seconds after which best-effort requests get rows before others")

@@ -112,7 +112,7 @@ class Unavailable(DilaserveError):
     code = "unavailable"
 
 
-OURS = "an error on our side ended the request; others are not affected"  # what clients are told of one
+OURS = "an error on our side ended the request; others are not affected"  # what clients read of one
 
 
 class RequestFailed(DilaserveError):

@@ -13,7 +13,7 @@ PART = re.compile(r"(\d{1,4})x(\d{1,4})")
 def parsed(text: str, devices: int, degrees: Sequence[int]) -> Plan:
     """`4x1+2x2`: four instances of one device and two of two. The large ones first, so that groups are aligned.
 
-    Raises `BadRequest` for what is no plan, or none for this house.
+    Raises `BadRequest` for what is no plan, or none for these devices.
     """
     sizes: list[int] = []
     for part in text.split("+"):

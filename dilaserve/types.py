@@ -1,4 +1,4 @@
-"""The nouns of the house: requests, spans, batches, instances, plans; the events that rise, the commands that descend.
+"""Types of the whole package: requests, spans, batches, instances, plans; events that rise, commands that descend.
 
 Values only; nothing here behaves.
 """
@@ -236,7 +236,7 @@ class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What the house was asked for lately, and what it stands on. `backlog` counts requests that wait for a seat,
+    """The recent traffic and the present plan, as the planner sees them. `backlog` counts requests that wait for a row,
     `ended` those that have come and gone under this plan lately, of which `met` were in time for their deadline.
     """
 

@@ -109,7 +109,7 @@ class Engine:
     Several engines may live in one process. Entering loads the model and raises `ConfigError` when that cannot work;
     leaving cancels what still runs and ends the workers. `assemble` provides what it works with; the simulator has
     its own. `planner` is asked now and then, off the loop, whether another plan would be better, if --plan is auto;
-    without one the furniture's is.
+    without one, the planner that `assemble` provides.
 
     All methods are for the event loop that entered the engine. `DilaServe` does the same for programs without one.
 
@@ -555,7 +555,7 @@ class Engine:
         if isinstance(command, Fail):
             log.error("request %s failed: %s", request.id, command.reason, exc_info=command.error)
         if (stream := self.streams.get(request.id)) is None:
-            return  # its client has been told of another error
+            return  # its client has had another error
         if not isinstance(command, Emit):
             del self.streams[request.id]
         if stream.over:
@@ -569,7 +569,7 @@ class Engine:
             self._drop(stream, RequestFailed(OURS))
 
     def _drop(self, stream: Stream, error: RequestFailed) -> None:
-        """The client of a stream is told, and its request ends if it still runs."""
+        """Fail the stream, and end its request if it still runs."""
         if not stream.over:
             stream.fail(error)
         if stream.id in self.streams:

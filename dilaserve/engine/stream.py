@@ -87,7 +87,7 @@ class Stream:
         return self.patient and not self.stops.stops
 
     async def admitted(self) -> None:
-        """Wait until the request is in the house; raises what the scheduler has against it."""
+        """Wait until the scheduler has admitted the request; raises the reason if it declines."""
         await self.seen.wait()
         if self.over and isinstance(error := self.chunks[0], DilaserveError):
             self.read = True

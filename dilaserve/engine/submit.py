@@ -1,4 +1,4 @@
-"""What a caller may ask for, checked against what the model and the house allow."""
+"""What a caller may ask for, checked against what the model and the configuration allow."""
 
 import re
 import warnings

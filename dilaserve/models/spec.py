@@ -1,4 +1,4 @@
-"""What the rest of the house needs to know of a model."""
+"""What the engine and the workers need to know of a model."""
 
 import msgspec
 

@@ -17,7 +17,7 @@ from dilaserve.profile.decode_speed import Forecast, QualityProfile
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.types import Demand, Flow, Plan, PlanReady
 
-CLASSES = 6  # of requests that are told apart
+CLASSES = 6  # of requests that the planner distinguishes
 UNHURRIED_ROWS = 16  # rows on an instance that are looked at where nobody has a deadline
 TRUSTED = 4.0  # requests seen at which half of a gain is believed
 MEMORY = 45  # questions whose loads are remembered
@@ -50,7 +50,7 @@ class Choice(NamedTuple):
 class Setup(NamedTuple):
     """What does not change while serving.
 
-    `rows` with promises may be on an instance, the first `levels` of the threshold may be used, within `budget` points
+    `rows` with deadlines may be on an instance, the first `levels` of the threshold may be used, within `budget` points
     (None: off); `sheds`: hopeless work is given up. `pause` are the seconds that a new instance costs, `overhead` those
     of a step outside the worker.
     """
@@ -116,7 +116,7 @@ class Planner:
         """Nothing is held."""
 
     def advise(self, demand: Demand) -> Advice:
-        """Pure but for the tables and the hindsight; takes some tens of milliseconds, so not on the loop."""
+        """Pure but for its tables and the track record; takes some tens of milliseconds, so not on the loop."""
         possible = [degree for degree in demand.degrees if degree in self.laws]
         running = tuple(group for group in demand.plan.groups if set(group) <= set(demand.ranks))
         demand = msgspec.structs.replace(demand, plan=Plan(running))  # of the instances whose devices are all there

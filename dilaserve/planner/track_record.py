@@ -1,4 +1,4 @@
-"""What became of forecasts: how many times as much was missed under each plan as was foretold. Has no clock."""
+"""How forecasts turned out: by plan, the ratio of missed requests to those forecast. Has no clock."""
 
 import math
 from typing import NamedTuple
@@ -9,14 +9,14 @@ FEW = 20  # requests that must have ended for a share to mean something
 QUICK = 0.4  # weight of the newest observation
 FADING = 0.98  # what is left of the trust in a plan's own record after one more question
 ALIKE = 0.7  # difference in the logarithm of what is missed at which situations are not alike any more
-UNTOLD = 0.1  # weight of the forecast being right where nothing is known
+PRIOR = 0.1  # weight of the forecast being right where nothing is known
 MOST = 6  # plans that are remembered
 
 Key = tuple[tuple[int, int], ...]  # (degree, instances), sorted
 
 
 class Record(NamedTuple):
-    """The logarithm of a plan's surprise, how much it is trusted, from 0 to 1, and what was foretold to be missed."""
+    """The logarithm of a plan's surprise, how much it is trusted, from 0 to 1, and the share forecast to be missed."""
 
     surprise: float
     trust: float
@@ -55,8 +55,8 @@ class TrackRecord:
         """The logarithm of the surprise that it will be: by its own record of alike situations, else by all of them."""
         missed = 1.0 - proposal.on_time
         weights = {key: record.trust * alike(missed, record.missed) for key, record in self.records.items()}
-        told = sum(weight * self.records[key].surprise for key, weight in weights.items())
-        usual = told / (sum(weights.values()) + UNTOLD)
+        total = sum(weight * self.records[key].surprise for key, weight in weights.items())
+        usual = total / (sum(weights.values()) + PRIOR)
         own = key_of(proposal.counts)
         return usual + weights.get(own, 0.0) * (self.records.get(own, NONE).surprise - usual)
 

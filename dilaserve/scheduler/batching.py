@@ -1,4 +1,4 @@
-"""Batches of one step or of several: what an instance is told, what it reports, when it had better end or is hung."""
+"""Batches of one step or several: what is sent to an instance, what it reports, when to stop early or count as hung."""
 
 import math
 from collections import Counter
@@ -69,7 +69,7 @@ class Batcher:
         return chosen
 
     def begin(self, replica: InstanceState, candidates: Sequence[Candidate], now: float) -> Batch:
-        """The next batch of the instance, of these rows, noted in their progress and at their seat."""
+        """The next batch of the instance, of these rows, noted in the states of the rows and of the instance."""
         chosen = [replica.residents[candidate.key] for candidate in candidates]
         fixed = self.estimates.pace(replica.degree).fixed
         works = [self.ready(progress, replica.degree).work for progress in chosen]

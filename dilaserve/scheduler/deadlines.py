@@ -1,4 +1,4 @@
-"""What is promised to whom: deadlines, the thresholds that keep them, and the accuracy that tenants may spend on it."""
+"""Deadlines that are kept, the thresholds that keep them, and the accuracy that tenants may spend on that."""
 
 import math
 from collections.abc import Sequence

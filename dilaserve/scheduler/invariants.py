@@ -31,7 +31,7 @@ def violations(scheduler: Scheduler) -> list[str]:
     for name, progress in requests.items():
         found += [f"request {name} {problem}" for problem in placed(progress, places)]
     for replica in replicas:
-        found += [f"instance {replica.instance.id} {problem}" for problem in seated(replica, requests)]
+        found += [f"instance {replica.instance.id} {problem}" for problem in consistent(replica, requests)]
     known = {id(progress) for progress in requests.values()}
     if not places.queue | places.waiting | places.moving <= known:
         found.append("a request waits that has ended")
@@ -77,7 +77,7 @@ def placed(progress: RequestState, places: Places) -> Iterator[str]:
         yield "is on an instance that does not know it"
 
 
-def seated(replica: InstanceState, requests: dict[str, RequestState]) -> Iterator[str]:
+def consistent(replica: InstanceState, requests: dict[str, RequestState]) -> Iterator[str]:
     """Rows, their K/V, and the batch in flight of one instance agree."""
     rows, in_flight = list(replica.residents.values()), replica.in_flight or []
     for row in rows:
@@ -93,7 +93,7 @@ def seated(replica: InstanceState, requests: dict[str, RequestState]) -> Iterato
     if {id(row) for row in replica.with_deadline} != {
         id(row) for row in rows if row.has_deadline and row.state in ON_INSTANCE
     }:
-        yield "keeps other promises than its rows have"
+        yield "lists other rows with deadlines than it holds"
     if set(replica.pages.runs) != {row.kv_start for row in rows} or len(replica.pages.runs) != len(rows):
         yield "has K/V pages that no row owns, or a row without pages"
     whole = coalesced(sorted([*replica.pages.free, *replica.pages.runs.items()]))

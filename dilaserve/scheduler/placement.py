@@ -1,4 +1,4 @@
-"""Who is in the house: the rows that wait, the instances, and who has a seat on which."""
+"""Places waiting requests on instances, and takes them off: the queues, the instances, and which rows each holds."""
 
 import heapq
 import math
@@ -30,9 +30,9 @@ ARRIVAL = attrgetter("request.arrived_at")
 
 
 class Placement:
-    """Gives seats to those who wait, and takes them back.
+    """Assigns waiting requests to instances and evicts rows.
 
-    Rows with a promise get a seat where their deadline holds, the others where room is.
+    A request with a deadline goes to an instance that can keep it, a best-effort request to any instance with room.
     """
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
@@ -40,8 +40,8 @@ class Placement:
         self.max_rows = config.device.max_num_seqs
         self.max_guaranteed = config.scheduler.guaranteed_rows
         self.age = config.scheduler.best_effort_age
-        self.waiting = WaitingQueue(turn)  # without a promised deadline
-        self.queue = DeadlineQueue(deadlines.rank)  # with one
+        self.waiting = WaitingQueue(turn)  # best-effort requests
+        self.queue = DeadlineQueue(deadlines.rank)  # requests with deadlines
         self.hopeless = Expiry()  # requests of the queue, by when they can no longer end in time
         self.backlog = Backlog()
         self.turns = Turns()  # of tenants
@@ -50,11 +50,10 @@ class Placement:
         self.replicas: dict[int, InstanceState] = {}
         self.closing: dict[int, InstanceState] = {}  # instances of an old plan that finish their step in flight
         self.places_more = False  # there was more to place than one decision does
-        self.reserved_instance: InstanceState | None = (
-            None  # takes no promises until who has waited for too long finds room on it
-        )
+        # reserved for a starved request; admits no requests with deadlines meanwhile
+        self.reserved_instance: InstanceState | None = None
 
-    def reseated(self) -> None:
+    def instances_changed(self) -> None:
         self.deadlines.degrees = tuple(sorted({replica.degree for replica in self.replicas.values()})) or (
             self.estimates.base,
         )
@@ -69,7 +68,7 @@ class Placement:
         return sum(row.state is not State.LEAVING for replica in replicas for row in replica.residents.values())
 
     def place(self, now: float, everywhere: bool) -> None:
-        """Give seats to those who wait: promised rows where their deadline holds, then the others where room is."""
+        """Place waiting requests: those with deadlines where these can be kept, then the others where there is room."""
         first = self.place_aged(now)
         if self.deadlines.admits:
             self.place_with_deadline(now, everywhere)
@@ -127,7 +126,7 @@ class Placement:
 
     @property
     def open(self) -> list[InstanceState]:
-        """The instances that take promises."""
+        """The instances that admit requests with deadlines."""
         return [replica for replica in self.replicas.values() if replica is not self.reserved_instance]
 
     def place_with_deadline(self, now: float, everywhere: bool) -> None:
@@ -163,7 +162,7 @@ class Placement:
         self, progress: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
     ) -> bool:
         """Give the request a row on the best of these instances that keep its deadline and have room, if one does."""
-        found = self.seats_with_slack(progress, replicas, tenants, now)
+        found = self.replicas_with_slack(progress, replicas, tenants, now)
         replica = next((replica for replica in found if self.make_room(replica, progress, now)), None)
         if replica is None:
             replica = self.replica_for_hopeless(progress, now)
@@ -176,7 +175,7 @@ class Placement:
 
     def any_with_slack(self, progress: RequestState, now: float) -> bool:
         """Whether an instance would keep the deadline, with its room made free if need be."""
-        return any(True for _ in self.seats_with_slack(progress, self.open, {}, now))
+        return any(True for _ in self.replicas_with_slack(progress, self.open, {}, now))
 
     def enter(self, progress: RequestState) -> None:
         """Wait in the order of service, or of arrival and priority without a deadline."""
@@ -188,7 +187,7 @@ class Placement:
             self.hopeless.add(progress, self.deadlines.hopeless_at(progress), self.backlog.unfinished)
 
     def leave(self, progress: RequestState) -> None:
-        """Wait no longer; with a seat, want no time of it, and hold it until the batch is done."""
+        """Leave the queue; a row on an instance gets no more steps and stays there until its batch is done."""
         if progress.replica is None:
             home = self.queue if progress.has_deadline else self.waiting
             (self.moving if progress in self.moving else home).remove(progress)
@@ -196,9 +195,9 @@ class Placement:
             progress.replica.with_deadline.remove(progress)
 
     def replica_for_hopeless(self, progress: RequestState, now: float) -> InstanceState | None:
-        """Estimates may be wrong: where nobody has a promise, trying costs nobody anything, and teaches.
+        """An instance without deadlines on which to try a request that seems hopeless, as estimates may be wrong.
 
-        None for a request that is not hopeless: it waits for a seat that keeps its slack.
+        None for a request that is not hopeless: it waits for an instance that can keep its deadline.
         """
         replicas = self.open
         if self.deadlines.shed and (
@@ -215,7 +214,7 @@ class Placement:
 
     def tries(self, progress: RequestState, now: float) -> bool:
         """Whether a request that seems hopeless is worth a try: an instance has stood idle for long, and what is
-        believed of it may be out of date, as nothing is learned from those who are turned away.
+        believed of it may be out of date, as nothing is learned from requests that are declined.
         """
         stale = any(not replica.residents and now > replica.launched_at + STALE for replica in self.open)
         return stale and progress.left(now) * FARTHEST > self.estimates.unloaded(progress)
@@ -223,7 +222,7 @@ class Placement:
     def place_rest(self, rows: Iterable[RequestState]) -> None:
         """In order, until one finds no room, or as many have found some as a decision may place.
 
-        Who is too large for all instances, as workers came back with less memory, holds nobody up.
+        A request that no instance can hold any more (workers came back with less memory) does not block the others.
         """
         placed, self.places_more = 0, False
         for progress in rows if self.replicas else ():
@@ -314,7 +313,7 @@ class Placement:
                 return self.replicas[id]
         return None
 
-    def seats_with_slack(
+    def replicas_with_slack(
         self, progress: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
     ) -> Iterator[InstanceState]:
         """The instances that pass the test and can hold the canvas, at the highest threshold first, most slack first.
@@ -431,12 +430,12 @@ class Placement:
         return [replica.instance for replica in self.closing.values()]
 
     def wait_again(self, rows: list[RequestState]) -> None:
-        """Rows that had a seat go back into the order that they were in."""
+        """Rows that were taken off an instance go back into the queues, in the order that they had."""
         for progress in rows:
             self.enter(progress)
 
     def demote(self, progress: RequestState) -> None:
-        """The row has lost its promise and goes on without one."""
+        """The deadline is given up; the request goes on as best effort."""
         self.leave(progress)
         self.backlog.remove(progress)
         progress.has_deadline, progress.late = False, True
@@ -451,7 +450,7 @@ def arrival_turn(progress: RequestState) -> float:
 
 
 def turn(progress: RequestState) -> float:
-    """The order of a tenant's rows without a promised deadline."""
+    """The order of a tenant's best-effort requests."""
     request = progress.request
     return without_deadline(request.arrived_at, request.slo.weight)
 

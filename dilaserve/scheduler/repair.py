@@ -5,7 +5,7 @@ anew. It decides nothing: rows keep their tokens, and a row whose step never beg
 
 1. Rows on an instance that ended, or that are in no batch although they say so, are put right or taken off.
 2. Requests that say they are on an instance which does not know them wait again.
-3. The waiting lines, the promises and pages of each instance, and what is kept by tenant are made anew.
+3. The queues, each instance's rows with deadlines and its pages, and the sums by tenant are made anew.
 """
 
 from collections import Counter
@@ -92,7 +92,7 @@ def reserve(deadlines: Deadlines, requests: Mapping[str, RequestState]) -> None:
 
 
 def derive(replica: InstanceState, placement: Placement) -> None:
-    """The promises of an instance in the order of service, and the pages that its rows own."""
+    """The rows with deadlines of an instance in the order of service, and the pages that its rows own."""
     rows = replica.residents.values()
     with_deadline = [row for row in rows if row.has_deadline and row.state is not State.LEAVING]
     replica.with_deadline[:] = sorted(with_deadline, key=placement.deadlines.rank)

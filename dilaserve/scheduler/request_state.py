@@ -1,4 +1,4 @@
-"""How far one request has come: its life cycle, its place on the canvas, its seat, and what it has cost."""
+"""The state of one request (life cycle, place on the canvas, instance, cost), and of one instance."""
 
 import math
 from enum import IntEnum, auto
@@ -58,7 +58,7 @@ class InstanceState:
         self.batch: Batch | None = None
         self.spans: list[Span] = []  # of its last step that is known, by row in flight
         self.multi_step = False  # it has taken more steps than its first
-        self.stops_early = False  # the batch was told to end with the step that is under way
+        self.stops_early = False  # the batch ends with the step that is under way
         self.launched_at = 0.0
         self.disturbed = False  # the engine did not run for a part of the step in flight
         self.overdue_at = math.inf  # when the step in flight counts as hung
@@ -140,7 +140,7 @@ class RequestState:
         self.deadline: float | None = None
         self.has_deadline = self.late = False
         self.seconds = 0.0  # that it takes alone, as was expected when it came
-        self.wasted = False  # it has ended, and what it took was spent in vain
+        self.wasted = False  # it has ended without use: its device time counts as wasted
         self.charged = False  # its tenant has paid a turn for its row
         self.suspect = False  # in flight when a worker died, and not stepped since
         self.level = 0

@@ -58,7 +58,7 @@ from dilaserve.types import (
 )
 
 log = logging.getLogger(__name__)
-TICK = 0.25  # seconds between two looks at the whole house
+TICK = 0.25  # seconds between two passes over all waiting requests
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
 BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
@@ -121,13 +121,13 @@ class Scheduler:
             case InstanceReady(instance):
                 self.plan_state.formed(instance)
                 self.placement.replicas[instance.id] = InstanceState(instance)
-                self.placement.reseated()
+                self.placement.instances_changed()
                 self.placement.move_to(instance, self.plan_state.forming.values())
             case InstanceLost(instance, reason, outside):
                 self.plan_state.over(instance)
                 self.plan_state.needs_reshape = True
                 if replica := self.placement.replicas.pop(instance, None) or self.placement.closing.pop(instance, None):
-                    self.placement.reseated()
+                    self.placement.instances_changed()
                     yield from self.evict(replica, reason, outside, now)
             case WorkerUp(rank, kv_tokens):
                 reason = f"worker {rank} is up" if self.plan_state.next_id else "the start"
@@ -234,7 +234,7 @@ class Scheduler:
             if replica.in_flight is None:
                 yield from self.vacate(self.placement.closing.pop(id), now)
                 ends.append(id)
-        self.placement.reseated()
+        self.placement.instances_changed()
         there = [*self.placement.instances(), *self.plan_state.forming.values()]
         begins = self.plan_state.begun({rank for instance in there for rank in instance.ranks}, now)
         if ends or begins:
@@ -416,7 +416,7 @@ class Scheduler:
         yield from self.gone(progress, Finish(progress.request, reason, progress.usage(now)), now, fate)
 
     def gone(self, progress: RequestState, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
-        """The one way out: the client is told now; the row is free now or after its step in flight."""
+        """The one way in which requests end: the client hears now; the row is free now, or after its step in flight."""
         self.placement.leave(progress)
         self.placement.backlog.remove(progress)
         progress.did(Transition.ENDED)
@@ -438,7 +438,7 @@ class Scheduler:
     def expel(self, progress: RequestState, error: Exception) -> Iterator[Command]:
         """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
         request = progress.request
-        known = self.requests.pop(request.id, None)  # else its client has been told already
+        known = self.requests.pop(request.id, None)  # else its client has heard already
         replicas = [*self.placement.replicas.values(), *self.placement.closing.values()]
         in_flight = any(row is progress for replica in replicas for row in replica.in_flight or ())
         progress.state = State.LEAVING if in_flight else State.GONE
@@ -479,7 +479,7 @@ class Scheduler:
         self.totals.spent(progress.device, progress.wasted)
 
     def release(self, progress: RequestState) -> Release:
-        """Give back the row's seat, if it has one, and the row."""
+        """Take the row off its instance, if it is on one, and free it."""
         if progress.replica:
             self.placement.unassign(progress, progress.replica)
         return Release(progress.request.row)
@@ -567,7 +567,7 @@ class Scheduler:
         self.gives_up = hopeless.next_at() <= now
 
     def give_up(self, progress: RequestState, now: float) -> Iterator[Command]:
-        """The deadline cannot be met any more: go on without a promise, or end, as the client wishes."""
+        """The deadline cannot be met any more: go on as best effort, or end, as `on_miss` says."""
         if progress.request.slo.on_miss != "best_effort":
             yield from self.decline(progress, now)
             return
@@ -576,7 +576,7 @@ class Scheduler:
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
 
-        Everybody who was refused is told another place, so that they do not all come back for the same.
+        Each refused request gets another time, so that not all of them come back at once.
         """
         self.totals.received += 1
         self.totals.ended("refused", False if timed else None)
@@ -644,7 +644,7 @@ class Scheduler:
         yield Launch(batch)
 
     def verdicts(self, replica: InstanceState, wishes: Sequence[ThresholdQuery]) -> dict[int, ThresholdChoice]:
-        """By row, of those with a promise."""
+        """Threshold choices by row, of rows with deadlines."""
         rows = [progress.request.row for progress in replica.with_deadline]
         return dict(zip(rows, self.deadlines.verdicts(wishes, replica.degree), strict=True)) if rows else {}
 

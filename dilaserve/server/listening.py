@@ -1,4 +1,4 @@
-"""Addresses to listen on: bound early, so that a taken port is told before a model is loaded, and answered late."""
+"""Addresses to listen on: bound first, so that a port in use is reported at once, and answered after loading."""
 
 import contextlib
 import errno

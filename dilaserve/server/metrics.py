@@ -1,4 +1,4 @@
-"""What Prometheus reads: counts since the start, and what is in the house now."""
+"""What Prometheus reads: counts since the start, and what runs and waits now."""
 
 from collections.abc import Iterator, Mapping
 

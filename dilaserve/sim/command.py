@@ -28,7 +28,7 @@ from dilaserve.tokenizer.tokenizer import Text
 
 Scales = tuple[tuple[float | None, float], ...]
 MOST_REQUESTS = 10_000_000
-ROWS = 4096  # requests in the house at once, so that a backlog is seen and not refused
+ROWS = 4096  # requests that run or wait at once, so that a backlog shows instead of refusals
 
 
 def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, int, int], None]) -> Iterator[str]:

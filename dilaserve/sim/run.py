@@ -178,14 +178,14 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str]) -> Outcome:
 
 
 async def watch(engine: Engine, timeline: list[tuple[float, int, int, float]], began: float) -> None:
-    """A look at the house every second of its time."""
+    """Note queue lengths and the mean threshold every second of virtual time."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(1.0)
         rows = list(engine.scheduler.requests.values())
-        seated = [row for row in rows if row.replica]
-        mean = sum(row.table_threshold for row in seated) / len(seated) if seated else math.nan
-        timeline.append((loop.time() - began, len(rows) - len(seated), len(seated), mean))
+        placed = [row for row in rows if row.replica]
+        mean = sum(row.table_threshold for row in placed) / len(placed) if placed else math.nan
+        timeline.append((loop.time() - began, len(rows) - len(placed), len(placed), mean))
 
 
 def classes(scales: Sequence[float | None]) -> str:

@@ -26,7 +26,7 @@ class SharedBytes:
         self.tensor = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if get_spawning_popen() is not None:  # to a child of multiprocessing, which is told here what it inherits
+        if get_spawning_popen() is not None:  # to a child of multiprocessing, which learns here what it inherits
             return received, (self.size, DupFd(self.fd))
         return SharedBytes, (self.size, self.fd)
 

@@ -1,4 +1,4 @@
-"""Which devices there are, and what a worker on each is told."""
+"""Which devices there are, and the settings of a worker on each."""
 
 import platform
 import re

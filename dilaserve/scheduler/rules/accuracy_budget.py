@@ -16,7 +16,7 @@ class Bank(NamedTuple):
 
 
 def budget_left(bank: Bank, budget: float, pending: float = 0.0) -> float:
-    """The most points that one more request may drop; `pending` is promised to running requests."""
+    """The most points that one more request may drop; `pending` is reserved for running requests."""
     left = budget * (bank.served + CREDIT) - bank.spent - pending
     return left if left > 0.0 else 0.0
 

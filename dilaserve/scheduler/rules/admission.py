@@ -7,7 +7,7 @@ import msgspec
 COMPANY = 0.9  # share of the joint demand that counts in the test
 KEPT = 0.8  # share of its slack that a newcomer must keep in company
 HELD = 1.2  # times the joint demand within which a row counts as in time, when a newcomer goes before it
-LONGEST_WAIT = 60.0  # seconds that a client is told to wait; OpenAI's clients ignore longer ones
+LONGEST_WAIT = 60.0  # seconds, the longest Retry-After; OpenAI's clients ignore longer ones
 NOTHING_RUNS = 5.0  # seconds to wait where no row runs, as while workers start
 HOPELESS = 1.05  # times the estimate, alone on the instance
 
@@ -107,5 +107,5 @@ def place_in(ends: Sequence[float], number: int) -> float:
 
 
 def retry_after(backlog: float, instances: int) -> float:
-    """Seconds until about half the guaranteed work in the house is done."""
+    """Seconds until about half the admitted work with deadlines is done."""
     return min(LONGEST_WAIT, max(0.1, backlog / (2 * max(1, instances))))
