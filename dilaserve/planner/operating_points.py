@@ -159,6 +159,6 @@ def crowd(pace: Pace, deadline: float, instances: int) -> tuple[np.ndarray, np.n
 def allowed(left: np.ndarray, alone: float, work: float) -> np.ndarray:
     """Rows on an instance that the test on arrival lets a newcomer join, the others being half done.
 
-    COMPANY x (alone + half the others' work) <= left - KEPT x (left - alone), see policy/admission.py.
+    COMPANY x (alone + half the others' work) <= left - KEPT x (left - alone), see scheduler/rules/admission.py.
     """
     return 1.0 + 2.0 * ((1 - KEPT) * left + KEPT * alone - COMPANY * alone) / (COMPANY * work)
