@@ -13,6 +13,7 @@ from test_scheduler import World, done, feed, request, result, scheduler
 from dilaserve import BadRequest, Config, Engine, Options, RequestFailed, Unavailable
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS
+from dilaserve.scheduler.accuracy_ledger import AccuracyLedger
 from dilaserve.scheduler.batching import Batcher
 from dilaserve.scheduler.containment import Guard, StateBroken
 from dilaserve.scheduler.deadlines import Deadlines
@@ -36,7 +37,8 @@ HANDLERS = [
         (Placement, name)
         for name in ("enter", "leave", "assign", "unassign", "aged", "replica_for", "make_room", "evict")
     ),
-    *((Deadlines, name) for name in ("arrived", "rank", "wish", "deepest", "reserve", "charge", "is_hopeless")),
+    *((Deadlines, name) for name in ("arrived", "rank", "wish", "is_hopeless")),
+    *((AccuracyLedger, name) for name in ("deepest", "reserve", "charge")),
     *((Estimates, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
     *((RequestState, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
     *((WaitingQueue, name) for name in ("add", "remove")),
@@ -174,7 +176,7 @@ def test_each_invariant_is_looked_at():
         lambda machine, runs, waits, replica: replica.pages.take(64),
         lambda machine, runs, waits, replica: replica.pages.free.clear(),
         lambda machine, runs, waits, replica: machine.placement.held.clear(),
-        lambda machine, runs, waits, replica: machine.deadlines.reserved.update({"": 1.0}),
+        lambda machine, runs, waits, replica: machine.deadlines.ledger.reserved.update({"": 1.0}),
         lambda machine, runs, waits, replica: setattr(machine.totals, "received", 7),
         lambda machine, runs, waits, replica: machine.placement.replicas.clear(),
     ]

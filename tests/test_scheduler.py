@@ -328,24 +328,24 @@ def test_a_deadline_that_nobody_could_keep_is_told_from_one_that_company_spoils(
     }
 
 
-def test_the_house_remembers_so_many_tenants_and_no_more(monkeypatch):
-    monkeypatch.setattr("dilaserve.scheduler.deadlines.MAX_TENANTS", 3)
+def test_the_ledger_remembers_so_many_tenants_and_no_more(monkeypatch):
+    monkeypatch.setattr("dilaserve.scheduler.accuracy_ledger.MAX_TENANTS", 3)
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     for i in range(6):
         (launch,) = feed(machine, Arrival(request(i, answer=8, slo=Slo(tenant=f"t{i % 5}"))), i)
         feed(machine, done(launch.batch, [result(launch.batch.spans[0])]), i)
-    assert list(machine.deadlines.banks) == ["t3", "t4", "t0"]
-    assert machine.deadlines.reserved == {}
+    assert list(machine.deadlines.ledger.banks) == ["t3", "t4", "t0"]
+    assert machine.deadlines.ledger.reserved == {}
 
 
 def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkeypatch):
-    monkeypatch.setattr("dilaserve.scheduler.deadlines.MAX_TENANTS", 3)
+    monkeypatch.setattr("dilaserve.scheduler.accuracy_ledger.MAX_TENANTS", 3)
     deadlines = scheduler().deadlines
-    deadlines.banks["greedy"] = Bank(spent=40.0, served=2)
+    deadlines.ledger.banks["greedy"] = Bank(spent=40.0, served=2)
     for i in range(9):
-        deadlines.charge(deadlines.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
-    assert list(deadlines.banks) == ["greedy", "t7", "t8"]
+        deadlines.ledger.charge(deadlines.arrived(request(i, slo=Slo(tenant=f"t{i}"))))
+    assert list(deadlines.ledger.banks) == ["greedy", "t7", "t8"]
 
 
 @pytest.mark.parametrize(
@@ -359,8 +359,8 @@ def test_who_has_spent_its_credit_is_not_forgotten_for_those_who_have_not(monkey
 )
 def test_only_answers_whose_threshold_may_be_lowered_add_room_for_lower_ones(decoding, slo, counts):
     deadlines = scheduler().deadlines
-    deadlines.charge(deadlines.arrived(request(0, slo=slo, **decoding)))
-    assert deadlines.all.served == counts
+    deadlines.ledger.charge(deadlines.arrived(request(0, slo=slo, **decoding)))
+    assert deadlines.ledger.all.served == counts
 
 
 def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
@@ -381,8 +381,8 @@ def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
             ),
         )
         assert flying.state is State.GONE
-    assert machine.deadlines.all.served == 16 / 64
-    assert machine.deadlines.all.spent == drop > 0.0
+    assert machine.deadlines.ledger.all.served == 16 / 64
+    assert machine.deadlines.ledger.all.spent == drop > 0.0
 
 
 def test_a_newcomer_alone_runs_at_its_own_threshold():
@@ -946,7 +946,7 @@ def test_whatever_happens_every_request_ends_once_and_every_row_comes_back(seed)
     assert sum(world.machine.totals.deadlines.values()) == world.timed
     assert not world.machine.placement.waiting
     assert not world.machine.placement.queue
-    assert all(abs(held) < 1e-6 for held in world.machine.deadlines.reserved.values())
+    assert all(abs(held) < 1e-6 for held in world.machine.deadlines.ledger.reserved.values())
     for replica in world.machine.placement.replicas.values():
         assert replica.pages.free == [(0, replica.pages.capacity)]
     assert world.machine.plan == world.machine.plan_state.wanted

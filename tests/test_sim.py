@@ -92,7 +92,7 @@ def test_deadlines_are_met_where_first_come_first_served_misses_them():
 
 def test_the_accuracy_budget_is_kept():
     tight = run(rate=40.0, on_miss="cancel_when_late", accuracy_budget=0.1, min_confidence_threshold=0.7)
-    bank = tight.engine.scheduler.deadlines.banks[""]
+    bank = tight.engine.scheduler.deadlines.ledger.banks[""]
     assert bank.spent <= 0.1 * (bank.served + 50)
 
 
@@ -171,7 +171,7 @@ def test_the_accuracy_budget_is_kept_by_rows_that_ask_for_it_at_once(scheduling)
         config = Config.of(scheduling=scheduling)
         async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
             await asyncio.gather(*(engine.generate([0] * 32, Options(deadline_ms=1000)) for _ in range(60)))
-            return engine.scheduler.deadlines.banks[""]
+            return engine.scheduler.deadlines.ledger.banks[""]
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         bank = runner.run(crowded())

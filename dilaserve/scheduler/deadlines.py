@@ -1,29 +1,26 @@
-"""Deadlines that are kept, the thresholds that keep them, and the accuracy that tenants may spend on that."""
+"""Deadlines that are kept, and the thresholds that keep them."""
 
 import math
 from collections.abc import Sequence
-from itertools import islice
 
 from dilaserve.config import SchedulerConfig
 from dilaserve.profile.decode_speed import ThresholdStep
+from dilaserve.scheduler.accuracy_ledger import AccuracyLedger
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.request_state import RequestState
-from dilaserve.scheduler.rules.accuracy_budget import Bank, affordable_level, budget_left, charged, price
+from dilaserve.scheduler.rules.accuracy_budget import affordable_level
 from dilaserve.scheduler.rules.admission import HOPELESS, hopeless
 from dilaserve.scheduler.rules.demand import alone
 from dilaserve.scheduler.rules.ordering import ORDERS, Place
 from dilaserve.scheduler.rules.thresholds import CONTROLS, ThresholdChoice, ThresholdQuery, fixed_levels, moved
 from dilaserve.types import Request
 
-MAX_TENANTS = 4096  # accuracy banks that are remembered
-LOOKS = 16  # of the oldest, of which the one with the most room is forgotten: it would gain the least
 LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
 CROWD_NEW = 0.3  # weight of the newest crowding in its running mean
-NEW = Bank()
 
 
 class Deadlines:
-    """Applies the policies of deadlines and thresholds to rows, by what is believed of the future.
+    """Applies the policies of deadlines and thresholds to rows, by the estimates of steps and step costs.
 
     `degrees` are those of the instances that there are.
     """
@@ -36,12 +33,9 @@ class Deadlines:
         self.controls = policy.threshold_control != "fixed"
         self.composes = policy.scheduling == "composed"
         self.sheds = policy.shed == "on"
-        self.budget = None if policy.accuracy_budget == "off" else policy.accuracy_budget
+        self.ledger = AccuracyLedger(None if policy.accuracy_budget == "off" else policy.accuracy_budget)
         self.least = policy.min_confidence_threshold
         self.degrees: tuple[int, ...] = (estimates.base,)
-        self.banks: dict[str, Bank] = {}
-        self.reserved: dict[str, float] = {}
-        self.all, self.pending = NEW, 0.0  # the same of all tenants together, who may be as many as there are requests
         self.floor = 0
         self.crowd = 0.0
 
@@ -66,7 +60,7 @@ class Deadlines:
         forecast, levels = self.estimates.forecast, self.estimates.levels(request, thresholds)
         drops = tuple([forecast.drop(request.slo.task, level) for level in levels])
         means = tuple([forecast.mean_drop(request.slo.task, level) for level in levels])
-        early = affordable_level(drops, math.inf if self.budget is None else self.budget)
+        early = affordable_level(drops, math.inf if self.ledger.budget is None else self.ledger.budget)
         return RequestState(request, self.estimates.kind(request), thresholds, drops, means, yields, early)
 
     def rank(self, progress: RequestState) -> float:
@@ -84,26 +78,9 @@ class Deadlines:
         return ThresholdQuery(
             progress.left(now),
             self.estimates.loads(progress, degree),
-            self.deepest(progress),
+            self.ledger.deepest(progress),
             progress.affordable_level,
         )
-
-    def deepest(self, progress: RequestState) -> int:
-        """The lowest of the row's thresholds that its tenant can pay for, and all tenants together can."""
-        level = len(progress.thresholds) - 1
-        if self.budget is None or level == 0:
-            return level
-        tenant, mine = progress.request.slo.tenant, progress.reserved
-        most = budget_left(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - mine)
-        if (every := budget_left(self.all, self.budget, self.pending - mine)) < most:
-            most = every
-        least = price(most, self.budget)
-        drops, spent = progress.drops, progress.drop
-        while level and drops[level] > 0.0:
-            if progress.yields[level] >= least and drops[level] <= most and spent <= most:
-                break
-            level -= 1
-        return level
 
     def verdicts(self, wishes: Sequence[ThresholdQuery], degree: int) -> list[ThresholdChoice]:
         """Level and slack of rows with deadlines, which stand in the order of service on one instance."""
@@ -133,33 +110,6 @@ class Deadlines:
 
     def is_past(self, progress: RequestState, now: float) -> bool:
         return progress.left(now) <= 0.0
-
-    def reserve(self, progress: RequestState, drop: float) -> None:
-        """Let the bank hold back what a running request may still spend."""
-        if drop == progress.reserved == 0.0:
-            return
-        tenant = progress.request.slo.tenant
-        total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
-        if total > 1e-9:
-            self.reserved[tenant] = total
-        self.pending = self.pending + drop - progress.reserved if self.reserved else 0.0
-        progress.reserved = drop
-
-    def charge(self, progress: RequestState, share: float = 1.0) -> None:
-        """The request has ended with an answer: its tenant's bank pays for it, and that of all.
-
-        One that its client left adds room for others by the share that was given: it may have been left at once. One
-        whose threshold is not ours to lower adds none.
-        """
-        request, budget = progress.request, self.budget
-        if budget is None or request.slo.fixed or request.decoding.rule != "threshold":
-            return
-        tenant = request.slo.tenant
-        self.banks[tenant] = charged(self.banks.pop(tenant, NEW), progress.drop, share)
-        self.all = charged(self.all, progress.drop, share)
-        if len(self.banks) > MAX_TENANTS:
-            oldest = islice(self.banks, LOOKS)  # who has not been here for the longest time
-            del self.banks[max(oldest, key=lambda name: budget_left(self.banks[name], budget))]
 
     def look(self, missing: float, total: int, crowd: float) -> None:
         """Move the floor of the thresholds by the share of rows expected to miss, and by how many there are."""

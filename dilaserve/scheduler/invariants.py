@@ -109,7 +109,7 @@ def tenants(scheduler: Scheduler, replicas: list[InstanceState]) -> Iterator[str
     reserved: Counter[str] = Counter()
     for progress in scheduler.requests.values():
         reserved[progress.request.slo.tenant] += progress.reserved  # type: ignore[assignment]
-    kept = scheduler.deadlines.reserved
+    kept = scheduler.deadlines.ledger.reserved
     if any(abs(kept.get(name, 0.0) - reserved[name]) > TOLERANCE for name in {*kept, *reserved}):
         yield "the accuracy that tenants have reserved is summed wrongly"
 

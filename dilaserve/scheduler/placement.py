@@ -332,7 +332,7 @@ class Placement:
         for replica in looked:
             if replica.instance.id not in tenants:
                 tenants[replica.instance.id] = self.tenants(replica, now)
-        deepest = self.deadlines.deepest(progress)
+        deepest = self.deadlines.ledger.deepest(progress)
         for level in range(min(self.deadlines.floor, deepest), deepest + 1):
             found: list[tuple[float, int]] = []
             for replica in looked:

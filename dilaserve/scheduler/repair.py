@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 from dilaserve.scheduler.backlog import Backlog
 from dilaserve.scheduler.deadline_queue import DeadlineQueue
-from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.placement import Placement, turn
 from dilaserve.scheduler.request_state import InstanceState, RequestState, State
@@ -29,7 +28,7 @@ def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[i
             wait(progress)
     for replica in replicas:
         derive(replica, placement)
-    reserve(placement.deadlines, requests)
+    placement.deadlines.ledger.restore(requests.values())
     placement.held = Counter(row.request.slo.tenant for replica in replicas for row in replica.residents.values())
     moving = {id(row) for row in placement.moving}
     placement.moving = [row for row in requests.values() if row.state is State.WAITING and id(row) in moving]
@@ -79,16 +78,6 @@ def wait(progress: RequestState) -> None:
 def refresh(progress: RequestState) -> None:
     """The next step computes the row's K/V anew, and nothing that was worked out for it holds."""
     progress.fresh, progress.loads, progress.ready = False, None, None
-
-
-def reserve(deadlines: Deadlines, requests: Mapping[str, RequestState]) -> None:
-    """The accuracy that running requests may still spend, by tenant and in all."""
-    deadlines.reserved = {}
-    for progress in requests.values():
-        if progress.reserved:
-            tenant = progress.request.slo.tenant
-            deadlines.reserved[tenant] = deadlines.reserved.get(tenant, 0.0) + progress.reserved
-    deadlines.pending = sum(deadlines.reserved.values())
 
 
 def derive(replica: InstanceState, placement: Placement) -> None:

@@ -463,11 +463,11 @@ class Scheduler:
 
     def settle_bank(self, progress: RequestState, fate: Fate) -> None:
         """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
-        self.deadlines.reserve(progress, 0.0)
+        self.deadlines.ledger.reserve(progress, 0.0)
         if fate == "answered":
-            self.deadlines.charge(progress)
+            self.deadlines.ledger.charge(progress)
         elif fate in ("cancelled", "failed") and (given := progress.prefix - progress.request.prompt_tokens) > 0:
-            self.deadlines.charge(progress, min(1.0, given / progress.request.max_tokens))
+            self.deadlines.ledger.charge(progress, min(1.0, given / progress.request.max_tokens))
 
     def account(self, progress: RequestState, now: float, fate: Fate) -> None:
         """Count the request's fate, once, and the device seconds spent on it."""
@@ -689,11 +689,13 @@ class Scheduler:
 
     def apply_threshold(self, progress: RequestState, verdict: ThresholdChoice | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
-        level = min(verdict.level, self.deadlines.deepest(progress)) if verdict else 0  # rows before it may have paid
+        level = (
+            min(verdict.level, self.deadlines.ledger.deepest(progress)) if verdict else 0
+        )  # rows before it may have paid
         progress.level = level
         if len(progress.thresholds) > 1:
             spent, spends = progress.drop, progress.drops[level] if level else 0.0
-            self.deadlines.reserve(progress, spends if spends > spent else spent)
+            self.deadlines.ledger.reserve(progress, spends if spends > spent else spent)
 
 
 def failed(request: Request, error: Exception) -> Fail:
