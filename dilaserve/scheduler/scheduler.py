@@ -148,28 +148,50 @@ class Scheduler:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
+        """What is due now, step by step: ends first, then the plan, then placement, then batches for idle instances."""
         self.decided_at = now
+        yield from self.decline_expired(now)
+        yield from self.change_plan(now)
+        self.resume_moved_rows(now)
+        yield from self.kill_hung(now)
+        yield from self.ask_planner(now)
+        ticks = self.ticks(now)
+        yield from self.give_up_hopeless(now, ticks)
+        if ticks:
+            self.tick(now)
+        self.placement.place(now, everywhere=ticks)
+        yield from self.launch_idle(now)
+        yield from self.batcher.stop_early()
+        yield from self.complete_change(now)
+
+    def ticks(self, now: float) -> bool:
+        """Whether all waiting requests are looked at again, every quarter of a second while there is a reason."""
+        reason = self.placement.queue or self.deadlines.admits or self.deadlines.floor
+        return now >= self.ticked_at + TICK and bool(reason)
+
+    def decline_expired(self, now: float) -> Iterator[Command]:
+        """Requests whose client does not want the answer late, at their deadline."""
         for progress in self.expiry.passed(now, MOST_ENDS):
             yield from self.decline(progress, now)
-        if self.plan_state.needs_reshape:
-            yield from self.reshape(now)
+
+    def resume_moved_rows(self, now: float) -> None:
+        """Rows of an old plan whose instances do not come in time go on wherever there is room."""
         if self.placement.moving and (now >= self.move_by or not (self.placement.closing or self.plan_state.forming)):
             moved_rows, self.placement.moving = self.placement.moving, []
             self.placement.wait_again(moved_rows)
-        if now >= self.overdue_at or now >= self.plan_state.form_by:
-            yield from self.watch(now)
+
+    def ask_planner(self, now: float) -> Iterator[Command]:
         if now >= self.solve_at and self.asks:
             yield self.solve(now)
-        ticks = now >= self.ticked_at + TICK and (self.placement.queue or self.deadlines.admits or self.deadlines.floor)
-        if self.deadlines.sheds and (ticks or self.gives_up):
-            yield from self.give_up_hopeless(now)
-        if ticks:
-            self.tick(now)
-        self.placement.place(now, everywhere=bool(ticks))
+
+    def launch_idle(self, now: float) -> Iterator[Command]:
+        """The next batch of each instance that has rows and no step in flight."""
         for replica in self.placement.replicas.values():
             if replica.in_flight is None and replica.residents:
                 yield from self.launch(replica, now)
-        yield from self.batcher.stop_early()
+
+    def complete_change(self, now: float) -> Iterator[Command]:
+        """Report a plan once its instances stand."""
         complete = self.plan_state.change and not self.placement.closing
         if complete and (change := self.plan_state.completed(self.placement.instances(), now)):
             self.traffic.changed(now)
@@ -214,11 +236,13 @@ class Scheduler:
         self.plan_state.asked(now, self.placement.instances(), reason)
         self.plan_state.wanted = plan
 
-    def reshape(self, now: float) -> Iterator[Command]:
+    def change_plan(self, now: float) -> Iterator[Command]:
         """Close the instances that are not of the plan, as soon as their step is done, and open those that are missing.
 
         Instances of both plans are not touched.
         """
+        if not self.plan_state.needs_reshape:
+            return
         self.plan_state.needs_reshape = False
         if self.plan_state.wanted is None:
             self.plan_state.change = None
@@ -259,8 +283,10 @@ class Scheduler:
         progress.did(Transition.EVICTED)
         yield from ()
 
-    def watch(self, now: float) -> Iterator[Command]:
+    def kill_hung(self, now: float) -> Iterator[Command]:
         """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
+        if now < self.overdue_at and now < self.plan_state.form_by:
+            return
         for replicas in (self.placement.replicas, self.placement.closing):
             for id, replica in replicas.items():
                 if now >= replica.overdue_at:
@@ -545,12 +571,14 @@ class Scheduler:
                 crowd += replica.crowding
         self.deadlines.look(missing, total, crowd / max(1, len(self.placement.replicas)))
 
-    def give_up_hopeless(self, now: float) -> Iterator[Command]:
-        """Give up on requests that wait and can no longer end in time.
+    def give_up_hopeless(self, now: float, ticks: bool) -> Iterator[Command]:
+        """Give up on requests that wait and can no longer end in time: at a tick, or if the last decision left some.
 
         As many as there are instances without deadlines are kept: they are tried there, as estimates may err. That a
         deadline has passed is no estimate, and holds while what steps cost is a guess.
         """
+        if not (self.deadlines.sheds and (ticks or self.gives_up)):
+            return
         spare = sum(not replica.with_deadline for replica in self.placement.replicas.values())
         hopeless = self.placement.hopeless
         for progress in hopeless.passed(now, MOST_ENDS):
