@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dilaserve.calibrate import untold
+from dilaserve.calibrate import unexplained_spread
 from dilaserve.errors import ConfigError
 from dilaserve.profile.decode_speed import (
     ANY,
@@ -253,7 +253,9 @@ def test_the_spread_of_like_requests_is_what_the_laws_do_not_tell():
     for spread in (0.0, 0.3):
         away = (ahead.variance + (spread * ahead.steps) ** 2) ** 0.5
         counts = [ahead.steps - away, ahead.steps + away] * 50
-        assert untold(profile, {"sums": [9] * 100}, {"sums": counts}, BLOCK) == pytest.approx(spread, abs=0.01)
+        assert unexplained_spread(profile, {"sums": [9] * 100}, {"sums": counts}, BLOCK) == pytest.approx(
+            spread, abs=0.01
+        )
 
 
 def test_a_part_of_the_canvas_that_nobody_has_reached_is_taken_to_be_like_the_one_before():
