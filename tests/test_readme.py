@@ -1,4 +1,4 @@
-"""The README's promises that a machine can check."""
+"""What the READMEs say that a machine can check."""
 
 import re
 import subprocess
@@ -8,7 +8,16 @@ from pathlib import Path
 from dilaserve import cli
 from dilaserve.server import schema, unsupported
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+FOLDERS = (
+    "",
+    "dilaserve",
+    *(f"dilaserve/{name}" for name in ("server", "scheduler", "planner", "profile", "sim")),
+    "bench",
+    "tests",
+)
+PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+README = "\n".join(PAGES.values())
 
 
 def test_the_embedding_example_runs_as_it_stands():
@@ -25,7 +34,8 @@ def test_every_flag_that_is_named_exists():
     flags = {
         flag for command in cli.COMMANDS for action in cli.flags(command)._actions for flag in action.option_strings
     }
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
+    of_others = {"--local-dir"}  # hf download
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags | of_others
 
 
 def test_every_field_that_is_named_is_known():
@@ -35,3 +45,17 @@ def test_every_field_that_is_named_is_known():
     refused = {*unsupported.CHAT, *unsupported.COMPLETIONS}
     named = {name for row in rows for name in re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", row))}
     assert named <= known | refused
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    for folder, page in PAGES.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", page):
+            path, _, heading = link.partition("#")
+            file = ROOT / folder / path
+            assert file.exists(), (folder, link)
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if heading else []
+            assert not heading or heading in {one.lower().replace(" ", "-") for one in headings}, (folder, link)
+
+
+def test_the_front_page_is_short():
+    assert len(PAGES[""].splitlines()) <= 150
