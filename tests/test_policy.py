@@ -277,7 +277,7 @@ def test_an_answer_that_is_left_early_pays_in_full_and_adds_room_by_what_was_giv
     assert bank == Bank(spent=2.0, served=1.25)
 
 
-def test_what_is_promised_to_running_requests_cannot_be_spent_twice():
+def test_what_is_reserved_for_running_requests_cannot_be_spent_twice():
     assert budget_left(Bank(), 0.9, pending=40.0) == 0.9 * CREDIT - 40.0
     assert budget_left(Bank(), 0.9, pending=50.0) == 0.0
     assert budget_left(Bank(spent=100.0), 0.9) == 0.0

@@ -646,7 +646,7 @@ def test_the_steps_rule_hands_out_its_quotas():
     assert taken == [(10, 11), (10, 11), (10, 10), (42, 16), (42, 16)]
 
 
-def test_a_row_that_has_lost_its_promise_waits_where_it_came():
+def test_a_row_whose_deadline_is_given_up_waits_in_order_of_arrival():
     machine = scheduler(max_num_seqs=1)
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     feed(machine, Arrival(request(0, slo=Slo(seconds=1000.0))))

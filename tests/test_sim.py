@@ -79,7 +79,7 @@ def test_nothing_without_a_deadline_starves_behind_those_that_have_one():
     assert len(rest) > 30
     assert all(outcome.latency is not None for outcome in rest)
     early = [outcome.latency for outcome in rest if outcome.at < SECONDS / 4]
-    assert min(early) < SECONDS  # some were served while promises kept coming
+    assert min(early) < SECONDS  # some were served while requests with deadlines kept coming
 
 
 def test_deadlines_are_met_where_first_come_first_served_misses_them():
@@ -105,17 +105,17 @@ def test_tenants_together_keep_the_budget_however_many_there_are():
                 tasks.append(asyncio.create_task(engine.generate([0] * 32, options)))
                 await asyncio.sleep(rng.expovariate(5.0))
             await asyncio.gather(*tasks)
-            return engine.scheduler.deadlines
+            return engine.scheduler.deadlines.ledger
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        promises = runner.run(crowded())
-    assert len(promises.banks) == promises.all.served == 320
-    assert 30.0 < promises.all.spent <= 0.9 * (320 + 50)
-    assert promises.pending == 0.0
+        ledger = runner.run(crowded())
+    assert len(ledger.banks) == ledger.all.served == 320
+    assert 30.0 < ledger.all.spent <= 0.9 * (320 + 50)
+    assert ledger.pending == 0.0
 
 
 @pytest.mark.parametrize("limits", [{"kv_cache_tokens": 1024}, {"max_num_seqs": 6}])
-def test_who_has_waited_for_too_long_gets_a_seat_where_promises_fill_all(limits):
+def test_a_request_that_has_waited_for_too_long_gets_a_row_where_deadlines_fill_all(limits):
     async def busy():
         config = Config.of(plan="1x1", best_effort_age=10.0, **limits)
         async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 1024)) as engine:
