@@ -15,6 +15,7 @@ import time
 import pytest
 
 from dilaserve import BadRequest, Config, ConfigError, DilaServe, Engine, Options, Unavailable
+from dilaserve.engine import synchronous
 
 WISH = Options(max_tokens=32, block_length=8, confidence_threshold=0.8)
 LONG = Options(max_tokens=200, block_length=8)  # left long before its end
@@ -149,6 +150,19 @@ def test_what_cannot_be_loaded_is_raised_by_opening(tmp_path):
         DilaServe(Config.of(devices="cpu"), devices="cpu")
     with pytest.raises(ConfigError, match=r"config must be a dilaserve\.Config, not dict"):
         DilaServe({"devices": "cpu"}).open()
+
+
+def test_an_error_of_opening_is_raised_also_where_the_loop_has_ended_before_it_is_heard(tmp_path, monkeypatch):
+    served = DilaServe(model=str(tmp_path / "nowhere"))
+
+    class Late(synchronous.Future):
+        def result(self, timeout=None):
+            served._thread.join()
+            return super().result(timeout)
+
+    monkeypatch.setattr(synchronous, "Future", Late)
+    with pytest.raises(ConfigError, match="there is no model directory"):
+        served.open()
 
 
 def test_closing_ends_what_runs_and_says_so_to_all(random_model):

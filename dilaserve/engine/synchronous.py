@@ -63,7 +63,6 @@ class DilaServe:
         except BaseException:
             self.close()
             raise
-        self._accepts = True
         return self
 
     def close(self) -> None:
@@ -72,7 +71,8 @@ class DilaServe:
             self._accepts, thread = False, self._thread
             if thread is None or os.getpid() != self._owner:
                 return
-            self._loop.call_soon_threadsafe(self._ends.set)
+            if not self._loop.is_closed():  # the engine may have ended by itself
+                self._loop.call_soon_threadsafe(self._ends.set)
         thread.join()
         with self._lock:
             self._thread = None
@@ -140,7 +140,8 @@ class DilaServe:
         try:
             self._loop.run_until_complete(self._live(started))
         finally:
-            self._loop.close()
+            with self._lock:
+                self._loop.close()
 
     async def _live(self, started: Future[None]) -> None:
         """The engine until somebody closes it, and then the last calls."""
@@ -162,6 +163,8 @@ class DilaServe:
     async def _serve(self, started: Future[None]) -> None:
         try:
             async with self._engine:
+                with self._lock:
+                    self._accepts = True
                 started.set_result(None)
                 await asyncio.get_running_loop().create_future()
         except asyncio.CancelledError:
