@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # points of accuracy by which sums of reservations may differ
 def violations(scheduler: Scheduler) -> list[str]:
     """A sentence for each invariant that does not hold; empty if the state is consistent."""
     placement, requests = scheduler.placement, scheduler.requests
-    replicas = [*placement.replicas.values(), *placement.closing.values()]
+    replicas = list(placement.all_replicas())
     found = [*counted(scheduler), *tenants(scheduler, replicas), *lines(scheduler)]
     places = Places(
         queue={id(row) for row in placement.queue},

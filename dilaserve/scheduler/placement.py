@@ -58,14 +58,19 @@ class Placement:
             self.estimates.base,
         )
 
+    def all_replicas(self) -> Iterator[InstanceState]:
+        """The instances of the plan, and those of an old one that finish their step in flight."""
+        return chain(self.replicas.values(), self.closing.values())
+
     def instances(self) -> list[Instance]:
-        return [replica.instance for replicas in (self.replicas, self.closing) for replica in replicas.values()]
+        return [replica.instance for replica in self.all_replicas()]
 
     @property
     def running(self) -> int:
         """Requests that have a row on an instance and have not ended."""
-        replicas = [*self.replicas.values(), *self.closing.values()]
-        return sum(row.state is not State.LEAVING for replica in replicas for row in replica.residents.values())
+        return sum(
+            row.state is not State.LEAVING for replica in self.all_replicas() for row in replica.residents.values()
+        )
 
     def place(self, now: float, everywhere: bool) -> None:
         """Place waiting requests: those with deadlines where these can be kept, then the others where there is room."""
@@ -411,7 +416,7 @@ class Placement:
 
     def doom(self, rank: int) -> None:
         """The worker is gone: nothing more is launched on its instance, which is lost once its peers have left it."""
-        for replica in chain(self.replicas.values(), self.closing.values()):
+        for replica in self.all_replicas():
             replica.doomed |= rank in replica.instance.ranks
 
     def move_to(self, instance: Instance, forming: Iterable[Instance]) -> None:

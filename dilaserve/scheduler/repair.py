@@ -21,7 +21,7 @@ from dilaserve.scheduler.waiting_queue import WaitingQueue
 
 def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[int]:
     """Returns rows of the request table that nobody uses any more and that nobody has given back."""
-    replicas = [*placement.replicas.values(), *placement.closing.values()]
+    replicas = list(placement.all_replicas())
     free = [row for replica in replicas for row in end_step(replica, requests)]
     for progress in requests.values():
         if not is_held(progress, replicas):

@@ -222,13 +222,7 @@ class Scheduler:
 
     def next_overdue(self) -> float:
         """When the first of the steps in flight counts as hung."""
-        placement = self.placement
-        replicas = (
-            [*placement.replicas.values(), *placement.closing.values()]
-            if placement.closing
-            else placement.replicas.values()
-        )
-        return min([replica.overdue_at for replica in replicas], default=NEVER)
+        return min([replica.overdue_at for replica in self.placement.all_replicas()], default=NEVER)
 
     # the plan
 
@@ -287,11 +281,10 @@ class Scheduler:
         """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
         if now < self.overdue_at and now < self.plan_state.form_by:
             return
-        for replicas in (self.placement.replicas, self.placement.closing):
-            for id, replica in replicas.items():
-                if now >= replica.overdue_at:
-                    self.batcher.hung(replica, now)
-                    yield Kill(id, f"no answer to a step for {now - replica.launched_at:.3g} s")
+        for replica in self.placement.all_replicas():
+            if now >= replica.overdue_at:
+                self.batcher.hung(replica, now)
+                yield Kill(replica.instance.id, f"no answer to a step for {now - replica.launched_at:.3g} s")
         self.overdue_at = self.next_overdue()
         for id in self.plan_state.overdue(now):
             yield Kill(id, "the instance was not formed in time")
@@ -465,7 +458,7 @@ class Scheduler:
         """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
         request = progress.request
         known = self.requests.pop(request.id, None)  # else its client has heard already
-        replicas = [*self.placement.replicas.values(), *self.placement.closing.values()]
+        replicas = self.placement.all_replicas()
         in_flight = any(row is progress for replica in replicas for row in replica.in_flight or ())
         progress.state = State.LEAVING if in_flight else State.GONE
         self.disturbed = True
@@ -512,12 +505,11 @@ class Scheduler:
 
     def paused(self, seconds: float) -> None:
         """What is under way gets the time again, and its step teaches nothing of what steps cost."""
-        for replicas in (self.placement.replicas, self.placement.closing):
-            for replica in replicas.values():
-                if replica.in_flight is not None:
-                    replica.overdue_at += seconds
-                    replica.launched_at += seconds
-                    replica.disturbed = True
+        for replica in self.placement.all_replicas():
+            if replica.in_flight is not None:
+                replica.overdue_at += seconds
+                replica.launched_at += seconds
+                replica.disturbed = True
         self.plan_state.paused(seconds)
         self.overdue_at = self.next_overdue()
 
@@ -622,7 +614,7 @@ class Scheduler:
     def running_ends(self) -> list[float]:
         """Seconds until each of the rows on instances is done, as is believed."""
         found: list[float] = []
-        for replica in [*self.placement.replicas.values(), *self.placement.closing.values()]:
+        for replica in self.placement.all_replicas():
             rows = [row for row in replica.residents.values() if row.state is not State.LEAVING]
             loads = [self.estimates.loads(row, replica.degree)[row.level] for row in rows]
             found += ends(loads, self.estimates.pace(replica.degree).fixed)
