@@ -23,7 +23,7 @@ from dilaserve.planner.operating_points import Kind, points, unloaded
 from dilaserve.planner.packing import groups
 from dilaserve.planner.planner import Setup
 from dilaserve.planner.program import Ground, Offered, propose
-from dilaserve.profile.decode_speed import Forecast
+from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.sim import workload

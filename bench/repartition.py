@@ -37,7 +37,7 @@ from dilaserve.planner.operating_points import Kind, paced, unloaded
 from dilaserve.planner.packing import groups
 from dilaserve.planner.planner import Planner, Setup
 from dilaserve.plans import counted
-from dilaserve.profile.decode_speed import Forecast
+from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.profile_file import cost_key
 from dilaserve.sim import workload
 from dilaserve.sim.h200 import llada_8b_h200

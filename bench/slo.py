@@ -50,7 +50,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from dilaserve import Config, Engine, Options
-from dilaserve.calibrate import machine
+from dilaserve.calibrate.calibrate import machine
 from dilaserve.profile.problems import TASKS, Problem, check
 from dilaserve.sim.workload import ARRIVALS
 from dilaserve.types import OnMiss

@@ -26,13 +26,15 @@ import torch
 from safetensors.torch import save_file
 
 from dilaserve import Config, Engine, Options
-from dilaserve.calibrate import machine, step_costs
+from dilaserve.calibrate.calibrate import machine
+from dilaserve.calibrate.step_timing import step_costs
 from dilaserve.errors import DilaserveError
 from dilaserve.models.checkpoint import locate
 from dilaserve.planner.operating_points import Kind, paced
 from dilaserve.plans import spelled
 from dilaserve.profile import profile_file
-from dilaserve.profile.decode_speed import ANY, PARTS, Forecast, QualityProfile, TaskProfile
+from dilaserve.profile.decode_speed import ANY, PARTS, QualityProfile, TaskProfile
+from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.profile_file import ModelProfile, cost_key
 from dilaserve.profile.step_cost import StepCost, fit
 from dilaserve.sim.h200 import law_for

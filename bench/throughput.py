@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dilaserve import Config, Engine, Options
-from dilaserve.calibrate import machine
+from dilaserve.calibrate.calibrate import machine
 from dilaserve.models.checkpoint import locate
 from dilaserve.profile.problems import TASKS, held_out
 from dilaserve.server.app import running

@@ -211,7 +211,7 @@ def calibration_flags(parser: argparse.ArgumentParser) -> None:
 def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
-    from dilaserve.calibrate import calibrate as measure
+    from dilaserve.calibrate.calibrate import calibrate as measure
     from dilaserve.display import counting
     from dilaserve.models.checkpoint import locate
     from dilaserve.profile import profile_file

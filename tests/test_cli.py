@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dilaserve import config
-from dilaserve.calibrate import questions_from
+from dilaserve.calibrate.answers import questions_from
 from dilaserve.cli import folder, main
 from dilaserve.errors import ConfigError
 from dilaserve.models.checkpoint import locate

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from test_scheduler import PAIRS, SINGLES, done, feed, formed, request, result, scheduler, up
 
 from dilaserve import Config, Engine, Options
-from dilaserve.calibrate import Question, quality
-from dilaserve.executor.worker_processes import MOST_PAUSE, RESPAWN_PAUSE, Death, Ended, ProcessExecutor
+from dilaserve.calibrate.answers import Question
+from dilaserve.calibrate.quality import quality
+from dilaserve.executor.worker_handle import Death, Ended
+from dilaserve.executor.worker_processes import MOST_PAUSE, RESPAWN_PAUSE, ProcessExecutor
 from dilaserve.planner.planner import Planner, Setup
 from dilaserve.planner.process import PlannerGone, PlannerProcess
 from dilaserve.plans import parsed

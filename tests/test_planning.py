@@ -39,7 +39,8 @@ from dilaserve.planner.program import (
     worth_switching,
 )
 from dilaserve.planner.track_record import FADING, FEW, TrackRecord
-from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Forecast, Law, QualityProfile, TaskProfile
+from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile
+from dilaserve.profile.forecast import Forecast
 from dilaserve.scheduler.arrivals import WINDOW, Seen, Traffic
 from dilaserve.scheduler.rules.admission import HOPELESS
 from dilaserve.sim.h200 import llada_8b_h200

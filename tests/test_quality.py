@@ -11,29 +11,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dilaserve.calibrate import unexplained_spread
+from dilaserve.calibrate.fitting import isotonic, parted
+from dilaserve.calibrate.quality import unexplained_spread
 from dilaserve.errors import ConfigError
-from dilaserve.profile.decode_speed import (
-    ANY,
-    BINS,
-    FIRST_LOOK,
-    PARTS,
-    Chain,
-    Forecast,
-    Law,
-    Outlook,
-    QualityProfile,
-    TaskProfile,
-    alike,
-    chain,
-    chances,
-    hull,
-    isotonic,
-    part_of,
-    parted,
-    slope,
-    with_block,
-)
+from dilaserve.profile.block_chain import Chain, Outlook, alike, chain, with_block
+from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile, chances, part_of
+from dilaserve.profile.forecast import FIRST_LOOK, Forecast, hull, slope
 from dilaserve.profile.problems import held_out
 from dilaserve.profile.profile_file import guessed, pace, read, write
 

@@ -491,7 +491,7 @@ async def test_a_client_that_leaves_before_its_stream_begins_leaves_no_traceback
     async def gone(*_):
         raise ConnectionResetError("Cannot write to closing transport")
 
-    monkeypatch.setattr(app.sse, "relay", gone)
+    monkeypatch.setattr(routes.sse, "relay", gone)
     async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
         with pytest.raises(aiohttp.ServerDisconnectedError):
             await client.post(CHAT, json=HELLO | {"stream": True})

@@ -19,7 +19,7 @@ from dilaserve.errors import ConfigError, DeadlineMissed, DilaserveError, Overlo
 from dilaserve.planner.planner import Planner
 from dilaserve.plans import parsed
 from dilaserve.profile import profile_file
-from dilaserve.profile.decode_speed import chain
+from dilaserve.profile.block_chain import chain
 from dilaserve.profile.step_cost import Features, Learner
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.server import metrics

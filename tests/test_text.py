@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dilaserve.errors import BadRequest, CheckpointError
-from dilaserve.tokenizer.tokenizer import LONG, LONGEST, Detokenizer, StopStrings, Text, longest_token
+from dilaserve.tokenizer.detokenizer import Detokenizer
+from dilaserve.tokenizer.stop_strings import StopStrings
+from dilaserve.tokenizer.tokenizer import LONG, LONGEST, Text, longest_token
 
 UNICODE = "plain, ümläut, 漢字, 👩‍👩‍👧, é"
 

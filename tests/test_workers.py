@@ -23,14 +23,8 @@ from dilaserve.engine.stall_detector import LATE, PERIOD, StallDetector
 from dilaserve.engine.stream import collect
 from dilaserve.errors import CheckpointError, DilaserveError
 from dilaserve.executor import worker_processes
-from dilaserve.executor.worker_processes import (
-    MAX_FAILURES,
-    Death,
-    Ended,
-    ProcessExecutor,
-    epitaph,
-    refusal,
-)
+from dilaserve.executor.worker_handle import Ended, WorkerExit, exit_reason
+from dilaserve.executor.worker_processes import MAX_FAILURES, ProcessExecutor, refusal
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
@@ -157,8 +151,8 @@ async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_no
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(engine, monkeypatch, caplog):
     """As when a driver keeps it in the kernel: it neither ends nor closes its line."""
-    monkeypatch.setattr(worker_processes, "MORTAL", 0.01)
-    monkeypatch.setattr(worker_processes, "PATIENCE", 0.01)
+    monkeypatch.setattr(worker_handle, "KILL_TIMEOUT", 0.01)
+    monkeypatch.setattr(worker_handle, "LEAVE_TIMEOUT", 0.01)
     wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
     await until(lambda: len(engine.capacity) == 2)
     known = await engine.generate(PROMPT, wish)
@@ -189,7 +183,7 @@ def test_no_thread_waits_for_ever_for_a_process_that_cannot_be_killed(monkeypatc
 
 
 def ended(rank, how):
-    return rank, Death(how, "the reason")
+    return rank, WorkerExit(how, "the reason")
 
 
 @given(st.lists(st.builds(ended, st.integers(0, 2), st.sampled_from(Ended)), max_size=40), st.sampled_from([1, 2, 3]))
@@ -211,17 +205,17 @@ def test_an_engine_gives_up_when_so_many_ranks_cannot_load_that_none_can_serve(d
 
 
 def test_the_first_start_tells_why_there_is_none():
-    assert isinstance(refusal(Death(Ended.FAILED, "why")), CheckpointError)
-    told = refusal(Death(Ended.UNBORN, "no process could be started: [Errno 11]"))
+    assert isinstance(refusal(WorkerExit(Ended.FAILED, "why")), CheckpointError)
+    told = refusal(WorkerExit(Ended.NOT_STARTED, "no process could be started: [Errno 11]"))
     assert told.message.endswith("; see what limits the processes, open files and memory of this user")
 
 
 def test_every_way_to_end_has_its_words():
-    assert epitaph(None, False) == "it closed its line but still runs"
-    assert epitaph(3, False) == "exit code 3"
-    assert epitaph(-9, False) == "killed by SIGKILL"
-    assert epitaph(-40, False) == "killed by signal 40"
-    assert epitaph(-9, True).startswith("killed by the kernel, as memory ran out; lower")
+    assert exit_reason(None, False) == "it closed its line but still runs"
+    assert exit_reason(3, False) == "exit code 3"
+    assert exit_reason(-9, False) == "killed by SIGKILL"
+    assert exit_reason(-40, False) == "killed by signal 40"
+    assert exit_reason(-9, True).startswith("killed by the kernel, as memory ran out; lower")
 
 
 def run(script):

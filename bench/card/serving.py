@@ -15,7 +15,7 @@ from baselines import Plain, loop
 
 from card.rig import BLOCK, SHAPES, Bench, Goal, Shape, build, name_of, prompts_for
 from dilaserve import Engine, Options
-from dilaserve.calibrate import step_costs
+from dilaserve.calibrate.step_timing import step_costs
 from dilaserve.profile import profile_file
 from dilaserve.profile.step_cost import Sample, fit
 from dilaserve.sim.h200 import llada_8b_h200

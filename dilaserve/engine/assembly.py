@@ -13,7 +13,8 @@ import torch
 from dilaserve import models
 from dilaserve.config import BUNDLED, Config, DeviceConfig
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
-from dilaserve.executor.worker_processes import Executor, ProcessExecutor, Progress
+from dilaserve.executor.executor import Executor, Progress
+from dilaserve.executor.worker_processes import ProcessExecutor
 from dilaserve.models.checkpoint import Checkpoint, locate
 from dilaserve.models.spec import ModelSpec
 from dilaserve.planner.planner import PlannerPort, Setup

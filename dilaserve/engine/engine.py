@@ -31,7 +31,7 @@ from dilaserve.errors import (
     Unavailable,
     quoted,
 )
-from dilaserve.executor.worker_processes import Executor, Progress
+from dilaserve.executor.executor import Executor, Progress
 from dilaserve.planner.planner import PlannerPort
 from dilaserve.plans import checked, parsed, spelled
 from dilaserve.profile.step_cost import StepCost, alike

@@ -9,7 +9,9 @@ import msgspec
 
 from dilaserve.engine.doorbell import Bell
 from dilaserve.errors import DilaserveError, Unavailable
-from dilaserve.tokenizer.tokenizer import Detokenizer, StopStrings, Text
+from dilaserve.tokenizer.detokenizer import Detokenizer
+from dilaserve.tokenizer.stop_strings import StopStrings
+from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.types import Cancel, Event, FinishReason, Request, Usage
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.special import ndtr
 
 from dilaserve.planner.program import Point
-from dilaserve.profile.decode_speed import Forecast, Outlook
+from dilaserve.profile.block_chain import Outlook
+from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.scheduler.rules.admission import COMPANY, HOPELESS, KEPT
 

@@ -13,7 +13,8 @@ from dilaserve.planner.operating_points import NEVER, Kind, points, unloaded
 from dilaserve.planner.program import Ground, Offered, PlanProgram, Point, Proposal
 from dilaserve.planner.track_record import TrackRecord
 from dilaserve.plans import counted
-from dilaserve.profile.decode_speed import Forecast, QualityProfile
+from dilaserve.profile.decode_speed import QualityProfile
+from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.types import Demand, Flow, Plan, PlanReady
 

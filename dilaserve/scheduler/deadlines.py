@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from dilaserve.config import SchedulerConfig
-from dilaserve.profile.decode_speed import ThresholdStep
+from dilaserve.profile.forecast import ThresholdStep
 from dilaserve.scheduler.accuracy_ledger import AccuracyLedger
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.request_state import RequestState

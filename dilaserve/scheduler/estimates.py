@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from dilaserve.profile.decode_speed import Chain, Forecast, Outlook, QualityProfile, Track, part_of
+from dilaserve.profile.block_chain import Chain, Outlook
+from dilaserve.profile.decode_speed import QualityProfile, part_of
+from dilaserve.profile.forecast import Forecast, Track
 from dilaserve.profile.step_cost import Features, Learner, StepCost, derived
 from dilaserve.scheduler.request_state import Loads, RequestState
 from dilaserve.scheduler.rules.demand import alone, drifted

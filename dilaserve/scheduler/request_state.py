@@ -5,7 +5,7 @@ from enum import IntEnum, auto
 
 import msgspec
 
-from dilaserve.profile.decode_speed import Track
+from dilaserve.profile.forecast import Track
 from dilaserve.profile.step_cost import Features
 from dilaserve.scheduler.kv_pages import PagePool
 from dilaserve.scheduler.rules.composition import Candidate

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from dilaserve import __version__
 from dilaserve.engine.engine import Chunk, Completion, Engine
 from dilaserve.errors import DilaserveError
-from dilaserve.tokenizer.tokenizer import UNFINISHED, Detokenizer, Text
+from dilaserve.tokenizer.detokenizer import Detokenizer
+from dilaserve.tokenizer.tokenizer import UNFINISHED, Text
 from dilaserve.types import Usage
 
 Json = dict[str, Any]

@@ -1,6 +1,7 @@
 """A built-in profile: LLaDA-8B in bfloat16 on an H200, from data sheets and published figures, not measured."""
 
-from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile, chain
+from dilaserve.profile.block_chain import chain
+from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile
 from dilaserve.profile.profile_file import ModelProfile, cost_key, pace
 from dilaserve.profile.step_cost import StepCost
 

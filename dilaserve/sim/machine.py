@@ -6,8 +6,9 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 
-from dilaserve.executor.worker_processes import Post
-from dilaserve.profile.decode_speed import Forecast, QualityProfile, chances, part_of
+from dilaserve.executor.executor import Post
+from dilaserve.profile.decode_speed import QualityProfile, chances, part_of
+from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.step_cost import StepCost, derived
 from dilaserve.scheduler.estimates import batch_features
 from dilaserve.transport.request_table import RequestTable

@@ -14,7 +14,7 @@ from dilaserve.engine.engine import Engine
 from dilaserve.engine.stream import collect
 from dilaserve.engine.submit import Options
 from dilaserve.errors import DilaserveError
-from dilaserve.executor.worker_processes import Progress
+from dilaserve.executor.executor import Progress
 from dilaserve.planner.planner import Planner, PlannerPort, Setup
 from dilaserve.planner.process import PlannerProcess
 from dilaserve.profile.profile_file import ModelProfile, cost_key
@@ -52,6 +52,9 @@ class PlainText(Text):
         pass
 
     def decode(self, ids: object) -> str:
+        return ""
+
+    def decode_more(self, stream: object, ids: object) -> str:
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Between text and token ids: encoding, the chat template, and decoding that never takes back what it gave."""
+"""Between text and token ids: encoding, the chat template, and decoding."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 
 from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
 from dilaserve.system import files
@@ -132,6 +133,12 @@ class Text:
                 return str(self.tokenizer.decode(listed, skip_special_tokens=True))
             return str(self.tokenizer.decode_batch([listed], skip_special_tokens=True)[0])
 
+    def decode_more(self, stream: DecodeStream, ids: list[int]) -> str | None:
+        """The next piece of a text that is decoded as it grows; None while it ends within a character."""
+        with tokenizing():
+            piece: str | None = stream.step(self.tokenizer, ids)
+            return piece
+
 
 @contextlib.contextmanager
 def tokenizing() -> Iterator[None]:
@@ -225,81 +232,3 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
     if any(token.lstrip or token.rstrip for token in added) or not tokenizer.get_vocab(False).keys() >= set(letters):
         return None
     return max(map(len, tokenizer.get_vocab()))
-
-
-class Detokenizer:
-    """Text of a growing list of ids; what was returned once never changes.
-
-    Part of a character is held back until the rest has come; `flush` gives it up at the end.
-    """
-
-    def __init__(self, text: Text) -> None:
-        self.text = text
-        self.ids: list[int] = []
-        self.settled = 0  # ids before it are out
-        self.context = 0  # ids before it no longer influence how later ones are decoded
-
-    def push(self, ids: Iterable[int]) -> str:
-        self.ids.extend(ids)
-        before, after = self.pending()
-        if after.endswith(UNFINISHED) or len(after) <= len(before):
-            return ""
-        self.context, self.settled = self.settled, len(self.ids)
-        return after[len(before) :]
-
-    def flush(self) -> str:
-        before, after = self.pending()
-        self.context, self.settled = self.settled, len(self.ids)
-        return after[len(before) :]
-
-    def pending(self) -> tuple[str, str]:
-        """What is out of the current window, and the window with all that has come."""
-        before = self.text.decode(self.ids[self.context : self.settled]) if self.context < self.settled else ""
-        return before, self.text.decode(self.ids[self.context :])
-
-
-class StopStrings:
-    """Cuts text at the stop string that is complete first, and holds back what might be the beginning of one.
-
-    Where the cut lies does not depend on the pieces in which the text comes. `shown`: behind the stop string, else
-    before it.
-    """
-
-    def __init__(self, stops: Sequence[str], shown: bool = False) -> None:
-        self.stops, self.shown = stops, shown
-        self.held = ""
-        self.spared = 0  # characters of `held` within which no stop string may end
-        self.found = False
-
-    def pass_over(self, text: str) -> str:
-        """As `push`, but no stop string may end in this text; one may begin in it."""
-        self.spared = len(self.held) + len(text)
-        return self.push(text)
-
-    def push(self, text: str) -> str:
-        """The part of all text so far that is safe to show now. After `found`, nothing."""
-        if not self.stops or self.found:
-            return "" if self.found else text
-        self.held += text
-        ends = [(at + len(stop), at) for stop in self.stops if (at := self.first(stop)) >= 0]
-        end, start = min(ends, default=(0, 0))
-        self.found, cut = bool(ends), end if self.shown else start
-        keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
-        shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
-        self.held = self.held[len(shown) :]
-        self.spared = max(0, self.spared - len(shown))
-        return shown
-
-    def first(self, stop: str) -> int:
-        """Where the stop string stands first that ends behind what is spared; -1 if nowhere."""
-        return self.held.find(stop, max(0, self.spared - len(stop) + 1))
-
-    def flush(self) -> str:
-        """What was held back, when no more text will come."""
-        rest, self.held = ("" if self.found else self.held), ""
-        return rest
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,168 @@
+"""Measure seconds of a step by what it computes, on the real executor: reuse, refresh and mixed batches."""
+
+import asyncio
+import itertools
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from dilaserve.calibrate.progress import Seen, quiet
+from dilaserve.config import Config
+from dilaserve.engine.assembly import Assemble, Parts, real
+from dilaserve.errors import Unavailable
+from dilaserve.executor.executor import Executor
+from dilaserve.profile.step_cost import Features, Sample
+from dilaserve.scheduler.estimates import batch_features
+from dilaserve.transport.request_table import RequestTable
+from dilaserve.types import (
+    PAGE,
+    Batch,
+    Decoding,
+    Event,
+    Instance,
+    InstanceReady,
+    Moves,
+    Span,
+    StepDone,
+    WorkerLost,
+    WorkerUp,
+)
+
+ANSWER = 32  # tokens of the block that measured rows work on
+REUSE_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 16, 21, 24, 32, 48, 64)  # some of which a GPU pads
+REFRESH_ROWS = (1, 2, 3, 4, 8)
+ROUNDS, REPEATS = 3, 2
+E = TypeVar("E", bound=Event)
+
+
+class Rig(NamedTuple):
+    """The first instance of an executor, with a table whose rows are all laid out."""
+
+    executor: Executor
+    table: RequestTable
+    kv_tokens: int
+    inbox: "asyncio.Queue[Event]"
+
+
+async def step_costs(config: Config, limit: int, seen: Seen, assemble: Assemble = real) -> dict[int, list[Sample]]:
+    """Seconds of reuse, refresh and mixed steps by tensor-parallel degree, on the first devices; the median of several
+    each.
+    """
+    parts = await asyncio.to_thread(assemble, config, quiet)
+    started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+    running = asyncio.create_task(parts.executor.run(inbox.put_nowait, started))
+    try:
+        await asyncio.wait([running, started], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        await started
+        pool = min([event.kv_tokens for event in drained(inbox) if isinstance(event, WorkerUp)])
+        found: dict[int, list[Sample]] = {}
+        for degree in parts.degrees:
+            instance = Instance(degree, tuple(range(degree)), pool // PAGE * PAGE * degree)
+            parts.executor.reshard(Moves(tuple(found), (instance,)))
+            await until(inbox, InstanceReady)
+            rig = Rig(parts.executor, parts.table, instance.kv_tokens, inbox)
+            found[degree] = await measured(rig, parts, degree, config, limit, seen)
+        return found
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit: int, seen: Seen) -> list[Sample]:
+    """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
+    change their speed within seconds, and what a kind takes is told against what that one usually takes.
+    """
+    plan = list(layouts(config.device.max_num_seqs, config.device.max_num_batched_tokens, rig.kv_tokens, limit))
+    rng, numbers = random.Random(0), itertools.count(1)
+
+    async def run(rows: list[Shape], times: int, unseen: int = 0) -> tuple[Features, float]:
+        """What the steps are and take, the median of so many after those `unseen`."""
+        spans = laid_out(rig.table, rows, parts.mask_id, rng, parts.vocab_size)
+        seconds = []
+        for _ in range(unseen + times):
+            for span in spans:
+                rig.table.canvas[span.row, span.block_start : span.block_end] = parts.mask_id
+            rig.executor.launch(Batch(next(numbers), instance, spans))
+            seconds.append((await until(rig.inbox, StepDone)).seconds)
+        masks = sum(span.block_end - span.block_start for span in spans)
+        return batch_features(spans, masks), statistics.median(seconds[unseen:])
+
+    yardstick = sorted(plan, key=packed)[len(plan) // 4]
+    rng.shuffle(plan)
+    kinds: dict[int, Features] = {}
+    ratios: list[list[float]] = [[] for _ in plan]
+    usual = [(await run(yardstick, 1))[1]]
+    for turn in range(ROUNDS):
+        for count, kind in enumerate(rng.sample(range(len(plan)), len(plan))):
+            kinds[kind], seconds = await run(plan[kind], REPEATS, 1)
+            usual.append((await run(yardstick, 1))[1])
+            ratios[kind].append(seconds / statistics.fmean(usual[-2:]))
+            seen("step costs", turn * len(plan) + count + 1, ROUNDS * len(plan))
+    unit = statistics.median(usual)
+    return [Sample(kinds[kind], unit * statistics.median(found)) for kind, found in enumerate(ratios)]
+
+
+def drained(inbox: "asyncio.Queue[Event]") -> Iterator[Event]:
+    while not inbox.empty():
+        yield inbox.get_nowait()
+
+
+async def until(inbox: "asyncio.Queue[Event]", kind: type[E]) -> E:
+    """The next event of this kind."""
+    while True:
+        event = await inbox.get()
+        if isinstance(event, kind):
+            return event
+        if isinstance(event, WorkerLost):
+            raise Unavailable(f"a worker was lost while its steps were measured: {event.reason}")
+
+
+class Shape(NamedTuple):
+    canvas: int
+    refresh: bool
+
+
+def layouts(rows: int, tokens: int, pool: int, limit: int) -> Iterator[list[Shape]]:
+    """Batches to measure: reuse only, refresh only and mixed, that fit the limits of the server."""
+    lengths = [length for length in (64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096) if length <= limit] or [limit]
+    for batch in every_layout(lengths):
+        pages = sum(-(-shape.canvas // PAGE) * PAGE for shape in batch)
+        if len(batch) <= rows and packed(batch) <= tokens and pages <= pool:
+            yield batch
+
+
+def packed(batch: Sequence[Shape]) -> int:
+    """Tokens of a step."""
+    return sum(shape.canvas if shape.refresh else ANSWER for shape in batch)
+
+
+def every_layout(lengths: Sequence[int]) -> Iterator[list[Shape]]:
+    for count in REUSE_ROWS:
+        for length in lengths[1::2]:
+            yield [Shape(length, False)] * count
+    for count in REFRESH_ROWS:
+        for length in lengths:
+            yield [Shape(length, True)] * count
+    for fresh in (1, 2, 3):
+        for count in (1, 3, 6, 12):
+            for length in lengths[::2]:
+                yield [Shape(length, True)] * fresh + [Shape(length, False)] * count
+
+
+def laid_out(table: RequestTable, rows: list[Shape], mask_id: int, rng: random.Random, vocab: int) -> tuple[Span, ...]:
+    """Fill rows of the table with random canvases whose last block is masked."""
+    spans, kv_start = [], 0
+    for row, (canvas, refresh) in enumerate(rows):
+        prompt = max(1, canvas - ANSWER)
+        ids = np.array([rng.randrange(min(vocab, 250)) for _ in range(prompt)], dtype=np.int32)
+        generation = table.fill(row, ids, canvas, mask_id, Decoding())
+        start, length = (0, canvas) if refresh else (prompt, canvas - prompt)
+        spans.append(Span(row, generation, kv_start, start, length, canvas, prompt, canvas, 0, 0))
+        kv_start += -(-canvas // PAGE) * PAGE
+    return tuple(spans)

@@ -1,0 +1,124 @@
+"""Around every request: its id, its key, and OpenAI's error shape for whatever goes wrong."""
+
+import asyncio
+import hmac
+import logging
+import math
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+from dilaserve.errors import (
+    BadRequest,
+    DilaserveError,
+    Forbidden,
+    Unauthorized,
+    shortened,
+)
+from dilaserve.server import sse
+from dilaserve.server.app_keys import CONFIG
+from dilaserve.server.responses import failure
+
+log = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PLAN = "/v1/plan"
+OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
+STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
+STATUSES[417] = "expectation_failed"
+_json = msgspec.json.Encoder()
+
+
+def answered(handle: Handler) -> Handler:
+    """What answers every request, inside aiohttp's routing and outside: the answer has an id and OpenAI's shape."""
+
+    async def identified(request: web.Request) -> web.StreamResponse:
+        given = request.headers.get("x-request-id", "")
+        id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
+        request[sse.REQUEST_ID] = id
+        try:
+            response = await handle(request)
+        except web.HTTPException as error:  # an expectation that is refused before any route
+            response = respelled(error, request)
+        if not response.prepared:
+            response.headers["x-request-id"] = id
+        return response
+
+    return identified
+
+
+@web.middleware
+async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Check the request's key, and turn whatever goes wrong into OpenAI's error shape."""
+    id = request[sse.REQUEST_ID]
+    try:
+        authorize(request)
+        response = await handler(request)
+    except DilaserveError as error:
+        response = refused(error)
+    except web.HTTPException as error:
+        response = respelled(error, request)
+    except (ConnectionResetError, asyncio.CancelledError):
+        log.info("request %s: the client left", id)
+        raise
+    except Exception:
+        log.exception("request %s failed", id)
+        response = refused(DilaserveError(f"internal error; the log has more under request id {id}", code="internal"))
+    return response
+
+
+def authorize(request: web.Request) -> None:
+    server = request.app[CONFIG].server
+    if request.path == PLAN and request.method == "POST":
+        if server.admin_key is None:
+            raise Forbidden("the plan cannot be changed here; start the server with --admin-key")
+        if sends(request, server.admin_key):
+            return
+        if server.api_key is not None and sends(request, server.api_key):
+            raise Forbidden("the API key may not change the plan; send the admin key")
+        raise Unauthorized("the admin key is missing or wrong; send it as `Authorization: Bearer KEY`")
+    if server.api_key is None or request.path in OPEN:
+        return
+    if not sends(request, server.api_key) and not (server.admin_key and sends(request, server.admin_key)):
+        raise Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+
+
+def sends(request: web.Request, key: str) -> bool:
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(sent.strip().encode(errors="replace"), key.encode())
+    return scheme.lower() == "bearer" and right
+
+
+def refused(error: DilaserveError) -> web.Response:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if error.never_feasible:
+        headers["x-should-retry"] = "false"  # OpenAI's clients heed it
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return json_response(failure(error), error.status, headers)
+
+
+def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
+    """aiohttp's own refusals (404, 405, 413 …) in OpenAI's shape."""
+    reasons = {
+        404: f"there is no {shortened(f'{request.method} {request.path}')}",
+        405: f"{shortened(request.path)} does not take {shortened(request.method)}",
+        417: "the only expectation that is met is 100-continue; leave out the header Expect",
+        413: f"the body exceeds {request.app[CONFIG].server.max_body_bytes} bytes (--max-body-bytes)",
+    }
+    ours = BadRequest(
+        reasons.get(error.status) or shortened(error.text or error.reason), code=STATUSES.get(error.status)
+    )
+    headers = {"allow": error.headers["allow"]} if "allow" in error.headers else {}
+    response = json_response(failure(ours), error.status, headers)
+    if error.status == 400:  # the body is broken, and with it what would come behind it
+        response.force_close()
+    return response
+
+
+def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=_json.encode(body), status=status, headers=headers, content_type="application/json")

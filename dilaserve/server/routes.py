@@ -1,0 +1,185 @@
+"""What each route answers."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import TypeVar
+
+from aiohttp import web
+
+from dilaserve import __version__
+from dilaserve.engine.engine import Engine, Stream
+from dilaserve.engine.prompts import Message, Prompt, conversation
+from dilaserve.engine.stream import collect
+from dilaserve.errors import (
+    BadRequest,
+    DilaserveError,
+    NotFound,
+    Unavailable,
+    quoted,
+)
+from dilaserve.server import metrics, openai, plan_api, schema, sse
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE
+from dilaserve.server.guard import json_response, refused
+from dilaserve.server.responses import Json, ResponseFormat
+from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Asked = TypeVar("Asked", bound=schema.Common)
+
+
+async def read(request: web.Request, kind: type[T]) -> T:
+    """The body as a request of this kind."""
+    asked: list[T] = await request.app[INTAKE].read(request, lambda body: schema.decoded(body, kind))
+    return asked[0]
+
+
+async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
+    """The body, and warnings about it, which go into the answer and the log."""
+    asked, warnings = await request.app[INTAKE].read(
+        request, lambda body: schema.decoded(body, kind), lambda body: schema.misspelled(body, kind)
+    )
+    for warning in warnings:
+        log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
+    return asked, warnings
+
+
+async def health(request: web.Request) -> web.StreamResponse:
+    return (
+        json_response({"status": "ok"})
+        if request.app[ENGINE].alive
+        else refused(DilaserveError("the engine has stopped"))
+    )
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    engine = request.app[ENGINE]
+    if not engine.ready:
+        raise Unavailable("the server is draining" if engine.draining else "no worker is ready", retry_after=1.0)
+    return json_response({"status": "ready"})
+
+
+async def version(request: web.Request) -> web.StreamResponse:
+    return json_response({"version": __version__})
+
+
+async def measured(request: web.Request) -> web.StreamResponse:
+    return web.Response(body=metrics.text(request.app[ENGINE]), content_type="text/plain", charset="utf-8")
+
+
+async def models(request: web.Request) -> web.StreamResponse:
+    return json_response({"object": "list", "data": [card(request.app[ENGINE])]})
+
+
+async def model(request: web.Request) -> web.StreamResponse:
+    known(request.app[ENGINE], request.match_info["model"])
+    return json_response(card(request.app[ENGINE]))
+
+
+def card(engine: Engine) -> Json:
+    about = engine.model
+    return {
+        "id": about.name,
+        "object": "model",
+        "created": about.created,
+        "owned_by": "dilaserve",
+        "root": about.root,
+        "max_model_len": about.max_model_len,
+    }
+
+
+def known(engine: Engine, name: str | None) -> None:
+    if name is not None and name != engine.model.name:
+        raise NotFound(
+            f"the model {quoted(name)} is not served here, only {engine.model.name!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    asked, warnings = await read_warned(request, schema.ChatRequest)
+    engine = request.app[ENGINE]
+    form = ResponseFormat(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
+    return await respond(request, asked, form, [await chatted(engine, asked.messages)])
+
+
+async def chatted(engine: Engine, said: list[Message]) -> Prompt:
+    return await engine.off_loop(MARKS * len(said), lambda: conversation(said, engine.text))
+
+
+async def complete(request: web.Request) -> web.StreamResponse:
+    asked, warnings = await read_warned(request, schema.CompletionRequest)
+    engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
+    if asked.logprobs and not isinstance(asked.logprobs, bool):
+        raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
+    form = ResponseFormat(
+        engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings
+    )
+    return await respond(request, asked, form, prompts, bool(asked.echo))
+
+
+async def echo(engine: Engine, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else await spoken(engine, await engine.tokenize(prompt))
+
+
+async def spoken(engine: Engine, ids: list[int]) -> str:
+    return await engine.off_loop(len(ids), lambda: engine.detokenize(ids))
+
+
+async def respond(
+    request: web.Request, asked: schema.Common, form: ResponseFormat, prompts: Sequence[Prompt], echoes: bool = False
+) -> web.StreamResponse:
+    """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
+    engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
+    known(engine, asked.model)
+    openai.check_stream(asked)
+    openai.with_headers(asked, request.headers)
+    n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
+    each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
+    async with contextlib.AsyncExitStack() as stack:
+        streams: list[Stream] = []
+        for prompt in prompts:
+            for _ in range(n):
+                with openai.spelled(asked):
+                    started = await engine.submit(prompt, openai.options(asked, len(streams)))
+                streams.append(await stack.enter_async_context(started))
+        prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
+        if asked.stream:
+            count = bool(asked.stream_options and asked.stream_options.include_usage)
+            return await sse.relay(request, form, streams, each, prompt_tokens, count)
+        completions = await asyncio.gather(*(collect(stream) for stream in streams))
+        return json_response(form.answer(completions, each, prompt_tokens))
+
+
+async def plan(request: web.Request) -> web.StreamResponse:
+    return json_response(plan_api.shown(request.app[ENGINE]))
+
+
+async def replan(request: web.Request) -> web.StreamResponse:
+    asked, engine = await read(request, plan_api.PlanRequest), request.app[ENGINE]
+    change = await engine.replan(plan_api.wanted(asked), plan_api.because(asked))
+    return json_response(plan_api.as_json(engine, change))
+
+
+async def tokenize(request: web.Request) -> web.StreamResponse:
+    asked, engine = await read(request, schema.TokenizeRequest), request.app[ENGINE]
+    known(engine, asked.model)
+    openai.check_tokenize(asked)
+    prompt = asked.prompt if asked.prompt is not None else await chatted(engine, asked.messages or [])
+    ids = await engine.tokenize(prompt)
+    return json_response({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
+
+
+async def detokenize(request: web.Request) -> web.StreamResponse:
+    asked, engine = await read(request, schema.DetokenizeRequest), request.app[ENGINE]
+    known(engine, asked.model)
+    try:
+        if len(asked.tokens) > LONGEST:
+            raise BadRequest(f"{len(asked.tokens)} tokens are too many; send at most {LONGEST} at a time")
+        ids = await engine.tokenize(asked.tokens)
+    except BadRequest as error:
+        raise BadRequest(error.message, param="tokens") from error
+    return json_response({"prompt": await spoken(engine, ids)})
