@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilaserve.config import Config
-from dilaserve.profile import decode_speed
+from dilaserve.profile import forecast
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import guessed
 from dilaserve.scheduler.recent_minimum import RecentMinimum
@@ -374,8 +374,8 @@ def test_the_backlog_is_what_is_unfinished(seed):
 
 def test_an_arrival_of_thousands_of_short_blocks_is_no_more_work_than_one_of_few(monkeypatch):
     calls = []
-    original = decode_speed.with_block
-    monkeypatch.setattr(decode_speed, "with_block", lambda *args: calls.append(args) or original(*args))
+    original = forecast.with_block
+    monkeypatch.setattr(forecast, "with_block", lambda *args: calls.append(args) or original(*args))
     counts = []
     for block in (32, 1):
         machine = scheduler()

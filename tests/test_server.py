@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
-from dilaserve.server import app
+from dilaserve.server import app, routes
 from dilaserve.server.app import running
 from dilaserve.server.responses import ResponseFormat, Token, Told
 from dilaserve.sim.h200 import llada_8b_h200

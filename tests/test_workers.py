@@ -22,7 +22,7 @@ from dilaserve import Config, Engine, Options
 from dilaserve.engine.stall_detector import LATE, PERIOD, StallDetector
 from dilaserve.engine.stream import collect
 from dilaserve.errors import CheckpointError, DilaserveError
-from dilaserve.executor import worker_processes
+from dilaserve.executor import worker_handle, worker_processes
 from dilaserve.executor.worker_handle import Ended, WorkerExit, exit_reason
 from dilaserve.executor.worker_processes import MAX_FAILURES, ProcessExecutor, refusal
 from dilaserve.sim.clock import VirtualLoop

@@ -14,9 +14,7 @@ from dilaserve.worker.main import Shared, WorkerJob
 
 log = logging.getLogger(__name__)
 LEAVE_TIMEOUT = 5.0  # seconds a worker gets to leave before it is killed
-KILL_TIMEOUT = (
-    1.0  # seconds after its kill in which a process ends, unless the kernel keeps it; it runs none of its code
-)
+KILL_TIMEOUT = 1.0  # seconds in which a killed process ends, unless the kernel keeps it
 POLL_INTERVAL = 0.01  # seconds between two looks whether a process has left
 GIB = 2**30
 CRASHES = {  # signals that a process brings upon itself
@@ -135,18 +133,17 @@ class WorkerHandle:
         left = await self.left(KILL_TIMEOUT if self.kill_reason else LEAVE_TIMEOUT)
         code = self.process.returncode if left else None
         out_of_memory = code == -signal.SIGKILL and host.out_of_memory_kills() > self.out_of_memory_kills
-        outside = (
-            code is not None and code < 0 and -code not in CRASHES and not (broken or self.kill_reason or out_of_memory)
-        )
-        reason = broken or self.kill_reason or exit_reason(code, out_of_memory)
+        explained = broken or self.kill_reason
+        outside = code is not None and code < 0 and -code not in CRASHES and not (explained or out_of_memory)
+        reason = explained or exit_reason(code, out_of_memory)
         if self.ready.kv_tokens:
             return WorkerExit(Ended.LOST, reason, outside)
         reason = broken or f"the worker on {self.job.device} ended early: {reason}"
         return WorkerExit(Ended.KILLED if outside else Ended.FAILED, reason, outside)
 
-    async def left(self, timeout: float) -> bool:
+    async def left(self, within: float) -> bool:
         """Whether the process has ended, waiting so many seconds for it; without a thread, which may not be had."""
-        until = self.loop.time() + timeout
+        until = self.loop.time() + within
         while (code := self.process.poll()) is None and self.loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(POLL_INTERVAL)
         return code is not None

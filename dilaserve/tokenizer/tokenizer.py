@@ -17,7 +17,7 @@ from dilaserve.tokenizer.panics import contained
 from dilaserve.tokenizer.template_process import Reply
 
 log = logging.getLogger(__name__)
-STEP_KERNELS = (
+TURN_ENDS = (
     "<|eot_id|>",
     "<|endoftext|>",
     "<|im_end|>",
@@ -74,8 +74,8 @@ class Text:
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end a turn: those that do so in many models, and the tokenizer's own."""
-        found = {token: self.tokenizer.token_to_id(token) for token in (*STEP_KERNELS, *end_tokens(self.directory))}
-        for token in (token for token, id in found.items() if id is None and token not in STEP_KERNELS):
+        found = {token: self.tokenizer.token_to_id(token) for token in (*TURN_ENDS, *end_tokens(self.directory))}
+        for token in (token for token, id in found.items() if id is None and token not in TURN_ENDS):
             log.warning("the tokenizer in %s does not know its own eos_token %r", self.directory, token)
         return tuple(id for id in found.values() if id is not None)
 
