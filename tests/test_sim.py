@@ -26,8 +26,9 @@ from dilaserve.server import metrics
 from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
 from dilaserve.sim.h200 import STEPS, law_at, llada_8b_h200
-from dilaserve.sim.report import by_second, report
+from dilaserve.sim.report import report
 from dilaserve.sim.run import ask, classes, pretended, simulate
+from dilaserve.sim.timeline import moments
 from dilaserve.sim.workload import Job
 from dilaserve.types import PlanReady
 
@@ -70,7 +71,7 @@ def test_every_request_ends_and_light_load_meets_its_deadlines():
     for heavy in (run(rate=40.0), known_run(rate=40.0, on_miss="cancel_when_late")):
         assert not heavy.engine.scheduler.requests
         assert len(heavy.engine.free) == heavy.engine.table.rows
-    assert by_second(light)
+    assert moments(light, SECONDS)
 
 
 def test_nothing_without_a_deadline_starves_behind_those_that_have_one():

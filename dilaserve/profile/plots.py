@@ -52,22 +52,13 @@ def quality(profile: QualityProfile, file: Path) -> None:
     saved(figure, file)
 
 
-def timeline(rows: Sequence[tuple[float, float, int, int, float, float]], title: str, file: Path) -> None:
-    """By second: arrivals a second, requests waiting and running, mean threshold, share of deadlines met."""
-    figure, axes = plt.subplots(4, 1, figsize=(WIDE, 7.5), sharex=True, layout="constrained")
-    seconds, arrivals, waiting, running, thresholds, met = zip(*rows, strict=True)
-    axes[0].plot(seconds, arrivals, linewidth=1)
-    axes[0].set(ylabel="arrivals /s", title=title)
-    axes[1].stackplot(seconds, running, waiting, labels=("running", "waiting"), alpha=0.8)
-    axes[1].set(ylabel="requests")
-    axes[1].legend(frameon=False, loc="upper left")
-    axes[2].plot(seconds, thresholds, linewidth=1)
-    axes[2].set(ylabel="mean threshold", ylim=(0.55, 0.95))
-    axes[3].plot(seconds, [100 * share for share in met], linewidth=1)
-    axes[3].set(ylabel="met, %", ylim=(-3, 103), xlabel="seconds")
+def panels(count: int, title: str) -> tuple[Any, Sequence[Any]]:
+    """A figure of so many panels that share their horizontal axis."""
+    figure, axes = plt.subplots(count, 1, figsize=(WIDE, 1.7 * count), sharex=True, layout="constrained")
+    figure.suptitle(title)
     for one in axes:
         one.grid(**GRID)
-    saved(figure, file)
+    return figure, axes
 
 
 def saved(figure: Any, file: Path) -> None:

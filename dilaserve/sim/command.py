@@ -20,7 +20,7 @@ from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.sim import workload
 from dilaserve.sim.h200 import llada_8b_h200
-from dilaserve.sim.report import by_second, lines, report
+from dilaserve.sim.report import Report, lines, report
 from dilaserve.sim.run import Run, classes, pretended, written
 from dilaserve.sim.run import simulate as play
 from dilaserve.sim.workload import Job
@@ -48,7 +48,7 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
         yield f"{cut} of {len(jobs)} requests were cut to the {limit} tokens that the model holds (--max-model-len)"
     yield f"{extras.sim_devices} devices, {extras.seconds:g} s simulated in {took:.1f} s ({extras.seconds / took:.0f}x)"
     if extras.out:
-        yield from saved(run, result, extras.out)
+        yield from saved(run, result, settings, extras)
 
 
 def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
@@ -60,14 +60,20 @@ def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
     )
 
 
-def saved(run: Run, result: object, out: Path) -> Iterator[str]:
-    from dilaserve.profile import plots
+def saved(run: Run, result: Report, settings: Config, extras: argparse.Namespace) -> Iterator[str]:
+    from dilaserve.sim import timeline
 
+    out: Path = extras.out
     written(run, out / "outcomes.json")
-    (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
-    rows = by_second(run)
-    if rows:
-        plots.timeline(rows, "simulation", out / "timeline.png")
+    whole = {
+        **msgspec.to_builtins(result),
+        "simulation": {name: value for name, value in vars(extras).items() if name != "out"},
+        "settings": {name: part for name, part in msgspec.to_builtins(settings).items() if name != "server"},
+    }
+    (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(whole, enc_hook=str), indent=1))
+    if rows := timeline.moments(run, extras.seconds):
+        title = f"{extras.sim_devices} simulated devices, {result.rate:.1f} requests/s, deadlines {extras.deadline} x"
+        timeline.draw(rows, title, out / "timeline.png")
     yield f"saved in {out}"
 
 

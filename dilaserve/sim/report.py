@@ -5,18 +5,21 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dilaserve.sim.run import Outcome, Run
+from dilaserve.sim.run import Run
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Over all requests that arrived after the warm-up; seconds, shares from 0 to 1, points of accuracy.
+    """Over all requests that arrived after the first `warm_up` seconds, `rate` of them a second.
 
+    Seconds, shares from 0 to 1, points of accuracy.
     A request with a deadline counts as missed when it was late, declined, or failed. `wasted` is the share of device
     time on requests that missed, `shed` the share of requests that were declined.
     """
 
     requests: int
     seconds: float
+    warm_up: float
+    rate: float
     attainment: float | None
     shed: float
     wasted: float
@@ -42,6 +45,8 @@ def report(run: Run, seconds: float, warm_up: float = 0.1) -> Report:
     return Report(
         requests=len(outcomes),
         seconds=seconds,
+        warm_up=warm_up * seconds,
+        rate=len(outcomes) / (seconds * (1 - warm_up)),
         attainment=sum(bool(outcome.met) for outcome in timed) / len(timed) if timed else None,
         shed=1 - len(served) / len(outcomes) if outcomes else 0.0,
         wasted=totals.wasted / totals.device if totals.device else 0.0,
@@ -66,27 +71,13 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def lines(report: Report) -> list[str]:
     if not report.requests:
-        return [f"nothing arrived in {report.seconds:g} s after the warm-up; raise --rate or --seconds"]
+        return [f"nothing arrived after the warm-up of {report.warm_up:g} s; raise --rate or --seconds"]
     met = "no deadlines" if report.attainment is None else f"{100 * report.attainment:.1f} % of deadlines met"
     return [
-        f"{report.requests} requests in {report.seconds:g} s: {met}, {100 * report.shed:.1f} % declined",
+        f"{report.requests} requests, {report.rate:.2f} a second, after a warm-up of {report.warm_up:g} s: "
+        f"{met}, {100 * report.shed:.1f} % declined",
         f"latency of served requests: mean {report.mean_latency:.3f} s, p50 {report.p50:.3f}, p95 {report.p95:.3f}, "
         f"p99 {report.p99:.3f}; queued {report.mean_queued:.3f}",
         f"mean threshold {report.mean_threshold:.3f}, {report.steps:.1f} steps a request, expected accuracy drop "
         f"{report.expected_drop:.2f} points, {100 * report.wasted:.1f} % of device time on requests that missed",
     ]
-
-
-def by_second(run: Run, window: int = 5) -> list[tuple[float, float, int, int, float, float]]:
-    """Second, arrivals a second, waiting, running, mean threshold, share of deadlines met by recent arrivals."""
-    rows = []
-    arrived: dict[int, list[Outcome]] = {}
-    for outcome in run.outcomes:
-        arrived.setdefault(int(outcome.at), []).append(outcome)
-    met = 1.0
-    for second, waiting, running, threshold in run.timeline:
-        near = [one for at in range(int(second) - window, int(second) + 1) for one in arrived.get(at, [])]
-        timed = [one for one in near if one.scale is not None]
-        met = sum(bool(one.met) for one in timed) / len(timed) if timed else met
-        rows.append((second, len(near) / (window + 1), waiting, running, threshold, met))
-    return rows

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -110,10 +111,20 @@ def by_degree(costs: Mapping[str, StepCost]) -> dict[int, StepCost]:
     return {degree: costs[cost_key(kind, degree)] for degree in DEGREES if cost_key(kind, degree) in costs}
 
 
+class Noted(NamedTuple):
+    """The engine at one second: requests, their mean threshold, and devices by tensor-parallel degree."""
+
+    second: float
+    waiting: int
+    running: int
+    threshold: float
+    devices: dict[int, int]
+
+
 class Run(NamedTuple):
     outcomes: list[Outcome]
     engine: Engine
-    timeline: list[tuple[float, int, int, float]]  # second, queued, running, mean threshold
+    timeline: list[Noted]
 
 
 def simulate(
@@ -139,7 +150,7 @@ async def play(
 ) -> Run:
     loop = asyncio.get_running_loop()
     outcomes: list[Outcome] = []
-    timeline: list[tuple[float, int, int, float]] = []
+    timeline: list[Noted] = []
     async with Engine(config, assemble=assemble, planner=planner) as engine:
         began = loop.time()
 
@@ -180,15 +191,16 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str]) -> Outcome:
     )
 
 
-async def watch(engine: Engine, timeline: list[tuple[float, int, int, float]], began: float) -> None:
-    """Note queue lengths and the mean threshold every second of virtual time."""
+async def watch(engine: Engine, timeline: list[Noted], began: float) -> None:
+    """Note queue lengths, the mean threshold and the plan every second of virtual time."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(1.0)
         rows = list(engine.scheduler.requests.values())
         placed = [row for row in rows if row.replica]
         mean = sum(row.table_threshold for row in placed) / len(placed) if placed else math.nan
-        timeline.append((loop.time() - began, len(rows) - len(placed), len(placed), mean))
+        devices = Counter(len(group) for group in engine.plan.groups for _ in group)
+        timeline.append(Noted(loop.time() - began, len(rows) - len(placed), len(placed), mean, dict(devices)))
 
 
 def classes(scales: Sequence[float | None]) -> str:
