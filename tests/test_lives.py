@@ -17,7 +17,7 @@ from test_scheduler import PAIRS, SINGLES, done, feed, formed, request, result, 
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate.answers import Question
 from dilaserve.calibrate.quality import quality
-from dilaserve.executor.worker_handle import Death, Ended
+from dilaserve.executor.worker_handle import WorkerExit, Ended
 from dilaserve.executor.worker_processes import MOST_PAUSE, RESPAWN_PAUSE, ProcessExecutor
 from dilaserve.planner.planner import Planner, Setup
 from dilaserve.planner.process import PlannerGone, PlannerProcess
@@ -173,7 +173,7 @@ def test_calibrate_measures_a_slow_machine(random_model):
 
 def test_a_worker_that_is_of_no_use_is_started_again_after_longer_and_longer_pauses():
     """One that has finished a step, or that somebody else ended, is started again at once."""
-    crash, outside = Death(Ended.LOST, "hung"), Death(Ended.LOST, "killed", outside=True)
+    crash, outside = WorkerExit(Ended.LOST, "hung"), WorkerExit(Ended.LOST, "killed", outside=True)
     deaths = [crash, crash, crash, outside, crash, crash, "useful", crash, *[crash] * 6]
 
     class Dying(ProcessExecutor):
