@@ -17,7 +17,7 @@ from test_scheduler import PAIRS, SINGLES, done, feed, formed, request, result, 
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate.answers import Question
 from dilaserve.calibrate.quality import quality
-from dilaserve.executor.worker_handle import WorkerExit, Ended
+from dilaserve.executor.worker_handle import Ended, WorkerExit
 from dilaserve.executor.worker_processes import MOST_PAUSE, RESPAWN_PAUSE, ProcessExecutor
 from dilaserve.planner.planner import Planner, Setup
 from dilaserve.planner.process import PlannerGone, PlannerProcess
