@@ -107,7 +107,7 @@ def described(setting: Setting) -> str:
 
 
 def serve(settings: Config, extras: argparse.Namespace) -> int:
-    """Load the model, then listen until told to stop."""
+    """Load the model, then listen until it is stopped."""
 
     def assemble() -> "Assemble":
         from dilaserve.engine.assembly import real
@@ -129,7 +129,7 @@ def emulate(settings: Config, extras: argparse.Namespace) -> int:
 
 
 def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
-    """The server, until told to stop. `assemble` is called, and imports what takes long, once the addresses are bound,
+    """The server, until it is stopped. `assemble` is called, and imports what takes long, once the addresses are bound,
     so that a port in use is reported at once.
     """
     quiet()

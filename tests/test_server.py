@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dilaserve import Config, Engine, Options
 from dilaserve.server import app, routes
 from dilaserve.server.app import running
-from dilaserve.server.responses import ResponseFormat, Token, Told
+from dilaserve.server.responses import HeldBackTokens, ResponseFormat, Token
 from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
 
@@ -295,7 +295,7 @@ async def test_the_log_probabilities_end_where_a_stop_string_has_cut_the_text(cl
     ],
 )
 async def test_a_token_is_told_when_its_text_is_shown(engine, pieces, told):
-    form = Told(engine.text)
+    form = HeldBackTokens(engine.text)
     shown = [form.shown([Token(id, 1.0) for id in engine.text.encode(ids)], text, ends) for ids, text, ends in pieces]
     found = [
         engine.text.tokenizer.decode([token.id for token in tokens], skip_special_tokens=False) for tokens in shown

@@ -522,7 +522,7 @@ def test_the_command_prints_and_saves(tmp_path, capsys):
 def test_where_nothing_arrives_nothing_is_said_of_it(capsys):
     assert main(["simulate", "--rate", ".0001", "--seconds", "5", "--sim-devices", "1"]) == 0
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "nothing arrived in 5 s after the warm-up; raise --rate or --seconds"
+    assert first == "nothing arrived after the warm-up of 0.5 s; raise --rate or --seconds"
     assert not any("%" in line or "latency" in line for line in rest)
 
 

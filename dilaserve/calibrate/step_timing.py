@@ -76,7 +76,7 @@ async def step_costs(config: Config, limit: int, seen: Seen, assemble: Assemble 
 
 async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit: int, seen: Seen) -> list[Sample]:
     """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
-    change their speed within seconds, and what a kind takes is told against what that one usually takes.
+    change their speed within seconds, and each is measured relative to that one.
     """
     plan = list(layouts(config.device.max_num_seqs, config.device.max_num_batched_tokens, rig.kv_tokens, limit))
     rng, numbers = random.Random(0), itertools.count(1)

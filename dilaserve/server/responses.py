@@ -37,7 +37,7 @@ class ResponseFormat:
         self.created = int(time.time())
         self.written: Counter[int] = Counter()  # characters by choice, for text_offset
         self.spoken: defaultdict[int, Detokenizer] = defaultdict(lambda: Detokenizer(engine.text))  # likewise
-        self.told: defaultdict[int, Told] = defaultdict(lambda: Told(engine.text))  # by choice
+        self.held_back: defaultdict[int, HeldBackTokens] = defaultdict(lambda: HeldBackTokens(engine.text))  # by choice
 
     def head(self, streamed: bool) -> Json:
         kind = "text_completion" if not self.chat else "chat.completion.chunk" if streamed else "chat.completion"
@@ -101,34 +101,36 @@ class ResponseFormat:
         return choice | {"text": echo + completion.text}
 
     def tokens(self, index: int, answer: Chunk | Completion) -> list[Token]:
-        """The tokens whose probabilities are told now."""
+        """The tokens whose probabilities this chunk carries."""
         if not self.logprobs:
             return []
         tokens = [Token(*pair) for pair in zip(answer.token_ids, answer.confidences, strict=True)]
-        return self.told[index].shown(tokens, answer.text, answer.finish_reason is not None) if self.stops else tokens
+        return (
+            self.held_back[index].shown(tokens, answer.text, answer.finish_reason is not None) if self.stops else tokens
+        )
 
-    def probabilities(self, index: int, told: Sequence[Token]) -> Json | None:
+    def probabilities(self, index: int, listed: Sequence[Token]) -> Json | None:
         """Log probabilities of the chosen tokens, when they were unmasked.
 
-        Part of a character has no text of its own, and of its bytes the tokenizer does not tell; all its parts begin
+        Part of a character has no text of its own, and the tokenizer does not give its bytes; all its parts begin
         where it does.
         """
         if not self.logprobs:
             return None
-        tokens = [self.engine.detokenize([token.id]) for token in told]
-        logs = [math.log(max(token.confidence, 1e-45)) for token in told]
+        tokens = [self.engine.detokenize([token.id]) for token in listed]
+        logs = [math.log(max(token.confidence, 1e-45)) for token in listed]
         if self.chat:
             pairs = zip(tokens, logs, strict=True)
             return {"content": [{"token": t, "logprob": p, "bytes": spelled(t), "top_logprobs": []} for t, p in pairs]}
         offsets = []
-        for token, alone in zip(told, tokens, strict=True):
+        for token, alone in zip(listed, tokens, strict=True):
             start, more = self.written[index], self.spoken[index].push([token.id])
             self.written[index] += len(more)
             offsets.append(self.written[index] - len(alone) if alone and more.endswith(alone) else start)
         return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
 
 
-class Told:
+class HeldBackTokens:
     """Holds back the tokens of a text that may be cut, until some of their text is shown."""
 
     def __init__(self, text: Text) -> None:

@@ -185,13 +185,13 @@ def kv_tokens(job: WorkerJob, spec: ModelSpec, weights: Weights) -> int:
 def progress(spec: ModelSpec, checkpoint: Checkpoint, line: socket.socket) -> Callable[[int], None]:
     """A callback that counts placed bytes and reports them now and then."""
     total = spec.parameters * checkpoint.itemsize
-    done = told = 0
+    done = reported = 0
 
     def placed(nbytes: int) -> None:
-        nonlocal done, told
+        nonlocal done, reported
         done += nbytes
-        if done - told >= PROGRESS_BYTES:
-            told = done
+        if done - reported >= PROGRESS_BYTES:
+            reported = done
             frames.send(line, frames.Loading(done, total))
 
     return placed

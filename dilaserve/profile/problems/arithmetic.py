@@ -50,16 +50,16 @@ def next_operation(rng: random.Random, value: int) -> tuple[str, int]:
 def word_problem(rng: random.Random, difficulty: float) -> Problem:
     """Somebody has things and gains or loses some, two to four times; the working, then `#### answer`."""
     name, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(10, 60)
-    told = [f"{name} has {value} {thing}"]
+    sentences = [f"{name} has {value} {thing}"]
     working: list[str] = []
     for _ in range(upto(rng, 2, 4, difficulty)):
         amount = rng.randint(2, 9)
         gains = value + amount <= 99 and (amount > value or rng.random() < 0.5)
         if not gains and amount > value:
             amount = rng.randint(1, value) if value else 0
-        told.append(f"{rng.choice(GAINS if gains else LOSSES)} {amount}")
+        sentences.append(f"{rng.choice(GAINS if gains else LOSSES)} {amount}")
         start, value = "" if working else str(value), value + amount if gains else value - amount
         mark = rng.choices((*MARKS, thing), (*MARK_ODDS, 1 - sum(MARK_ODDS)))[0]
         working.append(f"{start}{'+' if gains else '-'}{amount}={value} {mark}")
-    question = f"{', '.join(told)}. How many {thing} now?"
+    question = f"{', '.join(sentences)}. How many {thing} now?"
     return Problem("word", question, "\n".join([*working, f"#### {value}"]))
