@@ -103,7 +103,7 @@ PROGRAM = """
 FOUND = [
     'Revealed type is "dilaserve.engine.stream.Chunk"',
     'Revealed type is "dilaserve.engine.stream.Completion"',
-    'Revealed type is "dilaserve.types.Usage | None"',
+    'Revealed type is "dilaserve.types.requests.Usage | None"',
     'Unexpected keyword argument "prot" for "of" of "Config"',
     'Argument "port" to "of" of "Config" has incompatible type "str"; expected "int"',
     'Unexpected keyword argument "prot" for "DilaServe"',

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from dilaserve.config import Config
 from dilaserve.scheduler.estimates import Estimates, batch_features
+from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
-from dilaserve.scheduler.request_state import InstanceState, ReadyRow, RequestState, State
+from dilaserve.scheduler.request_state import ReadyRow, RequestState, State
 from dilaserve.scheduler.rules.best_effort import after_step
 from dilaserve.scheduler.rules.composition import COMPOSITIONS, Candidate
 from dilaserve.scheduler.rules.fairness import Ride, allowances, left_over, riders

@@ -8,7 +8,8 @@ from dilaserve.profile.block_chain import Chain, Outlook
 from dilaserve.profile.decode_speed import QualityProfile, part_of
 from dilaserve.profile.forecast import Forecast, Track
 from dilaserve.profile.step_cost import Features, Learner, StepCost, derived
-from dilaserve.scheduler.request_state import Loads, RequestState
+from dilaserve.scheduler.loads import Loads
+from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.rules.demand import alone, drifted
 from dilaserve.types import Request, Span
 

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.kv_pages import coalesced
-from dilaserve.scheduler.request_state import InstanceState, RequestState, State
+from dilaserve.scheduler.request_state import RequestState, State
 from dilaserve.scheduler.scheduler import Scheduler
 
 ON_INSTANCE = (State.RESIDENT, State.STEPPING)

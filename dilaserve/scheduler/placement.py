@@ -13,7 +13,8 @@ from dilaserve.scheduler.backlog import Backlog
 from dilaserve.scheduler.deadline_queue import DeadlineQueue
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.expiry import Expiry
-from dilaserve.scheduler.request_state import InstanceState, RequestState, State, Transition
+from dilaserve.scheduler.instance_state import InstanceState
+from dilaserve.scheduler.request_state import RequestState, State, Transition
 from dilaserve.scheduler.rules.admission import Room, Tenant, fits, least_loaded
 from dilaserve.scheduler.rules.fairness import Turns, gives_way, granted, in_turn
 from dilaserve.scheduler.rules.ordering import ORDERS, without_deadline

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dilaserve.scheduler.backlog import Backlog
 from dilaserve.scheduler.deadline_queue import DeadlineQueue
 from dilaserve.scheduler.expiry import Expiry
+from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement, turn
-from dilaserve.scheduler.request_state import InstanceState, RequestState, State
+from dilaserve.scheduler.request_state import RequestState, State
 from dilaserve.scheduler.waiting_queue import WaitingQueue
 
 

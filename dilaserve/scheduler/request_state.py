@@ -1,18 +1,20 @@
-"""The state of one request (life cycle, place on the canvas, instance, cost), and of one instance."""
+"""The state of one request: its life cycle, place on the canvas, instance and cost."""
 
 import math
 from enum import IntEnum, auto
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from dilaserve.profile.forecast import Track
-from dilaserve.profile.step_cost import Features
-from dilaserve.scheduler.kv_pages import PagePool
+from dilaserve.scheduler.loads import Loads
 from dilaserve.scheduler.rules.composition import Candidate
-from dilaserve.scheduler.rules.demand import load
 from dilaserve.scheduler.rules.quotas import even, steps_per_block
 from dilaserve.scheduler.rules.step_kind import View, Work, work
-from dilaserve.types import Batch, Instance, Load, Request, RowResult, Span, Usage
+from dilaserve.types import Request, RowResult, Span, Usage
+
+if TYPE_CHECKING:
+    from dilaserve.scheduler.instance_state import InstanceState
 
 
 class State(IntEnum):
@@ -43,66 +45,6 @@ TRANSITIONS: dict[tuple[State, Transition], State] = {
     (State.LEAVING, Transition.RETURNED): State.GONE,
     (State.LEAVING, Transition.EVICTED): State.GONE,
 }
-
-
-class InstanceState:
-    """One instance, who sits on it, and the batch it works on."""
-
-    def __init__(self, instance: Instance) -> None:
-        self.instance = instance
-        self.degree = len(instance.ranks)
-        self.pages = PagePool(instance.kv_tokens)
-        self.residents: dict[int, RequestState] = {}
-        self.with_deadline: list[RequestState] = []  # those with a deadline, in order of service
-        self.in_flight: list[RequestState] | None = None
-        self.batch: Batch | None = None
-        self.spans: list[Span] = []  # of its last step that is known, by row in flight
-        self.multi_step = False  # it has taken more steps than its first
-        self.stops_early = False  # the batch ends with the step that is under way
-        self.launched_at = 0.0
-        self.disturbed = False  # the engine did not run for a part of the step in flight
-        self.overdue_at = math.inf  # when the step in flight counts as hung
-        self.killed = False  # a step on it counted as hung
-        self.doomed = False  # a worker of it is gone; it is lost as soon as the others have left it
-        self.features = Features(0, 0, 0, 0, 0)
-        self.refreshing = False
-        self.saved = 0.0  # seconds that best-effort rows may still add to steps with deadlines
-        self.credits: dict[str, float] = {}  # seconds of step time that tenants have saved up, while others wait too
-        self.shares: list[float] = []  # of the step's time, by row in flight
-        self.added: dict[int, float] = {}  # seconds that each row adds to the step in flight
-        self.ends_at = -math.inf  # when the step in flight is expected to end
-        self.late = 0  # rows with deadlines that its last step expected to miss them
-        self.crowding = 0.0  # of the rows with deadlines at its last step
-
-
-class Loads(msgspec.Struct):
-    """What a request still needs, by its own levels, worked out when it is asked for.
-
-    `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
-    right now.
-    """
-
-    tracks: list[Track]
-    masks: int
-    due: float
-    drift: float
-    refresh: float
-    reuse: float
-    interval: int
-    degree: int
-    known: dict[int, Load] = {}
-
-    def __getitem__(self, level: int) -> Load:
-        found = self.known.get(level)
-        if found is None:
-            (law, after), masks = self.tracks[level], self.masks
-            stays = 1.0 - law.ends[masks]
-            steps = law.steps[masks] + stays * after.steps
-            refreshes = self.due + stays * after.refreshes
-            if self.interval:
-                refreshes = max(refreshes, steps / self.interval)
-            found = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
-        return found
 
 
 class ReadyRow(msgspec.Struct, frozen=True, gc=False):

@@ -13,10 +13,11 @@ from dilaserve.scheduler.batching import Batcher
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.expiry import Expiry
+from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import ARRIVAL, Placement, turn
 from dilaserve.scheduler.plan_change import PlanState, plan_of
 from dilaserve.scheduler.recent_minimum import RecentMinimum
-from dilaserve.scheduler.request_state import InstanceState, RequestState, State, Transition
+from dilaserve.scheduler.request_state import RequestState, State, Transition
 from dilaserve.scheduler.rules.admission import beyond_hope, place_in, retry_after
 from dilaserve.scheduler.rules.best_effort import STEP, may_lead
 from dilaserve.scheduler.rules.composition import Candidate, within

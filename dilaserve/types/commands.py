@@ -1,0 +1,106 @@
+"""Commands: what the scheduler wants done."""
+
+from typing import TypeAlias
+
+import msgspec
+
+from dilaserve.types.plans import Change, Demand, Moves
+from dilaserve.types.requests import FinishReason, Request, Usage
+from dilaserve.types.steps import Batch
+
+
+class Launch(msgspec.Struct, frozen=True, gc=False):
+    batch: Batch
+
+
+class Emit(msgspec.Struct, frozen=True, gc=False):
+    """The canvas is final up to `prefix`."""
+
+    request: Request
+    prefix: int
+
+
+class Finish(msgspec.Struct, frozen=True, gc=False):
+    """The request has ended; nothing more of it is emitted."""
+
+    request: Request
+    reason: FinishReason
+    usage: Usage
+
+
+class Fail(msgspec.Struct, frozen=True):
+    """The request could not be finished; `reason` is for the log, `for_client` for the client. `error` is what its
+    handling has raised, if that is why.
+    """
+
+    request: Request
+    reason: str
+    for_client: str
+    error: Exception | None = None
+
+
+class Decline(msgspec.Struct, frozen=True, gc=False):
+    """The deadline cannot be met and the client does not want the answer late.
+
+    `retry_after` seconds make sense for one that never started; None: it had started and has been given up.
+    `never_feasible`: it would not make it even if nothing else ran.
+    """
+
+    request: Request
+    usage: Usage
+    retry_after: float | None
+    never_feasible: bool = False
+
+
+class Refuse(msgspec.Struct, frozen=True, gc=False):
+    """A waiting request that has not started gives its place to another tenant's; `retry_after` in seconds."""
+
+    request: Request
+    retry_after: float
+
+
+class Adjust(msgspec.Struct, frozen=True, gc=False):
+    """The row is decoded at this confidence threshold from its next step on."""
+
+    row: int
+    threshold: float
+
+
+class Release(msgspec.Struct, frozen=True, gc=False):
+    """No step in flight touches the row any more; it may be given away."""
+
+    row: int
+
+
+class Reshard(msgspec.Struct, frozen=True, gc=False):
+    moves: Moves
+
+
+class Reshaped(msgspec.Struct, frozen=True, gc=False):
+    """The wanted plan stands."""
+
+    change: Change
+
+
+class Kill(msgspec.Struct, frozen=True, gc=False):
+    """The instance's step takes so long that it must be taken for dead."""
+
+    instance: int
+    reason: str
+
+
+class StopEarly(msgspec.Struct, frozen=True, gc=False):
+    """Somebody waits for the instance: its batch ends with the step that is under way."""
+
+    batch: Batch
+
+
+class Solve(msgspec.Struct, frozen=True, gc=False):
+    """Ask the planner; `PlanReady` is the answer."""
+
+    demand: Demand
+
+
+Command: TypeAlias = (
+    Launch | StopEarly | Adjust | Emit | Finish | Fail | Decline | Refuse | Release | Reshard | Reshaped | Kill | Solve
+)

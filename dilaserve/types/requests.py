@@ -1,0 +1,117 @@
+"""What a client asks for, and what its answer has cost."""
+
+import warnings
+from typing import Literal
+
+import msgspec
+
+from dilaserve.config import CacheKind
+
+DecodeRule = Literal["threshold", "steps", "factor"]
+FinishReason = Literal["stop", "length", "cancelled"]
+OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
+MAX_STOP_IDS = 32  # end tokens of a request's own
+
+
+class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """How one row is decoded; every knob is per row.
+
+    `threshold` unmasks what reaches a confidence, `steps` a fixed number of tokens each step (LLaDA's own loop, from
+    `num_denoising_steps` over the whole canvas), `factor` Fast-dLLM's rule. `refresh_interval` counts steps between
+    refreshes inside a block; 0 refreshes at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice
+    at a temperature above 0.
+    """
+
+    rule: DecodeRule = "threshold"
+    confidence_threshold: float = 0.9
+    num_denoising_steps: int = 0
+    factor: float = 1.0
+    block_length: int = 32
+    cache: CacheKind = "dual"
+    refresh_interval: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+class Ending(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Which tokens end a row's answer: those of the model unless `ignore_eos`, and `stop_ids`.
+
+    None of them is chosen for the first `min_tokens` positions of the answer, so that it cannot end before.
+    """
+
+    ignore_eos: bool = False
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+
+
+class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What the client wants besides the answer.
+
+    `seconds` from arrival to the end, or `multiple` of what the request would take alone at the reference threshold;
+    neither: no deadline. `weight` says what the request is worth against others, `floor` is its least confidence
+    threshold, `on_miss` what to do when the deadline cannot be met. `tenant` owns the accuracy bank that pays, `task`
+    names the quality profile. `fixed`: the threshold is the client's and stays.
+    """
+
+    seconds: float | None = None
+    multiple: float | None = None
+    weight: float = 1.0
+    floor: float = 0.0
+    on_miss: OnMiss = "best_effort"
+    tenant: str = ""
+    task: str | None = None
+    fixed: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """A prompt that waits in, or runs from, a row of the request table.
+
+    The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
+    `max_tokens` of the latter.
+    """
+
+    id: str
+    row: int
+    generation: int
+    prompt_tokens: int
+    canvas_tokens: int
+    max_tokens: int
+    arrived_at: float
+    decoding: Decoding
+    slo: Slo = Slo()
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What a finished request has cost; seconds since arrival until its first step, and from there to the end.
+
+    `deadline` counts from arrival. `expected_accuracy_drop` is in percentage points of accuracy against the reference
+    threshold, that of `min_threshold`; `device` are the seconds of its instance that its part of the steps has taken.
+    `expected_drop` is an old name of `expected_accuracy_drop`, and raises a `DeprecationWarning`.
+    """
+
+    steps: int
+    refreshes: int
+    queued: float
+    served: float
+    mean_confidence: float | None
+    deadline: float | None = None
+    deadline_met: bool | None = None
+    min_threshold: float | None = None
+    mean_threshold: float | None = None
+    expected_accuracy_drop: float = 0.0
+    device: float = 0.0
+
+    @property
+    def expected_drop(self) -> float:
+        warnings.warn("expected_drop is deprecated; read expected_accuracy_drop", DeprecationWarning, stacklevel=2)
+        return self.expected_accuracy_drop
+
+
+class Load(msgspec.Struct, frozen=True, gc=False):
+    """What one row still needs at one threshold: steps, and seconds of device time beyond each step's fixed part."""
+
+    steps: float
+    work: float

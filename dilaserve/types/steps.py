@@ -1,0 +1,73 @@
+"""Spans, batches and instances: what a step computes, and what it reports of each row."""
+
+from typing import NamedTuple
+
+import msgspec
+
+PAGE = 32  # tokens of K/V that are handed out together; one block of the default length
+
+
+class Span(NamedTuple):
+    """One row's part of a step; positions count from the start of its canvas.
+
+    Queries are positions `[start, start + length)`; they see the row's first `keys` positions, whose K/V lie in the
+    pool from token `kv_start` on. Masks are filled in `[block_start, block_end)` only. `quota` is the number of tokens
+    to unmask under the steps rule; `step` numbers the row's steps, for its random stream.
+    """
+
+    row: int
+    generation: int
+    kv_start: int
+    start: int
+    length: int
+    keys: int
+    block_start: int
+    block_end: int
+    quota: int
+    step: int
+
+
+class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """What one step did to one row.
+
+    `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token
+    in the block (-1 if none counts), `confidence` the sum over the tokens unmasked.
+
+    `stage` says what the step was: the row's first span in the batch (0) or one that follows it (n + 1: the n-th of its
+    `then`). `rested`: an earlier step of the batch has done the block, so that the row took no part.
+    """
+
+    row: int
+    generation: int
+    unmasked: int
+    masks_left: int
+    prefix: int
+    stop_at: int
+    confidence: float
+    stage: int = 0
+    rested: bool = False
+
+
+class Batch(msgspec.Struct, frozen=True, gc=False):
+    """The rows that share a forward pass on one instance, and others after it, up to `steps` in all; there is a
+    `StepDone` for each.
+
+    `then` are the spans that follow each row's first, if `steps` is more than 1: the next one is taken up after a step,
+    or when the block is done if it is of another block. The batch ends with a step after which a row has none, or no
+    mask before a stop token, or all together too many tokens for a step. Another may have begun by then, in which a row
+    whose block is done rests.
+    """
+
+    id: int
+    instance: int
+    spans: tuple[Span, ...]
+    steps: int = 1
+    then: tuple[tuple[Span, ...], ...] = ()
+
+
+class Instance(msgspec.Struct, frozen=True, gc=False):
+    """One copy of the model on a TP group; `kv_tokens` is the size of its K/V pool. No two ever have the same id."""
+
+    id: int
+    ranks: tuple[int, ...]
+    kv_tokens: int
