@@ -37,7 +37,7 @@ HANDLERS = [
         (Placement, name)
         for name in ("enter", "leave", "assign", "unassign", "aged", "replica_for", "make_room", "evict")
     ),
-    *((Deadlines, name) for name in ("arrived", "rank", "wish", "is_hopeless")),
+    *((Deadlines, name) for name in ("arrived", "rank", "query", "is_hopeless")),
     *((AccuracyLedger, name) for name in ("deepest", "reserve", "charge")),
     *((Estimates, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),
     *((RequestState, name) for name in ("did", "advance", "span", "next_work", "launched", "usage", "left")),
@@ -185,7 +185,7 @@ def test_each_invariant_is_looked_at():
 
 # with real workers
 
-WISH = Options(max_tokens=32, block_length=16, confidence_threshold=0.8)
+CASE = Options(max_tokens=32, block_length=16, confidence_threshold=0.8)
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(4)]
 FAULTS = [
     *((Scheduler, name) for name in ("arrival", "returned", "end", "release")),
@@ -203,7 +203,7 @@ async def engine(random_model):
 async def ended(engine, prompt, id):
     """The tokens of an answer, or the error that ended it."""
     try:
-        async with await engine.submit(prompt, WISH, id=id) as stream:
+        async with await engine.submit(prompt, CASE, id=id) as stream:
             return [token for chunk in [chunk async for chunk in stream] for token in chunk.token_ids]
     except (RequestFailed, Unavailable) as error:
         return error
@@ -244,12 +244,12 @@ async def test_a_handler_that_raises_for_one_request_costs_no_other_its_answer(e
 @pytest.mark.asyncio(loop_scope="module")
 async def test_what_no_scheduler_could_take_never_reaches_it(engine):
     before = engine.scheduler.totals.received
-    for wish in (dict(cache="foo"), dict(cache=["none"]), dict(user=["a"]), dict(task=["x"]), dict(on_miss="foo")):
+    for case in (dict(cache="foo"), dict(cache=["none"]), dict(user=["a"]), dict(task=["x"]), dict(on_miss="foo")):
         with pytest.raises(BadRequest):
-            await engine.submit([1], Options(**wish))
+            await engine.submit([1], Options(**case))
     for id in (3, ["a"], b"x"):
         with pytest.raises(BadRequest, match="id must be a string"):
-            await engine.submit([1], WISH, id=id)
+            await engine.submit([1], CASE, id=id)
     for plan in (3, None, [["a"]], {"a": 1}, [3]):
         with pytest.raises(BadRequest, match="plan"):
             await engine.replan(plan)
@@ -284,7 +284,7 @@ def test_when_nobody_is_to_blame_the_engine_ends_and_all_get_answers():
         await engine.ended()
         assert isinstance(engine.failure, ZeroDivisionError)
         with pytest.raises(Unavailable):
-            await engine.submit(PROMPTS[0], WISH)
+            await engine.submit(PROMPTS[0], CASE)
 
     on_virtual_time(play)
 

@@ -15,7 +15,7 @@ import torch
 from checkpoints import make
 from pretended import Event, Race, Stream, for_workers, pretend
 from reference import Llada
-from test_parity import expect, some_requests, wishes
+from test_parity import cases, expect, some_requests
 from test_plans import crowd, whole
 from test_reuse import CPU, ROWS, shapes_of, weights_on
 from test_reuse import Harness as Plain
@@ -355,8 +355,8 @@ def test_workers_of_one_gpu_have_their_shares_whoever_comes_first():
 async def answers(directory, requests, **settings):
     config = Config.of(model=str(directory), **settings)
     async with Engine(config) as engine:
-        assert (await engine.generate(*wishes(requests)[0])).token_ids
-        return [(await engine.generate(*wish)).token_ids for wish in wishes(requests)]
+        assert (await engine.generate(*cases(requests)[0])).token_ids
+        return [(await engine.generate(*case)).token_ids for case in cases(requests)]
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
@@ -368,7 +368,7 @@ async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(ran
     with pretend(2):
         config = Config.of(model=str(random_model), dtype="float32", devices="auto", group_backend=backend)
         async with Engine(config) as engine:
-            running = asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
+            running = asyncio.gather(*(engine.generate(*case) for case in cases(requests)))
             for plan in ("1x2", "2x1", "1x2"):
                 await asyncio.sleep(0.1)
                 await engine.replan(plan)
@@ -376,7 +376,7 @@ async def test_an_engine_serves_on_gpus_changes_its_plan_and_survives_a_kill(ran
             await crowd(engine, lambda: os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL))
             await whole(engine)
             assert spelled(engine.plan) == "1x2"
-            expect(Llada(random_model), requests[:3], [await engine.generate(*wish) for wish in wishes(requests[:3])])
+            expect(Llada(random_model), requests[:3], [await engine.generate(*case) for case in cases(requests[:3])])
     assert "terminate" not in capfd.readouterr().err  # threads that outlived their interpreter
 
 

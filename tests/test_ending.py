@@ -12,7 +12,7 @@ from dilaserve import Config, Engine, Options
 from dilaserve.errors import BadRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-WISH = dict(max_tokens=24, block_length=8, confidence_threshold=0.5)
+CASE = dict(max_tokens=24, block_length=8, confidence_threshold=0.5)
 HOT = dict(temperature=0.9, top_p=0.95)
 
 
@@ -30,17 +30,17 @@ def prompts(count, seed=1):
     return [[rng.randrange(256) for _ in range(rng.randint(3, 40))] for _ in range(count)]
 
 
-async def crowd(engine, wishes):
-    return await asyncio.gather(*(engine.generate(prompt, Options(**(WISH | wish))) for prompt, wish in wishes))
+async def crowd(engine, cases):
+    return await asyncio.gather(*(engine.generate(prompt, Options(**(CASE | case))) for prompt, case in cases))
 
 
 async def test_a_stop_token_ends_the_answer_and_is_part_of_it_only_on_demand(engine):
     asked = prompts(3)
     full = await crowd(engine, [(prompt, dict(ignore_eos=True)) for prompt in asked])
     stops = [(answer.token_ids[5 + 6 * i], answer.token_ids[9]) for i, answer in enumerate(full)]
-    wish = [dict(ignore_eos=True, stop_token_ids=stop) for stop in stops]
-    cut = await crowd(engine, list(zip(asked, wish, strict=True)))
-    shown = [one | dict(include_stop_str_in_output=True) for one in wish]
+    case = [dict(ignore_eos=True, stop_token_ids=stop) for stop in stops]
+    cut = await crowd(engine, list(zip(asked, case, strict=True)))
+    shown = [one | dict(include_stop_str_in_output=True) for one in case]
     longer = await crowd(engine, list(zip(asked, shown, strict=True)))
     for whole, stop, short, more in zip(full, stops, cut, longer, strict=True):
         end = min(whole.token_ids.index(id) for id in stop)
@@ -52,15 +52,15 @@ async def test_a_stop_token_ends_the_answer_and_is_part_of_it_only_on_demand(eng
 @pytest.mark.parametrize("how", [{}, HOT, dict(cache="none")])
 async def test_no_answer_ends_before_its_least_number_of_tokens(engine, how):
     asked = prompts(6, seed=2)
-    wishes = [(prompt, how | dict(min_tokens=4 * i, seed=i)) for i, prompt in enumerate(asked)]
+    cases = [(prompt, how | dict(min_tokens=4 * i, seed=i)) for i, prompt in enumerate(asked)]
     free = await crowd(engine, [(prompt, how | dict(seed=i)) for i, prompt in enumerate(asked)])
-    found = await crowd(engine, wishes)
+    found = await crowd(engine, cases)
     assert any(len(answer.token_ids) < 4 * i for i, answer in enumerate(free))
     for i, answer in enumerate(found):
         assert len(answer.token_ids) >= 4 * i
         assert checkpoints.EOS not in answer.token_ids
     assert found[0].token_ids == free[0].token_ids
-    alone = [(await crowd(engine, [wish]))[0] for wish in wishes[3:5]]
+    alone = [(await crowd(engine, [case]))[0] for case in cases[3:5]]
     assert [answer.token_ids for answer in alone] == [answer.token_ids for answer in found[3:5]]
 
 
@@ -76,9 +76,9 @@ async def test_a_stop_token_is_not_chosen_before_the_least_number_of_tokens_eith
 async def test_draws_are_narrowed_and_depend_on_nobody_beside(engine):
     asked = prompts(6, seed=4)
     knobs = [dict(top_k=1), dict(min_p=1.0), dict(top_k=5), dict(min_p=0.1), dict(top_k=-1), dict(top_k=3, min_p=0.2)]
-    wishes = [(prompt, dict(temperature=1.5, seed=i, ignore_eos=True) | knobs[i % 6]) for i, prompt in enumerate(asked)]
-    together = await crowd(engine, wishes)
-    alone = [(await crowd(engine, [wish]))[0] for wish in wishes[2:4]]
+    cases = [(prompt, dict(temperature=1.5, seed=i, ignore_eos=True) | knobs[i % 6]) for i, prompt in enumerate(asked)]
+    together = await crowd(engine, cases)
+    alone = [(await crowd(engine, [case]))[0] for case in cases[2:4]]
     assert [answer.token_ids for answer in alone] == [answer.token_ids for answer in together[2:4]]
     greedy = await crowd(engine, [(prompt, dict(ignore_eos=True)) for prompt in asked])
     for i, (drawn, best) in enumerate(zip(together, greedy, strict=True)):
@@ -103,7 +103,7 @@ async def test_a_stop_string_counts_after_the_least_number_of_tokens_and_is_show
 
 
 async def test_what_ends_no_answer_is_refused_by_name(engine):
-    for wish, param in [
+    for case, param in [
         (dict(min_tokens=25), "min_tokens"),
         (dict(min_tokens=-1), "min_tokens"),
         (dict(stop_token_ids=(checkpoints.VOCAB,)), "stop_token_ids"),
@@ -114,5 +114,5 @@ async def test_what_ends_no_answer_is_refused_by_name(engine):
         (dict(min_p=float("nan")), "min_p"),
     ]:
         with pytest.raises(BadRequest) as caught:
-            await engine.submit([1, 2, 3], Options(**(WISH | wish)))
+            await engine.submit([1, 2, 3], Options(**(CASE | case)))
         assert caught.value.param == param

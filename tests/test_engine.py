@@ -36,7 +36,7 @@ async def until(true):
 
 
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(32)]
-WISH = Options(max_tokens=64, block_length=16, confidence_threshold=0.8)
+CASE = Options(max_tokens=64, block_length=16, confidence_threshold=0.8)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -59,8 +59,8 @@ async def engine(shared):
 async def test_an_answer_whole_and_in_pieces_is_the_same(random_model):
     before = children()
     async with Engine(on(random_model)) as engine:
-        whole = await engine.generate(PROMPTS[5], WISH)
-        chunks = [chunk async for chunk in engine.stream(PROMPTS[5], WISH)]
+        whole = await engine.generate(PROMPTS[5], CASE)
+        chunks = [chunk async for chunk in engine.stream(PROMPTS[5], CASE)]
         assert engine.ready
         assert len(children() - before) == 1
     assert "".join(chunk.text for chunk in chunks) == whole.text
@@ -78,8 +78,8 @@ async def test_an_answer_whole_and_in_pieces_is_the_same(random_model):
 async def test_two_engines_in_one_process_and_64_clients_each_get_their_own_answer(random_model, tmp_path):
     other_model = checkpoints.make(tmp_path / "other", seed=3)
     async with Engine(on(random_model)) as one, Engine(on(other_model)) as other:
-        known = [[(await engine.generate(p, WISH)).token_ids for p in PROMPTS] for engine in (one, other)]
-        crowd = await asyncio.gather(*(engine.generate(p, WISH) for p in PROMPTS for engine in (one, other)))
+        known = [[(await engine.generate(p, CASE)).token_ids for p in PROMPTS] for engine in (one, other)]
+        crowd = await asyncio.gather(*(engine.generate(p, CASE) for p in PROMPTS for engine in (one, other)))
     assert [answer.token_ids for answer in crowd[0::2]] == known[0]
     assert [answer.token_ids for answer in crowd[1::2]] == known[1]
     assert known[0] != known[1]
@@ -90,18 +90,18 @@ async def test_a_stream_that_is_left_frees_its_row(random_model):
         async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4)) as stream:
             await anext(stream)
             with pytest.raises(Overloaded) as caught:
-                await engine.submit(PROMPTS[1], WISH)
+                await engine.submit(PROMPTS[1], CASE)
             assert caught.value.retry_after
         await engine.drain(30)
         assert list(engine.free) == [0]
         assert not engine.scheduler.requests
         engine.draining = False
-        assert (await engine.generate(PROMPTS[1], WISH)).finish_reason == "length"
+        assert (await engine.generate(PROMPTS[1], CASE)).finish_reason == "length"
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_stop_string_ends_the_answer_and_does_not_leak(engine):
-    whole = (await engine.generate(PROMPTS[7], WISH)).text
+    whole = (await engine.generate(PROMPTS[7], CASE)).text
     stop = next(whole[i : i + 3] for i in range(20, 40) if whole[i : i + 3].isprintable())
     answer = await engine.generate(
         PROMPTS[7], Options(max_tokens=64, block_length=16, confidence_threshold=0.8, stop=(stop,))
@@ -125,7 +125,7 @@ async def test_bad_requests_touch_nothing(random_model):
         with pytest.raises(BadRequest, match="K/V pool of 128; lower max_tokens or raise"):
             await engine.submit([1], Options(max_tokens=200))
         assert len(engine.free) == free
-        assert (await engine.generate("a", WISH)).completion_tokens == 64
+        assert (await engine.generate("a", CASE)).completion_tokens == 64
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -152,11 +152,11 @@ async def test_an_id_that_runs_is_not_given_again(engine):
     free = len(engine.free)
     async with await engine.submit(PROMPTS[0], Options(max_tokens=200, block_length=4), id="mine") as stream:
         with pytest.raises(BadRequest, match="'mine' is running"):
-            await engine.submit(PROMPTS[1], WISH, id="mine")
+            await engine.submit(PROMPTS[1], CASE, id="mine")
         await anext(stream)
     await engine.drain(30)
     engine.draining = False
-    async with await engine.submit(PROMPTS[1], WISH, id="mine") as stream:
+    async with await engine.submit(PROMPTS[1], CASE, id="mine") as stream:
         assert stream.id == "mine"
     await engine.drain(30)
     assert (engine.alive, len(engine.free)) == (True, free)
@@ -179,8 +179,8 @@ async def test_an_engine_that_was_never_entered_says_so(random_model):
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_caller_who_leaves_while_admission_is_tested_frees_the_row(engine):
-    wish = Options(max_tokens=200, block_length=4, deadline_ms=3.6e6, on_miss="reject")
-    task = asyncio.create_task(engine.submit(PROMPTS[0], wish))
+    case = Options(max_tokens=200, block_length=4, deadline_ms=3.6e6, on_miss="reject")
+    task = asyncio.create_task(engine.submit(PROMPTS[0], case))
     while not engine.streams:  # noqa: ASYNC110
         await asyncio.sleep(0)
     task.cancel()
@@ -218,7 +218,7 @@ async def test_what_outlives_the_grace_period_ends_with_an_error(engine):
 
 async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
     async with Engine(on(random_model, devices="cpu,cpu")) as engine:
-        known = [(await engine.generate(p, WISH)).token_ids for p in PROMPTS]
+        known = [(await engine.generate(p, CASE)).token_ids for p in PROMPTS]
         exact = Options(max_tokens=64, block_length=16, confidence_threshold=0.8, cache="none")
         expected = [(await engine.generate(p, exact)).token_ids for p in PROMPTS]
         running = [asyncio.create_task(engine.generate(p, exact)) for p in PROMPTS]
@@ -227,17 +227,17 @@ async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
         os.kill(min(handle.process.pid for handle in engine.executor.workers.values()), signal.SIGKILL)
         answers = await asyncio.gather(*running)
         await until(lambda: len(engine.capacity) == 2)
-        again = await asyncio.gather(*(engine.generate(p, WISH) for p in PROMPTS))
+        again = await asyncio.gather(*(engine.generate(p, CASE) for p in PROMPTS))
     assert [answer.token_ids for answer in answers] == expected
     assert [answer.token_ids for answer in again] == known
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_only_worker_comes_back(engine):
-    known = await engine.generate(PROMPTS[3], WISH)
+    known = await engine.generate(PROMPTS[3], CASE)
     (handle,) = engine.executor.workers.values()
     os.kill(handle.process.pid, signal.SIGKILL)
-    assert (await engine.generate(PROMPTS[3], WISH)).token_ids == known.token_ids
+    assert (await engine.generate(PROMPTS[3], CASE)).token_ids == known.token_ids
 
 
 async def test_a_model_that_cannot_be_loaded_raises_before_anything_runs(tmp_path, random_model):

@@ -11,8 +11,8 @@ from dilaserve.errors import BadRequest, ConfigError
 DEFAULTS = DecodeConfig()
 
 
-def settled(prompt_tokens=10, limit=512, **wishes):
-    return resolve(validated(Options(**wishes)), prompt_tokens, limit, 123, DEFAULTS)
+def settled(prompt_tokens=10, limit=512, **cases):
+    return resolve(validated(Options(**cases)), prompt_tokens, limit, 123, DEFAULTS)
 
 
 def test_defaults_fill_what_is_left_open():
@@ -33,7 +33,7 @@ def test_the_answer_is_rounded_up_to_blocks_where_there_is_room():
 
 
 @pytest.mark.parametrize(
-    ("wishes", "rule"),
+    ("cases", "rule"),
     [
         (dict(confidence_threshold=0.5), "threshold"),
         (dict(num_denoising_steps=16), "steps"),
@@ -41,12 +41,12 @@ def test_the_answer_is_rounded_up_to_blocks_where_there_is_room():
         (dict(decode="factor"), "factor"),
     ],
 )
-def test_the_rule_follows_from_the_knob(wishes, rule):
-    assert settled(**wishes).decoding.rule == rule
+def test_the_rule_follows_from_the_knob(cases, rule):
+    assert settled(**cases).decoding.rule == rule
 
 
 @pytest.mark.parametrize(
-    ("wishes", "param"),
+    ("cases", "param"),
     [
         (dict(max_tokens=0), "max_tokens"),
         (dict(max_tokens=503), "max_tokens"),
@@ -77,9 +77,9 @@ def test_the_rule_follows_from_the_knob(wishes, rule):
         (dict(refresh_interval=-1), "refresh_interval"),
     ],
 )
-def test_what_cannot_be_honoured_is_named(wishes, param):
+def test_what_cannot_be_honoured_is_named(cases, param):
     with pytest.raises(BadRequest) as caught:
-        settled(**wishes)
+        settled(**cases)
     assert caught.value.param == param
 
 
@@ -95,10 +95,10 @@ def test_sixteen_stop_strings_are_allowed():
     settled(stop=("a",) * 16)
 
 
-@pytest.mark.parametrize("wishes", [dict(max_tokens=503), dict()])
-def test_what_is_too_long_is_told_in_the_words_that_gateways_look_for(wishes):
+@pytest.mark.parametrize("cases", [dict(max_tokens=503), dict()])
+def test_what_is_too_long_is_told_in_the_words_that_gateways_look_for(cases):
     with pytest.raises(BadRequest, match="maximum context length is 512 tokens") as caught:
-        settled(10 if wishes else 512, **wishes)
+        settled(10 if cases else 512, **cases)
     assert caught.value.code == "context_length_exceeded"
 
 

@@ -12,7 +12,7 @@ from dilaserve.profile import forecast
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import guessed
 from dilaserve.scheduler.recent_minimum import RecentMinimum
-from dilaserve.scheduler.request_state import State
+from dilaserve.scheduler.request_state import Phase
 from dilaserve.scheduler.rules.best_effort import MOST_SAVED, after_step, may_lead
 from dilaserve.scheduler.rules.composition import Candidate, within
 from dilaserve.scheduler.scheduler import MOST_ENDS, Scheduler
@@ -79,8 +79,8 @@ def launched(commands):
 
 def unloaded(machine):
     """Seconds that one of these requests takes alone."""
-    progress = machine.deadlines.arrived(request(0))
-    return machine.estimates.unloaded(progress)
+    state = machine.deadlines.arrived(request(0))
+    return machine.estimates.unloaded(state)
 
 
 # best effort under overload
@@ -162,7 +162,7 @@ def test_nobody_is_evicted_for_a_request_that_finds_no_room_all_the_same():
     list(machine.observe(Arrival(request(2, seconds=1000.0, prompt=448)), 0.1))
     steps(machine, batch, 0.2)
     assert machine.requests["r1.1"].replica is not None
-    assert machine.requests["r2.1"].state is State.WAITING
+    assert machine.requests["r2.1"].phase is Phase.WAITING
 
 
 # the step in flight
@@ -181,9 +181,9 @@ def test_what_is_left_of_the_step_in_flight_counts_when_a_deadline_is_tested():
             list(machine.decide(0.0))
         left = machine.placement.replicas[0].ends_at
         assert (left > 0.2) == flying
-        progress = machine.deadlines.arrived(request(0, seconds=need + 0.2))
-        progress.deadline, progress.has_deadline = need + 0.2, True
-        fates.append(machine.placement.any_with_slack(progress, 0.0))
+        state = machine.deadlines.arrived(request(0, seconds=need + 0.2))
+        state.deadline, state.has_deadline = need + 0.2, True
+        fates.append(machine.placement.any_with_slack(state, 0.0))
     assert fates == [True, False]
 
 
@@ -238,9 +238,9 @@ def test_the_order_by_slack_follows_rows_as_they_get_on():
     for left in (30, 16, 8, 4):  # the second gets on, the first does not
         (batch,) = launched(steps(machine, batch, 0.001, {0: 28, 1: left}))
         with_deadline = machine.placement.replicas[0].with_deadline
-        ranks = [machine.deadlines.rank(progress) for progress in with_deadline]
+        ranks = [machine.deadlines.rank(state) for state in with_deadline]
         assert ranks == sorted(ranks)
-        orders.append([progress.request.row for progress in with_deadline])
+        orders.append([state.request.row for state in with_deadline])
     assert (orders[0], orders[-1]) == ([1, 0], [0, 1])
 
 
@@ -276,7 +276,7 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
         feed(machine, InstanceReady(Instance(id, (id,), 10**6)))
     original = machine.placement.place_one
     monkeypatch.setattr(
-        machine.placement, "place_one", lambda progress, *rest: tests.append(progress) or original(progress, *rest)
+        machine.placement, "place_one", lambda state, *rest: tests.append(state) or original(state, *rest)
     )
     for row in range(1000):
         list(machine.observe(Arrival(request(row, seconds=10_000.0 + row)), 0.0))
@@ -292,8 +292,8 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
         tests.clear()
         list(machine.decide(now))
         assert len(tests) < 300
-        seen |= {progress.request.row for progress in tests}
-    waiting = {progress.request.row for progress in machine.placement.queue}
+        seen |= {state.request.row for state in tests}
+    waiting = {state.request.row for state in machine.placement.queue}
     assert waiting <= seen
 
 
@@ -320,7 +320,7 @@ def test_hopeless_requests_leave_a_long_queue_when_they_become_so():
         decisions += 1
         list(machine.decide(500.0))
     assert 500 / MOST_ENDS <= decisions < 40
-    late = [progress.request.row for progress in machine.requests.values() if progress.late]
+    late = [state.request.row for state in machine.requests.values() if state.late]
     assert set(range(490)) <= set(late)
     assert not set(range(502, 1000)) & set(late)
 

@@ -50,7 +50,7 @@ def some_requests(count: int, seed: int, longest: int = 256):
     return requests
 
 
-def wishes(requests):
+def cases(requests):
     return [asked(**request) for request in requests]
 
 
@@ -139,8 +139,8 @@ async def test_refreshing_at_every_step_is_no_cache_at_all(engine, random_model)
     requests = [request | {"cache": "none"} for request in some_requests(12, seed=8)]
     for cache in ("prefix", "dual"):
         how = {"cache": cache, "refresh_interval": 1}
-        always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in wishes(requests)]
-        completions = await asyncio.gather(*(engine.generate(*wish) for wish in always))
+        always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in cases(requests)]
+        completions = await asyncio.gather(*(engine.generate(*case) for case in always))
         expect(Llada(random_model), requests, completions)
 
 

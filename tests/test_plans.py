@@ -46,7 +46,7 @@ async def test_tokens_do_not_depend_on_the_degree(engine, random_model):
 
 
 async def test_sampled_tokens_and_confidences_do_not_depend_on_the_degree(engine):
-    wishes = [
+    cases = [
         (asked(**request)[0], Options(max_tokens=32, temperature=0.8, top_p=top_p, seed=i, ignore_eos=True))
         for i, request in enumerate(some_requests(10, seed=5))
         for top_p in (1.0, 0.9)
@@ -54,7 +54,7 @@ async def test_sampled_tokens_and_confidences_do_not_depend_on_the_degree(engine
     found = []
     for plan in ("4x1", "2x2", "1x4"):
         await engine.replan(plan)
-        found.append(await asyncio.gather(*(engine.generate(*wish) for wish in wishes)))
+        found.append(await asyncio.gather(*(engine.generate(*case) for case in cases)))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             assert one.token_ids == two.token_ids

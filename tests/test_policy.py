@@ -207,14 +207,14 @@ WISHES = st.tuples(st.floats(-1, 10), st.floats(1, 50), st.integers(0, 3), st.in
 
 @given(st.lists(WISHES, max_size=8), st.integers(0, 1))
 def test_thresholds_never_go_below_what_is_allowed_nor_above_the_floor(rows, floor):
-    wishes = [
+    cases = [
         ThresholdQuery(left, [Load(steps / (level + 1), 0.0) for level in range(4)], *deep)
         for left, steps, *deep in rows
     ]
-    for wish, verdict in zip(wishes, by_slack(wishes, floor, 0.01), strict=True):
-        assert min(floor, wish.deepest) <= verdict.level <= wish.deepest
+    for case, verdict in zip(cases, by_slack(cases, floor, 0.01), strict=True):
+        assert min(floor, case.deepest) <= verdict.level <= case.deepest
         assert verdict.slack >= 0.0
-    assert all(verdict.level == 0 for verdict in fixed_levels(wishes, floor, 0.01))
+    assert all(verdict.level == 0 for verdict in fixed_levels(cases, floor, 0.01))
 
 
 def test_a_row_short_of_time_runs_at_a_lower_threshold():
@@ -225,9 +225,9 @@ def test_a_row_short_of_time_runs_at_a_lower_threshold():
 
 def test_what_the_budget_cannot_bear_for_all_is_for_rows_in_need_unless_rows_crowd():
     loads = [Load(100, 0.0), Load(70, 0.0), Load(50, 0.0)]
-    wishes = [ThresholdQuery(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
-    assert [by_slack([wish], 0, 0.01)[0].level for wish in wishes] == [1, 1, 2]
-    assert [by_slack([wish], 1, 0.01)[0].level for wish in wishes] == [1, 2, 2]
+    cases = [ThresholdQuery(left, loads, 2, 1) for left in (1.5, 1.1, 0.76)]
+    assert [by_slack([case], 0, 0.01)[0].level for case in cases] == [1, 1, 2]
+    assert [by_slack([case], 1, 0.01)[0].level for case in cases] == [1, 2, 2]
     assert [affordable_level((0.0, 0.5, 0.9, 2.0), budget) for budget in (0.0, 0.6, 0.9, 5.0)] == [0, 1, 2, 3]
     assert affordable_level((1.6, 6.9), 0.9) == 0
 
@@ -249,9 +249,9 @@ def test_crowding_is_none_for_a_row_alone_and_at_most_their_number(loads, fixed)
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.booleans()), min_size=200, max_size=400), st.floats(0.1, 2.0))
-def test_the_bank_holds_the_mean_drop_within_its_budget(wishes, budget):
+def test_the_bank_holds_the_mean_drop_within_its_budget(cases, budget):
     bank = Bank()
-    for drop, late in wishes:
+    for drop, late in cases:
         taken = drop if late and drop <= budget_left(bank, budget) else 0.0
         bank = charged(bank, taken)
         assert bank.spent <= budget * (bank.served + CREDIT) + 1e-9

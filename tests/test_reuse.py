@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference import Llada
-from test_parity import expect, some_requests, wishes
+from test_parity import cases, expect, some_requests
 
 from dilaserve import Config, Engine, Options, models
 from dilaserve.models import attention, blocks
@@ -270,9 +270,9 @@ def test_a_gpu_takes_several_steps_a_launch_and_a_cpu_one():
 async def test_steps_in_a_row_change_no_token_and_no_count(random_model, most):
     requests = some_requests(40, seed=12)
     async with Engine(Config.of(model=str(random_model), devices="cpu", steps_per_launch=most)) as engine:
-        alone = [await engine.generate(*wish) for wish in wishes(requests[:10])]
+        alone = [await engine.generate(*case) for case in cases(requests[:10])]
         batches = engine.scheduler.batcher.batches
-        together = await asyncio.gather(*(engine.generate(*wish) for wish in wishes(requests)))
+        together = await asyncio.gather(*(engine.generate(*case) for case in cases(requests)))
     expect(Llada(random_model), requests[:10], alone)
     expect(Llada(random_model), requests, together)
     assert batches < sum(answer.usage.steps for answer in alone)

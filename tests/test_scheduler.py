@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dilaserve.config import Config
 from dilaserve.profile.profile_file import guessed
 from dilaserve.scheduler.invariants import violations
-from dilaserve.scheduler.request_state import TRANSITIONS, RequestState, State, Transition
+from dilaserve.scheduler.request_state import TRANSITIONS, Phase, RequestState, Transition
 from dilaserve.scheduler.rules.accuracy_budget import Bank
 from dilaserve.scheduler.scheduler import Scheduler
 from dilaserve.types import (
@@ -380,7 +380,7 @@ def test_a_client_that_leaves_before_the_end_pays_for_what_it_was_given():
                 [result(span) for span in machine.placement.replicas[0].batch.spans],
             ),
         )
-        assert flying.state is State.GONE
+        assert flying.phase is Phase.GONE
     assert machine.deadlines.ledger.all.served == 16 / 64
     assert machine.deadlines.ledger.all.spent == drop > 0.0
 
@@ -397,11 +397,11 @@ def test_a_newcomer_alone_runs_at_its_own_threshold():
 
 
 def test_an_answer_is_charged_for_its_lowest_threshold_however_few_tokens_it_gave():
-    progress = RequestState(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1), 0)
+    state = RequestState(request(0), "any", (0.9, 0.8, 0.6), (0.0, 1.0, 9.0), (0.0, 0.5, 7.0), (9.0, 1.0, 0.1), 0)
     for level, unmasked in ((0, 20), (2, 1), (1, 11)):
-        progress.level = level
-        progress.advance(RowResult(0, 1, unmasked, 0 if level == 1 else 9, 10, -1, 0.9 * unmasked))
-    assert (progress.drop, progress.usage(1.0).expected_accuracy_drop) == (9.0, 7.0)
+        state.level = level
+        state.advance(RowResult(0, 1, unmasked, 0 if level == 1 else 9, 10, -1, 0.9 * unmasked))
+    assert (state.drop, state.usage(1.0).expected_accuracy_drop) == (9.0, 7.0)
 
 
 def test_a_crowd_lowers_thresholds_before_anybody_is_late():
@@ -415,7 +415,7 @@ def test_a_crowd_lowers_thresholds_before_anybody_is_late():
         commands = feed(machine, done(launch.batch, results), tick * 0.25)
         (launch,) = [command for command in commands if isinstance(command, Launch)]
     assert machine.deadlines.floor == 1
-    assert {progress.level for progress in machine.requests.values()} == {1}
+    assert {state.level for state in machine.requests.values()} == {1}
 
 
 def test_a_lost_worker_costs_a_refresh_and_nothing_else():
@@ -653,7 +653,7 @@ def test_a_row_whose_deadline_is_given_up_waits_in_order_of_arrival():
     feed(machine, Arrival(request(1, at=1.0, slo=Slo(seconds=5.0))), 1.0)
     feed(machine, Arrival(request(2, at=2.0)), 2.0)
     list(machine.decide(7.0))
-    assert [progress.request.row for progress in machine.placement.waiting] == [1, 2]
+    assert [state.request.row for state in machine.placement.waiting] == [1, 2]
 
 
 @pytest.mark.parametrize("scheduling", ["edf", "least-slack", "composed"])
@@ -713,7 +713,7 @@ def test_requests_wait_in_order_for_rows_and_for_room_in_the_pool():
 
 
 def test_what_the_tables_do_not_list_is_a_bug():
-    assert (State.GONE, Transition.RETURNED) not in TRANSITIONS
+    assert (Phase.GONE, Transition.RETURNED) not in TRANSITIONS
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     feed(machine, Arrival(request(0)))
@@ -885,7 +885,7 @@ class World:
             courses.spans,
             self.machine.placement.replicas.get(instance) or self.machine.placement.closing[instance],
         )
-        there = [progress.state is not State.LEAVING for progress in replica.in_flight]
+        there = [state.phase is not Phase.LEAVING for state in replica.in_flight]
         for span, stage, here in zip(spans, courses.stages, there, strict=True):
             key = (span.row, span.block_start)
             before = self.masks.get(key, span.block_end - span.block_start)

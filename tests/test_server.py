@@ -182,18 +182,18 @@ async def test_completions_take_every_form_of_prompt(client, engine):
 
 async def test_both_endpoints_know_both_names_of_the_answers_length(client):
     for path, body in ((CHAT, HELLO), (COMPLETE, {"prompt": "hello"})):
-        for wish in ({"max_tokens": 4}, {"max_tokens": 24, "max_completion_tokens": 4}):
-            assert (await post(client, path, body | wish))[1]["usage"]["completion_tokens"] == 4
+        for case in ({"max_tokens": 4}, {"max_tokens": 24, "max_completion_tokens": 4}):
+            assert (await post(client, path, body | case))[1]["usage"]["completion_tokens"] == 4
 
 
 async def test_n_choices_count_the_seed_up(client):
-    wish = HELLO | {"temperature": 1.0, "seed": 7}
-    _, both, _ = await post(client, CHAT, wish | {"n": 2})
-    singles = [(await post(client, CHAT, wish | {"seed": seed}))[1] for seed in (7, 8)]
+    case = HELLO | {"temperature": 1.0, "seed": 7}
+    _, both, _ = await post(client, CHAT, case | {"n": 2})
+    singles = [(await post(client, CHAT, case | {"seed": seed}))[1] for seed in (7, 8)]
     texts = [choice["message"]["content"] for choice in both["choices"]]
     assert texts == [body["choices"][0]["message"]["content"] for body in singles]
     assert texts[0] != texts[1]
-    chunks = await stream(client, CHAT, wish | {"n": 2})
+    chunks = await stream(client, CHAT, case | {"n": 2})
     for index, text in enumerate(texts):
         mine = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
         assert "".join(choice["delta"].get("content", "") for choice in mine) == text
@@ -214,10 +214,10 @@ async def test_offsets_and_bytes_of_log_probabilities_fit_each_choice(client):
     for token in chat["choices"][0]["logprobs"]["content"]:
         whole = "\ufffd" not in token["token"]
         assert token["bytes"] == (list(token["token"].encode()) if whole else None)
-    wish = {"prompt": ["hello", "you"], "max_tokens": 8, "block_length": 4, "logprobs": 0, "echo": True}
-    _, body, _ = await post(client, COMPLETE, wish)
-    chunks = await stream(client, COMPLETE, wish)
-    for index, prompt in enumerate(wish["prompt"]):
+    case = {"prompt": ["hello", "you"], "max_tokens": 8, "block_length": 4, "logprobs": 0, "echo": True}
+    _, body, _ = await post(client, COMPLETE, case)
+    chunks = await stream(client, COMPLETE, case)
+    for index, prompt in enumerate(case["prompt"]):
         found = body["choices"][index]["logprobs"]
         assert found["text_offset"][0] == len(prompt)
         assert found["text_offset"] == sorted(found["text_offset"])
@@ -249,9 +249,9 @@ async def test_a_compressed_body_is_read_and_no_more_is_made_of_it_than_allowed(
 
 
 async def test_a_block_longer_than_the_answer_is_one_block(client):
-    wish = HELLO | {"max_tokens": 200}
-    _, long, _ = await asyncio.wait_for(post(client, CHAT, wish | {"block_length": 2**31}), 30)
-    _, exact, _ = await post(client, CHAT, wish | {"block_length": 256 - long["usage"]["prompt_tokens"]})
+    case = HELLO | {"max_tokens": 200}
+    _, long, _ = await asyncio.wait_for(post(client, CHAT, case | {"block_length": 2**31}), 30)
+    _, exact, _ = await post(client, CHAT, case | {"block_length": 256 - long["usage"]["prompt_tokens"]})
     assert long["choices"] == exact["choices"]
 
 
@@ -268,17 +268,17 @@ async def test_a_stop_string_cuts_a_stream_without_leaking(client):
 
 
 async def test_the_log_probabilities_end_where_a_stop_string_has_cut_the_text(client):
-    wish = {"prompt": "hello", "max_tokens": 24, "block_length": 4, "logprobs": 0}
-    _, whole, _ = await post(client, COMPLETE, wish)
+    case = {"prompt": "hello", "max_tokens": 24, "block_length": 4, "logprobs": 0}
+    _, whole, _ = await post(client, COMPLETE, case)
     text, probabilities = (whole["choices"][0][name] for name in ("text", "logprobs"))
     at = next(i for i in range(5, 20) if text[i : i + 6].isascii() and text.find(text[i : i + 6]) == i)
     for stop in (text[at : at + 6], "never so"):
-        _, cut, _ = await post(client, COMPLETE, wish | {"stop": stop})
+        _, cut, _ = await post(client, COMPLETE, case | {"stop": stop})
         found = cut["choices"][0]["logprobs"]
         count = len(found["tokens"])
         assert found == {name: values and values[:count] for name, values in probabilities.items()}
         assert (0 < count < 24, count == 24) == (stop in text, stop not in text)
-        chunks = await stream(client, COMPLETE, wish | {"stop": stop})
+        chunks = await stream(client, COMPLETE, case | {"stop": stop})
         told = [(chunk["choices"][0].get("logprobs") or {}).get("tokens", []) for chunk in chunks]
         assert [token for tokens in told for token in tokens] == found["tokens"]
 

@@ -294,22 +294,22 @@ def test_each_request_of_a_random_crowd_has_one_fate():
     assert all(fates.values())
 
 
-async def latency(engine, **wish):
+async def latency(engine, **case):
     began = engine.loop.time()
-    await engine.generate([0] * 32, Options(max_tokens=128, **wish))
+    await engine.generate([0] * 32, Options(max_tokens=128, **case))
     return engine.loop.time() - began
 
 
-@pytest.mark.parametrize("wish", [{}, {"deadline_ms": 60_000}])
+@pytest.mark.parametrize("case", [{}, {"deadline_ms": 60_000}])
 @pytest.mark.parametrize("scheduling", ["fcfs", "edf", "least-slack", "composed"])
-def test_one_tenant_with_a_thousand_requests_does_not_keep_another_waiting(scheduling, wish):
+def test_one_tenant_with_a_thousand_requests_does_not_keep_another_waiting(scheduling, case):
     async def crowded():
         config = Config.of(plan="1x1", max_queue=1024, scheduling=scheduling)
         async with Engine(config, assemble=pretended(llada_8b_h200(), 1, 256)) as engine:
             alone = await latency(engine)
-            greedy = [asyncio.create_task(latency(engine, user="greedy", **wish)) for _ in range(1008)]
+            greedy = [asyncio.create_task(latency(engine, user="greedy", **case)) for _ in range(1008)]
             await asyncio.sleep(1.0)
-            other = await latency(engine, user="other", **wish)
+            other = await latency(engine, user="other", **case)
             assert sum(task.done() for task in greedy) < 500
             await asyncio.gather(*greedy)
             return alone, other

@@ -17,7 +17,7 @@ import pytest
 from dilaserve import BadRequest, Config, ConfigError, DilaServe, Engine, Options, Unavailable
 from dilaserve.engine import synchronous
 
-WISH = Options(max_tokens=32, block_length=8, confidence_threshold=0.8)
+CASE = Options(max_tokens=32, block_length=8, confidence_threshold=0.8)
 LONG = Options(max_tokens=200, block_length=8)  # left long before its end
 PROMPTS = [[random.Random(i).randrange(256) for _ in range(5 + i)] for i in range(6)]
 
@@ -39,10 +39,10 @@ def idle(served):
 def test_an_answer_whole_and_in_pieces_is_the_engines(served, random_model):
     async def by_engine():
         async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
-            return await engine.generate(PROMPTS[5], WISH)
+            return await engine.generate(PROMPTS[5], CASE)
 
-    whole = served.generate(PROMPTS[5], WISH)
-    chunks = list(served.stream(PROMPTS[5], WISH))
+    whole = served.generate(PROMPTS[5], CASE)
+    chunks = list(served.stream(PROMPTS[5], CASE))
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert chunks[-1].finish_reason == whole.finish_reason
     assert len(chunks) > 3
@@ -55,7 +55,7 @@ def test_errors_are_raised_where_the_call_is(served):
         with pytest.raises(BadRequest, match="cache must be one of"):
             call("hello", Options(cache="foo"))
         with pytest.raises(BadRequest, match="the prompt is empty"):
-            call("", WISH)
+            call("", CASE)
     with pytest.raises(BadRequest):
         served.tokenize(3)
     with pytest.raises(BadRequest):
@@ -83,26 +83,26 @@ def test_an_iterator_that_is_left_half_way_cancels_its_request(served, leave):
 
 
 def test_several_threads_each_get_their_own_answer(served):
-    alone = [served.generate(prompt, WISH).token_ids for prompt in PROMPTS]
+    alone = [served.generate(prompt, CASE).token_ids for prompt in PROMPTS]
 
     def streamed(prompt):
-        return sum((chunk.token_ids for chunk in served.stream(prompt, WISH)), ())
+        return sum((chunk.token_ids for chunk in served.stream(prompt, CASE)), ())
 
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        assert [answer.token_ids for answer in threads.map(lambda one: served.generate(one, WISH), PROMPTS)] == alone
+        assert [answer.token_ids for answer in threads.map(lambda one: served.generate(one, CASE), PROMPTS)] == alone
         assert list(threads.map(streamed, PROMPTS)) == alone
 
 
 def test_one_iterator_may_be_read_by_several_threads(served):
-    whole, chunks = served.generate(PROMPTS[3], WISH).token_ids, served.stream(PROMPTS[3], WISH)
+    whole, chunks = served.generate(PROMPTS[3], CASE).token_ids, served.stream(PROMPTS[3], CASE)
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         parts = [chunk for part in threads.map(lambda _: list(chunks), range(3)) for chunk in part]
     assert sorted(token for chunk in parts for token in chunk.token_ids) == sorted(whole)
 
 
 async def test_it_works_inside_a_loop_that_is_running(served):
-    assert len(served.generate(PROMPTS[1], WISH).token_ids) == 32
-    assert list(served.stream(PROMPTS[1], WISH))
+    assert len(served.generate(PROMPTS[1], CASE).token_ids) == 32
+    assert list(served.stream(PROMPTS[1], CASE))
 
 
 def asked_for_ever(served, call):
@@ -138,7 +138,7 @@ def test_ctrl_c_reaches_the_caller_and_cancels_the_request(served, interruptible
     thread.join()
     assert idle(served)
     assert served._engine.scheduler.totals.fates["cancelled"] in (before, before + 1)
-    assert len(served.generate(PROMPTS[1], WISH).token_ids) == 32
+    assert len(served.generate(PROMPTS[1], CASE).token_ids) == 32
 
 
 def test_what_cannot_be_loaded_is_raised_by_opening(tmp_path):

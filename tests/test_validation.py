@@ -3,6 +3,7 @@
 import array
 import enum
 import math
+import re
 
 import msgspec
 import numpy as np
@@ -38,7 +39,7 @@ class Kind(str, enum.Enum):  # noqa: UP042 - whose hash and text are not the str
 
 
 @pytest.mark.parametrize(
-    ("wishes", "param", "words"),
+    ("cases", "param", "words"),
     [
         (dict(cache="foo"), "cache", "one of none, prefix, dual, not 'foo'"),
         (dict(cache=["none"]), "cache", "a string, not a list"),
@@ -77,9 +78,9 @@ class Kind(str, enum.Enum):  # noqa: UP042 - whose hash and text are not the str
         (dict(priority=1.5), "priority", "an integer, not a float"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_with_what_it_must_be(wishes, param, words):
+def test_a_value_that_cannot_be_is_named_with_what_it_must_be(cases, param, words):
     with pytest.raises(BadRequest) as caught:
-        validated(Options(**wishes))
+        validated(Options(**cases))
     assert caught.value.param == param
     assert words in caught.value.message
     assert len(caught.value.message) < 250
@@ -138,8 +139,8 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from([*SHARED, "deadline_ms", "on_miss", "task", "slo_class"]), ANYTHING, max_size=3))
-def test_whatever_passes_has_the_types_that_the_scheduler_counts_on(wishes):
-    found = outcome(lambda: validated(Options(**wishes)))
+def test_whatever_passes_has_the_types_that_the_scheduler_counts_on(cases):
+    found = outcome(lambda: validated(Options(**cases)))
     if isinstance(found, BadRequest):
         assert 0 < len(found.message) < 300
         return
@@ -153,7 +154,7 @@ def test_what_http_accepts_python_accepts_as_well(fields):
     options = outcome(lambda: openai.options(decoded(msgspec.json.encode(CHAT | fields), ChatRequest), 0))
     if isinstance(options, Options):
         found = outcome(lambda: validated(options))  # a value may be out of its range, and never of another type
-        assert isinstance(found, Options) or "must be a" not in found.message
+        assert isinstance(found, Options) or not re.search("must be an? ", found.message)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
 from dilaserve.system import child_processes
 
-PROMPT, WISH = [5, 6, 7], Options(max_tokens=32, block_length=8, ignore_eos=True)
+PROMPT, CASE = [5, 6, 7], Options(max_tokens=32, block_length=8, ignore_eos=True)
 POOL = 2**21  # tokens of K/V, far more than any test here uses
 HOME = Path(__file__).parent.parent
 
@@ -67,7 +67,7 @@ def strike(pid, number=signal.SIGKILL):
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_pool_takes_memory_as_rows_use_it(engine):
-    await engine.generate(PROMPT, WISH)
+    await engine.generate(PROMPT, CASE)
     for handle in engine.executor.workers.values():
         assert handle.ready.pool >= 2**30
         assert rss(handle.process.pid) < handle.ready.pool / 2
@@ -79,8 +79,8 @@ async def test_the_pool_takes_memory_as_rows_use_it(engine):
 @pytest.mark.asyncio(loop_scope="module")
 async def test_workers_that_are_killed_while_they_load_cost_time_alone(engine, monkeypatch):
     monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.001)
-    known = await engine.generate(PROMPT, WISH)
-    waiting = asyncio.create_task(engine.generate(PROMPT, WISH))
+    known = await engine.generate(PROMPT, CASE)
+    waiting = asyncio.create_task(engine.generate(PROMPT, CASE))
     struck = set()
     while len(struck) < 2 * (MAX_FAILURES + 3):
         struck |= (alive := pids())
@@ -104,7 +104,7 @@ async def test_a_worker_that_is_killed_during_the_first_start_is_started_again(r
     strike(first)
     engine = await starting
     assert first not in pids()
-    assert (await engine.generate(PROMPT, WISH)).completion_tokens == 32
+    assert (await engine.generate(PROMPT, CASE)).completion_tokens == 32
     await engine._leave()
     assert pids() == others
 
@@ -112,7 +112,7 @@ async def test_a_worker_that_is_killed_during_the_first_start_is_started_again(r
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engine, monkeypatch, caplog):
     monkeypatch.setattr(worker_processes, "RESPAWN_PAUSE", 0.05)
-    known, (soft, hard) = await engine.generate(PROMPT, WISH), resource.getrlimit(resource.RLIMIT_NOFILE)
+    known, (soft, hard) = await engine.generate(PROMPT, CASE), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         for pid in pids():
@@ -121,7 +121,7 @@ async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engi
         assert engine.alive
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert (await engine.generate(PROMPT, WISH)).token_ids == known.token_ids
+    assert (await engine.generate(PROMPT, CASE)).token_ids == known.token_ids
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -130,16 +130,16 @@ async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engi
 async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_nothing(engine, cache, whole):
     """The canvas is ahead of what the engine knows: by the rest of the active block, or by all of the answer."""
     await until(lambda: len(engine.capacity) == 2)
-    wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache=cache)
-    async with await engine.submit(PROMPT, wish) as stream:
+    case = Options(max_tokens=64, block_length=8, ignore_eos=True, cache=cache)
+    async with await engine.submit(PROMPT, case) as stream:
         await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.replica and known.steps)
-        progress = engine.scheduler.requests[stream.id]
-        (rank,) = progress.replica.instance.ranks
+        state = engine.scheduler.requests[stream.id]
+        (rank,) = state.replica.instance.ranks
         process = engine.executor.workers[rank].process
         strike(process.pid, signal.SIGSTOP)
         await asyncio.sleep(0.05)  # what it has reported by then is known
-        row, canvas = progress.request.row, engine.table.canvas
-        part = slice(progress.block_start, len(PROMPT) + 64 if whole else progress.block_end)
+        row, canvas = state.request.row, engine.table.canvas
+        part = slice(state.block_start, len(PROMPT) + 64 if whole else state.block_end)
         canvas[row, part] = np.where(canvas[row, part] == engine.mask_id, 9, canvas[row, part])
         wrote = tuple(canvas[row, part].tolist())
         strike(process.pid)
@@ -153,10 +153,10 @@ async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(eng
     """As when a driver keeps it in the kernel: it neither ends nor closes its line."""
     monkeypatch.setattr(worker_handle, "KILL_TIMEOUT", 0.01)
     monkeypatch.setattr(worker_handle, "LEAVE_TIMEOUT", 0.01)
-    wish = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
+    case = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
     await until(lambda: len(engine.capacity) == 2)
-    known = await engine.generate(PROMPT, wish)
-    load = [asyncio.create_task(engine.generate(PROMPT, wish)) for _ in range(8)]
+    known = await engine.generate(PROMPT, case)
+    load = [asyncio.create_task(engine.generate(PROMPT, case)) for _ in range(8)]
     steps = engine.profile.steps + 3
     await until(lambda: engine.profile.steps >= steps)
     process = engine.executor.workers[0].process

@@ -27,7 +27,7 @@ KNOBS: dict[str, DecodeRule] = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """The wishes of one request; None leaves a knob to the configuration.
+    """What one request asks for; None leaves a knob to the configuration.
 
     Without `decode` the rule follows from the knob that is given: `confidence_threshold` (unmask what reaches it),
     `num_denoising_steps` (a fixed number of steps over the whole canvas) or `factor` (Fast-dLLM's rule).

@@ -23,46 +23,46 @@ class AccuracyLedger:
         self.reserved: dict[str, float] = {}  # points that running requests may still spend
         self.all, self.pending = NEW, 0.0  # the same of all tenants together, who may be as many as there are requests
 
-    def deepest(self, progress: RequestState) -> int:
+    def deepest(self, state: RequestState) -> int:
         """The lowest of the row's thresholds that its tenant can pay for, and all tenants together can."""
-        level = len(progress.thresholds) - 1
+        level = len(state.thresholds) - 1
         if self.budget is None or level == 0:
             return level
-        tenant, mine = progress.request.slo.tenant, progress.reserved
+        tenant, mine = state.request.slo.tenant, state.reserved
         most = budget_left(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - mine)
         if (every := budget_left(self.all, self.budget, self.pending - mine)) < most:
             most = every
         least = price(most, self.budget)
-        drops, spent = progress.drops, progress.drop
+        drops, spent = state.drops, state.drop
         while level and drops[level] > 0.0:
-            if progress.yields[level] >= least and drops[level] <= most and spent <= most:
+            if state.yields[level] >= least and drops[level] <= most and spent <= most:
                 break
             level -= 1
         return level
 
-    def reserve(self, progress: RequestState, drop: float) -> None:
+    def reserve(self, state: RequestState, drop: float) -> None:
         """Let the bank hold back what a running request may still spend."""
-        if drop == progress.reserved == 0.0:
+        if drop == state.reserved == 0.0:
             return
-        tenant = progress.request.slo.tenant
-        total = self.reserved.pop(tenant, 0.0) + drop - progress.reserved
+        tenant = state.request.slo.tenant
+        total = self.reserved.pop(tenant, 0.0) + drop - state.reserved
         if total > 1e-9:
             self.reserved[tenant] = total
-        self.pending = self.pending + drop - progress.reserved if self.reserved else 0.0
-        progress.reserved = drop
+        self.pending = self.pending + drop - state.reserved if self.reserved else 0.0
+        state.reserved = drop
 
-    def charge(self, progress: RequestState, share: float = 1.0) -> None:
+    def charge(self, state: RequestState, share: float = 1.0) -> None:
         """The request has ended with an answer: its tenant's bank pays for it, and that of all.
 
         One that its client left adds room for others by the share that was given: it may have been left at once. One
         whose threshold is not ours to lower adds none.
         """
-        request, budget = progress.request, self.budget
+        request, budget = state.request, self.budget
         if budget is None or request.slo.fixed or request.decoding.rule != "threshold":
             return
         tenant = request.slo.tenant
-        self.banks[tenant] = charged(self.banks.pop(tenant, NEW), progress.drop, share)
-        self.all = charged(self.all, progress.drop, share)
+        self.banks[tenant] = charged(self.banks.pop(tenant, NEW), state.drop, share)
+        self.all = charged(self.all, state.drop, share)
         if len(self.banks) > MAX_TENANTS:
             oldest = islice(self.banks, LOOKS)  # who has not been here for the longest time
             del self.banks[max(oldest, key=lambda name: budget_left(self.banks[name], budget))]
@@ -70,8 +70,8 @@ class AccuracyLedger:
     def restore(self, requests: Iterable[RequestState]) -> None:
         """Sum the reservations anew, from what each request says of itself."""
         self.reserved = {}
-        for progress in requests:
-            if progress.reserved:
-                tenant = progress.request.slo.tenant
-                self.reserved[tenant] = self.reserved.get(tenant, 0.0) + progress.reserved
+        for state in requests:
+            if state.reserved:
+                tenant = state.request.slo.tenant
+                self.reserved[tenant] = self.reserved.get(tenant, 0.0) + state.reserved
         self.pending = sum(self.reserved.values())

@@ -11,16 +11,16 @@ class Backlog:
         self.requests = 0  # of best effort
         self.unfinished = 0  # requests of both kinds
 
-    def add(self, progress: RequestState) -> None:
-        self.change(progress, 1)
+    def add(self, state: RequestState) -> None:
+        self.change(state, 1)
 
-    def remove(self, progress: RequestState) -> None:
-        self.change(progress, -1)
+    def remove(self, state: RequestState) -> None:
+        self.change(state, -1)
 
-    def change(self, progress: RequestState, sign: int) -> None:
+    def change(self, state: RequestState, sign: int) -> None:
         self.unfinished += sign
-        if progress.has_deadline:
-            self.timed = max(0.0, self.timed + sign * progress.seconds)
+        if state.has_deadline:
+            self.timed = max(0.0, self.timed + sign * state.seconds)
             return
         self.requests += sign
-        self.best_effort = max(0.0, self.best_effort + sign * progress.seconds) if self.requests else 0.0
+        self.best_effort = max(0.0, self.best_effort + sign * state.seconds) if self.requests else 0.0

@@ -8,7 +8,7 @@ from dilaserve.config import Config
 from dilaserve.scheduler.estimates import Estimates, batch_features
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
-from dilaserve.scheduler.request_state import ReadyRow, RequestState, State
+from dilaserve.scheduler.request_state import Phase, ReadyRow, RequestState
 from dilaserve.scheduler.rules.best_effort import after_step
 from dilaserve.scheduler.rules.composition import COMPOSITIONS, Candidate
 from dilaserve.scheduler.rules.fairness import Ride, allowances, left_over, riders
@@ -33,13 +33,13 @@ class Batcher:
         self.batches = 0
         self.kills: Counter[int] = Counter()  # of hung steps by degree, until steps of it are known to be done
 
-    def ready(self, progress: RequestState, degree: int) -> ReadyRow:
+    def ready(self, state: RequestState, degree: int) -> ReadyRow:
         """Kept until the row has stepped."""
-        ready = progress.ready
+        ready = state.ready
         if ready is None or ready.degree != degree:
-            work = progress.next_work()
-            seconds = self.estimates.step_seconds(progress, work.refresh, degree)
-            ready = progress.ready = ReadyRow(degree, work, Candidate(progress.request.row, work.length, seconds))
+            work = state.next_work()
+            seconds = self.estimates.step_seconds(state, work.refresh, degree)
+            ready = state.ready = ReadyRow(degree, work, Candidate(state.request.row, work.length, seconds))
         return ready
 
     def fitting(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -73,9 +73,9 @@ class Batcher:
         """The next batch of the instance, of these rows, noted in the states of the rows and of the instance."""
         chosen = [replica.residents[candidate.key] for candidate in candidates]
         fixed = self.estimates.pace(replica.degree).fixed
-        works = [self.ready(progress, replica.degree).work for progress in chosen]
-        spans = [progress.span(work) for progress, work in zip(chosen, works, strict=True)]
-        masks, refreshing = sum(progress.masks for progress in chosen), any(work.refresh for work in works)
+        works = [self.ready(state, replica.degree).work for state in chosen]
+        spans = [state.span(work) for state, work in zip(chosen, works, strict=True)]
+        masks, refreshing = sum(state.masks for state in chosen), any(work.refresh for work in works)
         seconds = [candidate.seconds for candidate in candidates]
         replica.shares, replica.refreshing = shares(fixed, seconds), refreshing
         replica.features = batch_features(spans, masks)
@@ -84,12 +84,12 @@ class Batcher:
         self.batches += 1
         steps, longest, then = self.steps(replica, chosen), seconds, []
         if steps > 1:
-            longest = [self.estimates.step_seconds(progress, True, replica.degree) for progress in chosen]
+            longest = [self.estimates.step_seconds(state, True, replica.degree) for state in chosen]
             ahead = self.ahead(candidates, longest, steps)
-            then = [progress.stages(span, ahead) for progress, span in zip(chosen, spans, strict=True)]
+            then = [state.stages(span, ahead) for state, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, replica.instance.id, tuple(spans), steps, tuple(then))
-        for progress, work in zip(chosen, works, strict=True):  # last: an error before leaves rows as they are
-            progress.launched(work, now)
+        for state, work in zip(chosen, works, strict=True):  # last: an error before leaves rows as they are
+            state.launched(work, now)
         replica.in_flight, replica.batch, replica.spans = chosen, batch, spans
         replica.multi_step, replica.stops_early, replica.disturbed, replica.launched_at = False, False, False, now
         replica.overdue_at = math.ceil(now + self.limit(replica, (fixed + sum(longest)) * steps))
@@ -115,7 +115,7 @@ class Batcher:
         """How often the batch is stepped at most: until a row changes how, and once if anybody waits."""
         if self.repeats == 1 or replica.degree > 1 or self.calls(replica, chosen):
             return 1
-        return min(progress.steady(self.repeats) for progress in chosen)
+        return min(state.steady(self.repeats) for state in chosen)
 
     def ahead(self, candidates: Sequence[Candidate], refreshes: Sequence[float], steps: int) -> int:
         """Blocks that a row may begin in a launch after its present one: none where deadlines would not bear it that
@@ -150,7 +150,7 @@ class Batcher:
                     or replica.stops_early
                 ):
                     continue
-                left = any(progress.state is State.LEAVING for progress in replica.in_flight)
+                left = any(state.phase is Phase.LEAVING for state in replica.in_flight)
                 if left or replicas is self.placement.closing or self.calls(replica, replica.in_flight):
                     replica.stops_early = True
                     yield StopEarly(replica.batch)
@@ -161,15 +161,15 @@ class Batcher:
         What the device did for a row that rested is part of the step and of none of the row's counts.
         """
         masks, seconds, refreshing = 0, [], False
-        for place, (progress, result) in enumerate(zip(in_flight, results, strict=True)):
+        for place, (state, result) in enumerate(zip(in_flight, results, strict=True)):
             span = replica.spans[place] = stage(replica, place, result)
             refresh = refreshes(span) and not result.rested
-            if progress.state is State.STEPPING and not result.rested:
-                assert span.block_start == progress.block_start
-                progress.took(refresh)
+            if state.phase is Phase.STEPPING and not result.rested:
+                assert span.block_start == state.block_start
+                state.took(refresh)
             masks += result.unmasked + result.masks_left
             refreshing |= refresh
-            seconds.append(self.estimates.step_seconds(progress, refresh, replica.degree))
+            seconds.append(self.estimates.step_seconds(state, refresh, replica.degree))
         replica.features, replica.refreshing = batch_features(replica.spans, masks), refreshing
         replica.shares = shares(self.estimates.pace(replica.degree).fixed, seconds)
 

@@ -58,9 +58,9 @@ class Guard:
     def removed(self, error: Exception, event: Event | None) -> Generator[Command, None, str]:
         """The request to blame ends; returns its id. Raises the error where there is none."""
         requests = self.scheduler.requests
-        if progress := blamed(error, requests) or subject(event, requests):
-            yield from self.scheduler.expel(progress, error)
-            return progress.request.id
+        if state := blamed(error, requests) or subject(event, requests):
+            yield from self.scheduler.expel(state, error)
+            return state.request.id
         if isinstance(event, Arrival) and event.request.id not in requests:
             yield from self.scheduler.turn_away(event.request, error)
             return event.request.id

@@ -19,18 +19,18 @@ class DeadlineQueue(WaitingQueue):
             OrderedDict()
         )  # the one whose last test is longest ago comes first
 
-    def add(self, progress: RequestState) -> None:
+    def add(self, state: RequestState) -> None:
         """Wait, as one that was never tested: instances may have changed since the request waited before."""
-        super().add(progress)
-        self.untested[progress.request.row] = progress
+        super().add(state)
+        self.untested[state.request.row] = state
 
-    def remove(self, progress: RequestState) -> None:
-        super().remove(progress)
-        self.untested.pop(progress.request.row, None)
-        self.tested.pop(progress.request.row, None)
+    def remove(self, state: RequestState) -> None:
+        super().remove(state)
+        self.untested.pop(state.request.row, None)
+        self.tested.pop(state.request.row, None)
 
-    def is_tested(self, progress: RequestState) -> bool:
-        return progress.request.row in self.tested
+    def is_tested(self, state: RequestState) -> bool:
+        return state.request.row in self.tested
 
     def next_untested(self, most: int) -> list[RequestState]:
         return list(islice(self.untested.values(), most))
@@ -38,19 +38,19 @@ class DeadlineQueue(WaitingQueue):
     def next_tested(self, most: int) -> list[RequestState]:
         return list(islice(self.tested.values(), most))
 
-    def failed(self, progress: RequestState) -> None:
+    def failed(self, state: RequestState) -> None:
         """The request was tested and waits on; all others that wait are tested on all instances before it is again."""
-        self.untested.pop(progress.request.row, None)
-        self.tested[progress.request.row] = progress
-        self.tested.move_to_end(progress.request.row)
+        self.untested.pop(state.request.row, None)
+        self.tested[state.request.row] = state
+        self.tested.move_to_end(state.request.row)
 
     def in_order(
         self, some: Iterable[RequestState], turns: Turns, seconds: Callable[[RequestState], float]
     ) -> Iterator[RequestState]:
         """These of those that wait, each once, in the order in which tenants get rows."""
         lines: dict[str, list[RequestState]] = {}
-        for progress in {progress.request.row: progress for progress in some}.values():
-            lines.setdefault(progress.request.slo.tenant, []).append(progress)
+        for state in {state.request.row: state for state in some}.values():
+            lines.setdefault(state.request.slo.tenant, []).append(state)
         for line in lines.values():
-            line.sort(key=lambda progress: self.spots[progress.request.row])
+            line.sort(key=lambda state: self.spots[state.request.row])
         return in_turn(lines, turns, seconds)

@@ -63,53 +63,53 @@ class Deadlines:
         early = affordable_level(drops, math.inf if self.ledger.budget is None else self.ledger.budget)
         return RequestState(request, self.estimates.kind(request), thresholds, drops, means, yields, early)
 
-    def rank(self, progress: RequestState) -> float:
+    def rank(self, state: RequestState) -> float:
         """The order of service; the smallest first."""
-        deadline = math.inf if progress.deadline is None else progress.deadline
-        seconds = self.estimates.unloaded(progress) if self.order is ORDERS["least-slack"] else 0.0
-        return self.order(Place(progress.request.arrived_at, deadline, seconds))
+        deadline = math.inf if state.deadline is None else state.deadline
+        seconds = self.estimates.unloaded(state) if self.order is ORDERS["least-slack"] else 0.0
+        return self.order(Place(state.request.arrived_at, deadline, seconds))
 
     @property
     def rank_moves(self) -> bool:
         """Whether the order of rows changes as they get on."""
         return self.order is ORDERS["least-slack"]
 
-    def wish(self, progress: RequestState, now: float, degree: int) -> ThresholdQuery:
+    def query(self, state: RequestState, now: float, degree: int) -> ThresholdQuery:
         return ThresholdQuery(
-            progress.left(now),
-            self.estimates.loads(progress, degree),
-            self.ledger.deepest(progress),
-            progress.affordable_level,
+            state.left(now),
+            self.estimates.loads(state, degree),
+            self.ledger.deepest(state),
+            state.affordable_level,
         )
 
-    def verdicts(self, wishes: Sequence[ThresholdQuery], degree: int) -> list[ThresholdChoice]:
+    def choices(self, queries: Sequence[ThresholdQuery], degree: int) -> list[ThresholdChoice]:
         """Level and slack of rows with deadlines, which stand in the order of service on one instance."""
         pace = self.estimates.pace(degree)
         control = self.control if pace.sure else fixed_levels
-        return control(wishes, self.floor, pace.fixed)
+        return control(queries, self.floor, pace.fixed)
 
-    def is_hopeless(self, progress: RequestState, now: float) -> bool:
+    def is_hopeless(self, state: RequestState, now: float) -> bool:
         """Whether it can end in time on no kind of instance that there is."""
         for degree in self.degrees:
-            wish = self.wish(progress, now, degree)
-            if not hopeless(wish.left, alone(wish.loads[wish.deepest], self.estimates.pace(degree).fixed)):
+            query = self.query(state, now, degree)
+            if not hopeless(query.left, alone(query.loads[query.deepest], self.estimates.pace(degree).fixed)):
                 return False
         return True
 
-    def hopeless_at(self, progress: RequestState) -> float:
+    def hopeless_at(self, state: RequestState) -> float:
         """When a request that waits can no longer end in time, as expected now; its deadline while that is a guess."""
-        assert progress.deadline is not None, "only requests with deadlines become hopeless"
+        assert state.deadline is not None, "only requests with deadlines become hopeless"
         if not self.shed:
-            return progress.deadline
-        wishes = [(self.wish(progress, 0.0, degree), self.estimates.pace(degree).fixed) for degree in self.degrees]
-        return progress.deadline - HOPELESS * min(alone(wish.loads[wish.deepest], fixed) for wish, fixed in wishes)
+            return state.deadline
+        queries = [(self.query(state, 0.0, degree), self.estimates.pace(degree).fixed) for degree in self.degrees]
+        return state.deadline - HOPELESS * min(alone(query.loads[query.deepest], fixed) for query, fixed in queries)
 
-    def is_never_feasible(self, progress: RequestState) -> bool:
+    def is_never_feasible(self, state: RequestState) -> bool:
         """Whether a row without steps had too little time when it came; not known before what steps cost is."""
-        return self.estimates.sure(self.degrees) and self.is_hopeless(progress, progress.request.arrived_at)
+        return self.estimates.sure(self.degrees) and self.is_hopeless(state, state.request.arrived_at)
 
-    def is_past(self, progress: RequestState, now: float) -> bool:
-        return progress.left(now) <= 0.0
+    def is_past(self, state: RequestState, now: float) -> bool:
+        return state.left(now) <= 0.0
 
     def look(self, missing: float, total: int, crowd: float) -> None:
         """Move the floor of the thresholds by the share of rows expected to miss, and by how many there are."""

@@ -34,19 +34,19 @@ class StepClock:
         """Seconds that every step takes, whoever is in it."""
         return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
-    def refresh_seconds(self, progress: RequestState) -> float:
+    def refresh_seconds(self, state: RequestState) -> float:
         """What the row adds to a step that recomputes its whole canvas."""
-        canvas = progress.request.canvas_tokens
-        return self.row_seconds(canvas, canvas, progress.masks, True)
+        canvas = state.request.canvas_tokens
+        return self.row_seconds(canvas, canvas, state.masks, True)
 
-    def reuse_seconds(self, progress: RequestState) -> float:
+    def reuse_seconds(self, state: RequestState) -> float:
         """What the row adds to a step that reuses its K/V."""
-        request = progress.request
+        request = state.request
         if request.decoding.cache == "none":
-            return self.refresh_seconds(progress)
+            return self.refresh_seconds(state)
         canvas = request.canvas_tokens
-        tokens = (progress.block_end if request.decoding.cache == "dual" else canvas) - progress.block_start
-        return self.row_seconds(tokens, canvas, progress.masks, False)
+        tokens = (state.block_end if request.decoding.cache == "dual" else canvas) - state.block_start
+        return self.row_seconds(tokens, canvas, state.masks, False)
 
     def row_seconds(self, tokens: int, canvas: int, masks: int, refreshes: bool) -> float:
         """What a row with so many queries and a whole canvas of keys adds to a step."""
@@ -94,13 +94,13 @@ class Estimates:
         self.surely.update([degree for degree in degrees if self.pace(degree).sure])
         return self.surely.issuperset(degrees)
 
-    def step_seconds(self, progress: RequestState, refresh: bool, degree: int) -> float:
+    def step_seconds(self, state: RequestState, refresh: bool, degree: int) -> float:
         """What the row adds to its next step."""
-        loads = progress.loads
+        loads = state.loads
         if loads is not None and loads.degree == degree:
             return loads.refresh if refresh else loads.reuse
         pace = self.pace(degree)
-        return pace.refresh_seconds(progress) if refresh else pace.reuse_seconds(progress)
+        return pace.refresh_seconds(state) if refresh else pace.reuse_seconds(state)
 
     def stepped(self, features: Features, refreshes: bool, seconds: float, turnaround: float, degree: int) -> None:
         """A step at this degree has taken `seconds` on the worker and `turnaround` seen from here."""
@@ -118,53 +118,53 @@ class Estimates:
     def kind(self, request: Request) -> str:
         return self.forecast.kind(request.slo.task, request.prompt_tokens)
 
-    def tracks(self, progress: RequestState) -> list[Track]:
+    def tracks(self, state: RequestState) -> list[Track]:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
-        if progress.tracked != (progress.block, self.forecast.version):
-            levels = self.levels(progress.request, progress.thresholds)
-            place = progress.block, len(progress.blocks), progress.request.decoding.block_length
-            progress.tracks = self.forecast.tracks(progress.kind, levels, *place)
-            progress.tracked = progress.block, self.forecast.version
-        return progress.tracks
+        if state.tracked != (state.block, self.forecast.version):
+            levels = self.levels(state.request, state.thresholds)
+            place = state.block, len(state.blocks), state.request.decoding.block_length
+            state.tracks = self.forecast.tracks(state.kind, levels, *place)
+            state.tracked = state.block, self.forecast.version
+        return state.tracks
 
-    def loads(self, progress: RequestState, degree: int) -> Loads:
+    def loads(self, state: RequestState, degree: int) -> Loads:
         """What the request still needs at this degree, by its own levels; kept until it has moved on."""
-        loads = progress.loads
+        loads = state.loads
         if loads is None or loads.degree != degree:
             pace = self.pace(degree)
-            refresh, reuse = pace.refresh_seconds(progress), pace.reuse_seconds(progress)
-            if progress.quotas:
-                loads = Loads([counted(progress)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
+            refresh, reuse = pace.refresh_seconds(state), pace.reuse_seconds(state)
+            if state.quotas:
+                loads = Loads([counted(state)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
             else:
-                drift = drifted(progress.observed, progress.expected)
-                due = 0.0 if progress.fresh else 1.0
-                interval = progress.request.decoding.refresh_interval
-                loads = Loads(self.tracks(progress), progress.masks, due, drift, refresh, reuse, interval, degree)
-            progress.loads = loads
+                drift = drifted(state.observed, state.expected)
+                due = 0.0 if state.fresh else 1.0
+                interval = state.request.decoding.refresh_interval
+                loads = Loads(self.tracks(state), state.masks, due, drift, refresh, reuse, interval, degree)
+            state.loads = loads
         return loads
 
-    def unloaded(self, progress: RequestState, degree: int | None = None) -> float:
+    def unloaded(self, state: RequestState, degree: int | None = None) -> float:
         """Seconds that the request takes alone at its reference threshold, by default on as few devices as can be."""
         degree = degree or self.base
-        return alone(self.loads(progress, degree)[0], self.pace(degree).fixed)
+        return alone(self.loads(state, degree)[0], self.pace(degree).fixed)
 
-    def watched(self, progress: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
-        """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
-        if progress.quotas or progress.request.decoding.rule != "threshold":
+    def watched(self, state: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
+        """After a step: compare the state in the block with what the law expected of one step, and learn from it."""
+        if state.quotas or state.request.decoding.rule != "threshold":
             return
-        forecast, kind = self.forecast, progress.kind
-        level, part = forecast.level_of(progress.table_threshold), part_of(block_before)
-        steps = forecast.chain(kind, level, part, progress.request.decoding.block_length).steps
-        left = steps[progress.masks] if progress.block == block_before else 0.0
+        forecast, kind = self.forecast, state.kind
+        level, part = forecast.level_of(state.table_threshold), part_of(block_before)
+        steps = forecast.chain(kind, level, part, state.request.decoding.block_length).steps
+        left = steps[state.masks] if state.block == block_before else 0.0
         forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
-        progress.observed += 1.0
-        progress.expected += steps[masks_before] - left
+        state.observed += 1.0
+        state.expected += steps[masks_before] - left
 
 
-def counted(progress: RequestState) -> Track:
+def counted(state: RequestState) -> Track:
     """Under the steps rule the future is known."""
-    left = sum(map(len, progress.quotas[progress.block :])) - progress.block_step
-    refreshes = len(progress.quotas) - progress.block - progress.fresh
+    left = sum(map(len, state.quotas[state.block :])) - state.block_step
+    refreshes = len(state.quotas) - state.block - state.fresh
     return Track(NOTHING, Outlook(left, 0.0, refreshes))
 
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.kv_pages import coalesced
-from dilaserve.scheduler.request_state import RequestState, State
+from dilaserve.scheduler.request_state import Phase, RequestState
 from dilaserve.scheduler.scheduler import Scheduler
 
-ON_INSTANCE = (State.RESIDENT, State.STEPPING)
-IN_STEP = (State.STEPPING, State.LEAVING)
+ON_INSTANCE = (Phase.RESIDENT, Phase.STEPPING)
+IN_STEP = (Phase.STEPPING, Phase.LEAVING)
 TOLERANCE = 1e-6  # points of accuracy by which sums of reservations may differ
 
 
@@ -29,16 +29,16 @@ def violations(scheduler: Scheduler) -> list[str]:
         moving={id(row) for row in placement.moving},
         replicas={id(replica) for replica in replicas},
     )
-    for name, progress in requests.items():
-        found += [f"request {name} {problem}" for problem in placed(progress, places)]
+    for name, state in requests.items():
+        found += [f"request {name} {problem}" for problem in placed(state, places)]
     for replica in replicas:
         found += [f"instance {replica.instance.id} {problem}" for problem in consistent(replica, requests)]
-    known = {id(progress) for progress in requests.values()}
+    known = {id(state) for state in requests.values()}
     if not places.queue | places.waiting | places.moving <= known:
         found.append("a request waits that has ended")
-    rows = [progress.request.row for progress in requests.values()]
+    rows = [state.request.row for state in requests.values()]
     rows += [
-        row.request.row for replica in replicas for row in replica.residents.values() if row.state is State.LEAVING
+        row.request.row for replica in replicas for row in replica.residents.values() if row.phase is Phase.LEAVING
     ]
     if len(set(rows)) != len(rows):
         found.append("two requests have the same row")
@@ -46,7 +46,7 @@ def violations(scheduler: Scheduler) -> list[str]:
 
 
 class Places(NamedTuple):
-    """Where a request may be, by the identity of its progress; and the instances that there are."""
+    """Where a request may be, by the identity of its state; and the instances that there are."""
 
     queue: set[int]
     waiting: set[int]
@@ -54,27 +54,23 @@ class Places(NamedTuple):
     replicas: set[int]
 
 
-def placed(progress: RequestState, places: Places) -> Iterator[str]:
+def placed(state: RequestState, places: Places) -> Iterator[str]:
     """A waiting request waits in one place, and one on an instance in none."""
-    key, replica = id(progress), progress.replica
+    key, replica = id(state), state.replica
     waits = [name for name in ("queue", "waiting", "moving") if key in getattr(places, name)]
-    if progress.state is State.WAITING:
+    if state.phase is Phase.WAITING:
         if len(waits) != 1:
             yield f"waits in {len(waits)} places"
-        elif waits != ["moving"] and (waits == ["queue"]) != progress.has_deadline:
+        elif waits != ["moving"] and (waits == ["queue"]) != state.has_deadline:
             yield f"waits in the wrong line ({waits[0]})"
         if replica is not None:
             yield "waits, and is on an instance"
         return
-    if progress.state not in ON_INSTANCE:
-        yield f"is {progress.state.name.lower()}, and has not ended"
+    if state.phase not in ON_INSTANCE:
+        yield f"is {state.phase.name.lower()}, and has not ended"
     if waits:
-        yield f"is {progress.state.name.lower()}, and waits ({waits[0]})"
-    if (
-        replica is None
-        or id(replica) not in places.replicas
-        or replica.residents.get(progress.request.row) is not progress
-    ):
+        yield f"is {state.phase.name.lower()}, and waits ({waits[0]})"
+    if replica is None or id(replica) not in places.replicas or replica.residents.get(state.request.row) is not state:
         yield "is on an instance that does not know it"
 
 
@@ -82,17 +78,17 @@ def consistent(replica: InstanceState, requests: dict[str, RequestState]) -> Ite
     """Rows, their K/V, and the batch in flight of one instance agree."""
     rows, in_flight = list(replica.residents.values()), replica.in_flight or []
     for row in rows:
-        ended = row.state is State.LEAVING
+        ended = row.phase is Phase.LEAVING
         if ended == (requests.get(row.request.id) is row):
             yield f"holds request {row.request.id}, which is {'still known' if ended else 'not known'}"
-        if (row.state in IN_STEP) != any(row is other for other in in_flight):
-            yield f"holds request {row.request.id}, which is {row.state.name.lower()}, and its batch says otherwise"
+        if (row.phase in IN_STEP) != any(row is other for other in in_flight):
+            yield f"holds request {row.request.id}, which is {row.phase.name.lower()}, and its batch says otherwise"
     if any(replica.residents.get(key) is not row or row.request.row != key for key, row in replica.residents.items()):
         yield "keeps a row under another's number"
     if not {id(row) for row in in_flight} <= {id(row) for row in rows}:
         yield "steps a row that it does not hold"
     if {id(row) for row in replica.with_deadline} != {
-        id(row) for row in rows if row.has_deadline and row.state in ON_INSTANCE
+        id(row) for row in rows if row.has_deadline and row.phase in ON_INSTANCE
     }:
         yield "lists other rows with deadlines than it holds"
     if set(replica.pages.runs) != {row.kv_start for row in rows} or len(replica.pages.runs) != len(rows):
@@ -108,8 +104,8 @@ def tenants(scheduler: Scheduler, replicas: list[InstanceState]) -> Iterator[str
     if +scheduler.placement.held != held:
         yield "the rows that tenants hold are counted wrongly"
     reserved: Counter[str] = Counter()
-    for progress in scheduler.requests.values():
-        reserved[progress.request.slo.tenant] += progress.reserved  # type: ignore[assignment]
+    for state in scheduler.requests.values():
+        reserved[state.request.slo.tenant] += state.reserved  # type: ignore[assignment]
     kept = scheduler.deadlines.ledger.reserved
     if any(abs(kept.get(name, 0.0) - reserved[name]) > TOLERANCE for name in {*kept, *reserved}):
         yield "the accuracy that tenants have reserved is summed wrongly"
@@ -118,7 +114,7 @@ def tenants(scheduler: Scheduler, replicas: list[InstanceState]) -> Iterator[str
 def lines(scheduler: Scheduler) -> Iterator[str]:
     """What is kept beside the queue of deadlines, and of unfinished work, agrees with the requests."""
     queue, backlog, rows = scheduler.placement.queue, scheduler.placement.backlog, list(scheduler.requests.values())
-    waiting = {progress.request.row for progress in queue}
+    waiting = {state.request.row for state in queue}
     if queue.untested.keys() & queue.tested.keys() or queue.untested.keys() | queue.tested.keys() != waiting:
         yield "the queue of deadlines does not know whom it has tested"
     timed = sum(row.seconds for row in rows if row.has_deadline)
@@ -137,5 +133,5 @@ def counted(scheduler: Scheduler) -> Iterator[str]:
     totals = scheduler.totals
     if totals.received != sum(totals.fates.values()) + len(scheduler.requests):
         yield "the requests that came are not those that ended and those that are known"
-    if any(name != progress.request.id for name, progress in scheduler.requests.items()):
+    if any(name != state.request.id for name, state in scheduler.requests.items()):
         yield "a request is known by another's name"

@@ -14,7 +14,7 @@ from dilaserve.scheduler.deadline_queue import DeadlineQueue
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.instance_state import InstanceState
-from dilaserve.scheduler.request_state import RequestState, State, Transition
+from dilaserve.scheduler.request_state import Phase, RequestState, Transition
 from dilaserve.scheduler.rules.admission import Room, Tenant, fits, least_loaded
 from dilaserve.scheduler.rules.fairness import Turns, gives_way, granted, in_turn
 from dilaserve.scheduler.rules.ordering import ORDERS, without_deadline
@@ -70,7 +70,7 @@ class Placement:
     def running(self) -> int:
         """Requests that have a row on an instance and have not ended."""
         return sum(
-            row.state is not State.LEAVING for replica in self.all_replicas() for row in replica.residents.values()
+            row.phase is not Phase.LEAVING for replica in self.all_replicas() for row in replica.residents.values()
         )
 
     def place(self, now: float, everywhere: bool) -> None:
@@ -87,14 +87,14 @@ class Placement:
         names = dict.fromkeys([*self.queue.lines, *self.waiting.lines])
         lines = {name: self.line_of(name) for name in names}
         rest = in_turn(lines, self.turns, self.estimates.unloaded)
-        return chain([first] if first else [], (progress for progress in rest if progress is not first))
+        return chain([first] if first else [], (state for state in rest if state is not first))
 
     def line_of(self, tenant: str) -> Iterator[RequestState]:
         """A tenant's requests in the order of service where deadlines are not tested; those that missed theirs last."""
-        timed = [progress for _, progress in self.queue.lines.get(tenant, ())]
-        others = [progress for _, progress in self.waiting.lines.get(tenant, ())]
-        timely = (progress for progress in others if not progress.late)
-        late = (progress for progress in others if progress.late)
+        timed = [state for _, state in self.queue.lines.get(tenant, ())]
+        others = [state for _, state in self.waiting.lines.get(tenant, ())]
+        timely = (state for state in others if not state.late)
+        late = (state for state in others if state.late)
         if self.deadlines.order is ORDERS["fcfs"]:
             return chain(heapq.merge(timed, timely, key=arrival_turn), late)
         return chain(timed, timely, late)
@@ -127,8 +127,8 @@ class Placement:
         """Whether a best-effort row of the instance has waited for too long: one at a time may keep deadlines out."""
         return any(self.aged(row, now) for row in replica.residents.values() if not row.has_deadline)
 
-    def aged(self, progress: RequestState, now: float) -> bool:
-        return now - progress.request.arrived_at > self.age
+    def aged(self, state: RequestState, now: float) -> bool:
+        return now - state.request.arrived_at > self.age
 
     @property
     def open(self) -> list[InstanceState]:
@@ -148,82 +148,82 @@ class Placement:
         head = list(islice(queue.by_turn(self.turns, self.estimates.unloaded), LOOKS)) if idle else []
         looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
         tenants: dict[int, list[Tenant]] = {}
-        for progress in queue.in_order([*head, *looked.values()], self.turns, self.estimates.unloaded):
-            replicas = self.open if progress.request.row in looked else idle
-            if not self.place_one(progress, replicas, tenants, now) and progress.request.row in looked:
-                queue.failed(progress)
+        for state in queue.in_order([*head, *looked.values()], self.turns, self.estimates.unloaded):
+            replicas = self.open if state.request.row in looked else idle
+            if not self.place_one(state, replicas, tenants, now) and state.request.row in looked:
+                queue.failed(state)
 
     def affordable(self, some: Sequence[RequestState]) -> dict[int, RequestState]:
         """The first of these, by row, as many as a decision may test on all instances; one at least."""
         found: dict[int, RequestState] = {}
         tests = 0
-        for progress in some:
+        for state in some:
             if tests >= TESTS:
                 break
-            tests += len(self.replicas) * len(progress.thresholds)
-            found[progress.request.row] = progress
+            tests += len(self.replicas) * len(state.thresholds)
+            found[state.request.row] = state
         return found
 
     def place_one(
-        self, progress: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
+        self, state: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
     ) -> bool:
         """Give the request a row on the best of these instances that keep its deadline and have room, if one does."""
-        found = self.replicas_with_slack(progress, replicas, tenants, now)
-        replica = next((replica for replica in found if self.make_room(replica, progress, now)), None)
+        found = self.replicas_with_slack(state, replicas, tenants, now)
+        replica = next((replica for replica in found if self.make_room(replica, state, now)), None)
         if replica is None:
-            replica = self.replica_for_hopeless(progress, now)
-            if replica is None or not self.make_room(replica, progress, now):
+            replica = self.replica_for_hopeless(state, now)
+            if replica is None or not self.make_room(replica, state, now):
                 return False
-        self.queue.remove(progress)
-        self.assign(progress, replica)
+        self.queue.remove(state)
+        self.assign(state, replica)
         tenants.pop(replica.instance.id, None)
         return True
 
-    def any_with_slack(self, progress: RequestState, now: float) -> bool:
+    def any_with_slack(self, state: RequestState, now: float) -> bool:
         """Whether an instance would keep the deadline, with its room made free if need be."""
-        return any(True for _ in self.replicas_with_slack(progress, self.open, {}, now))
+        return any(True for _ in self.replicas_with_slack(state, self.open, {}, now))
 
-    def enter(self, progress: RequestState) -> None:
+    def enter(self, state: RequestState) -> None:
         """Wait in the order of service, or of arrival and priority without a deadline."""
-        if not progress.has_deadline:
-            self.waiting.add(progress)
+        if not state.has_deadline:
+            self.waiting.add(state)
             return
-        self.queue.add(progress)
+        self.queue.add(state)
         if self.deadlines.sheds:
-            self.hopeless.add(progress, self.deadlines.hopeless_at(progress), self.backlog.unfinished)
+            self.hopeless.add(state, self.deadlines.hopeless_at(state), self.backlog.unfinished)
 
-    def leave(self, progress: RequestState) -> None:
+    def leave(self, state: RequestState) -> None:
         """Leave the queue; a row on an instance gets no more steps and stays there until its batch is done."""
-        if progress.replica is None:
-            home = self.queue if progress.has_deadline else self.waiting
-            (self.moving if progress in self.moving else home).remove(progress)
-        elif progress.has_deadline:
-            progress.replica.with_deadline.remove(progress)
+        if state.replica is None:
+            home = self.queue if state.has_deadline else self.waiting
+            (self.moving if state in self.moving else home).remove(state)
+        elif state.has_deadline:
+            state.replica.with_deadline.remove(state)
 
-    def replica_for_hopeless(self, progress: RequestState, now: float) -> InstanceState | None:
+    def replica_for_hopeless(self, state: RequestState, now: float) -> InstanceState | None:
         """An instance without deadlines on which to try a request that seems hopeless, as estimates may be wrong.
 
         None for a request that is not hopeless: it waits for an instance that can keep its deadline.
         """
         replicas = self.open
         if self.deadlines.shed and (
-            all(replica.with_deadline for replica in replicas) or self.deadlines.is_past(progress, now)
+            all(replica.with_deadline for replica in replicas) or self.deadlines.is_past(state, now)
         ):
             return None
-        if not self.deadlines.is_hopeless(progress, now):
+        if not self.deadlines.is_hopeless(state, now):
             return None
         return min(
-            [replica for replica in replicas if self.holds(replica, progress)],
+            [replica for replica in replicas if self.holds(replica, state)],
             key=lambda replica: len(replica.with_deadline),
             default=None,
         )
 
-    def tries(self, progress: RequestState, now: float) -> bool:
+    def tries(self, state: RequestState, now: float) -> bool:
         """Whether a request that seems hopeless is worth a try: an instance has stood idle for long, and what is
         believed of it may be out of date, as nothing is learned from requests that are declined.
         """
         stale = any(not replica.residents and now > replica.launched_at + STALE for replica in self.open)
-        return stale and progress.left(now) * FARTHEST > self.estimates.unloaded(progress)
+        return stale and state.left(now) * FARTHEST > self.estimates.unloaded(state)
 
     def place_rest(self, rows: Iterable[RequestState]) -> None:
         """In order, until one finds no room, or as many have found some as a decision may place.
@@ -231,34 +231,34 @@ class Placement:
         A request that no instance can hold any more (workers came back with less memory) does not block the others.
         """
         placed, self.places_more = 0, False
-        for progress in rows if self.replicas else ():
+        for state in rows if self.replicas else ():
             if placed == PLACED:
                 self.places_more = True
                 break
-            if replica := self.replica_for(progress) or self.replica_of_another(progress):
-                (self.queue if progress.has_deadline else self.waiting).remove(progress)
-                self.assign(progress, replica)
+            if replica := self.replica_for(state) or self.replica_of_another(state):
+                (self.queue if state.has_deadline else self.waiting).remove(state)
+                self.assign(state, replica)
                 placed += 1
-            elif self.ever_fits(progress):
+            elif self.ever_fits(state):
                 break
 
-    def replica_of_another(self, progress: RequestState) -> InstanceState | None:
+    def replica_of_another(self, state: RequestState) -> InstanceState | None:
         """A tenant without any row gets that of a tenant with several, between two steps; it waits no longer than one.
 
         The evicted row, the last to come, keeps its tokens and waits again.
         """
-        tenant = progress.request.slo.tenant
+        tenant = state.request.slo.tenant
         if self.held[tenant] or max(self.held.values(), default=0) < 2:
             return None
         for replica in self.replicas.values():
             starts = [row.kv_start for row in self.surplus_rows(replica)]
-            if not replica.pages.fits_without(progress.request.canvas_tokens, starts):
+            if not replica.pages.fits_without(state.request.canvas_tokens, starts):
                 continue
             while victim := self.surplus(replica):
                 self.evict(victim, replica)
-                kv_start = replica.pages.take(progress.request.canvas_tokens)
+                kv_start = replica.pages.take(state.request.canvas_tokens)
                 if kv_start is not None:
-                    progress.kv_start = kv_start
+                    state.kv_start = kv_start
                     return replica
         return None
 
@@ -272,16 +272,16 @@ class Placement:
         return [
             row
             for row in replica.residents.values()
-            if row.state is State.RESIDENT
+            if row.phase is Phase.RESIDENT
             and self.held[row.request.slo.tenant] > 1
             and not (row.has_deadline and self.deadlines.admits)
         ]
 
-    def evict(self, progress: RequestState, replica: InstanceState) -> None:
+    def evict(self, state: RequestState, replica: InstanceState) -> None:
         """The row waits again; its next step refreshes."""
-        self.unassign(progress, replica)
-        progress.did(Transition.EVICTED)
-        self.enter(progress)
+        self.unassign(state, replica)
+        state.did(Transition.EVICTED)
+        self.enter(state)
 
     def gives_way(self, tenant: str) -> RequestState | None:
         """The waiting request that makes room in a full queue for one of this tenant: the last to come that has not
@@ -296,31 +296,31 @@ class Placement:
             del waiting[loser]
         return None
 
-    def ever_fits(self, progress: RequestState) -> bool:
+    def ever_fits(self, state: RequestState) -> bool:
         """Whether an instance holds the canvas when nobody else is there."""
-        return any(self.holds(replica, progress) for replica in self.replicas.values())
+        return any(self.holds(replica, state) for replica in self.replicas.values())
 
-    def holds(self, replica: InstanceState, progress: RequestState) -> bool:
+    def holds(self, replica: InstanceState, state: RequestState) -> bool:
         """Whether the instance has K/V for the canvas when nobody else is there."""
-        return replica.pages.ever_fits(progress.request.canvas_tokens)
+        return replica.pages.ever_fits(state.request.canvas_tokens)
 
-    def replica_for(self, progress: RequestState) -> InstanceState | None:
+    def replica_for(self, state: RequestState) -> InstanceState | None:
         """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
         degrees = self.deadlines.degrees
-        seconds = {degree: self.estimates.unloaded(progress, degree) for degree in degrees} if len(degrees) > 1 else {}
+        seconds = {degree: self.estimates.unloaded(state, degree) for degree in degrees} if len(degrees) > 1 else {}
         rooms = [
             Room(id, len(replica.residents), self.max_rows * replica.degree, seconds.get(replica.degree, 1.0))
             for id, replica in self.replicas.items()
         ]
         for id in least_loaded(rooms):
-            kv_start = self.replicas[id].pages.take(progress.request.canvas_tokens)
+            kv_start = self.replicas[id].pages.take(state.request.canvas_tokens)
             if kv_start is not None:
-                progress.kv_start = kv_start
+                state.kv_start = kv_start
                 return self.replicas[id]
         return None
 
     def replicas_with_slack(
-        self, progress: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
+        self, state: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
     ) -> Iterator[InstanceState]:
         """The instances that pass the test and can hold the canvas, at the highest threshold first, most slack first.
 
@@ -329,20 +329,20 @@ class Placement:
         looked = [
             replica
             for replica in replicas
-            if len(replica.with_deadline) < self.max_guaranteed and self.holds(replica, progress)
+            if len(replica.with_deadline) < self.max_guaranteed and self.holds(replica, state)
         ]
         if not looked:
             return
-        loads = {degree: self.estimates.loads(progress, degree) for degree in {replica.degree for replica in looked}}
+        loads = {degree: self.estimates.loads(state, degree) for degree in {replica.degree for replica in looked}}
         paces = {degree: self.estimates.pace(degree).fixed for degree in loads}
         for replica in looked:
             if replica.instance.id not in tenants:
                 tenants[replica.instance.id] = self.tenants(replica, now)
-        deepest = self.deadlines.ledger.deepest(progress)
+        deepest = self.deadlines.ledger.deepest(state)
         for level in range(min(self.deadlines.floor, deepest), deepest + 1):
             found: list[tuple[float, int]] = []
             for replica in looked:
-                newcomer = tenant(progress, loads[replica.degree][level], max(now, replica.ends_at))
+                newcomer = tenant(state, loads[replica.degree][level], max(now, replica.ends_at))
                 slack = fits(newcomer, tenants[replica.instance.id], paces[replica.degree])
                 if slack is not None:
                     found.append((slack, -replica.instance.id))
@@ -359,17 +359,17 @@ class Placement:
 
     def need_after_step(self, row: RequestState, need: Load) -> Load:
         """What the row needs beside the step in flight, if it is in it."""
-        if row.state is not State.STEPPING or row.replica is None:
+        if row.phase is not Phase.STEPPING or row.replica is None:
             return need
         added = row.replica.added.get(row.request.row, 0.0)
         return Load(max(0.0, need.steps - 1.0), max(0.0, need.work - added))
 
-    def make_room(self, replica: InstanceState, progress: RequestState, now: float) -> bool:
+    def make_room(self, replica: InstanceState, state: RequestState, now: float) -> bool:
         """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes.
 
         Nobody is evicted if that is not enough.
         """
-        canvas = progress.request.canvas_tokens
+        canvas = state.request.canvas_tokens
         rows = self.evictable(replica, now)
         starts = [row.kv_start for row in rows]
         over = max(0, len(replica.residents) + 1 - self.max_rows * replica.degree)  # rows that must go in any case
@@ -382,7 +382,7 @@ class Placement:
             self.evict(row, replica)
         kv_start = replica.pages.take(canvas)
         assert kv_start is not None, "pages that were counted as free are not"
-        progress.kv_start = kv_start
+        state.kv_start = kv_start
         return True
 
     def evictable(self, replica: InstanceState, now: float) -> list[RequestState]:
@@ -390,30 +390,30 @@ class Placement:
         rest = sorted([row for row in replica.residents.values() if not row.has_deadline], key=ARRIVAL, reverse=True)
         if rest and self.aged(rest[-1], now):
             rest.pop()
-        return [row for row in rest if row.state is State.RESIDENT]
+        return [row for row in rest if row.phase is Phase.RESIDENT]
 
-    def assign(self, progress: RequestState, replica: InstanceState) -> None:
-        tenant = progress.request.slo.tenant
-        if not progress.charged:
-            progress.charged = True
-            self.turns = granted(self.turns, tenant, self.estimates.unloaded(progress))
+    def assign(self, state: RequestState, replica: InstanceState) -> None:
+        tenant = state.request.slo.tenant
+        if not state.charged:
+            state.charged = True
+            self.turns = granted(self.turns, tenant, self.estimates.unloaded(state))
         self.held[tenant] += 1
-        progress.did(Transition.PLACED)
-        progress.replica = replica
-        replica.residents[progress.request.row] = progress
-        if progress.has_deadline:
-            insort(replica.with_deadline, progress, key=self.deadlines.rank)
+        state.did(Transition.PLACED)
+        state.replica = replica
+        replica.residents[state.request.row] = state
+        if state.has_deadline:
+            insort(replica.with_deadline, state, key=self.deadlines.rank)
 
-    def unassign(self, progress: RequestState, replica: InstanceState) -> None:
-        del replica.residents[progress.request.row]
-        tenant = progress.request.slo.tenant
+    def unassign(self, state: RequestState, replica: InstanceState) -> None:
+        del replica.residents[state.request.row]
+        tenant = state.request.slo.tenant
         self.held[tenant] -= 1
         if not self.held[tenant]:
             del self.held[tenant]
-        if progress in replica.with_deadline:
-            replica.with_deadline.remove(progress)
-        replica.pages.give(progress.kv_start)
-        progress.replica, progress.fresh, progress.loads, progress.ready = None, False, None, None
+        if state in replica.with_deadline:
+            replica.with_deadline.remove(state)
+        replica.pages.give(state.kv_start)
+        state.replica, state.fresh, state.loads, state.ready = None, False, None, None
 
     def doom(self, rank: int) -> None:
         """The worker is gone: nothing more is launched on its instance, which is lost once its peers have left it."""
@@ -437,29 +437,29 @@ class Placement:
 
     def wait_again(self, rows: list[RequestState]) -> None:
         """Rows that were taken off an instance go back into the queues, in the order that they had."""
-        for progress in rows:
-            self.enter(progress)
+        for state in rows:
+            self.enter(state)
 
-    def demote(self, progress: RequestState) -> None:
+    def demote(self, state: RequestState) -> None:
         """The deadline is given up; the request goes on as best effort."""
-        self.leave(progress)
-        self.backlog.remove(progress)
-        progress.has_deadline, progress.late = False, True
-        self.backlog.add(progress)
-        if progress.replica is None:
-            self.enter(progress)
+        self.leave(state)
+        self.backlog.remove(state)
+        state.has_deadline, state.late = False, True
+        self.backlog.add(state)
+        if state.replica is None:
+            self.enter(state)
 
 
-def arrival_turn(progress: RequestState) -> float:
+def arrival_turn(state: RequestState) -> float:
     """The order of arrival, in which priority counts without a deadline."""
-    return ARRIVAL(progress) if progress.has_deadline else turn(progress)
+    return ARRIVAL(state) if state.has_deadline else turn(state)
 
 
-def turn(progress: RequestState) -> float:
+def turn(state: RequestState) -> float:
     """The order of a tenant's best-effort requests."""
-    request = progress.request
+    request = state.request
     return without_deadline(request.arrived_at, request.slo.weight)
 
 
-def tenant(progress: RequestState, need: Load, now: float) -> Tenant:
-    return Tenant(progress.left(now), need.steps, need.work, progress.request.slo.weight)
+def tenant(state: RequestState, need: Load, now: float) -> Tenant:
+    return Tenant(state.left(now), need.steps, need.work, state.request.slo.weight)

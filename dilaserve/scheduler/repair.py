@@ -16,7 +16,7 @@ from dilaserve.scheduler.deadline_queue import DeadlineQueue
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement, turn
-from dilaserve.scheduler.request_state import RequestState, State
+from dilaserve.scheduler.request_state import Phase, RequestState
 from dilaserve.scheduler.waiting_queue import WaitingQueue
 
 
@@ -24,26 +24,26 @@ def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[i
     """Returns rows of the request table that nobody uses any more and that nobody has given back."""
     replicas = list(placement.all_replicas())
     free = [row for replica in replicas for row in end_step(replica, requests)]
-    for progress in requests.values():
-        if not is_held(progress, replicas):
-            wait(progress)
+    for state in requests.values():
+        if not is_held(state, replicas):
+            wait(state)
     for replica in replicas:
         derive(replica, placement)
     placement.deadlines.ledger.restore(requests.values())
     placement.held = Counter(row.request.slo.tenant for replica in replicas for row in replica.residents.values())
     moving = {id(row) for row in placement.moving}
-    placement.moving = [row for row in requests.values() if row.state is State.WAITING and id(row) in moving]
+    placement.moving = [row for row in requests.values() if row.phase is Phase.WAITING and id(row) in moving]
     placement.queue, placement.waiting, placement.hopeless = (
         DeadlineQueue(placement.deadlines.rank),
         WaitingQueue(turn),
         Expiry(),
     )
-    for progress in requests.values():
-        if progress.state is State.WAITING and id(progress) not in moving:
-            placement.enter(progress)
+    for state in requests.values():
+        if state.phase is Phase.WAITING and id(state) not in moving:
+            placement.enter(state)
     placement.backlog = Backlog()
-    for progress in requests.values():
-        placement.backlog.add(progress)
+    for state in requests.values():
+        placement.backlog.add(state)
     return free
 
 
@@ -53,38 +53,38 @@ def end_step(replica: InstanceState, requests: Mapping[str, RequestState]) -> li
     in_flight = {id(row) for row in replica.in_flight or ()}
     for key, row in list(replica.residents.items()):
         if id(row) in in_flight:
-            row.state = State.STEPPING if requests.get(row.request.id) is row else State.LEAVING
+            row.phase = Phase.STEPPING if requests.get(row.request.id) is row else Phase.LEAVING
         elif requests.get(row.request.id) is row and row.replica is replica:
-            if row.state is not State.RESIDENT:
-                row.state = State.RESIDENT
+            if row.phase is not Phase.RESIDENT:
+                row.phase = Phase.RESIDENT
                 refresh(row)
         else:
             del replica.residents[key]
-            if row.state is State.LEAVING:
-                row.state = State.GONE
+            if row.phase is Phase.LEAVING:
+                row.phase = Phase.GONE
                 free.append(key)
     return free
 
 
-def is_held(progress: RequestState, replicas: list[InstanceState]) -> bool:
-    replica = progress.replica
-    return any(replica is one for one in replicas) and replica.residents.get(progress.request.row) is progress  # type: ignore[union-attr]
+def is_held(state: RequestState, replicas: list[InstanceState]) -> bool:
+    replica = state.replica
+    return any(replica is one for one in replicas) and replica.residents.get(state.request.row) is state  # type: ignore[union-attr]
 
 
-def wait(progress: RequestState) -> None:
-    progress.state, progress.replica = State.WAITING, None
-    refresh(progress)
+def wait(state: RequestState) -> None:
+    state.phase, state.replica = Phase.WAITING, None
+    refresh(state)
 
 
-def refresh(progress: RequestState) -> None:
+def refresh(state: RequestState) -> None:
     """The next step computes the row's K/V anew, and nothing that was worked out for it holds."""
-    progress.fresh, progress.loads, progress.ready = False, None, None
+    state.fresh, state.loads, state.ready = False, None, None
 
 
 def derive(replica: InstanceState, placement: Placement) -> None:
     """The rows with deadlines of an instance in the order of service, and the pages that its rows own."""
     rows = replica.residents.values()
-    with_deadline = [row for row in rows if row.has_deadline and row.state is not State.LEAVING]
+    with_deadline = [row for row in rows if row.has_deadline and row.phase is not Phase.LEAVING]
     replica.with_deadline[:] = sorted(with_deadline, key=placement.deadlines.rank)
     for start in set(replica.pages.runs) - {row.kv_start for row in rows}:
         replica.pages.give(start)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dilaserve.scheduler.instance_state import InstanceState
 
 
-class State(IntEnum):
+class Phase(IntEnum):
     WAITING = auto()  # in the queue, without K/V
     RESIDENT = auto()  # has K/V on an instance, between two steps
     STEPPING = auto()  # in a step in flight
@@ -33,17 +33,17 @@ class Transition(IntEnum):
     EVICTED = auto()
 
 
-TRANSITIONS: dict[tuple[State, Transition], State] = {
-    (State.WAITING, Transition.PLACED): State.RESIDENT,
-    (State.WAITING, Transition.ENDED): State.GONE,
-    (State.RESIDENT, Transition.LAUNCHED): State.STEPPING,
-    (State.RESIDENT, Transition.ENDED): State.GONE,
-    (State.RESIDENT, Transition.EVICTED): State.WAITING,
-    (State.STEPPING, Transition.RETURNED): State.RESIDENT,
-    (State.STEPPING, Transition.ENDED): State.LEAVING,
-    (State.STEPPING, Transition.EVICTED): State.WAITING,
-    (State.LEAVING, Transition.RETURNED): State.GONE,
-    (State.LEAVING, Transition.EVICTED): State.GONE,
+TRANSITIONS: dict[tuple[Phase, Transition], Phase] = {
+    (Phase.WAITING, Transition.PLACED): Phase.RESIDENT,
+    (Phase.WAITING, Transition.ENDED): Phase.GONE,
+    (Phase.RESIDENT, Transition.LAUNCHED): Phase.STEPPING,
+    (Phase.RESIDENT, Transition.ENDED): Phase.GONE,
+    (Phase.RESIDENT, Transition.EVICTED): Phase.WAITING,
+    (Phase.STEPPING, Transition.RETURNED): Phase.RESIDENT,
+    (Phase.STEPPING, Transition.ENDED): Phase.LEAVING,
+    (Phase.STEPPING, Transition.EVICTED): Phase.WAITING,
+    (Phase.LEAVING, Transition.RETURNED): Phase.GONE,
+    (Phase.LEAVING, Transition.EVICTED): Phase.GONE,
 }
 
 
@@ -77,7 +77,7 @@ class RequestState:
     ) -> None:
         self.request, self.kind, self.thresholds = request, kind, thresholds
         self.drops, self.mean_drops, self.yields, self.affordable_level = drops, means, yields, affordable_level
-        self.state = State.WAITING
+        self.phase = Phase.WAITING
         self.replica: InstanceState | None = None
         self.deadline: float | None = None
         self.has_deadline = self.late = False
@@ -110,7 +110,7 @@ class RequestState:
         self.quotas: list[list[int]] = quotas(request, self.blocks)
 
     def did(self, what: Transition) -> None:
-        self.state = TRANSITIONS[self.state, what]
+        self.phase = TRANSITIONS[self.phase, what]
 
     @property
     def threshold(self) -> float:

@@ -17,7 +17,7 @@ from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import ARRIVAL, Placement, turn
 from dilaserve.scheduler.plan_change import PlanState, plan_of
 from dilaserve.scheduler.recent_minimum import RecentMinimum
-from dilaserve.scheduler.request_state import RequestState, State, Transition
+from dilaserve.scheduler.request_state import Phase, RequestState, Transition
 from dilaserve.scheduler.rules.admission import beyond_hope, place_in, retry_after
 from dilaserve.scheduler.rules.best_effort import STEP, may_lead
 from dilaserve.scheduler.rules.composition import Candidate, within
@@ -172,8 +172,8 @@ class Scheduler:
 
     def decline_expired(self, now: float) -> Iterator[Command]:
         """Requests whose client does not want the answer late, at their deadline."""
-        for progress in self.expiry.passed(now, MOST_ENDS):
-            yield from self.decline(progress, now)
+        for state in self.expiry.passed(now, MOST_ENDS):
+            yield from self.decline(state, now)
 
     def resume_moved_rows(self, now: float) -> None:
         """Rows of an old plan whose instances do not come in time go on wherever there is room."""
@@ -269,13 +269,13 @@ class Scheduler:
         rows = list(replica.residents.values())
         if ends := [row.stepped_at for row in rows if row.steps]:
             self.plan_state.stopped |= dict.fromkeys(replica.instance.ranks, max(ends))
-        for progress in rows:
-            yield from self.contained(progress, self.vacated(progress, replica))
-        self.placement.moving += [progress for progress in rows if progress.state is State.WAITING]
+        for state in rows:
+            yield from self.contained(state, self.vacated(state, replica))
+        self.placement.moving += [state for state in rows if state.phase is Phase.WAITING]
 
-    def vacated(self, progress: RequestState, replica: InstanceState) -> Iterator[Command]:
-        self.placement.unassign(progress, replica)
-        progress.did(Transition.EVICTED)
+    def vacated(self, state: RequestState, replica: InstanceState) -> Iterator[Command]:
+        self.placement.unassign(state, replica)
+        state.did(Transition.EVICTED)
         yield from ()
 
     def kill_hung(self, now: float) -> Iterator[Command]:
@@ -309,33 +309,33 @@ class Scheduler:
 
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
-        progress = self.deadlines.arrived(request)
+        state = self.deadlines.arrived(request)
         slo = request.slo
         if slo.seconds is not None:
-            progress.deadline = request.arrived_at + slo.seconds
+            state.deadline = request.arrived_at + slo.seconds
         elif slo.multiple is not None:
-            progress.deadline = request.arrived_at + slo.multiple * self.estimates.unloaded(progress)
-        if progress.deadline is not None:
-            self.tightest.add(progress.deadline - request.arrived_at, now)
+            state.deadline = request.arrived_at + slo.multiple * self.estimates.unloaded(state)
+        if state.deadline is not None:
+            self.tightest.add(state.deadline - request.arrived_at, now)
         if self.solves:
             if self.traffic.since is None:
                 self.solve_at = min(self.solve_at, now + SOLVE_SOON)
-            self.traffic.arrived(self.seen(progress, now))
-        self.requests[request.id] = progress
+            self.traffic.arrived(self.seen(state, now))
+        self.requests[request.id] = state
         self.totals.received += 1
-        progress.has_deadline = progress.deadline is not None
-        rejects = progress.has_deadline and slo.on_miss == "reject" and not self.admissible(progress, now)
-        self.placement.enter(progress)
-        progress.seconds = self.estimates.unloaded(progress)
-        self.placement.backlog.add(progress)
+        state.has_deadline = state.deadline is not None
+        rejects = state.has_deadline and slo.on_miss == "reject" and not self.admissible(state, now)
+        self.placement.enter(state)
+        state.seconds = self.estimates.unloaded(state)
+        self.placement.backlog.add(state)
         if rejects:
-            yield from self.decline(progress, now)
-        elif self.is_too_much(progress, now):
-            yield from self.gone(progress, Refuse(request, self.place_in(now)), now, "refused")
-        elif self.deadlines.sheds and progress.deadline is not None and slo.on_miss != "best_effort":
-            self.expiry.add(progress, progress.deadline, len(self.requests))
+            yield from self.decline(state, now)
+        elif self.is_too_much(state, now):
+            yield from self.gone(state, Refuse(request, self.place_in(now)), now, "refused")
+        elif self.deadlines.sheds and state.deadline is not None and slo.on_miss != "best_effort":
+            self.expiry.add(state, state.deadline, len(self.requests))
 
-    def is_too_much(self, progress: RequestState, now: float) -> bool:
+    def is_too_much(self, state: RequestState, now: float) -> bool:
         """Whether the request would be best effort, while deadlines come and more of that waits than will be done."""
         if not self.deadlines.admits or self.tightest.at(now) == NEVER:
             return False
@@ -346,33 +346,33 @@ class Scheduler:
             and self.placement.backlog.requests <= requests
         ):
             return False
-        if not progress.has_deadline:
+        if not state.has_deadline:
             return True
-        return progress.request.slo.on_miss == "best_effort" and not self.admissible(progress, now)
+        return state.request.slo.on_miss == "best_effort" and not self.admissible(state, now)
 
-    def admissible(self, progress: RequestState, now: float) -> bool:
+    def admissible(self, state: RequestState, now: float) -> bool:
         """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
         placement = self.placement
         if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
             return True
-        return placement.any_with_slack(progress, now) or placement.tries(progress, now)
+        return placement.any_with_slack(state, now) or placement.tries(state, now)
 
-    def decline(self, progress: RequestState, now: float) -> Iterator[Command]:
+    def decline(self, state: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met, or has passed: tell the client, now."""
-        yield from self.gone(progress, self.declined(progress, now), now, "declined")
+        yield from self.gone(state, self.declined(state, now), now, "declined")
 
-    def declined(self, progress: RequestState, now: float) -> Decline:
-        request, usage = progress.request, progress.usage(now)
-        if progress.steps:
+    def declined(self, state: RequestState, now: float) -> Decline:
+        request, usage = state.request, state.usage(now)
+        if state.steps:
             return Decline(request, usage, None)
         wait = retry_after(self.placement.backlog.timed, len(self.placement.replicas))
-        return Decline(request, usage, wait, self.deadlines.is_never_feasible(progress))
+        return Decline(request, usage, wait, self.deadlines.is_never_feasible(state))
 
-    def seen(self, progress: RequestState, now: float) -> Seen:
+    def seen(self, state: RequestState, now: float) -> Seen:
         """The arrival as planning sees it."""
-        request, tightness = progress.request, None
-        if progress.deadline is not None:
-            tightness = (progress.deadline - request.arrived_at) / max(1e-9, self.estimates.unloaded(progress))
+        request, tightness = state.request, None
+        if state.deadline is not None:
+            tightness = (state.deadline - request.arrived_at) / max(1e-9, self.estimates.unloaded(state))
         return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
@@ -393,80 +393,80 @@ class Scheduler:
             self.plan_state.needs_reshape |= event.instance in self.placement.closing
         else:
             replica.ends_at = now + self.estimates.pace(replica.degree).fixed + sum(replica.added.values())
-        for progress, result, share in zip(in_flight, event.results, replica.shares, strict=True):
-            done = self.row_done(progress, result, share * event.seconds, event.last, now)
-            yield from self.contained(progress, done)
+        for state, result, share in zip(in_flight, event.results, replica.shares, strict=True):
+            done = self.row_done(state, result, share * event.seconds, event.last, now)
+            yield from self.contained(state, done)
 
     def row_done(
-        self, progress: RequestState, result: RowResult, seconds: float, last: bool, now: float
+        self, state: RequestState, result: RowResult, seconds: float, last: bool, now: float
     ) -> Iterator[Command]:
         """The part of one row in a step that is finished; `seconds` are its share of it."""
-        leaving = progress.state is State.LEAVING
-        progress.stepped_at = now
-        progress.device += seconds
+        leaving = state.phase is Phase.LEAVING
+        state.stepped_at = now
+        state.device += seconds
         if last:
-            progress.did(Transition.RETURNED)
+            state.did(Transition.RETURNED)
         if leaving:
-            self.totals.spent(seconds, progress.wasted)
+            self.totals.spent(seconds, state.wasted)
             if last:
-                yield self.release(progress)
+                yield self.release(state)
         elif not result.rested:
-            yield from self.returned(progress, result, now)
+            yield from self.returned(state, result, now)
 
-    def returned(self, progress: RequestState, result: RowResult, now: float) -> Iterator[Command]:
+    def returned(self, state: RequestState, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
-        request, before = progress.request, progress.prefix
-        masks, block = progress.masks, progress.block
+        request, before = state.request, state.prefix
+        masks, block = state.masks, state.block
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
-        progress.advance(result)
+        state.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix
-        self.estimates.watched(progress, masks, block, result.unmasked, stopped)
+        self.estimates.watched(state, masks, block, result.unmasked, stopped)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)
         if stopped and result.stop_at < end:
-            yield from self.end(progress, "stop", now)
+            yield from self.end(state, "stop", now)
         elif result.prefix >= end:
-            yield from self.end(progress, "length", now)
+            yield from self.end(state, "length", now)
 
-    def end(self, progress: RequestState, reason: FinishReason, now: float) -> Iterator[Command]:
+    def end(self, state: RequestState, reason: FinishReason, now: float) -> Iterator[Command]:
         fate: Fate = "cancelled" if reason == "cancelled" else "answered"
-        yield from self.gone(progress, Finish(progress.request, reason, progress.usage(now)), now, fate)
+        yield from self.gone(state, Finish(state.request, reason, state.usage(now)), now, fate)
 
-    def gone(self, progress: RequestState, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
+    def gone(self, state: RequestState, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
         """The one way in which requests end: the client hears now; the row is free now, or after its step in flight."""
-        self.placement.leave(progress)
-        self.placement.backlog.remove(progress)
-        progress.did(Transition.ENDED)
-        self.settle_bank(progress, fate)
-        words = [farewell, self.release(progress)] if progress.state is State.GONE else [farewell]
-        self.account(progress, now, fate)
-        del self.requests[progress.request.id]  # last: while it is known, an error here still ends it as failed
+        self.placement.leave(state)
+        self.placement.backlog.remove(state)
+        state.did(Transition.ENDED)
+        self.settle_bank(state, fate)
+        words = [farewell, self.release(state)] if state.phase is Phase.GONE else [farewell]
+        self.account(state, now, fate)
+        del self.requests[state.request.id]  # last: while it is known, an error here still ends it as failed
         yield from words
 
     # errors
 
-    def contained(self, progress: RequestState, commands: Iterator[Command]) -> Iterator[Command]:
+    def contained(self, state: RequestState, commands: Iterator[Command]) -> Iterator[Command]:
         """The commands of one row among several; if they raise, its request ends and the others go on."""
         try:
             yield from commands
         except Exception as error:
-            yield from self.expel(progress, error)
+            yield from self.expel(state, error)
 
-    def expel(self, progress: RequestState, error: Exception) -> Iterator[Command]:
+    def expel(self, state: RequestState, error: Exception) -> Iterator[Command]:
         """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
-        request = progress.request
+        request = state.request
         known = self.requests.pop(request.id, None)  # else its client has heard already
         replicas = self.placement.all_replicas()
-        in_flight = any(row is progress for replica in replicas for row in replica.in_flight or ())
-        progress.state = State.LEAVING if in_flight else State.GONE
+        in_flight = any(row is state for replica in replicas for row in replica.in_flight or ())
+        state.phase = Phase.LEAVING if in_flight else Phase.GONE
         self.disturbed = True
         if known:
-            progress.wasted = progress.deadline is not None
-            self.totals.ended("failed", False if progress.wasted else None)
-            self.totals.spent(progress.device, progress.wasted)
+            state.wasted = state.deadline is not None
+            self.totals.ended("failed", False if state.wasted else None)
+            self.totals.spent(state.device, state.wasted)
             yield failed(request, error)
         else:
             log.error("request %s had ended, and an error came behind it", request.id, exc_info=error)
@@ -481,28 +481,28 @@ class Scheduler:
         yield failed(request, error)
         yield Release(request.row)
 
-    def settle_bank(self, progress: RequestState, fate: Fate) -> None:
+    def settle_bank(self, state: RequestState, fate: Fate) -> None:
         """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
-        self.deadlines.ledger.reserve(progress, 0.0)
+        self.deadlines.ledger.reserve(state, 0.0)
         if fate == "answered":
-            self.deadlines.ledger.charge(progress)
-        elif fate in ("cancelled", "failed") and (given := progress.prefix - progress.request.prompt_tokens) > 0:
-            self.deadlines.ledger.charge(progress, min(1.0, given / progress.request.max_tokens))
+            self.deadlines.ledger.charge(state)
+        elif fate in ("cancelled", "failed") and (given := state.prefix - state.request.prompt_tokens) > 0:
+            self.deadlines.ledger.charge(state, min(1.0, given / state.request.max_tokens))
 
-    def account(self, progress: RequestState, now: float, fate: Fate) -> None:
+    def account(self, state: RequestState, now: float, fate: Fate) -> None:
         """Count the request's fate, once, and the device seconds spent on it."""
-        met = None if progress.deadline is None else fate == "answered" and now <= progress.deadline
-        progress.wasted = met is False and fate != "cancelled"
+        met = None if state.deadline is None else fate == "answered" and now <= state.deadline
+        state.wasted = met is False and fate != "cancelled"
         if self.solves and met is not None and fate != "cancelled":
-            self.traffic.ended(progress.request.arrived_at, met, now)
+            self.traffic.ended(state.request.arrived_at, met, now)
         self.totals.ended(fate, met)
-        self.totals.spent(progress.device, progress.wasted)
+        self.totals.spent(state.device, state.wasted)
 
-    def release(self, progress: RequestState) -> Release:
+    def release(self, state: RequestState) -> Release:
         """Take the row off its instance, if it is on one, and free it."""
-        if progress.replica:
-            self.placement.unassign(progress, progress.replica)
-        return Release(progress.request.row)
+        if state.replica:
+            self.placement.unassign(state, state.replica)
+        return Release(state.request.row)
 
     def paused(self, seconds: float) -> None:
         """What is under way gets the time again, and its step teaches nothing of what steps cost."""
@@ -521,33 +521,33 @@ class Scheduler:
         and if that is lost too, so are they.
         """
         rows = list(replica.residents.values())
-        for progress in rows:
-            yield from self.contained(progress, self.lost(progress, replica, reason, outside, now))
-        self.placement.wait_again([progress for progress in rows if progress.state is State.WAITING])
+        for state in rows:
+            yield from self.contained(state, self.lost(state, replica, reason, outside, now))
+        self.placement.wait_again([state for state in rows if state.phase is Phase.WAITING])
 
     def lost(
-        self, progress: RequestState, replica: InstanceState, reason: str, outside: bool, now: float
+        self, state: RequestState, replica: InstanceState, reason: str, outside: bool, now: float
     ) -> Iterator[Command]:
         """One row of an instance that is lost."""
-        stepping = progress.state is State.STEPPING and not outside
-        if stepping and progress.suspect:
+        stepping = state.phase is Phase.STEPPING and not outside
+        if stepping and state.suspect:
             told = "the request failed twice on our side; it was given up"
             why = f"in flight at two lost workers in a row, the last: {reason}"
-            yield from self.gone(progress, Fail(progress.request, why, told), now, "failed")
-        leaving = progress.state is State.LEAVING
-        progress.suspect |= stepping
-        self.placement.unassign(progress, replica)
-        progress.did(Transition.EVICTED)
+            yield from self.gone(state, Fail(state.request, why, told), now, "failed")
+        leaving = state.phase is Phase.LEAVING
+        state.suspect |= stepping
+        self.placement.unassign(state, replica)
+        state.did(Transition.EVICTED)
         if leaving:
-            yield Release(progress.request.row)
+            yield Release(state.request.row)
 
     def fail_large(self, now: float) -> Iterator[Command]:
         """All workers are back, some with less memory than before: rows that fit on no instance end."""
-        for progress in list(self.requests.values()):
-            if progress.replica is None and not self.placement.ever_fits(progress):
-                tokens = progress.request.canvas_tokens
+        for state in list(self.requests.values()):
+            if state.replica is None and not self.placement.ever_fits(state):
+                tokens = state.request.canvas_tokens
                 told = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
-                yield from self.gone(progress, Fail(progress.request, told, f"{told}; lower max_tokens"), now, "failed")
+                yield from self.gone(state, Fail(state.request, told, f"{told}; lower max_tokens"), now, "failed")
 
     # deadlines
 
@@ -574,25 +574,25 @@ class Scheduler:
             return
         spare = sum(not replica.with_deadline for replica in self.placement.replicas.values())
         hopeless = self.placement.hopeless
-        for progress in hopeless.passed(now, MOST_ENDS):
-            if progress not in self.placement.queue:
+        for state in hopeless.passed(now, MOST_ENDS):
+            if state not in self.placement.queue:
                 continue
-            past = self.deadlines.is_past(progress, now)
-            if past or (self.deadlines.shed and self.deadlines.is_hopeless(progress, now)):
+            past = self.deadlines.is_past(state, now)
+            if past or (self.deadlines.shed and self.deadlines.is_hopeless(state, now)):
                 spare -= 1
                 if spare < 0 or past:
-                    yield from self.give_up(progress, now)
+                    yield from self.give_up(state, now)
                     continue
-            again = max(now + TICK, self.deadlines.hopeless_at(progress))
-            hopeless.add(progress, again, len(self.requests))
+            again = max(now + TICK, self.deadlines.hopeless_at(state))
+            hopeless.add(state, again, len(self.requests))
         self.gives_up = hopeless.next_at() <= now
 
-    def give_up(self, progress: RequestState, now: float) -> Iterator[Command]:
+    def give_up(self, state: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on as best effort, or end, as `on_miss` says."""
-        if progress.request.slo.on_miss != "best_effort":
-            yield from self.decline(progress, now)
+        if state.request.slo.on_miss != "best_effort":
+            yield from self.decline(state, now)
             return
-        self.placement.demote(progress)
+        self.placement.demote(state)
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
@@ -616,7 +616,7 @@ class Scheduler:
         """Seconds until each of the rows on instances is done, as is believed."""
         found: list[float] = []
         for replica in self.placement.all_replicas():
-            rows = [row for row in replica.residents.values() if row.state is not State.LEAVING]
+            rows = [row for row in replica.residents.values() if row.phase is not Phase.LEAVING]
             loads = [self.estimates.loads(row, replica.degree)[row.level] for row in rows]
             found += ends(loads, self.estimates.pace(replica.degree).fixed)
         return found
@@ -627,20 +627,20 @@ class Scheduler:
         degree, pace = replica.degree, self.estimates.pace(replica.degree)
         if self.deadlines.rank_moves:
             replica.with_deadline.sort(key=self.deadlines.rank)
-        wishes = [self.deadlines.wish(progress, now, degree) for progress in replica.with_deadline]
+        queries = [self.deadlines.query(state, now, degree) for state in replica.with_deadline]
         if self.deadlines.sheds:
             sure = self.deadlines.shed
-            needs = [alone(wish.loads[wish.deepest], pace.fixed) if sure else 0.0 for wish in wishes]
-            if lost := beyond_hope([wish.left for wish in wishes], needs):
-                for progress in [replica.with_deadline[place] for place in lost]:
-                    yield from self.give_up(progress, now)
+            needs = [alone(query.loads[query.deepest], pace.fixed) if sure else 0.0 for query in queries]
+            if lost := beyond_hope([query.left for query in queries], needs):
+                for state in [replica.with_deadline[place] for place in lost]:
+                    yield from self.give_up(state, now)
                 if not replica.residents:
                     return
-                wishes = [wish for place, wish in enumerate(wishes) if place not in lost]
-        verdicts = self.verdicts(replica, wishes)
-        replica.late = sum(verdict.late for verdict in verdicts.values())
-        replica.crowding = crowding([wish.loads[0] for wish in wishes], pace.fixed)
-        found = self.candidates(replica, verdicts, now)
+                queries = [query for place, query in enumerate(queries) if place not in lost]
+        choices = self.choices(replica, queries)
+        replica.late = sum(choice.late for choice in choices.values())
+        replica.crowding = crowding([query.loads[0] for query in queries], pace.fixed)
+        found = self.candidates(replica, choices, now)
         if self.deadlines.admits and replica.with_deadline:  # deadlines that were admitted go before shares
             candidates = self.batcher.keeping(replica, found)
         else:
@@ -651,36 +651,34 @@ class Scheduler:
         if len(candidates) > 1:
             candidates.sort(key=lambda one: (one.tokens, replica.residents[one.key].request.canvas_tokens))
         for candidate in candidates:
-            progress = replica.residents[candidate.key]
-            verdict = verdicts.get(progress.request.row)
-            if verdict or progress.level or progress.table_threshold != progress.thresholds[0]:
-                self.apply_threshold(progress, verdict)
-                if progress.table_threshold != (threshold := progress.threshold):
-                    progress.table_threshold = threshold
-                    yield Adjust(progress.request.row, threshold)
+            state = replica.residents[candidate.key]
+            choice = choices.get(state.request.row)
+            if choice or state.level or state.table_threshold != state.thresholds[0]:
+                self.apply_threshold(state, choice)
+                if state.table_threshold != (threshold := state.threshold):
+                    state.table_threshold = threshold
+                    yield Adjust(state.request.row, threshold)
         batch = self.batcher.begin(replica, candidates, now)
         self.overdue_at = min(self.overdue_at, replica.overdue_at)
         if self.plan_state.stopped:
             self.plan_state.resumed(replica.instance.ranks, now)
         yield Launch(batch)
 
-    def verdicts(self, replica: InstanceState, wishes: Sequence[ThresholdQuery]) -> dict[int, ThresholdChoice]:
+    def choices(self, replica: InstanceState, queries: Sequence[ThresholdQuery]) -> dict[int, ThresholdChoice]:
         """Threshold choices by row, of rows with deadlines."""
-        rows = [progress.request.row for progress in replica.with_deadline]
-        return dict(zip(rows, self.deadlines.verdicts(wishes, replica.degree), strict=True)) if rows else {}
+        rows = [state.request.row for state in replica.with_deadline]
+        return dict(zip(rows, self.deadlines.choices(queries, replica.degree), strict=True)) if rows else {}
 
-    def candidates(
-        self, replica: InstanceState, verdicts: Mapping[int, ThresholdChoice], now: float
-    ) -> list[Candidate]:
+    def candidates(self, replica: InstanceState, choices: Mapping[int, ThresholdChoice], now: float) -> list[Candidate]:
         """In the order of service."""
         found, degree = [], replica.degree
-        for progress in quarantined(self.served(replica, now)):
-            ready = progress.ready  # most of many rows are not in the step, and are as they were: no call for those
+        for state in quarantined(self.served(replica, now)):
+            ready = state.ready  # most of many rows are not in the step, and are as they were: no call for those
             if ready is None or ready.degree != degree:
-                ready = self.batcher.ready(progress, degree)
+                ready = self.batcher.ready(state, degree)
             candidate = ready.candidate
-            if verdicts and (verdict := verdicts.get(candidate.key)):
-                candidate = Candidate(candidate.key, candidate.tokens, candidate.seconds, verdict.slack)
+            if choices and (choice := choices.get(candidate.key)):
+                candidate = Candidate(candidate.key, candidate.tokens, candidate.seconds, choice.slack)
             found.append(candidate)
         return found
 
@@ -708,15 +706,13 @@ class Scheduler:
             oldest = None
         return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
 
-    def apply_threshold(self, progress: RequestState, verdict: ThresholdChoice | None) -> None:
+    def apply_threshold(self, state: RequestState, choice: ThresholdChoice | None) -> None:
         """The threshold of the row's next step, and what it may cost."""
-        level = (
-            min(verdict.level, self.deadlines.ledger.deepest(progress)) if verdict else 0
-        )  # rows before it may have paid
-        progress.level = level
-        if len(progress.thresholds) > 1:
-            spent, spends = progress.drop, progress.drops[level] if level else 0.0
-            self.deadlines.ledger.reserve(progress, spends if spends > spent else spent)
+        level = min(choice.level, self.deadlines.ledger.deepest(state)) if choice else 0  # rows before it may have paid
+        state.level = level
+        if len(state.thresholds) > 1:
+            spent, spends = state.drop, state.drops[level] if level else 0.0
+            self.deadlines.ledger.reserve(state, spends if spends > spent else spent)
 
 
 def failed(request: Request, error: Exception) -> Fail:

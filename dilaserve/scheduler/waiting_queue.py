@@ -22,36 +22,36 @@ class WaitingQueue:
         self.members: dict[int, RequestState] = {}  # by row
         self.arrivals: list[tuple[float, int]] = []  # a heap; who has left drops out when it comes to the front
 
-    def add(self, progress: RequestState) -> None:
-        request = progress.request
-        self.members[request.row] = progress
-        spot = self.spots[request.row] = (self.key(progress), request.arrived_at, request.row)
+    def add(self, state: RequestState) -> None:
+        request = state.request
+        self.members[request.row] = state
+        spot = self.spots[request.row] = (self.key(state), request.arrived_at, request.row)
         if len(self.arrivals) > SLACK + 2 * len(self.spots):
             self.arrivals = [(arrived_at, row) for row, (_, arrived_at, _) in self.spots.items()]
             heapq.heapify(self.arrivals)
         else:
             heapq.heappush(self.arrivals, (request.arrived_at, request.row))
-        insort(self.lines.setdefault(request.slo.tenant, []), (spot, progress), key=lambda entry: entry[0])
+        insort(self.lines.setdefault(request.slo.tenant, []), (spot, state), key=lambda entry: entry[0])
 
-    def remove(self, progress: RequestState) -> None:
-        tenant = progress.request.slo.tenant
+    def remove(self, state: RequestState) -> None:
+        tenant = state.request.slo.tenant
         line = self.lines[tenant]
-        del self.members[progress.request.row]
-        del line[bisect_left(line, self.spots.pop(progress.request.row), key=lambda entry: entry[0])]
+        del self.members[state.request.row]
+        del line[bisect_left(line, self.spots.pop(state.request.row), key=lambda entry: entry[0])]
         if not line:
             del self.lines[tenant]
 
     def __len__(self) -> int:
         return len(self.spots)
 
-    def __contains__(self, progress: RequestState) -> bool:
-        return self.members.get(progress.request.row) is progress
+    def __contains__(self, state: RequestState) -> bool:
+        return self.members.get(state.request.row) is state
 
     def __iter__(self) -> Iterator[RequestState]:
         """In order, whoever's they are. Requests may leave meanwhile."""
         lines = [list(line) for line in self.lines.values()]
         merged = chain(*lines) if len(lines) == 1 else heapq.merge(*lines, key=lambda entry: entry[0])
-        return (progress for _, progress in merged)
+        return (state for _, state in merged)
 
     @property
     def since(self) -> float:
@@ -68,4 +68,4 @@ class WaitingQueue:
     def by_turn(self, turns: Turns, seconds: Callable[[RequestState], float]) -> Iterator[RequestState]:
         """In the order in which tenants get rows. Requests may leave meanwhile."""
         lines = {tenant: list(line) for tenant, line in self.lines.items()}
-        return (progress for _, progress in in_turn(lines, turns, lambda entry: seconds(entry[1])))
+        return (state for _, state in in_turn(lines, turns, lambda entry: seconds(entry[1])))

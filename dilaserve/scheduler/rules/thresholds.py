@@ -40,18 +40,18 @@ class ThresholdChoice(msgspec.Struct, frozen=True, gc=False):
     late: bool
 
 
-def by_slack(wishes: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
+def by_slack(queries: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
     """The highest level at or below `floor` at which each row, with all rows before it, keeps its deadline.
 
-    `wishes` stand in the order of service; levels count from 0, the reference. Points that are spent early buy room for
-    all, where rows crowd; where they do not, what the budget does not bear for everybody is kept for rows in need. A
+    `queries` stand in the order of service; levels count from 0, the reference. Where rows crowd, points that are spent
+    early buy room for all. Where they do not, what the budget does not bear for everybody is kept for rows in need. A
     row that no level would save stays at the floor.
     """
     steps = work = 0.0
-    verdicts: list[ThresholdChoice] = []
-    for wish in wishes:
-        left, loads, deepest = wish.left, wish.loads, wish.deepest
-        early = deepest if floor else wish.affordable_level
+    choices: list[ThresholdChoice] = []
+    for query in queries:
+        left, loads, deepest = query.left, query.loads, query.deepest
+        early = deepest if floor else query.affordable_level
         level = start = floor if floor < deepest else deepest
         while True:
             load = loads[level]
@@ -66,13 +66,13 @@ def by_slack(wishes: Sequence[ThresholdQuery], floor: int, fixed: float) -> list
                 level += 1
         steps, work = joint_steps, joint_work
         slack = left - SPARED * seconds
-        verdicts.append(ThresholdChoice(level, slack if slack > 0.0 else 0.0, left < seconds))
-    return verdicts
+        choices.append(ThresholdChoice(level, slack if slack > 0.0 else 0.0, left < seconds))
+    return choices
 
 
-def fixed_levels(wishes: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
+def fixed_levels(queries: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
     """Everybody at the reference."""
-    return by_slack([ThresholdQuery(wish.left, wish.loads, 0, 0) for wish in wishes], 0, fixed)
+    return by_slack([ThresholdQuery(query.left, query.loads, 0, 0) for query in queries], 0, fixed)
 
 
 def crowding(loads: Sequence[Load], fixed: float) -> float:
