@@ -2,34 +2,31 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from heapq import heappop, heappush
 
 from dilaserve.config import Config
 from dilaserve.errors import OURS
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.step_cost import StepCost
+from dilaserve.scheduler.admission_control import AdmissionControl
 from dilaserve.scheduler.arrivals import Seen, Traffic
 from dilaserve.scheduler.batching import Batcher
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.instance_state import InstanceState
-from dilaserve.scheduler.placement import ARRIVAL, Placement, turn
+from dilaserve.scheduler.placement import Placement
 from dilaserve.scheduler.plan_change import PlanState, plan_of
+from dilaserve.scheduler.plan_execution import PlanExecution
 from dilaserve.scheduler.recent_minimum import RecentMinimum
 from dilaserve.scheduler.request_state import Phase, RequestState, Transition
-from dilaserve.scheduler.rules.admission import beyond_hope, place_in, retry_after
-from dilaserve.scheduler.rules.best_effort import STEP, may_lead
-from dilaserve.scheduler.rules.composition import Candidate, within
-from dilaserve.scheduler.rules.demand import alone, ends
-from dilaserve.scheduler.rules.thresholds import ThresholdChoice, ThresholdQuery, crowding
+from dilaserve.scheduler.retry_times import RetryTimes
+from dilaserve.scheduler.step_selection import StepSelection
 from dilaserve.scheduler.totals import Fate, Totals
 from dilaserve.types import (
     Adjust,
     Arrival,
     Cancel,
     Command,
-    Decline,
     Demand,
     Emit,
     Event,
@@ -39,9 +36,7 @@ from dilaserve.types import (
     Full,
     InstanceLost,
     InstanceReady,
-    Kill,
     Launch,
-    Moves,
     Paused,
     Plan,
     PlanReady,
@@ -50,7 +45,6 @@ from dilaserve.types import (
     Replan,
     Request,
     Reshaped,
-    Reshard,
     RowResult,
     Solve,
     StepDone,
@@ -62,10 +56,8 @@ log = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two passes over all waiting requests
 SOLVE_EVERY = 2.0  # seconds between two questions to the planner
 SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
-BEST_EFFORT_PLACES = 0.75  # of --max-queue, which requests without an admitted deadline take while deadlines come
 MOST_ENDS = 32  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
 LATELY = 30.0  # seconds for which a deadline counts as one of those that come
-MOVE_PATIENCE = 1.0  # seconds that rows of an old plan wait for its new instances, before they go on where room is
 NEVER = float("inf")
 
 
@@ -92,18 +84,17 @@ class Scheduler:
         self.placement = Placement(config, self.deadlines)
         self.batcher = Batcher(config, self.placement, self.estimates, repeats)
         self.requests: dict[str, RequestState] = {}
-        self.returning: list[float] = []  # when those who were refused may try again, a heap
-        self.ends: tuple[float, list[float]] = (-NEVER, [])  # when running rows are expected to end, and as of when
         self.expiry = Expiry()  # of requests whose client does not want the answer late
-        self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
         self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
         self.plan_state = PlanState(plan, degrees, policy.step_timeout)
+        self.admission = AdmissionControl(policy, self.deadlines, self.placement, self.plan_state, self.tightest)
+        self.selection = StepSelection(self.deadlines, self.placement, self.batcher, self.tightest)
+        self.execution = PlanExecution(self.plan_state, self.placement, self.batcher, self.contained)
+        self.retry_times = RetryTimes(self.placement, self.estimates)
         self.traffic = Traffic()
         self.solves, self.solving, self.solve_at = solves, False, 0.0
-        self.move_by = NEVER  # when rows of an old plan wait no longer
         self.ticked_at = self.decided_at = -NEVER
         self.gives_up = False  # more requests have become hopeless than one decision looks at
-        self.overdue_at = NEVER  # no step in flight counts as hung before
         self.totals = Totals()
         self.disturbed = False  # a handler has stopped half-way since the last repair
 
@@ -118,7 +109,7 @@ class Scheduler:
                     yield from self.end(known, reason, now)
             case Full(tenant):
                 if loser := self.placement.gives_way(tenant):
-                    yield from self.gone(loser, Refuse(loser.request, self.place_in(now)), now, "refused")
+                    yield from self.gone(loser, Refuse(loser.request, self.retry_times.place_in(now)), now, "refused")
             case InstanceReady(instance):
                 self.plan_state.formed(instance)
                 self.placement.replicas[instance.id] = InstanceState(instance)
@@ -139,7 +130,7 @@ class Scheduler:
                 self.plan_state.workers.pop(rank, None)
                 self.placement.doom(rank)
             case Paused(seconds):
-                self.paused(seconds)
+                self.execution.paused(seconds)
             case Replan(plan, reason):
                 self.solves = plan is None
                 self.replan(plan or self.plan_state.wanted, reason, now)
@@ -152,9 +143,9 @@ class Scheduler:
         """What is due now, step by step: ends first, then the plan, then placement, then batches for idle instances."""
         self.decided_at = now
         yield from self.decline_expired(now)
-        yield from self.change_plan(now)
-        self.resume_moved_rows(now)
-        yield from self.kill_hung(now)
+        yield from self.execution.change(now)
+        self.execution.resume_moved_rows(now)
+        yield from self.execution.kill_hung(now)
         yield from self.ask_planner(now)
         ticks = self.ticks(now)
         yield from self.give_up_hopeless(now, ticks)
@@ -175,12 +166,6 @@ class Scheduler:
         for state in self.expiry.passed(now, MOST_ENDS):
             yield from self.decline(state, now)
 
-    def resume_moved_rows(self, now: float) -> None:
-        """Rows of an old plan whose instances do not come in time go on wherever there is room."""
-        if self.placement.moving and (now >= self.move_by or not (self.placement.closing or self.plan_state.forming)):
-            moved_rows, self.placement.moving = self.placement.moving, []
-            self.placement.wait_again(moved_rows)
-
     def ask_planner(self, now: float) -> Iterator[Command]:
         if now >= self.solve_at and self.asks:
             yield self.solve(now)
@@ -191,10 +176,28 @@ class Scheduler:
             if replica.in_flight is None and replica.residents:
                 yield from self.launch(replica, now)
 
+    def launch(self, replica: InstanceState, now: float) -> Iterator[Command]:
+        """Give up on rows that cannot be in time, choose thresholds, then the rows of the step."""
+        queries = self.selection.queries(replica, now)
+        if hopeless := self.selection.hopeless(replica, queries):
+            for state in [replica.with_deadline[place] for place in hopeless]:
+                yield from self.give_up(state, now)
+            if not replica.residents:
+                return
+            queries = [query for place, query in enumerate(queries) if place not in hopeless]
+        choices = self.selection.choices(replica, queries)
+        candidates = self.selection.rows(replica, choices, now)
+        for candidate in candidates:
+            state = replica.residents[candidate.key]
+            if self.selection.apply(state, choices.get(candidate.key)):
+                yield Adjust(candidate.key, state.threshold)
+        batch = self.batcher.begin(replica, candidates, now)
+        self.execution.launched(replica, now)
+        yield Launch(batch)
+
     def complete_change(self, now: float) -> Iterator[Command]:
         """Report a plan once its instances stand."""
-        complete = self.plan_state.change and not self.placement.closing
-        if complete and (change := self.plan_state.completed(self.placement.instances(), now)):
+        if change := self.execution.completed(now):
             self.traffic.changed(now)
             yield Reshaped(change)
             if self.plan_state.whole:
@@ -218,77 +221,13 @@ class Scheduler:
         solve_at = self.solve_at if self.asks else NEVER
         if self.gives_up or self.placement.places_more or (self.deadlines.admits and self.placement.queue.untested):
             return self.decided_at  # a decision looks at only so many
-        move_by = self.move_by if self.placement.moving else NEVER
-        return min(tick_at, self.plan_state.form_by, self.next_overdue(), self.expiry.next_at(), solve_at, move_by)
-
-    def next_overdue(self) -> float:
-        """When the first of the steps in flight counts as hung."""
-        return min([replica.overdue_at for replica in self.placement.all_replicas()], default=NEVER)
+        return min(tick_at, self.execution.wake_at(), self.expiry.next_at(), solve_at)
 
     # the plan
 
     def replan(self, plan: Plan | None, reason: str, now: float) -> None:
         self.plan_state.asked(now, self.placement.instances(), reason)
         self.plan_state.wanted = plan
-
-    def change_plan(self, now: float) -> Iterator[Command]:
-        """Close the instances that are not of the plan, as soon as their step is done, and open those that are missing.
-
-        Instances of both plans are not touched.
-        """
-        if not self.plan_state.needs_reshape:
-            return
-        self.plan_state.needs_reshape = False
-        if self.plan_state.wanted is None:
-            self.plan_state.change = None
-            return
-        groups, ends = set(self.plan_state.target().groups), []
-        for id, replica in list(self.placement.closing.items()):
-            if replica.instance.ranks in groups and not replica.doomed:
-                self.placement.replicas[id] = self.placement.closing.pop(id)
-        for id, replica in list(self.placement.replicas.items()):
-            if replica.instance.ranks not in groups or replica.doomed:
-                self.placement.closing[id] = self.placement.replicas.pop(id)
-        for id, replica in list(self.placement.closing.items()):
-            if replica.in_flight is None:
-                yield from self.vacate(self.placement.closing.pop(id), now)
-                ends.append(id)
-        self.placement.instances_changed()
-        there = [*self.placement.instances(), *self.plan_state.forming.values()]
-        begins = self.plan_state.begun({rank for instance in there for rank in instance.ranks}, now)
-        if ends or begins:
-            yield Reshard(Moves(tuple(ends), tuple(begins)))
-
-    def vacate(self, replica: InstanceState, now: float) -> Iterator[Command]:
-        """The instance goes between two steps: its rows keep all committed tokens and lose their K/V.
-
-        For a moment they wait for the new instances rather than crowd the old ones that stay.
-        """
-        if not self.placement.moving:
-            self.move_by = now + MOVE_PATIENCE
-        rows = list(replica.residents.values())
-        if ends := [row.stepped_at for row in rows if row.steps]:
-            self.plan_state.stopped |= dict.fromkeys(replica.instance.ranks, max(ends))
-        for state in rows:
-            yield from self.contained(state, self.vacated(state, replica))
-        self.placement.moving += [state for state in rows if state.phase is Phase.WAITING]
-
-    def vacated(self, state: RequestState, replica: InstanceState) -> Iterator[Command]:
-        self.placement.unassign(state, replica)
-        state.did(Transition.EVICTED)
-        yield from ()
-
-    def kill_hung(self, now: float) -> Iterator[Command]:
-        """Give up on instances whose step takes many times as long as predicted, or that do not come up."""
-        if now < self.overdue_at and now < self.plan_state.form_by:
-            return
-        for replica in self.placement.all_replicas():
-            if now >= replica.overdue_at:
-                self.batcher.hung(replica, now)
-                yield Kill(replica.instance.id, f"no answer to a step for {now - replica.launched_at:.3g} s")
-        self.overdue_at = self.next_overdue()
-        for id in self.plan_state.overdue(now):
-            yield Kill(id, "the instance was not formed in time")
 
     def solve(self, now: float) -> Solve:
         self.solving, self.solve_at = True, now + (SOLVE_SOON if self.traffic.begins(now) else SOLVE_EVERY)
@@ -324,49 +263,20 @@ class Scheduler:
         self.requests[request.id] = state
         self.totals.received += 1
         state.has_deadline = state.deadline is not None
-        rejects = state.has_deadline and slo.on_miss == "reject" and not self.admissible(state, now)
+        rejects = state.has_deadline and slo.on_miss == "reject" and not self.admission.admissible(state, now)
         self.placement.enter(state)
         state.seconds = self.estimates.unloaded(state)
         self.placement.backlog.add(state)
         if rejects:
             yield from self.decline(state, now)
-        elif self.is_too_much(state, now):
-            yield from self.gone(state, Refuse(request, self.place_in(now)), now, "refused")
+        elif self.admission.is_too_much(state, now):
+            yield from self.gone(state, Refuse(request, self.retry_times.place_in(now)), now, "refused")
         elif self.deadlines.sheds and state.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(state, state.deadline, len(self.requests))
 
-    def is_too_much(self, state: RequestState, now: float) -> bool:
-        """Whether the request would be best effort, while deadlines come and more of that waits than will be done."""
-        if not self.deadlines.admits or self.tightest.at(now) == NEVER:
-            return False
-        devices = sum(replica.degree for replica in self.placement.replicas.values())
-        seconds, requests = self.most_best_effort
-        if (
-            self.placement.backlog.best_effort <= seconds * max(1, devices)
-            and self.placement.backlog.requests <= requests
-        ):
-            return False
-        if not state.has_deadline:
-            return True
-        return state.request.slo.on_miss == "best_effort" and not self.admissible(state, now)
-
-    def admissible(self, state: RequestState, now: float) -> bool:
-        """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
-        placement = self.placement
-        if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
-            return True
-        return placement.any_with_slack(state, now) or placement.tries(state, now)
-
     def decline(self, state: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met, or has passed: tell the client, now."""
-        yield from self.gone(state, self.declined(state, now), now, "declined")
-
-    def declined(self, state: RequestState, now: float) -> Decline:
-        request, usage = state.request, state.usage(now)
-        if state.steps:
-            return Decline(request, usage, None)
-        wait = retry_after(self.placement.backlog.timed, len(self.placement.replicas))
-        return Decline(request, usage, wait, self.deadlines.is_never_feasible(state))
+        yield from self.gone(state, self.admission.declined(state, now), now, "declined")
 
     def seen(self, state: RequestState, now: float) -> Seen:
         """The arrival as planning sees it."""
@@ -504,16 +414,6 @@ class Scheduler:
             self.placement.unassign(state, state.replica)
         return Release(state.request.row)
 
-    def paused(self, seconds: float) -> None:
-        """What is under way gets the time again, and its step teaches nothing of what steps cost."""
-        for replica in self.placement.all_replicas():
-            if replica.in_flight is not None:
-                replica.overdue_at += seconds
-                replica.launched_at += seconds
-                replica.disturbed = True
-        self.plan_state.paused(seconds)
-        self.overdue_at = self.next_overdue()
-
     def evict(self, replica: InstanceState, reason: str, outside: bool, now: float) -> Iterator[Command]:
         """The instance is lost: its rows wait again, where they were in the order; they keep all committed tokens.
 
@@ -601,126 +501,9 @@ class Scheduler:
         """
         self.totals.received += 1
         self.totals.ended("refused", False if timed else None)
-        return self.place_in(now)
-
-    def place_in(self, now: float) -> float:
-        while self.returning and self.returning[0] <= now:
-            heappop(self.returning)
-        if not self.ends[0] <= now < self.ends[0] + TICK:
-            self.ends = now, self.running_ends()
-        seconds = place_in(self.ends[1], len(self.returning) + 1)
-        heappush(self.returning, now + seconds)
-        return seconds
-
-    def running_ends(self) -> list[float]:
-        """Seconds until each of the rows on instances is done, as is believed."""
-        found: list[float] = []
-        for replica in self.placement.all_replicas():
-            rows = [row for row in replica.residents.values() if row.phase is not Phase.LEAVING]
-            loads = [self.estimates.loads(row, replica.degree)[row.level] for row in rows]
-            found += ends(loads, self.estimates.pace(replica.degree).fixed)
-        return found
-
-    # steps
-
-    def launch(self, replica: InstanceState, now: float) -> Iterator[Command]:
-        degree, pace = replica.degree, self.estimates.pace(replica.degree)
-        if self.deadlines.rank_moves:
-            replica.with_deadline.sort(key=self.deadlines.rank)
-        queries = [self.deadlines.query(state, now, degree) for state in replica.with_deadline]
-        if self.deadlines.sheds:
-            sure = self.deadlines.shed
-            needs = [alone(query.loads[query.deepest], pace.fixed) if sure else 0.0 for query in queries]
-            if lost := beyond_hope([query.left for query in queries], needs):
-                for state in [replica.with_deadline[place] for place in lost]:
-                    yield from self.give_up(state, now)
-                if not replica.residents:
-                    return
-                queries = [query for place, query in enumerate(queries) if place not in lost]
-        choices = self.choices(replica, queries)
-        replica.late = sum(choice.late for choice in choices.values())
-        replica.crowding = crowding([query.loads[0] for query in queries], pace.fixed)
-        found = self.candidates(replica, choices, now)
-        if self.deadlines.admits and replica.with_deadline:  # deadlines that were admitted go before shares
-            candidates = self.batcher.keeping(replica, found)
-        else:
-            if self.deadlines.admits:
-                found = within(found, STEP * self.tightest.at(now))
-            sure = self.estimates.sure((degree,))
-            candidates = self.batcher.shared(replica, found) if sure else self.batcher.fitting(found)
-        if len(candidates) > 1:
-            candidates.sort(key=lambda one: (one.tokens, replica.residents[one.key].request.canvas_tokens))
-        for candidate in candidates:
-            state = replica.residents[candidate.key]
-            choice = choices.get(state.request.row)
-            if choice or state.level or state.table_threshold != state.thresholds[0]:
-                self.apply_threshold(state, choice)
-                if state.table_threshold != (threshold := state.threshold):
-                    state.table_threshold = threshold
-                    yield Adjust(state.request.row, threshold)
-        batch = self.batcher.begin(replica, candidates, now)
-        self.overdue_at = min(self.overdue_at, replica.overdue_at)
-        if self.plan_state.stopped:
-            self.plan_state.resumed(replica.instance.ranks, now)
-        yield Launch(batch)
-
-    def choices(self, replica: InstanceState, queries: Sequence[ThresholdQuery]) -> dict[int, ThresholdChoice]:
-        """Threshold choices by row, of rows with deadlines."""
-        rows = [state.request.row for state in replica.with_deadline]
-        return dict(zip(rows, self.deadlines.choices(queries, replica.degree), strict=True)) if rows else {}
-
-    def candidates(self, replica: InstanceState, choices: Mapping[int, ThresholdChoice], now: float) -> list[Candidate]:
-        """In the order of service."""
-        found, degree = [], replica.degree
-        for state in quarantined(self.served(replica, now)):
-            ready = state.ready  # most of many rows are not in the step, and are as they were: no call for those
-            if ready is None or ready.degree != degree:
-                ready = self.batcher.ready(state, degree)
-            candidate = ready.candidate
-            if choices and (choice := choices.get(candidate.key)):
-                candidate = Candidate(candidate.key, candidate.tokens, candidate.seconds, choice.slack)
-            found.append(candidate)
-        return found
-
-    def served(self, replica: InstanceState, now: float) -> list[RequestState]:
-        """Who may step, in the order of service.
-
-        Rows with admitted deadlines go before the others. Of these one leads the step now and then, as far as their
-        share of device time allows; those that reuse their K/V ride where deadlines have time to spare.
-        """
-        rows = replica.residents.values()
-        if not self.deadlines.admits:
-            return self.served_unadmitted(replica, now)
-        rest = sorted([row for row in rows if not row.has_deadline], key=turn)
-        if not replica.with_deadline:
-            return rest
-        lead = rest[:1] if may_lead(replica.saved) else []
-        ride = [row for row in rest[len(lead) :] if not self.batcher.ready(row, replica.degree).work.refresh]
-        return [*lead, *replica.with_deadline, *ride]
-
-    def served_unadmitted(self, replica: InstanceState, now: float) -> list[RequestState]:
-        """The same where deadlines are not tested: one order for all, but for one row that has aged."""
-        rows, rank = replica.residents.values(), self.deadlines.rank
-        oldest = min([row for row in rows if not row.has_deadline], key=ARRIVAL, default=None)
-        if oldest and not self.placement.aged(oldest, now):
-            oldest = None
-        return sorted(rows, key=lambda row: (row is not oldest, row.late, rank(row), turn(row)))
-
-    def apply_threshold(self, state: RequestState, choice: ThresholdChoice | None) -> None:
-        """The threshold of the row's next step, and what it may cost."""
-        level = min(choice.level, self.deadlines.ledger.deepest(state)) if choice else 0  # rows before it may have paid
-        state.level = level
-        if len(state.thresholds) > 1:
-            spent, spends = state.drop, state.drops[level] if level else 0.0
-            self.deadlines.ledger.reserve(state, spends if spends > spent else spent)
+        return self.retry_times.place_in(now)
 
 
 def failed(request: Request, error: Exception) -> Fail:
     """The last word on a request whose handling has raised."""
     return Fail(request, f"its handling raised {type(error).__name__}: {error}", OURS, error)
-
-
-def quarantined(rows: list[RequestState]) -> list[RequestState]:
-    """Without suspects all, else the first of these alone."""
-    suspects = [row for row in rows if row.suspect]
-    return suspects[:1] or rows
