@@ -590,7 +590,7 @@ def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     up(machine, range(4))
     for i in range(3):
         feed(machine, Arrival(request(i, at=2.0, slo=Slo(seconds=0.001))), 2.0)
-    assert machine.solving
+    assert machine.planning.waiting
     list(machine.observe(PlanReady(None, "well as it is"), 2.5))
     (solve,) = [command for command in machine.decide(4.0) if isinstance(command, Solve)]
     (flow,) = solve.demand.flows
@@ -601,9 +601,12 @@ def test_the_planner_is_asked_with_what_arrived_and_its_plan_is_taken():
     assert machine.plan_state.wanted == PAIRS
     feed(machine, Replan(SINGLES, "asked"), 4.5)
     feed(machine, PlanReady(PAIRS, "tight deadlines"), 5.0)
-    assert (machine.plan_state.wanted, machine.solves) == (SINGLES, False)  # who asks by hand has the last word
+    assert (machine.plan_state.wanted, machine.planning.active) == (
+        SINGLES,
+        False,
+    )  # a plan asked for by hand stays
     feed(machine, Replan(None, "auto"), 6.0)
-    assert (machine.plan_state.wanted, machine.solves) == (SINGLES, True)
+    assert (machine.plan_state.wanted, machine.planning.active) == (SINGLES, True)
 
 
 def test_the_planner_is_asked_more_often_while_the_first_traffic_begins():

@@ -7,9 +7,10 @@ from dilaserve.config import Config
 from dilaserve.errors import OURS
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.step_cost import StepCost
+from dilaserve.scheduler.accounting import Accounting
 from dilaserve.scheduler.admission_control import AdmissionControl
-from dilaserve.scheduler.arrivals import Seen, Traffic
 from dilaserve.scheduler.batching import Batcher
+from dilaserve.scheduler.deadline_ticks import DeadlineTicks
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.expiry import Expiry
@@ -17,6 +18,7 @@ from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
 from dilaserve.scheduler.plan_change import PlanState, plan_of
 from dilaserve.scheduler.plan_execution import PlanExecution
+from dilaserve.scheduler.planner_requests import PlannerRequests
 from dilaserve.scheduler.recent_minimum import RecentMinimum
 from dilaserve.scheduler.request_state import Phase, RequestState, Transition
 from dilaserve.scheduler.retry_times import RetryTimes
@@ -27,7 +29,6 @@ from dilaserve.types import (
     Arrival,
     Cancel,
     Command,
-    Demand,
     Emit,
     Event,
     Fail,
@@ -46,17 +47,13 @@ from dilaserve.types import (
     Request,
     Reshaped,
     RowResult,
-    Solve,
     StepDone,
     WorkerLost,
     WorkerUp,
 )
 
 log = logging.getLogger(__name__)
-TICK = 0.25  # seconds between two passes over all waiting requests
-SOLVE_EVERY = 2.0  # seconds between two questions to the planner
-SOLVE_SOON = 1.0  # the same, in the first seconds of the first traffic: the plan was made for none
-MOST_ENDS = 32  # requests that one decision declines at their deadline, and as many that it gives up; about 30 µs each
+MOST_DECLINES = 32  # requests that one decision declines at their deadline; about 30 µs each
 LATELY = 30.0  # seconds for which a deadline counts as one of those that come
 NEVER = float("inf")
 
@@ -91,11 +88,11 @@ class Scheduler:
         self.selection = StepSelection(self.deadlines, self.placement, self.batcher, self.tightest)
         self.execution = PlanExecution(self.plan_state, self.placement, self.batcher, self.contained)
         self.retry_times = RetryTimes(self.placement, self.estimates)
-        self.traffic = Traffic()
-        self.solves, self.solving, self.solve_at = solves, False, 0.0
-        self.ticked_at = self.decided_at = -NEVER
-        self.gives_up = False  # more requests have become hopeless than one decision looks at
+        self.planning = PlannerRequests(solves, self.plan_state, self.placement, self.estimates)
+        self.ticks = DeadlineTicks(self.deadlines, self.placement)
+        self.decided_at = -NEVER
         self.totals = Totals()
+        self.accounting = Accounting(self.deadlines.ledger, self.planning, self.totals)
         self.disturbed = False  # a handler has stopped half-way since the last repair
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
@@ -132,11 +129,11 @@ class Scheduler:
             case Paused(seconds):
                 self.execution.paused(seconds)
             case Replan(plan, reason):
-                self.solves = plan is None
+                self.planning.active = plan is None
                 self.replan(plan or self.plan_state.wanted, reason, now)
             case PlanReady(plan, reason):
-                self.solving = False
-                if self.solves and plan is not None and plan != self.plan_state.wanted:
+                self.planning.waiting = False
+                if self.planning.active and plan is not None and plan != self.plan_state.wanted:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
@@ -146,29 +143,21 @@ class Scheduler:
         yield from self.execution.change(now)
         self.execution.resume_moved_rows(now)
         yield from self.execution.kill_hung(now)
-        yield from self.ask_planner(now)
-        ticks = self.ticks(now)
-        yield from self.give_up_hopeless(now, ticks)
+        yield from self.planning.due(now)
+        ticks = self.ticks.due(now)
+        for state in self.ticks.hopeless(now, ticks, len(self.requests)):
+            yield from self.give_up(state, now)
         if ticks:
-            self.tick(now)
+            self.ticks.move_floor(now)
         self.placement.place(now, everywhere=ticks)
         yield from self.launch_idle(now)
         yield from self.batcher.stop_early()
         yield from self.complete_change(now)
 
-    def ticks(self, now: float) -> bool:
-        """Whether all waiting requests are looked at again, every quarter of a second while there is a reason."""
-        reason = self.placement.queue or self.deadlines.admits or self.deadlines.floor
-        return now >= self.ticked_at + TICK and bool(reason)
-
     def decline_expired(self, now: float) -> Iterator[Command]:
         """Requests whose client does not want the answer late, at their deadline."""
-        for state in self.expiry.passed(now, MOST_ENDS):
+        for state in self.expiry.passed(now, MOST_DECLINES):
             yield from self.decline(state, now)
-
-    def ask_planner(self, now: float) -> Iterator[Command]:
-        if now >= self.solve_at and self.asks:
-            yield self.solve(now)
 
     def launch_idle(self, now: float) -> Iterator[Command]:
         """The next batch of each instance that has rows and no step in flight."""
@@ -198,7 +187,7 @@ class Scheduler:
     def complete_change(self, now: float) -> Iterator[Command]:
         """Report a plan once its instances stand."""
         if change := self.execution.completed(now):
-            self.traffic.changed(now)
+            self.planning.traffic.changed(now)
             yield Reshaped(change)
             if self.plan_state.whole:
                 yield from self.fail_large(now)
@@ -208,41 +197,23 @@ class Scheduler:
         """The instances that there are."""
         return plan_of(self.placement.instances())
 
-    @property
-    def asks(self) -> bool:
-        """Whether the planner will be asked again: not while it thinks, nor while a change is under way."""
-        return self.solves and not self.solving and self.plan_state.change is None
-
     def wake_at(self) -> float:
         """When to decide again even if nothing happens: for requests that wait or reach their deadline, for a step that
         hangs, for the planner.
         """
-        tick_at = self.ticked_at + TICK if self.placement.queue or self.deadlines.floor else NEVER
-        solve_at = self.solve_at if self.asks else NEVER
-        if self.gives_up or self.placement.places_more or (self.deadlines.admits and self.placement.queue.untested):
+        if (
+            self.ticks.unfinished
+            or self.placement.places_more
+            or (self.deadlines.admits and self.placement.queue.untested)
+        ):
             return self.decided_at  # a decision looks at only so many
-        return min(tick_at, self.execution.wake_at(), self.expiry.next_at(), solve_at)
+        return min(self.ticks.wake_at(), self.execution.wake_at(), self.expiry.next_at(), self.planning.wake_at())
 
     # the plan
 
     def replan(self, plan: Plan | None, reason: str, now: float) -> None:
         self.plan_state.asked(now, self.placement.instances(), reason)
         self.plan_state.wanted = plan
-
-    def solve(self, now: float) -> Solve:
-        self.solving, self.solve_at = True, now + (SOLVE_SOON if self.traffic.begins(now) else SOLVE_EVERY)
-        met, ended = self.traffic.outcome(now)
-        demand = Demand(
-            seconds=self.traffic.seconds(now),
-            flows=self.traffic.flows(now),
-            backlog=len(self.placement.queue) + len(self.placement.waiting),
-            plan=self.plan_state.wanted or self.plan,
-            ranks=tuple(sorted(self.plan_state.workers)),
-            degrees=self.plan_state.degrees,
-            met=met,
-            ended=ended,
-        )
-        return Solve(demand)
 
     # events
 
@@ -256,10 +227,7 @@ class Scheduler:
             state.deadline = request.arrived_at + slo.multiple * self.estimates.unloaded(state)
         if state.deadline is not None:
             self.tightest.add(state.deadline - request.arrived_at, now)
-        if self.solves:
-            if self.traffic.since is None:
-                self.solve_at = min(self.solve_at, now + SOLVE_SOON)
-            self.traffic.arrived(self.seen(state, now))
+        self.planning.arrived(state, now)
         self.requests[request.id] = state
         self.totals.received += 1
         state.has_deadline = state.deadline is not None
@@ -277,13 +245,6 @@ class Scheduler:
     def decline(self, state: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met, or has passed: tell the client, now."""
         yield from self.gone(state, self.admission.declined(state, now), now, "declined")
-
-    def seen(self, state: RequestState, now: float) -> Seen:
-        """The arrival as planning sees it."""
-        request, tightness = state.request, None
-        if state.deadline is not None:
-            tightness = (state.deadline - request.arrived_at) / max(1e-9, self.estimates.unloaded(state))
-        return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
         replica = self.placement.replicas.get(event.instance) or self.placement.closing.get(event.instance)
@@ -350,9 +311,9 @@ class Scheduler:
         self.placement.leave(state)
         self.placement.backlog.remove(state)
         state.did(Transition.ENDED)
-        self.settle_bank(state, fate)
+        self.accounting.charge(state, fate)
         words = [farewell, self.release(state)] if state.phase is Phase.GONE else [farewell]
-        self.account(state, now, fate)
+        self.accounting.ended(state, now, fate)
         del self.requests[state.request.id]  # last: while it is known, an error here still ends it as failed
         yield from words
 
@@ -390,23 +351,6 @@ class Scheduler:
         self.totals.ended("failed", False if timed else None)
         yield failed(request, error)
         yield Release(request.row)
-
-    def settle_bank(self, state: RequestState, fate: Fate) -> None:
-        """The tenant's accuracy bank pays for an answer, and for a part of one that its client keeps."""
-        self.deadlines.ledger.reserve(state, 0.0)
-        if fate == "answered":
-            self.deadlines.ledger.charge(state)
-        elif fate in ("cancelled", "failed") and (given := state.prefix - state.request.prompt_tokens) > 0:
-            self.deadlines.ledger.charge(state, min(1.0, given / state.request.max_tokens))
-
-    def account(self, state: RequestState, now: float, fate: Fate) -> None:
-        """Count the request's fate, once, and the device seconds spent on it."""
-        met = None if state.deadline is None else fate == "answered" and now <= state.deadline
-        state.wasted = met is False and fate != "cancelled"
-        if self.solves and met is not None and fate != "cancelled":
-            self.traffic.ended(state.request.arrived_at, met, now)
-        self.totals.ended(fate, met)
-        self.totals.spent(state.device, state.wasted)
 
     def release(self, state: RequestState) -> Release:
         """Take the row off its instance, if it is on one, and free it."""
@@ -450,42 +394,6 @@ class Scheduler:
                 yield from self.gone(state, Fail(state.request, told, f"{told}; lower max_tokens"), now, "failed")
 
     # deadlines
-
-    def tick(self, now: float) -> None:
-        """Every quarter of a second: move the floor of the thresholds, by what instances saw at their last step."""
-        self.ticked_at = now
-        if not self.deadlines.moves_floor:
-            return
-        waiting = len(self.placement.queue)
-        missing, total, crowd = len(self.placement.queue.tested), waiting, float(waiting)  # each is one more somewhere
-        for replica in self.placement.replicas.values():
-            if replica.with_deadline:
-                missing, total = missing + replica.late, total + len(replica.with_deadline)
-                crowd += replica.crowding
-        self.deadlines.look(missing, total, crowd / max(1, len(self.placement.replicas)))
-
-    def give_up_hopeless(self, now: float, ticks: bool) -> Iterator[Command]:
-        """Give up on requests that wait and can no longer end in time: at a tick, or if the last decision left some.
-
-        As many as there are instances without deadlines are kept: they are tried there, as estimates may err. That a
-        deadline has passed is no estimate, and holds while what steps cost is a guess.
-        """
-        if not (self.deadlines.sheds and (ticks or self.gives_up)):
-            return
-        spare = sum(not replica.with_deadline for replica in self.placement.replicas.values())
-        hopeless = self.placement.hopeless
-        for state in hopeless.passed(now, MOST_ENDS):
-            if state not in self.placement.queue:
-                continue
-            past = self.deadlines.is_past(state, now)
-            if past or (self.deadlines.shed and self.deadlines.is_hopeless(state, now)):
-                spare -= 1
-                if spare < 0 or past:
-                    yield from self.give_up(state, now)
-                    continue
-            again = max(now + TICK, self.deadlines.hopeless_at(state))
-            hopeless.add(state, again, len(self.requests))
-        self.gives_up = hopeless.next_at() <= now
 
     def give_up(self, state: RequestState, now: float) -> Iterator[Command]:
         """The deadline cannot be met any more: go on as best effort, or end, as `on_miss` says."""
