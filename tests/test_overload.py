@@ -11,11 +11,12 @@ from dilaserve.config import Config
 from dilaserve.profile import forecast
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import guessed
+from dilaserve.scheduler.deadline_ticks import MOST_HOPELESS
 from dilaserve.scheduler.recent_minimum import RecentMinimum
 from dilaserve.scheduler.request_state import Phase
 from dilaserve.scheduler.rules.best_effort import MOST_SAVED, after_step, may_lead
 from dilaserve.scheduler.rules.composition import Candidate, within
-from dilaserve.scheduler.scheduler import MOST_ENDS, Scheduler
+from dilaserve.scheduler.scheduler import Scheduler
 from dilaserve.sim import workload
 from dilaserve.sim.command import prepared
 from dilaserve.sim.h200 import llada_8b_h200
@@ -319,7 +320,7 @@ def test_hopeless_requests_leave_a_long_queue_when_they_become_so():
     while machine.wake_at() <= 500.0:
         decisions += 1
         list(machine.decide(500.0))
-    assert 500 / MOST_ENDS <= decisions < 40
+    assert 500 / MOST_HOPELESS <= decisions < 40
     late = [state.request.row for state in machine.requests.values() if state.late]
     assert set(range(490)) <= set(late)
     assert not set(range(502, 1000)) & set(late)

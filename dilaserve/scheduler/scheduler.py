@@ -201,11 +201,8 @@ class Scheduler:
         """When to decide again even if nothing happens: for requests that wait or reach their deadline, for a step that
         hangs, for the planner.
         """
-        if (
-            self.ticks.unfinished
-            or self.placement.places_more
-            or (self.deadlines.admits and self.placement.queue.untested)
-        ):
+        untested = self.deadlines.admits and self.placement.queue.untested
+        if self.ticks.unfinished or self.placement.places_more or untested:
             return self.decided_at  # a decision looks at only so many
         return min(self.ticks.wake_at(), self.execution.wake_at(), self.expiry.next_at(), self.planning.wake_at())
 
@@ -306,16 +303,16 @@ class Scheduler:
         fate: Fate = "cancelled" if reason == "cancelled" else "answered"
         yield from self.gone(state, Finish(state.request, reason, state.usage(now)), now, fate)
 
-    def gone(self, state: RequestState, farewell: Command, now: float, fate: Fate) -> Iterator[Command]:
+    def gone(self, state: RequestState, last_word: Command, now: float, fate: Fate) -> Iterator[Command]:
         """The one way in which requests end: the client hears now; the row is free now, or after its step in flight."""
         self.placement.leave(state)
         self.placement.backlog.remove(state)
         state.did(Transition.ENDED)
         self.accounting.charge(state, fate)
-        words = [farewell, self.release(state)] if state.phase is Phase.GONE else [farewell]
+        commands = [last_word, self.release(state)] if state.phase is Phase.GONE else [last_word]
         self.accounting.ended(state, now, fate)
         del self.requests[state.request.id]  # last: while it is known, an error here still ends it as failed
-        yield from words
+        yield from commands
 
     # errors
 
@@ -375,9 +372,9 @@ class Scheduler:
         """One row of an instance that is lost."""
         stepping = state.phase is Phase.STEPPING and not outside
         if stepping and state.suspect:
-            told = "the request failed twice on our side; it was given up"
+            message = "the request failed twice on our side; it was given up"
             why = f"in flight at two lost workers in a row, the last: {reason}"
-            yield from self.gone(state, Fail(state.request, why, told), now, "failed")
+            yield from self.gone(state, Fail(state.request, why, message), now, "failed")
         leaving = state.phase is Phase.LEAVING
         state.suspect |= stepping
         self.placement.unassign(state, replica)
@@ -390,8 +387,8 @@ class Scheduler:
         for state in list(self.requests.values()):
             if state.replica is None and not self.placement.ever_fits(state):
                 tokens = state.request.canvas_tokens
-                told = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
-                yield from self.gone(state, Fail(state.request, told, f"{told}; lower max_tokens"), now, "failed")
+                why = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
+                yield from self.gone(state, Fail(state.request, why, f"{why}; lower max_tokens"), now, "failed")
 
     # deadlines
 

@@ -5,7 +5,7 @@ from typing import Literal
 Fate = Literal["answered", "declined", "cancelled", "failed", "refused"]
 FATES: dict[Fate, str] = {
     "answered": "finished with a whole answer",
-    "declined": "told that the deadline cannot be met, at once or later",
+    "declined": "answered that the deadline cannot be met, at once or later",
     "cancelled": "left by the client",
     "failed": "given up because of an error on the server",
     "refused": "refused because the queue is full",
