@@ -13,15 +13,20 @@ from test_scheduler import World, done, feed, request, result, scheduler
 from dilaserve import BadRequest, Config, Engine, Options, RequestFailed, Unavailable
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS
+from dilaserve.scheduler.accounting import Accounting
 from dilaserve.scheduler.accuracy_ledger import AccuracyLedger
+from dilaserve.scheduler.admission_control import AdmissionControl
 from dilaserve.scheduler.batching import Batcher
 from dilaserve.scheduler.containment import Guard, StateBroken
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.invariants import violations
 from dilaserve.scheduler.placement import Placement
+from dilaserve.scheduler.placer import Placer
+from dilaserve.scheduler.planner_requests import PlannerRequests
 from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.scheduler.step_selection import StepSelection
 from dilaserve.scheduler.waiting_queue import WaitingQueue
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.h200 import llada_8b_h200
@@ -29,14 +34,13 @@ from dilaserve.sim.run import pretended
 from dilaserve.types import Arrival, Cancel, Fail, Instance, InstanceReady, Launch, Release, Request
 
 HANDLERS = [
-    *(
-        (Scheduler, name)
-        for name in ("arrival", "returned", "end", "gone", "apply_threshold", "release", "seen", "account")
-    ),
-    *(
-        (Placement, name)
-        for name in ("enter", "leave", "assign", "unassign", "aged", "replica_for", "make_room", "evict")
-    ),
+    *((Scheduler, name) for name in ("arrival", "returned", "end", "gone", "release")),
+    *((AdmissionControl, name) for name in ("admissible", "is_too_much", "declined")),
+    *((Accounting, name) for name in ("charge", "ended")),
+    (PlannerRequests, "arrived"),
+    (StepSelection, "apply"),
+    (Placer, "replica_for"),
+    *((Placement, name) for name in ("enter", "leave", "assign", "unassign", "aged", "make_room", "evict")),
     *((Deadlines, name) for name in ("arrived", "rank", "query", "is_hopeless")),
     *((AccuracyLedger, name) for name in ("deepest", "reserve", "charge")),
     *((Estimates, name) for name in ("loads", "unloaded", "watched", "step_seconds", "kind")),

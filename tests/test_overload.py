@@ -184,7 +184,7 @@ def test_what_is_left_of_the_step_in_flight_counts_when_a_deadline_is_tested():
         assert (left > 0.2) == flying
         state = machine.deadlines.arrived(request(0, seconds=need + 0.2))
         state.deadline, state.has_deadline = need + 0.2, True
-        fates.append(machine.placement.any_with_slack(state, 0.0))
+        fates.append(machine.placer.any_with_slack(state, 0.0))
     assert fates == [True, False]
 
 
@@ -275,10 +275,8 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
     machine = scheduler(guaranteed_rows=2, max_queue=4096)
     for id in range(4):
         feed(machine, InstanceReady(Instance(id, (id,), 10**6)))
-    original = machine.placement.place_one
-    monkeypatch.setattr(
-        machine.placement, "place_one", lambda state, *rest: tests.append(state) or original(state, *rest)
-    )
+    original = machine.placer.place_one
+    monkeypatch.setattr(machine.placer, "place_one", lambda state, *rest: tests.append(state) or original(state, *rest))
     for row in range(1000):
         list(machine.observe(Arrival(request(row, seconds=10_000.0 + row)), 0.0))
     now = 0.0

@@ -1,8 +1,7 @@
 """What a new request gets: a deadline that is kept, a place in the queue, or an answer that it cannot be served."""
 
 from dilaserve.config import SchedulerConfig
-from dilaserve.scheduler.deadlines import Deadlines
-from dilaserve.scheduler.placement import Placement
+from dilaserve.scheduler.placer import Placer
 from dilaserve.scheduler.plan_change import PlanState
 from dilaserve.scheduler.recent_minimum import RecentMinimum
 from dilaserve.scheduler.request_state import RequestState
@@ -19,12 +18,12 @@ class AdmissionControl:
     def __init__(
         self,
         policy: SchedulerConfig,
-        deadlines: Deadlines,
-        placement: Placement,
+        placer: Placer,
         plan_state: PlanState,
         tightest: RecentMinimum,
     ) -> None:
-        self.deadlines, self.placement, self.plan_state, self.tightest = deadlines, placement, plan_state, tightest
+        self.placer, self.placement, self.deadlines = placer, placer.placement, placer.deadlines
+        self.plan_state, self.tightest = plan_state, tightest
         self.most_seconds, self.most_requests = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
 
     def admissible(self, state: RequestState, now: float) -> bool:
@@ -32,7 +31,7 @@ class AdmissionControl:
         placement = self.placement
         if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
             return True
-        return placement.any_with_slack(state, now) or placement.tries(state, now)
+        return self.placer.any_with_slack(state, now) or self.placer.tries(state, now)
 
     def is_too_much(self, state: RequestState, now: float) -> bool:
         """Whether the request would be best effort, while deadlines come and more of that waits than will be done."""

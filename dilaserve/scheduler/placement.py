@@ -1,11 +1,10 @@
-"""Places waiting requests on instances, and takes them off: the queues, the instances, and which rows each holds."""
+"""Where every request is: the queues, the instances, and which rows each holds."""
 
-import heapq
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from operator import attrgetter
 
 from dilaserve.config import Config
@@ -15,31 +14,20 @@ from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.request_state import Phase, RequestState, Transition
-from dilaserve.scheduler.rules.admission import Room, Tenant, fits, least_loaded
-from dilaserve.scheduler.rules.fairness import Turns, gives_way, granted, in_turn
-from dilaserve.scheduler.rules.ordering import ORDERS, without_deadline
+from dilaserve.scheduler.rules.fairness import Turns, gives_way, granted
+from dilaserve.scheduler.rules.ordering import without_deadline
 from dilaserve.scheduler.waiting_queue import WaitingQueue
-from dilaserve.types import Instance, Load
+from dilaserve.types import Instance
 
-LOOKS = 8  # requests at the head of the queue that each decision tests on the instances between two steps
-TESTS = 300  # arrival tests of one request on one instance that a decision makes at most; about 2 µs each
-PLACED = 32  # requests without admitted deadlines that a decision gives rows to, at most; about 20 µs each
-WINDOW = 64  # requests that failed the test and that a tick tests again, at most
-STALE = 10.0  # seconds without a step after which what is believed of an instance may be wrong
-FARTHEST = 10.0  # times too long that a step may seem to take
 ARRIVAL = attrgetter("request.arrived_at")
 
 
 class Placement:
-    """Assigns waiting requests to instances and evicts rows.
-
-    A request with a deadline goes to an instance that can keep it, a best-effort request to any instance with room.
-    """
+    """Assigns requests to instances and takes them off; which instance a request gets, `Placer` decides."""
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
         self.deadlines, self.estimates = deadlines, deadlines.estimates
         self.max_rows = config.device.max_num_seqs
-        self.max_guaranteed = config.scheduler.guaranteed_rows
         self.age = config.scheduler.best_effort_age
         self.waiting = WaitingQueue(turn)  # best-effort requests
         self.queue = DeadlineQueue(deadlines.rank)  # requests with deadlines
@@ -50,9 +38,6 @@ class Placement:
         self.moving: list[RequestState] = []  # rows of an old plan that wait for the new one to stand
         self.replicas: dict[int, InstanceState] = {}
         self.closing: dict[int, InstanceState] = {}  # instances of an old plan that finish their step in flight
-        self.places_more = False  # there was more to place than one decision does
-        # reserved for a starved request; admits no requests with deadlines meanwhile
-        self.reserved_instance: InstanceState | None = None
 
     def instances_changed(self) -> None:
         self.deadlines.degrees = tuple(sorted({replica.degree for replica in self.replicas.values()})) or (
@@ -73,115 +58,8 @@ class Placement:
             row.phase is not Phase.LEAVING for replica in self.all_replicas() for row in replica.residents.values()
         )
 
-    def place(self, now: float, everywhere: bool) -> None:
-        """Place waiting requests: those with deadlines where these can be kept, then the others where there is room."""
-        first = self.place_aged(now)
-        if self.deadlines.admits:
-            self.place_with_deadline(now, everywhere)
-            self.place_rest(self.waiting.by_turn(self.turns, self.estimates.unloaded))
-        else:
-            self.place_rest(self.unadmitted(first))
-
-    def unadmitted(self, first: RequestState | None) -> Iterator[RequestState]:
-        """All that wait, with and without deadlines, in the order in which they get rows; `first` goes before all."""
-        names = dict.fromkeys([*self.queue.lines, *self.waiting.lines])
-        lines = {name: self.line_of(name) for name in names}
-        rest = in_turn(lines, self.turns, self.estimates.unloaded)
-        return chain([first] if first else [], (state for state in rest if state is not first))
-
-    def line_of(self, tenant: str) -> Iterator[RequestState]:
-        """A tenant's requests in the order of service where deadlines are not tested; those that missed theirs last."""
-        timed = [state for _, state in self.queue.lines.get(tenant, ())]
-        others = [state for _, state in self.waiting.lines.get(tenant, ())]
-        timely = (state for state in others if not state.late)
-        late = (state for state in others if state.late)
-        if self.deadlines.order is ORDERS["fcfs"]:
-            return chain(heapq.merge(timed, timely, key=arrival_turn), late)
-        return chain(timed, timely, late)
-
-    def place_aged(self, now: float) -> RequestState | None:
-        """A best-effort request that has waited for too long gets a row before requests with deadlines do.
-
-        Returns it if there was no room; an instance without such a row then takes no deadlines until there is.
-        """
-        self.reserved_instance = None
-        if not self.waiting or now - self.waiting.since <= self.age:
-            return None
-        rows = self.waiting.by_turn(self.turns, self.estimates.unloaded)
-        first = next((row for row in rows if self.aged(row, now) and self.ever_fits(row)), None)
-        if first is None:
-            return None
-        if replica := self.replica_for(first):
-            self.waiting.remove(first)
-            self.assign(first, replica)
-            return None
-        replicas = [
-            replica
-            for replica in self.replicas.values()
-            if self.holds(replica, first) and not self.has_aged(replica, now)
-        ]
-        self.reserved_instance = min(replicas, key=lambda replica: len(replica.residents), default=None)
-        return first
-
-    def has_aged(self, replica: InstanceState, now: float) -> bool:
-        """Whether a best-effort row of the instance has waited for too long: one at a time may keep deadlines out."""
-        return any(self.aged(row, now) for row in replica.residents.values() if not row.has_deadline)
-
     def aged(self, state: RequestState, now: float) -> bool:
         return now - state.request.arrived_at > self.age
-
-    @property
-    def open(self) -> list[InstanceState]:
-        """The instances that admit requests with deadlines."""
-        return [replica for replica in self.replicas.values() if replica is not self.reserved_instance]
-
-    def place_with_deadline(self, now: float, everywhere: bool) -> None:
-        """Test those that wait with a deadline, as many as a decision may.
-
-        Newcomers are tested on every instance; those at the head of the queue on the instances between two steps; at a
-        tick (`everywhere`) those whose last test is longest ago on every instance again.
-        """
-        queue = self.queue
-        if not queue:
-            return
-        idle = [replica for replica in self.open if replica.in_flight is None]
-        head = list(islice(queue.by_turn(self.turns, self.estimates.unloaded), LOOKS)) if idle else []
-        looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
-        tenants: dict[int, list[Tenant]] = {}
-        for state in queue.in_order([*head, *looked.values()], self.turns, self.estimates.unloaded):
-            replicas = self.open if state.request.row in looked else idle
-            if not self.place_one(state, replicas, tenants, now) and state.request.row in looked:
-                queue.failed(state)
-
-    def affordable(self, some: Sequence[RequestState]) -> dict[int, RequestState]:
-        """The first of these, by row, as many as a decision may test on all instances; one at least."""
-        found: dict[int, RequestState] = {}
-        tests = 0
-        for state in some:
-            if tests >= TESTS:
-                break
-            tests += len(self.replicas) * len(state.thresholds)
-            found[state.request.row] = state
-        return found
-
-    def place_one(
-        self, state: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
-    ) -> bool:
-        """Give the request a row on the best of these instances that keep its deadline and have room, if one does."""
-        found = self.replicas_with_slack(state, replicas, tenants, now)
-        replica = next((replica for replica in found if self.make_room(replica, state, now)), None)
-        if replica is None:
-            replica = self.replica_for_hopeless(state, now)
-            if replica is None or not self.make_room(replica, state, now):
-                return False
-        self.queue.remove(state)
-        self.assign(state, replica)
-        tenants.pop(replica.instance.id, None)
-        return True
-
-    def any_with_slack(self, state: RequestState, now: float) -> bool:
-        """Whether an instance would keep the deadline, with its room made free if need be."""
-        return any(True for _ in self.replicas_with_slack(state, self.open, {}, now))
 
     def enter(self, state: RequestState) -> None:
         """Wait in the order of service, or of arrival and priority without a deadline."""
@@ -199,83 +77,6 @@ class Placement:
             (self.moving if state in self.moving else home).remove(state)
         elif state.has_deadline:
             state.replica.with_deadline.remove(state)
-
-    def replica_for_hopeless(self, state: RequestState, now: float) -> InstanceState | None:
-        """An instance without deadlines on which to try a request that seems hopeless, as estimates may be wrong.
-
-        None for a request that is not hopeless: it waits for an instance that can keep its deadline.
-        """
-        replicas = self.open
-        if self.deadlines.shed and (
-            all(replica.with_deadline for replica in replicas) or self.deadlines.is_past(state, now)
-        ):
-            return None
-        if not self.deadlines.is_hopeless(state, now):
-            return None
-        return min(
-            [replica for replica in replicas if self.holds(replica, state)],
-            key=lambda replica: len(replica.with_deadline),
-            default=None,
-        )
-
-    def tries(self, state: RequestState, now: float) -> bool:
-        """Whether a request that seems hopeless is worth a try: an instance has stood idle for long, and what is
-        believed of it may be out of date, as nothing is learned from requests that are declined.
-        """
-        stale = any(not replica.residents and now > replica.launched_at + STALE for replica in self.open)
-        return stale and state.left(now) * FARTHEST > self.estimates.unloaded(state)
-
-    def place_rest(self, rows: Iterable[RequestState]) -> None:
-        """In order, until one finds no room, or as many have found some as a decision may place.
-
-        A request that no instance can hold any more (workers came back with less memory) does not block the others.
-        """
-        placed, self.places_more = 0, False
-        for state in rows if self.replicas else ():
-            if placed == PLACED:
-                self.places_more = True
-                break
-            if replica := self.replica_for(state) or self.replica_of_another(state):
-                (self.queue if state.has_deadline else self.waiting).remove(state)
-                self.assign(state, replica)
-                placed += 1
-            elif self.ever_fits(state):
-                break
-
-    def replica_of_another(self, state: RequestState) -> InstanceState | None:
-        """A tenant without any row gets that of a tenant with several, between two steps; it waits no longer than one.
-
-        The evicted row, the last to come, keeps its tokens and waits again.
-        """
-        tenant = state.request.slo.tenant
-        if self.held[tenant] or max(self.held.values(), default=0) < 2:
-            return None
-        for replica in self.replicas.values():
-            starts = [row.kv_start for row in self.surplus_rows(replica)]
-            if not replica.pages.fits_without(state.request.canvas_tokens, starts):
-                continue
-            while victim := self.surplus(replica):
-                self.evict(victim, replica)
-                kv_start = replica.pages.take(state.request.canvas_tokens)
-                if kv_start is not None:
-                    state.kv_start = kv_start
-                    return replica
-        return None
-
-    def surplus(self, replica: InstanceState) -> RequestState | None:
-        """The row that came last, of the tenant with most rows, if that has several."""
-        rows = self.surplus_rows(replica)
-        return max(rows, key=lambda row: (self.held[row.request.slo.tenant], ARRIVAL(row)), default=None)
-
-    def surplus_rows(self, replica: InstanceState) -> list[RequestState]:
-        """Rows of tenants that have several, which may be evicted."""
-        return [
-            row
-            for row in replica.residents.values()
-            if row.phase is Phase.RESIDENT
-            and self.held[row.request.slo.tenant] > 1
-            and not (row.has_deadline and self.deadlines.admits)
-        ]
 
     def evict(self, state: RequestState, replica: InstanceState) -> None:
         """The row waits again; its next step refreshes."""
@@ -303,66 +104,6 @@ class Placement:
     def holds(self, replica: InstanceState, state: RequestState) -> bool:
         """Whether the instance has K/V for the canvas when nobody else is there."""
         return replica.pages.ever_fits(state.request.canvas_tokens)
-
-    def replica_for(self, state: RequestState) -> InstanceState | None:
-        """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
-        degrees = self.deadlines.degrees
-        seconds = {degree: self.estimates.unloaded(state, degree) for degree in degrees} if len(degrees) > 1 else {}
-        rooms = [
-            Room(id, len(replica.residents), self.max_rows * replica.degree, seconds.get(replica.degree, 1.0))
-            for id, replica in self.replicas.items()
-        ]
-        for id in least_loaded(rooms):
-            kv_start = self.replicas[id].pages.take(state.request.canvas_tokens)
-            if kv_start is not None:
-                state.kv_start = kv_start
-                return self.replicas[id]
-        return None
-
-    def replicas_with_slack(
-        self, state: RequestState, replicas: Sequence[InstanceState], tenants: dict[int, list[Tenant]], now: float
-    ) -> Iterator[InstanceState]:
-        """The instances that pass the test and can hold the canvas, at the highest threshold first, most slack first.
-
-        `tenants` keeps the rows of the instances that were looked at.
-        """
-        looked = [
-            replica
-            for replica in replicas
-            if len(replica.with_deadline) < self.max_guaranteed and self.holds(replica, state)
-        ]
-        if not looked:
-            return
-        loads = {degree: self.estimates.loads(state, degree) for degree in {replica.degree for replica in looked}}
-        paces = {degree: self.estimates.pace(degree).fixed for degree in loads}
-        for replica in looked:
-            if replica.instance.id not in tenants:
-                tenants[replica.instance.id] = self.tenants(replica, now)
-        deepest = self.deadlines.ledger.deepest(state)
-        for level in range(min(self.deadlines.floor, deepest), deepest + 1):
-            found: list[tuple[float, int]] = []
-            for replica in looked:
-                newcomer = tenant(state, loads[replica.degree][level], max(now, replica.ends_at))
-                slack = fits(newcomer, tenants[replica.instance.id], paces[replica.degree])
-                if slack is not None:
-                    found.append((slack, -replica.instance.id))
-            for _, id in sorted(found, reverse=True):
-                yield self.replicas[-id]
-
-    def tenants(self, replica: InstanceState, now: float) -> list[Tenant]:
-        """The rows with deadlines, as they are when the step in flight ends."""
-        loads, at = self.estimates.loads, max(now, replica.ends_at)
-        return [
-            tenant(row, self.need_after_step(row, loads(row, replica.degree)[row.level]), at)
-            for row in replica.with_deadline
-        ]
-
-    def need_after_step(self, row: RequestState, need: Load) -> Load:
-        """What the row needs beside the step in flight, if it is in it."""
-        if row.phase is not Phase.STEPPING or row.replica is None:
-            return need
-        added = row.replica.added.get(row.request.row, 0.0)
-        return Load(max(0.0, need.steps - 1.0), max(0.0, need.work - added))
 
     def make_room(self, replica: InstanceState, state: RequestState, now: float) -> bool:
         """Take pages and a row, if need be from best-effort rows, the last to come first; their next step refreshes.
@@ -459,7 +200,3 @@ def turn(state: RequestState) -> float:
     """The order of a tenant's best-effort requests."""
     request = state.request
     return without_deadline(request.arrived_at, request.slo.weight)
-
-
-def tenant(state: RequestState, need: Load, now: float) -> Tenant:
-    return Tenant(state.left(now), need.steps, need.work, state.request.slo.weight)

@@ -16,6 +16,7 @@ from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
+from dilaserve.scheduler.placer import Placer
 from dilaserve.scheduler.plan_change import PlanState, plan_of
 from dilaserve.scheduler.plan_execution import PlanExecution
 from dilaserve.scheduler.planner_requests import PlannerRequests
@@ -79,12 +80,13 @@ class Scheduler:
         self.estimates = Estimates(laws, quality)
         self.deadlines = Deadlines(policy, self.estimates)
         self.placement = Placement(config, self.deadlines)
+        self.placer = Placer(self.placement, policy.guaranteed_rows)
         self.batcher = Batcher(config, self.placement, self.estimates, repeats)
         self.requests: dict[str, RequestState] = {}
         self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
         self.plan_state = PlanState(plan, degrees, policy.step_timeout)
-        self.admission = AdmissionControl(policy, self.deadlines, self.placement, self.plan_state, self.tightest)
+        self.admission = AdmissionControl(policy, self.placer, self.plan_state, self.tightest)
         self.selection = StepSelection(self.deadlines, self.placement, self.batcher, self.tightest)
         self.execution = PlanExecution(self.plan_state, self.placement, self.batcher, self.contained)
         self.retry_times = RetryTimes(self.placement, self.estimates)
@@ -149,7 +151,7 @@ class Scheduler:
             yield from self.give_up(state, now)
         if ticks:
             self.ticks.move_floor(now)
-        self.placement.place(now, everywhere=ticks)
+        self.placer.place(now, everywhere=ticks)
         yield from self.launch_idle(now)
         yield from self.batcher.stop_early()
         yield from self.complete_change(now)
@@ -202,7 +204,7 @@ class Scheduler:
         hangs, for the planner.
         """
         untested = self.deadlines.admits and self.placement.queue.untested
-        if self.ticks.unfinished or self.placement.places_more or untested:
+        if self.ticks.unfinished or self.placer.places_more or untested:
             return self.decided_at  # a decision looks at only so many
         return min(self.ticks.wake_at(), self.execution.wake_at(), self.expiry.next_at(), self.planning.wake_at())
 
