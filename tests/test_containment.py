@@ -124,7 +124,7 @@ def test_an_error_without_a_request_is_nobodys_fault():
     feed(guard, InstanceReady(Instance(0, (0,), 4096)))
     feed(guard, Arrival(request(0)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Placement, "place", lambda self, now, everywhere: 1 / 0)
+        patch.setattr(Placer, "place", lambda self, now, everywhere: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(guard.decide(1.0))
 
@@ -283,7 +283,7 @@ def on_virtual_time(play):
 def test_when_nobody_is_to_blame_the_engine_ends_and_all_get_answers():
     async def play(engine):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Placement, "place", lambda self, now, everywhere: 1 / 0)
+            patch.setattr(Placer, "place", lambda self, now, everywhere: 1 / 0)
             assert [type(one) for one in await all_ended(engine)] == [Unavailable] * len(PROMPTS)
         await engine.ended()
         assert isinstance(engine.failure, ZeroDivisionError)

@@ -226,7 +226,7 @@ async def test_killed_workers_cost_a_pause_and_no_answer(random_model):
         await until(lambda: engine.profile.steps >= begun)
         os.kill(min(handle.process.pid for handle in engine.executor.workers.values()), signal.SIGKILL)
         answers = await asyncio.gather(*running)
-        await until(lambda: len(engine.capacity) == 2)
+        await until(lambda: len(engine.capacity.instances) == 2)
         again = await asyncio.gather(*(engine.generate(p, CASE) for p in PROMPTS))
     assert [answer.token_ids for answer in answers] == expected
     assert [answer.token_ids for answer in again] == known

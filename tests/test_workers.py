@@ -90,7 +90,7 @@ async def test_workers_that_are_killed_while_they_load_cost_time_alone(engine, m
         assert engine.alive
     assert engine.executor.failures == [0, 0]
     assert (await waiting).token_ids == known.token_ids
-    await until(lambda: len(engine.capacity) == 2)
+    await until(lambda: len(engine.capacity.instances) == 2)
     assert len(pids()) == 2
 
 
@@ -129,7 +129,7 @@ async def test_a_replacement_that_the_system_has_nothing_for_is_tried_again(engi
 @pytest.mark.parametrize("whole", [False, True], ids=["block", "answer"])
 async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_nothing(engine, cache, whole):
     """The canvas is ahead of what the engine knows: by the rest of the active block, or by all of the answer."""
-    await until(lambda: len(engine.capacity) == 2)
+    await until(lambda: len(engine.capacity.instances) == 2)
     case = Options(max_tokens=64, block_length=8, ignore_eos=True, cache=cache)
     async with await engine.submit(PROMPT, case) as stream:
         await until(lambda: (known := engine.scheduler.requests.get(stream.id)) and known.replica and known.steps)
@@ -154,7 +154,7 @@ async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(eng
     monkeypatch.setattr(worker_handle, "KILL_TIMEOUT", 0.01)
     monkeypatch.setattr(worker_handle, "LEAVE_TIMEOUT", 0.01)
     case = Options(max_tokens=64, block_length=8, ignore_eos=True, cache="none")
-    await until(lambda: len(engine.capacity) == 2)
+    await until(lambda: len(engine.capacity.instances) == 2)
     known = await engine.generate(PROMPT, case)
     load = [asyncio.create_task(engine.generate(PROMPT, case)) for _ in range(8)]
     steps = engine.profile.steps + 3
@@ -164,7 +164,7 @@ async def test_the_clients_of_a_worker_that_cannot_be_killed_go_on_elsewhere(eng
     (instance,) = [id for id, one in engine.executor.instances.items() if one.instance.ranks == (0,)]
     engine.executor.kill(instance, "it hangs")
     answers = await asyncio.gather(*load)
-    await until(lambda: len(engine.capacity) == 2)
+    await until(lambda: len(engine.capacity.instances) == 2)
     assert process.poll() is None
     assert f"the process {process.pid} of the worker on cpu cannot be killed" in caplog.messages
     strike(process.pid)

@@ -10,22 +10,24 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
-import msgspec
 import numpy as np
 
 from dilaserve.config import Config
+from dilaserve.engine.alarm import Alarm
 from dilaserve.engine.assembly import Assemble, ModelCard, real
+from dilaserve.engine.capacity import Capacity
+from dilaserve.engine.delivery import Delivery
 from dilaserve.engine.doorbell import Bell
 from dilaserve.engine.offload import Offload
+from dilaserve.engine.plan_changes import PlanChanges, PlannerQuestions
+from dilaserve.engine.profile import Profile
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
 from dilaserve.engine.stall_detector import StallDetector
 from dilaserve.engine.stream import Chunk, Completion, Cut, Stream, collect
 from dilaserve.engine.submit import Options, ResolvedOptions, parse_classes, resolve, validated, wanted
 from dilaserve.errors import (
-    OURS,
     BadRequest,
     ConfigError,
-    DeadlineMissed,
     Overloaded,
     RequestFailed,
     Unavailable,
@@ -33,15 +35,12 @@ from dilaserve.errors import (
 )
 from dilaserve.executor.executor import Executor, Progress
 from dilaserve.planner.planner import PlannerPort
-from dilaserve.plans import checked, parsed, spelled
-from dilaserve.profile.step_cost import StepCost, alike
+from dilaserve.plans import checked, parsed
 from dilaserve.scheduler.containment import Guard
 from dilaserve.scheduler.scheduler import Scheduler
-from dilaserve.system import backoff
 from dilaserve.tokenizer.tokenizer import MARKS
 from dilaserve.transport.devices import steps_for
 from dilaserve.types import (
-    PAGE,
     Adjust,
     Arrival,
     Cancel,
@@ -55,13 +54,10 @@ from dilaserve.types import (
     Fail,
     Finish,
     Full,
-    InstanceLost,
-    InstanceReady,
     Kill,
     Launch,
     Paused,
     Plan,
-    PlanReady,
     Refuse,
     Release,
     Replan,
@@ -70,37 +66,14 @@ from dilaserve.types import (
     Reshard,
     Slo,
     Solve,
-    StepDone,
     StopEarly,
-    Usage,
-    WorkerLost,
-    WorkerUp,
 )
 from dilaserve.validation import converted, plain
 
 __all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
 
 log = logging.getLogger(__name__)
-MAX_HISTORY = 256  # changes of plan that are remembered
 NO_CHOICE = "instances of one size are all that there can be"
-PLANNER_PAUSE = 2.0  # seconds before a planner that has failed is asked again; doubles with each failure in a row
-MOST_PLANNER_PAUSE = 60.0  # seconds; it doubles no further
-
-
-class Profile(msgspec.Struct):
-    """Where time went since the start: over all steps, the workers' seconds and the part inside the model;
-    and the seconds in which the scheduler decided.
-    """
-
-    steps: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-    forward: float = 0.0
-    decisions: int = 0
-    deciding: float = 0.0
-    changes: int = 0  # of the plan
-    paused: float = 0.0  # seconds that rows have waited for them, the longest wait of each
-    workers_lost: int = 0
 
 
 class Engine:
@@ -138,20 +111,12 @@ class Engine:
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
         self.planner = planner
-        self.planner_laws: dict[int, StepCost] = {}  # the laws that the planner knows
-        self.planner_failures = 0  # in a row
-        self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up
-        self.pools: dict[int, int] = {}  # K/V tokens of the workers that are up, at degree 1
-        self.history: deque[Change] = deque(maxlen=MAX_HISTORY)
-        self.moved = False  # instances have been formed or ended since the last change of plan
-        self.planned: list[asyncio.Future[Change]] = []  # those who wait for their plan
+        self.capacity = Capacity()
+        self.changes = PlanChanges(self.profile)
         self.inbox: deque[Event] = deque()
         self.main: asyncio.Task[None] | None = None
-        self.alarm: asyncio.TimerHandle | None = None
-        self.alarm_at = math.inf
         self.off_loop = Offload()
         self.broken: Exception | None = None  # ends the engine as soon as its consumer sees it
-        self.rang_at = -math.inf
         self.owner = os.getpid()
 
     # life
@@ -161,6 +126,7 @@ class Engine:
             raise Unavailable("an engine is entered once; make another one")
         self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
         self.bell = Bell()
+        self.alarm = Alarm(self.loop, self.bell.ring)
         self.stall_detector = StallDetector(self.loop)
         self.idle = asyncio.Event()
         self.idle.set()
@@ -174,13 +140,14 @@ class Engine:
         wants = parts.unplanned if self.config.device.plan == "auto" and not self.planner else None
         self.advice = advised(parts.note, wants)
         solves = self.planner is not None and self.config.device.plan == "auto"
-        self.planner_laws = parts.laws
         steps = steps_for(self.devices, self.config.device)
         self.scheduler = Scheduler(self.config, parts.laws, parts.quality, parts.plan, self.degrees, solves, steps)
         self.guard = Guard(self.scheduler)
+        self.delivery = Delivery(self.table, self.streams, self._post, self._full)
+        if self.planner:
+            self.questions = PlannerQuestions(self.planner, parts.laws, self.scheduler.estimates.known)
         started: asyncio.Future[None] = self.loop.create_future()
-        formed: asyncio.Future[Change] = self.loop.create_future()
-        self.planned.append(formed)
+        formed = self.changes.next()
         self.main = asyncio.create_task(self._live(self.executor, started), name="dilaserve engine")
         try:
             for stage in (started, formed):
@@ -229,16 +196,13 @@ class Engine:
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
-            for waiter in self.planned:
-                if not waiter.done():
-                    waiter.set_exception(self.failure or Unavailable("the engine has stopped"))
-                    waiter.exception()  # nobody need be there to hear it
+            self.changes.fail(self.failure or Unavailable("the engine has stopped"))
             self.idle.set()
 
     @property
     def ready(self) -> bool:
         """Loaded, not draining, and an instance is up or will be in a moment."""
-        return bool(self.capacity or self.scheduler.plan_state.forming) and not self.draining
+        return bool(self.capacity.instances or self.scheduler.plan_state.forming) and not self.draining
 
     @property
     def alive(self) -> bool:
@@ -288,10 +252,9 @@ class Engine:
         if wanted is None and self.planner is None:
             raise BadRequest(f"there is no planner here: {self.unplanned}; name a plan such as 2x1", param="plan")
         reason = converted(reason, str, "reason")
-        done: asyncio.Future[Change] = self.loop.create_future()
-        self.planned.append(done)
+        stands = self.changes.next()
         self._post(Replan(wanted, reason))
-        return await done
+        return await stands
 
     def _possible(self, plan: Plan | str) -> Plan:
         if isinstance(plan, str):
@@ -300,26 +263,13 @@ class Engine:
         known = Plan(converted(groups, tuple[tuple[int, ...], ...], "plan"))
         return checked(known, len(self.devices), self.degrees)
 
-    async def _ask(self, planner: PlannerPort, demand: Demand) -> None:
-        """Let the planner think in a thread; one that fails is asked again, after a pause that doubles each time."""
-        try:
-            answer = await self._ask_planner(planner, demand)
-            self.planner_failures = 0
-        except Exception:
-            self.planner_failures += 1
-            pause = backoff.pause(self.planner_failures, PLANNER_PAUSE, MOST_PLANNER_PAUSE)
-            log.exception("the planner has failed; the plan stays as it is, and it is asked again in %g s", pause)
-            await asyncio.sleep(pause)
-            answer = PlanReady(None, "the planner has failed")
-        self._post(answer)
+    @property
+    def history(self) -> Sequence[Change]:
+        """Changes of the plan, the last 256."""
+        return self.changes.history
 
-    async def _ask_planner(self, planner: PlannerPort, demand: Demand) -> PlanReady:
-        """The planner's answer, with what has been learned of step costs and quality since it last heard of them."""
-        laws, quality = self.scheduler.estimates.known()
-        if not alike(laws, self.planner_laws):
-            await asyncio.to_thread(planner.learned, laws, quality)
-            self.planner_laws = laws
-        return await asyncio.to_thread(planner, demand)
+    async def _ask_planner(self, demand: Demand) -> None:
+        self._post(await self.questions.answer(demand))
 
     # requests
 
@@ -415,7 +365,7 @@ class Engine:
     def _check_room(self, resolved: ResolvedOptions) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if self.pools and resolved.canvas_tokens > (pool := self._smallest_pool()):
+        if (pool := self.capacity.smallest(self.degrees)) and resolved.canvas_tokens > pool:
             cure = "lower max_tokens" if resolved.max_tokens > resolved.decoding.block_length else "shorten the prompt"
             raise BadRequest(
                 f"a canvas of {resolved.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
@@ -450,10 +400,6 @@ class Engine:
         limit = self.config.scheduler.max_queue
         return Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=retry_after)
 
-    def _smallest_pool(self) -> int:
-        """K/V tokens that every instance has under any plan, so that no change of plan leaves a row without a place."""
-        return min(self.pools.values()) // PAGE * PAGE * min(self.degrees)
-
     # the loop
 
     def _post(self, event: Event) -> None:
@@ -468,7 +414,7 @@ class Engine:
             await bell.wait()
             if self.broken:
                 raise self.broken
-            now = max(self.loop.time(), self.rang_at)
+            now = self.alarm.now()
             if paused := self.stall_detector.missed(now):
                 log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
                 self.inbox.appendleft(Paused(paused))
@@ -479,48 +425,19 @@ class Engine:
             profile.decisions += 1
             for command in commands:
                 self._perform(command, executor)
-            self._wake_at(scheduler.wake_at())
+            self.alarm.set(wake_at := scheduler.wake_at())
+            self.stall_detector.watch(wake_at < math.inf)
 
     def _observe(self, executor: Executor, now: float) -> None:
         """Take in every event that has come."""
         while self.inbox:
             event = self.inbox.popleft()
-            self._note(event)
+            self.profile.count(event)
+            self.capacity.note(event)
             for command in self.guard.observe(event, now):
                 self._perform(command, executor)
             if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
                 stream.seen.ring()
-
-    def _wake_at(self, when: float) -> None:
-        """Decide again at that time, whatever happens or not."""
-        if when != self.alarm_at:
-            self.alarm_at = when
-            if self.alarm:
-                self.alarm.cancel()
-            self.alarm = None if when == math.inf else self.loop.call_at(when, self._ring, when)
-            self.stall_detector.watch(when < math.inf)
-
-    def _ring(self, when: float) -> None:
-        """It is `when`, although the loop's clock may be a trifle behind: timers ring within its resolution."""
-        self.rang_at, self.alarm_at, self.alarm = when, math.inf, None
-        self.bell.ring()
-
-    def _note(self, event: Event) -> None:
-        """What the engine itself remembers of an event."""
-        match event:
-            case StepDone():
-                self.profile.steps += 1
-                self.profile.rows += len(event.results)
-                self.profile.seconds += event.seconds
-                self.profile.forward += event.forward
-            case InstanceReady(instance):
-                self.capacity[instance.id] = instance.kv_tokens
-            case InstanceLost(instance):
-                self.capacity.pop(instance, None)
-            case WorkerUp(rank, kv_tokens):
-                self.pools[rank] = kv_tokens
-            case WorkerLost(rank):
-                self.profile.workers_lost += 1
 
     def _perform(self, command: Command, executor: Executor) -> None:
         match command:
@@ -532,98 +449,22 @@ class Engine:
                 self.table.threshold[row] = threshold
             case Reshard(moves):
                 for id in moves.ends:
-                    self.capacity.pop(id, None)
-                self.moved = True
+                    self.capacity.instances.pop(id, None)
+                self.changes.moved = True
                 executor.reshard(moves)
             case Reshaped(change):
-                self._reshaped(change)
+                self.changes.stands(change)
             case Kill(instance, reason):
                 executor.kill(instance, reason)
             case Solve(demand):
                 if self.planner:
-                    self.group.create_task(self._ask(self.planner, demand))
+                    self.group.create_task(self._ask_planner(demand))
             case Emit() | Finish() | Fail() | Decline() | Refuse():
-                self._tell(command)
+                self.delivery.deliver(command)
             case Release(row):
                 self.free.append(row)
                 if len(self.free) == self.table.rows:
                     self.idle.set()
-
-    def _tell(self, command: Emit | Finish | Fail | Decline | Refuse) -> None:
-        """Pass on to the client's stream what the scheduler says of a request. An error fails this request alone."""
-        request = command.request
-        if isinstance(command, Fail):
-            log.error("request %s failed: %s", request.id, command.reason, exc_info=command.error)
-        if (stream := self.streams.get(request.id)) is None:
-            return  # its client has had another error
-        if not isinstance(command, Emit):
-            del self.streams[request.id]
-        if stream.over:
-            return
-        try:
-            self._told(stream, command)
-        except RequestFailed as error:
-            self._drop(stream, error)
-        except Exception:
-            log.exception("request %s failed: its answer could not be passed on", request.id)
-            self._drop(stream, RequestFailed(OURS))
-
-    def _drop(self, stream: Stream, error: RequestFailed) -> None:
-        """Fail the stream, and end its request if it still runs."""
-        if not stream.over:
-            stream.fail(error)
-        if stream.id in self.streams:
-            self._post(Cancel(stream.id, "cancelled"))
-
-    def _told(self, stream: Stream, command: Emit | Finish | Fail | Decline | Refuse) -> None:
-        match command:
-            case Emit(_, prefix):
-                self._emit(stream, prefix)
-            case Finish(_, reason, usage):
-                self._deliver(stream)
-                if reason == "stop" and stream.shows_stop_token:
-                    stream.final += 1
-                    self._deliver(stream)
-                stream.finish(reason, usage)
-            case Fail(_, _, for_client):
-                stream.fail(RequestFailed(for_client))
-            case Decline(_, usage, retry, never_feasible):
-                stream.fail(missed(usage, retry, never_feasible))
-            case Refuse(_, retry_after):
-                stream.fail(self._full(retry_after))
-
-    def _reshaped(self, change: Change) -> None:
-        """A plan stands: tell those who wait for it; one that is new, or stands anew, is remembered and logged too."""
-        if self.moved or change.before != change.after:
-            self._remember(change)
-        self.moved = False
-        for waiter in self.planned:
-            if not waiter.done():
-                waiter.set_result(change)
-        self.planned.clear()
-
-    def _remember(self, change: Change) -> None:
-        if self.history:
-            pause = "" if change.pause is None else f", rows paused {1000 * change.pause:.1f} ms"
-            plans = f"{spelled(change.before)} to {spelled(change.after)}"
-            log.info("plan %s: %s (%.1f ms%s)", plans, change.reason, 1000 * change.seconds, pause)
-            self.profile.changes += 1
-            self.profile.paused += change.pause or 0.0
-        self.history.append(change)
-
-    def _emit(self, stream: Stream, prefix: int) -> None:
-        stream.final = prefix
-        if stream.waits or stream.over:
-            return
-        self._deliver(stream)
-        if stream.stopped:
-            self._post(Cancel(stream.id, "stop"))
-
-    def _deliver(self, stream: Stream) -> None:
-        """Give the stream what has become final since the last time."""
-        if stream.final > stream.position:
-            row, new = stream.request.row, slice(stream.position, stream.final)
-            stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
 
 
 async def apart(work: Callable[[], None]) -> None:
@@ -647,17 +488,6 @@ def cutting(options: Options) -> Cut:
 def advised(note: str | None, unplanned: str | None) -> str | None:
     """What the user should hear at the start."""
     return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None
-
-
-def missed(usage: Usage, retry_after: float | None, never_feasible: bool) -> DeadlineMissed:
-    seconds = f"{usage.deadline:.3g} s" if usage.deadline is not None else "its deadline"
-    if never_feasible:
-        return DeadlineMissed(f"the answer takes longer than {seconds} even if nothing else runs", never_feasible=True)
-    if retry_after is not None:
-        return DeadlineMissed(f"the server is too busy to answer within {seconds}; try later", retry_after=retry_after)
-    return DeadlineMissed(
-        f"the answer could not be finished within {seconds} and was given up after {usage.steps} steps"
-    )
 
 
 def first(broken: BaseException) -> BaseException:
