@@ -1,4 +1,4 @@
-"""Seconds that the scheduler takes to decide, by rows in the house.
+"""Seconds that the scheduler takes to decide, by rows in the scheduler.
 
     python bench/decisions.py [--sizes 16x1,64x1,256x1,16x8,64x8,256x8,1000x8,10000x64]
 
@@ -53,7 +53,7 @@ def request(number: int, row: int, now: float, seconds: float | None) -> Request
 
 
 def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> list[float]:
-    """Seconds of each decision while `rows` requests are in the house."""
+    """Seconds of each decision while `rows` requests are in the scheduler."""
     profile, rng = llada_8b_h200(), random.Random(0)
     law = next(iter(profile.costs.values()))
     config = Config.of(max_num_seqs=64, max_queue=4096 + 2 * rows, best_effort_backlog=1e9)

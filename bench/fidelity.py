@@ -59,13 +59,13 @@ class Errors:
         self.step_times.append(abs(self.estimates.pace(degree).learner.seconds(features, refreshes) / seconds - 1))
         self.stepped(features, refreshes, seconds, turnaround, degree)
 
-    def on_row(self, state: RequestState, masks: int, block: int, unmasked: int, ended: bool) -> None:
-        self.watched(state, masks, block, unmasked, ended)
-        state.loads = None
-        steps = self.estimates.loads(state, self.estimates.base)[state.level].steps
-        self.forecasts.setdefault(state.request.id, []).append(steps)
+    def on_row(self, progress: RequestState, masks: int, block: int, unmasked: int, ended: bool) -> None:
+        self.watched(progress, masks, block, unmasked, ended)
+        progress.loads = None
+        steps = self.estimates.loads(progress, self.estimates.base)[progress.level].steps
+        self.forecasts.setdefault(progress.request.id, []).append(steps)
         if ended:
-            seen = self.forecasts.pop(state.request.id)
+            seen = self.forecasts.pop(progress.request.id)
             actual = range(len(seen) - 1, -1, -1)
             self.off += sum(abs(guess - left) for guess, left in zip(seen[:-1], actual, strict=False))
             self.total += sum(actual)

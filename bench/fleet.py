@@ -22,7 +22,7 @@ from dilaserve.config import Config
 from dilaserve.planner.operating_points import Kind, points, unloaded
 from dilaserve.planner.packing import groups
 from dilaserve.planner.planner import Setup
-from dilaserve.planner.program import Ground, Offered, propose
+from dilaserve.planner.program import Ground, Offered, PlanProgram
 from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.profile.step_cost import StepCost
@@ -68,16 +68,16 @@ def main() -> None:
             kind = Kind(PROMPT + ANSWER, ANSWER, scale * alone)
             tables = {n: points(law, forecast, kind, args.devices // n, setup.rows) for n, law in laws.items()}
             offered = [Offered("all", rate, alone, tables)]
-            met, foretold = {}, {}
+            met, predicted = {}, {}
             for n, law in laws.items():
-                foretold[n] = propose(offered, ground, 0.0, setup.budget, held={n: args.devices // n})
+                predicted[n] = PlanProgram(offered, ground, 0.0, setup.budget).proposal({n: args.devices // n})
                 run = simulated(known, law, args.devices // n, rate, scale * alone, args.seconds)
                 met[n] = run.attainment or 0.0
                 bar.advance(task)
-            chosen = max(laws, key=lambda n: foretold[n].value)
+            chosen = max(laws, key=lambda n: predicted[n].value)
             lost.append(100 * (max(met.values()) - met[chosen]))
-            errors += [100 * (foretold[n].on_time - met[n]) for n in laws]
-            cells = (f"{100 * met[n]:.1f}, {100 * foretold[n].on_time:.1f}" for n in laws)
+            errors += [100 * (predicted[n].on_time - met[n]) for n in laws]
+            cells = (f"{100 * met[n]:.1f}, {100 * predicted[n].on_time:.1f}" for n in laws)
             table.add_row(f"{scale:g}x", f"{rate:g}", *cells, f"{args.devices // chosen}x{chosen}", f"{lost[-1]:.1f}")
     console = Console(width=140)
     console.print(table)

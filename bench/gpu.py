@@ -1,8 +1,8 @@
 """Everything that only a GPU can tell: builds a LLaDA-8B-shaped model of random weights, checks, measures, reports.
 
     python -m bench.gpu [--minutes 8.5] [--only kernels,reuse,…] [--directory DIR] [--out FILE]
-    python -m bench.gpu --shape tiny --device cpu        # the same road in half a minute, where there is no GPU
-    python tests/pretended.py 1 -m bench.gpu --shape tiny    # and on one that is pretended, with streams and graphs
+    python -m bench.gpu --shape tiny --device cpu        # the same run in half a minute, where there is no GPU
+    python tests/fake_cuda 1 -m bench.gpu --shape tiny    # and on a fake one, with streams and graphs
 
 Needs nothing but the packages of the project and no network. Floors are counted: a reuse step reads all weights once at
 the bandwidth that a copy reaches, a refresh step does its operations at the rate that a large product reaches. What

@@ -23,7 +23,7 @@ from rich.table import Table
 from dilaserve.planner.packing import groups
 from dilaserve.planner.planner import Planner
 from dilaserve.planner.process import PlannerProcess
-from dilaserve.planner.program import Ground, propose
+from dilaserve.planner.program import Ground, PlanProgram
 from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import by_degree
 from dilaserve.types import Demand, Flow, Plan
@@ -63,7 +63,7 @@ def solving(devices: int, classes: int, repeat: int, tick: Callable[[], None]) -
         began = time.perf_counter()
         offered = [planner.offered(flow, demand, ground) for flow in demand.flows]
         middle, before = time.perf_counter(), time.process_time()
-        propose(offered, ground, 0.1, 0.9)
+        PlanProgram(offered, ground, 0.1, 0.9).proposal()
         worked.append(1000 * (time.process_time() - before))
         solved.append(1000 * (time.perf_counter() - middle))
         tabled.append(1000 * (middle - began))
@@ -106,7 +106,7 @@ def stalls(seconds: float, devices: int, classes: int) -> dict[str, list[float]]
     ways: dict[str, Callable[[], object] | None] = {
         "nothing": None,
         "hashing, without the lock": lambda: hashlib.sha256(FODDER).digest(),
-        "the program": lambda: propose(offered, ground, 0.1, 0.9),
+        "the program": lambda: PlanProgram(offered, ground, 0.1, 0.9).proposal(),
         "tables": tables,
         "whole advice": lambda: planner.advise(next(source)),
     }

@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from attainment.systems import ABLATIONS, BEST_EFFORT, SYSTEMS
 from replay import middle_rate
 from rich.console import Console
 from rich.progress import Progress
-from slo import ABLATIONS, BEST_EFFORT, SYSTEMS
 
 from dilaserve.cli import parsed
 from dilaserve.config import Config

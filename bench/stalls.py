@@ -23,8 +23,6 @@ from typing import NamedTuple
 LARGE = 4 * 2**20  # bytes of a body that the server takes by default
 CROWD = 100
 TICK = 0.001  # seconds between two looks of the probe
-
-
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGE, PART = '{"role":"user","content":""}', '{"type":"text"}'
 SLOW = "1.2345678901234567e308"  # a number that takes 20 microseconds to read

@@ -1,13 +1,19 @@
-"""What several test files need: checkpoints made once, and engines on them."""
+"""What several test files need: checkpoints made once, and a server on one of them."""
 
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import aiohttp
 import checkpoints
 import pytest
+import pytest_asyncio
 import torch
+
+from dilaserve import Config, Engine
+from dilaserve.cli import main
+from dilaserve.server.app import running
 
 # Dozens of tests start a Python of their own; without bytecode on the disk each would compile the whole package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -34,3 +40,43 @@ def author_model(tmp_path_factory) -> Path:
     specials = ("<|endoftext|>", *(f"<|extra{i}|>" for i in range(491, 500)), "<|mdm_mask|>")
     checkpoints.write_tokenizer(directory, first_special=490, specials=specials)
     return directory
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(random_model):
+    config = Config.of(
+        model=str(random_model),
+        devices="cpu",
+        port=0,
+        max_body_bytes=100_000,
+        max_choices=4,
+        slo_class="slow=1000x,none=none",
+    )
+    async with Engine(config) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def address(engine):
+    async with running(engine, engine.config) as address:
+        yield address
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(address):
+    async with aiohttp.ClientSession(address) as session:
+        yield session
+
+
+@pytest.fixture
+def run_main(capsys):
+    """Runs a command in this process, which saves its imports; gives its exit code and what it wrote."""
+
+    def run_here(*words):
+        try:
+            code = main(words)
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run_here

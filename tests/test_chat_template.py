@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers renders them, and no template keeps anybody waiting or eats the memory."""
+"""Chat templates: rendered as transformers renders them, and no template takes more than its time and memory."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ def configure(model, template, **more):
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **more}))
 
 
-def moody() -> str:
+def template_of_cases() -> str:
     """A template that does what the first message asks for."""
     cases = {
         "loop": ENDLESS,
@@ -47,17 +47,17 @@ def moody() -> str:
 
 
 @pytest.fixture(scope="module")
-def hasty():
+def short_timeout():
     """Renders for less than a second."""
-    template = ChatTemplate(Source(moody(), {}, 0.3))
+    template = ChatTemplate(Source(template_of_cases(), {}, 0.3))
     yield template
     template.close()
 
 
 @pytest.fixture(scope="module")
-def patient():
+def long_timeout():
     """Renders for so long that memory is short first, also where that is slow."""
-    template = ChatTemplate(Source(moody(), {}, 60.0))
+    template = ChatTemplate(Source(template_of_cases(), {}, 60.0))
     yield template
     template.close()
 
@@ -67,11 +67,11 @@ def asking(content):
 
 
 @pytest.mark.parametrize("content", ["loop", "count"])
-def test_a_rendering_is_bounded_in_time_and_the_next_one_works(hasty, content):
-    reply = hasty.render(asking(content))
+def test_a_rendering_is_bounded_in_time_and_the_next_one_works(short_timeout, content):
+    reply = short_timeout.render(asking(content))
     assert (reply.text, reply.on_purpose) == (None, False)
     assert reply.reason == "it takes more than 0.3 seconds of CPU time"
-    assert hasty.render(HELLO).text == "fine"
+    assert short_timeout.render(HELLO).text == "fine"
 
 
 @pytest.mark.parametrize(
@@ -84,22 +84,22 @@ def test_a_rendering_is_bounded_in_time_and_the_next_one_works(hasty, content):
         ("fail", "division by zero"),
     ],
 )
-def test_a_rendering_is_bounded_in_size_and_the_next_one_works(patient, content, reason):
-    reply = patient.render(asking(content))
+def test_a_rendering_is_bounded_in_size_and_the_next_one_works(long_timeout, content, reason):
+    reply = long_timeout.render(asking(content))
     assert (reply.text, reply.reason, reply.on_purpose) == (None, reason, content == "refuse")
-    assert patient.render(HELLO).text == "fine"
+    assert long_timeout.render(HELLO).text == "fine"
 
 
-def test_a_process_that_is_killed_from_outside_is_replaced(patient):
-    patient.render(HELLO)
-    first = patient.process.pid
+def test_a_process_that_is_killed_from_outside_is_replaced(long_timeout):
+    long_timeout.render(HELLO)
+    first = long_timeout.process.pid
     os.kill(first, signal.SIGKILL)
-    assert patient.render(HELLO).text == "fine"
-    assert patient.process.pid != first
+    assert long_timeout.render(HELLO).text == "fine"
+    assert long_timeout.process.pid != first
 
 
-async def test_the_loop_and_other_threads_go_on_while_a_template_loops(hasty):
-    endless = asyncio.create_task(hasty.rendered(asking("loop")))
+async def test_the_loop_and_other_threads_go_on_while_a_template_loops(short_timeout):
+    endless = asyncio.create_task(short_timeout.rendered(asking("loop")))
     turns = 0
     while not endless.done():
         await asyncio.to_thread(int)
@@ -139,7 +139,7 @@ def test_closing_ends_a_rendering_that_is_under_way():
         ("x" * (2**20 + 1), None),
     ],
 )
-def test_a_template_that_never_works_is_named_at_the_start(model, template, reason):
+def test_a_template_that_never_works_is_refused_at_the_start(model, template, reason):
     configure(model, template)
     text = Text(model)
     try:
@@ -153,7 +153,7 @@ def test_a_template_that_never_works_is_named_at_the_start(model, template, reas
         text.close()
 
 
-def test_a_template_that_wants_other_messages_is_served(model):
+def test_a_template_that_refuses_the_probe_messages_is_served(model):
     configure(model, "{{ raise_exception('a system message first') }}")
     text = Text(model)
     text.load_template()

@@ -1,11 +1,11 @@
-"""Forward passes on fixed, padded buffers, on the CPU and as graphs on a pretended GPU, against steps laid out anew."""
+"""Forward passes on fixed, padded buffers, on the CPU and as graphs on a fake GPU, against steps laid out anew."""
 
 import numpy as np
 import pytest
 import torch
-from pretended import pretend
-from test_cuda import GPU, anew  # noqa: F401 - a fixture
-from test_reuse import CPU, Harness, shapes_of
+from cuda_harness import GPU, fresh_device_caches  # noqa: F401 - a fixture
+from fake_cuda import fake_gpus
+from runner_harness import CPU, Harness, shapes_of
 
 from dilaserve.worker import warm_up
 from dilaserve.worker.forward_graphs import SPANS, STRIDE, TOKENS, ForwardGraphs
@@ -39,7 +39,7 @@ def test_padded_forward_passes_give_the_tokens_of_steps_laid_out_anew(random_mod
     assert np.array_equal(plain, padded)
 
 
-def test_padding_writes_to_the_spare_page_alone(random_model):
+def test_padding_tokens_write_to_the_spare_page_only(random_model):
     harness = runner_of(random_model)
     shapes = [(20, 16, 37)]
     for keys in (*harness.pool.keys, *harness.pool.values):
@@ -53,7 +53,7 @@ def test_padding_writes_to_the_spare_page_alone(random_model):
 
 def test_graphs_give_the_tokens_of_the_same_function_without_graphs(random_model):
     shapes = shapes_of(5)
-    with pretend():
+    with fake_gpus():
         graphs, eager = (runner_of(random_model, GPU, torch.bfloat16, eager=way) for way in (False, True))
         assert np.array_equal(denoised(graphs, shapes), denoised(eager, shapes))
         assert len(graphs.runner.forward.graphs) >= 2
@@ -82,7 +82,7 @@ def test_a_server_whose_largest_step_is_small_has_graphs_up_to_that_size(random_
 def test_the_largest_graph_is_rehearsed_so_that_its_memory_is_known(random_model, monkeypatch):
     seen = []
     monkeypatch.setattr(ForwardGraphs, "forward", lambda forward, size: seen.append(size))
-    with pretend():
+    with fake_gpus():
         harness = Harness(random_model, False, GPU, torch.bfloat16)
         warm_up.rehearsed(harness.spec, harness.model, 2048, 8)
     assert seen == [TOKENS]

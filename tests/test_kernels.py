@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make
-from interpreting import mended
-from pretended import pretend
-from test_cuda import GPU, Harness, forget
-from test_reuse import shapes_of
-from test_unmask import MASK
+from cuda_harness import GPU, Harness, forget
+from fake_cuda import fake_gpus
+from runner_harness import shapes_of
+from triton_interpreter import mended
 
 from dilaserve.models import attention, blocks, spans
 from dilaserve.worker import candidates, confidence, step_buffers, step_kernels
@@ -29,6 +28,8 @@ try:
     from dilaserve.worker import kernels as of_logits
 finally:
     del os.environ["TRITON_INTERPRET"]
+
+MASK = 7
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_the_sweep_finds_what_the_twin_finds(vocab, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_broken_rows_are_hopeless_and_never_the_mask():
+def test_rows_of_broken_logits_get_no_confidence_and_never_the_mask_token():
     inf, nan = torch.inf, torch.nan
     logits = random(8, 50)
     logits[0], logits[1] = nan, -inf
@@ -95,7 +96,7 @@ def test_sum_and_norm_agree(width, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "q", "kv", "dim"), [(2, 2, 2, 8), (1, 3, 1, 12), (4, 1, 1, 16)])
-def test_heads_are_turned_and_placed_alike(groups, q, kv, dim, dtype):
+def test_rotary_heads_are_written_to_the_same_places(groups, q, kv, dim, dtype):
     tokens, pool = 6, 40
     fused = random(tokens, groups, q + 2 * kv, dim, dtype=dtype)
     turns = blocks.rotary_table(64, dim, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
@@ -119,7 +120,7 @@ def test_gates_agree(groups, width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("heads", "shared", "dim"), [(2, 1, 16), (4, 2, 24), (2, 2, 160)])
-def test_even_runs_attend_alike(heads, shared, dim, splits, dtype):
+def test_attention_of_even_runs_agrees(heads, shared, dim, splits, dtype):
     """Also runs that begin anywhere, end within a tile, and have fewer keys than there are parts."""
     used, starts, queries = [1, 200, 33], [7, 300, 480], 16
     q = random(len(used) * queries, heads, dim, dtype=dtype)
@@ -180,12 +181,12 @@ def test_rows_are_laid_out_and_unmasked_alike(seed):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
-    """On a device that is pretended."""
+    """On a fake GPU."""
     directory, shapes = make(tmp_path / "model", layers=1, heads=2), shapes_of(1)
-    with pretend():
+    with fake_gpus():
         expected = Harness(directory, GPU).denoised(shapes, launches=2, most=2)
     forget()
-    with pretend(kernels=True):
+    with fake_gpus(kernels=True):
         harness = Harness(directory, GPU, rows=1)
         found = harness.denoised(shapes, launches=2, most=2)
     forget()
@@ -201,7 +202,7 @@ def test_a_step_of_a_graph_is_few_launches(tmp_path):
     counts = []
     for layers_there in (1, 2):
         directory = make(tmp_path / str(layers_there), layers=layers_there, heads=2)
-        with pretend(kernels=True):
+        with fake_gpus(kernels=True):
             harness = Harness(directory, GPU, rows=1)
             _, (span,) = harness.laid_out(shapes_of(1))
             columns = columns_of([span])
@@ -220,7 +221,7 @@ def test_kernels_compile_for_gpus_and_keep_to_their_registers(tmp_path):
     paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     known = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
     del known["TRITON_INTERPRET"]
-    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), "80", "90"]
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), "80", "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=known, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" 0 bytes spilt") == len(done.stdout.splitlines()) == 2 * (4 * 3 + 4)

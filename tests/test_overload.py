@@ -11,12 +11,11 @@ from dilaserve.config import Config
 from dilaserve.profile import forecast
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import guessed
-from dilaserve.scheduler.deadline_ticks import MOST_HOPELESS
 from dilaserve.scheduler.recent_minimum import RecentMinimum
-from dilaserve.scheduler.request_state import Phase
+from dilaserve.scheduler.request_state import Status
 from dilaserve.scheduler.rules.best_effort import MOST_SAVED, after_step, may_lead
 from dilaserve.scheduler.rules.composition import Candidate, within
-from dilaserve.scheduler.scheduler import Scheduler
+from dilaserve.scheduler.scheduler import MOST_ENDS, Scheduler
 from dilaserve.sim import workload
 from dilaserve.sim.command import prepared
 from dilaserve.sim.h200 import llada_8b_h200
@@ -80,8 +79,8 @@ def launched(commands):
 
 def unloaded(machine):
     """Seconds that one of these requests takes alone."""
-    state = machine.deadlines.arrived(request(0))
-    return machine.estimates.unloaded(state)
+    progress = machine.deadlines.arrived(request(0))
+    return machine.estimates.unloaded(progress)
 
 
 # best effort under overload
@@ -105,7 +104,7 @@ def test_requests_that_go_on_past_their_deadline_cost_others_no_deadlines():
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 0.2), st.floats(0.0, 0.3)), max_size=300))
-def test_best_effort_rows_take_no_more_than_their_share_and_one_step(wanted):
+def test_best_effort_rows_take_at_most_their_share_of_time_and_one_step(wanted):
     saved = spent = kept = 0.0
     longest = max((seconds for _, seconds in wanted), default=0.0)
     for deadlines, seconds in wanted:
@@ -116,7 +115,7 @@ def test_best_effort_rows_take_no_more_than_their_share_and_one_step(wanted):
         assert saved <= MOST_SAVED
 
 
-def test_a_best_effort_row_leads_now_and_then_and_not_in_each_step():
+def test_a_best_effort_row_comes_first_in_some_steps_only():
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 4096)))
     (batch,) = launched(feed(machine, Arrival(request(0))))
@@ -154,7 +153,7 @@ def test_a_deadline_goes_to_the_next_best_instance_where_the_best_has_no_room():
     assert machine.requests["r2.1"].replica.instance.id == 1
 
 
-def test_nobody_is_evicted_for_a_request_that_finds_no_room_all_the_same():
+def test_no_row_is_evicted_for_a_request_that_would_not_fit_anyway():
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 640)))
     (batch,) = launched(feed(machine, Arrival(request(0, seconds=1000.0, prompt=448))))
@@ -163,7 +162,7 @@ def test_nobody_is_evicted_for_a_request_that_finds_no_room_all_the_same():
     list(machine.observe(Arrival(request(2, seconds=1000.0, prompt=448)), 0.1))
     steps(machine, batch, 0.2)
     assert machine.requests["r1.1"].replica is not None
-    assert machine.requests["r2.1"].phase is Phase.WAITING
+    assert machine.requests["r2.1"].status is Status.WAITING
 
 
 # the step in flight
@@ -182,9 +181,9 @@ def test_what_is_left_of_the_step_in_flight_counts_when_a_deadline_is_tested():
             list(machine.decide(0.0))
         left = machine.placement.replicas[0].ends_at
         assert (left > 0.2) == flying
-        state = machine.deadlines.arrived(request(0, seconds=need + 0.2))
-        state.deadline, state.has_deadline = need + 0.2, True
-        fates.append(machine.placer.any_with_slack(state, 0.0))
+        progress = machine.deadlines.arrived(request(0, seconds=need + 0.2))
+        progress.deadline, progress.has_deadline = need + 0.2, True
+        fates.append(machine.placement.check.passes(progress, machine.placement.open, 0.0))
     assert fates == [True, False]
 
 
@@ -207,7 +206,7 @@ def test_steps_without_deadlines_are_short_while_tight_deadlines_come():
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 0.5)), min_size=1, max_size=20), st.floats(0, 1))
-def test_a_bounded_step_has_the_first_row_and_no_more_seconds_beside(rows, seconds):
+def test_a_bounded_step_has_the_first_row_and_others_up_to_its_seconds(rows, seconds):
     candidates = [Candidate(i, 32, one) for i, (_, one) in enumerate(rows)]
     chosen = within(candidates, seconds)
     assert chosen[0] == candidates[0]
@@ -216,7 +215,7 @@ def test_a_bounded_step_has_the_first_row_and_no_more_seconds_beside(rows, secon
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.1, 9)), min_size=1, max_size=30), st.floats(0, 100))
-def test_the_least_of_lately_is_of_one_window_to_three(came, later):
+def test_the_recent_minimum_covers_one_to_three_windows(came, later):
     window, recent, now, all_of_them = 10.0, RecentMinimum(10.0), 0.0, []
     for wait, value in came:
         now += wait
@@ -229,7 +228,7 @@ def test_the_least_of_lately_is_of_one_window_to_three(came, later):
     assert min(in_three, default=float("inf")) <= least <= min(in_one, default=float("inf"))
 
 
-def test_the_order_by_slack_follows_rows_as_they_get_on():
+def test_the_slack_order_follows_the_progress_of_rows():
     machine = scheduler(scheduling="least-slack")
     feed(machine, InstanceReady(Instance(0, (0,), 8192)))
     short, long = [machine.estimates.unloaded(machine.deadlines.arrived(request(0, answer=n))) for n in (64, 640)]
@@ -239,16 +238,16 @@ def test_the_order_by_slack_follows_rows_as_they_get_on():
     for left in (30, 16, 8, 4):  # the second gets on, the first does not
         (batch,) = launched(steps(machine, batch, 0.001, {0: 28, 1: left}))
         with_deadline = machine.placement.replicas[0].with_deadline
-        ranks = [machine.deadlines.rank(state) for state in with_deadline]
+        ranks = [machine.deadlines.rank(progress) for progress in with_deadline]
         assert ranks == sorted(ranks)
-        orders.append([state.request.row for state in with_deadline])
+        orders.append([progress.request.row for progress in with_deadline])
     assert (orders[0], orders[-1]) == ([1, 0], [0, 1])
 
 
 # the floor of the thresholds
 
 
-def test_a_lone_client_after_a_burst_runs_at_its_own_threshold_again():
+def test_a_single_request_after_a_burst_runs_at_its_own_threshold():
     machine = scheduler()
     feed(machine, InstanceReady(Instance(0, (0,), 10**5)))
     for row in range(6):
@@ -270,13 +269,15 @@ def test_a_lone_client_after_a_burst_runs_at_its_own_threshold_again():
 # the work of a decision
 
 
-def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
+def test_a_tick_tests_a_bounded_number_of_requests_and_all_in_turn(monkeypatch):
     tests = []
     machine = scheduler(guaranteed_rows=2, max_queue=4096)
     for id in range(4):
         feed(machine, InstanceReady(Instance(id, (id,), 10**6)))
-    original = machine.placer.place_one
-    monkeypatch.setattr(machine.placer, "place_one", lambda state, *rest: tests.append(state) or original(state, *rest))
+    original = machine.placement.place_one
+    monkeypatch.setattr(
+        machine.placement, "place_one", lambda progress, *rest: tests.append(progress) or original(progress, *rest)
+    )
     for row in range(1000):
         list(machine.observe(Arrival(request(row, seconds=10_000.0 + row)), 0.0))
     now = 0.0
@@ -291,8 +292,8 @@ def test_a_tick_tests_a_bounded_number_and_everybody_in_turn(monkeypatch):
         tests.clear()
         list(machine.decide(now))
         assert len(tests) < 300
-        seen |= {state.request.row for state in tests}
-    waiting = {state.request.row for state in machine.placement.queue}
+        seen |= {progress.request.row for progress in tests}
+    waiting = {progress.request.row for progress in machine.placement.queue}
     assert waiting <= seen
 
 
@@ -305,7 +306,7 @@ def test_tenants_with_deadlines_are_tested_in_turn():
     assert machine.requests["r8.1"].replica is not None
 
 
-def test_hopeless_requests_leave_a_long_queue_when_they_become_so():
+def test_requests_are_shed_from_a_long_queue_once_their_deadline_is_infeasible():
     machine = scheduler(guaranteed_rows=1, max_queue=4096)
     feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
     need = unloaded(machine)
@@ -318,8 +319,8 @@ def test_hopeless_requests_leave_a_long_queue_when_they_become_so():
     while machine.wake_at() <= 500.0:
         decisions += 1
         list(machine.decide(500.0))
-    assert 500 / MOST_HOPELESS <= decisions < 40
-    late = [state.request.row for state in machine.requests.values() if state.late]
+    assert 500 / MOST_ENDS <= decisions < 40
+    late = [progress.request.row for progress in machine.requests.values() if progress.late]
     assert set(range(490)) <= set(late)
     assert not set(range(502, 1000)) & set(late)
 

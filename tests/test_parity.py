@@ -1,73 +1,19 @@
 """The engine against the reference loops, token for token: float32, CPU, temperature 0, real worker processes."""
 
 import asyncio
-import random
 
 import checkpoints
 import msgspec
 import pytest
 import pytest_asyncio
-from reference import Llada, decode
-from test_reference import CASES, cache_of
+from parity import answers, asked, expect, some_requests, teach_an_end, wishes
+from reference_loops import CASES, Llada, cache_of
 
 from dilaserve import Config, Engine, Options
 from dilaserve.models.checkpoint import locate
 from dilaserve.profile.problems import TASKS, held_out
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-SETTINGS = [
-    dict(cache=cache, **rule)
-    for cache in ("none", "prefix", "dual")
-    for rule in ({"threshold": 0.9}, {"threshold": 0.7}, {"threshold": 0.5}, {"steps": "half"}, {"factor": 1.0})
-]
-
-
-def asked(prompt, gen_length, block_length, cache, steps=None, threshold=None, factor=None):
-    """The engine's options for the reference's arguments."""
-    return prompt, Options(
-        max_tokens=gen_length,
-        block_length=block_length,
-        cache=cache,
-        num_denoising_steps=steps,
-        confidence_threshold=threshold,
-        factor=factor,
-        ignore_eos=True,
-    )
-
-
-def some_requests(count: int, seed: int, longest: int = 256):
-    """Requests of all lengths, caches, rules and block lengths, as arguments of `decode`."""
-    rng = random.Random(seed)
-    requests = []
-    for i in range(count):
-        block_length = rng.choice((4, 8, 16, 32))
-        gen_length = block_length * rng.randint(1, 64 // block_length)
-        setting = dict(SETTINGS[i % len(SETTINGS)])
-        if setting.get("steps"):
-            setting["steps"] = max(gen_length // block_length, gen_length // 2)
-        prompt = [rng.randrange(256) for _ in range(rng.randint(1, min(90, longest - gen_length)))]
-        requests.append(dict(prompt=prompt, gen_length=gen_length, block_length=block_length, **setting))
-    return requests
-
-
-def cases(requests):
-    return [asked(**request) for request in requests]
-
-
-async def answers(engine, requests, stagger=False):
-    async def one(i, request):
-        for _ in range(i * 3 if stagger else 0):
-            await asyncio.sleep(0)  # arrive a few loop turns later, at another step of the others
-        return await engine.generate(*asked(**request))
-
-    return await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
-
-
-def expect(model, requests, completions):
-    for request, completion in zip(requests, completions, strict=True):
-        tokens, forwards = decode(model, **request)
-        assert list(completion.token_ids) == tokens, request
-        assert completion.usage.steps == forwards, request
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -97,13 +43,13 @@ async def test_the_authors_cases_one_by_one_and_all_at_once(author_model):
     assert [c.usage.steps for c in alone] == [case.get("nfe_reference", case["steps"]) for case in CASES]
 
 
-async def test_a_mixed_crowd_gets_the_reference_answers(engine, random_model):
+async def test_mixed_requests_get_the_reference_answers(engine, random_model):
     requests = some_requests(60, seed=1)
     completions = await answers(engine, requests, stagger=True)
     expect(Llada(random_model), requests, completions)
 
 
-async def test_a_mixed_crowd_on_two_devices_gets_the_reference_answers(random_model):
+async def test_mixed_requests_on_two_devices_get_the_reference_answers(random_model):
     requests = some_requests(60, seed=1)
     async with Engine(Config.of(model=str(random_model), devices="cpu,cpu")) as engine:
         completions = await answers(engine, requests, stagger=True)
@@ -126,7 +72,7 @@ async def test_grouped_query_attention_shards_and_a_small_pool(tmp_path):
     expect(Llada(directory), requests, completions)
 
 
-async def test_a_request_alone_and_in_company_gives_the_same_tokens_and_confidences(engine):
+async def test_a_request_alone_and_in_a_batch_gives_the_same_tokens_and_confidences(engine):
     requests = some_requests(30, seed=4)
     alone = [await engine.generate(*asked(**request)) for request in requests]
     together = await answers(engine, requests)
@@ -139,8 +85,8 @@ async def test_refreshing_at_every_step_is_no_cache_at_all(engine, random_model)
     requests = [request | {"cache": "none"} for request in some_requests(12, seed=8)]
     for cache in ("prefix", "dual"):
         how = {"cache": cache, "refresh_interval": 1}
-        always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in cases(requests)]
-        completions = await asyncio.gather(*(engine.generate(*case) for case in always))
+        always = [(prompt, msgspec.structs.replace(options, **how)) for prompt, options in wishes(requests)]
+        completions = await asyncio.gather(*(engine.generate(*wish) for wish in always))
         expect(Llada(random_model), requests, completions)
 
 
@@ -164,7 +110,7 @@ async def test_the_bundled_model_answers_as_the_reference_does():
     expect(model, requests, completions)
 
 
-async def test_sampling_depends_on_the_seed_and_not_on_the_company(engine):
+async def test_sampling_depends_on_the_seed_and_not_on_the_batch(engine):
     requests = [asked(**request) for request in some_requests(12, seed=5)]
     hot = [
         (prompt, Options(max_tokens=o.max_tokens, cache=o.cache, temperature=0.8, top_p=0.9, seed=i, ignore_eos=True))
@@ -214,14 +160,3 @@ async def test_an_answer_ends_at_its_first_end_token_and_says_what_the_full_canv
         assert short.finish_reason == ("stop" if end < len(ids) else "length")
         assert short.usage.steps <= whole.usage.steps
     assert ended >= 10
-
-
-def teach_an_end(directory):
-    """Give the end token a row of the head that often wins."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(directory / "model.safetensors")
-    head = tensors["model.transformer.ff_out.weight"]
-    head[checkpoints.EOS] = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 9 * 32**-0.5
-    save_file(tensors, directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Changing the layout keeps the quality: likelihoods in bfloat16 at every degree, against float32 on one device."""
+"""Changing the plan keeps the quality: likelihoods in bfloat16 at every degree, against float32 on one device."""
 
 import threading
 

@@ -1,14 +1,9 @@
 """What judges the soak runs: fuzz cases come again, faults of answers are seen, and counters are compared."""
 
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "bench"))  # where bench/soak.py finds its parts
-
 from soaking import cases, wire
 from soaking.asking import Known, ThresholdChoice, judged
 from soaking.counters import added_up

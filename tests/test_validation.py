@@ -39,7 +39,7 @@ class Kind(str, enum.Enum):  # noqa: UP042 - whose hash and text are not the str
 
 
 @pytest.mark.parametrize(
-    ("cases", "param", "words"),
+    ("wishes", "param", "words"),
     [
         (dict(cache="foo"), "cache", "one of none, prefix, dual, not 'foo'"),
         (dict(cache=["none"]), "cache", "a string, not a list"),
@@ -78,23 +78,23 @@ class Kind(str, enum.Enum):  # noqa: UP042 - whose hash and text are not the str
         (dict(priority=1.5), "priority", "an integer, not a float"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_with_what_it_must_be(cases, param, words):
+def test_a_value_that_cannot_be_is_named_with_what_it_must_be(wishes, param, words):
     with pytest.raises(BadRequest) as caught:
-        validated(Options(**cases))
+        validated(Options(**wishes))
     assert caught.value.param == param
     assert words in caught.value.message
     assert len(caught.value.message) < 250
 
 
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 3}, "fast", 3, [], Options])
-def test_options_are_options(options):
+def test_only_options_are_accepted_as_options(options):
     with pytest.raises(
         BadRequest, match=r"options must be (dilaserve\.)?Options, not \w+; write Options\(max_tokens=32\)"
     ):
         validated(options)
 
 
-def test_what_is_meant_well_is_taken():
+def test_lenient_forms_of_values_are_accepted():
     found = validated(Options(temperature=1, stop=["a"], stop_token_ids=[1], user=Unhashable("u"), cache=Kind.CACHE))
     assert found == Options(temperature=1.0, stop=("a",), stop_token_ids=(1,), user="u", cache="prefix")
     assert (type(found.temperature), type(found.user), type(found.cache)) == (float, str, str)
@@ -139,8 +139,8 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from([*SHARED, "deadline_ms", "on_miss", "task", "slo_class"]), ANYTHING, max_size=3))
-def test_whatever_passes_has_the_types_that_the_scheduler_counts_on(cases):
-    found = outcome(lambda: validated(Options(**cases)))
+def test_whatever_passes_has_the_types_that_the_scheduler_counts_on(wishes):
+    found = outcome(lambda: validated(Options(**wishes)))
     if isinstance(found, BadRequest):
         assert 0 < len(found.message) < 300
         return
@@ -198,7 +198,7 @@ def test_messages_from_python_are_those_from_http():
         *([{"role": "user", "content": "x"}, "y"], "\ud800"),
     ],
 )
-def test_a_prompt_that_is_none_is_told_what_it_may_be(prompt):
+def test_a_value_that_is_no_prompt_is_refused_with_the_allowed_types(prompt):
     def read():
         held = listed(prompt)
         return "a conversation" if is_conversation(held) else token_ids(held, 512)

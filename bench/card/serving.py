@@ -61,9 +61,8 @@ async def served(bench: Bench, base: float, wanted: int) -> list[str]:
         ready = time.perf_counter() - began
         await engine.generate(prompts_for(bench, 1)[0], Options(max_tokens=1, ignore_eos=True))
         first = time.perf_counter() - began
-        lines.append(
-            f"- start: ready after {ready:.1f} s, first token after {first:.1f} s; pool {engine.capacity.pools} tokens"
-        )
+        lines.append(f"- start: ready after {ready:.1f} s, first token after {first:.1f} s")
+        lines.append(f"- K/V pools: {engine.consumer.pools} tokens")
         bench.goal("start to first token, from page cache", first, 20.0, " s")
         for concurrent in (1, 8, 32, 64):
             count = {1: 3, 8: 24, 32: wanted, 64: max(64, wanted)}[concurrent]

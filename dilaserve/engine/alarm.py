@@ -1,31 +1,27 @@
-"""The one timer of an engine: when to decide again, whatever happens or not."""
+"""A timer that rings a doorbell at a time which may be set again. It does not know what the time is for."""
 
 import asyncio
 import math
-from collections.abc import Callable
+
+from dilaserve.engine.doorbell import Bell
 
 
 class Alarm:
-    """Calls `ring` once at the time that was set last."""
+    """Rings the bell once at the time that was set last."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
-        self.loop, self.ring = loop, ring
+    def __init__(self, bell: Bell) -> None:
+        self.loop, self.bell = asyncio.get_running_loop(), bell
         self.timer: asyncio.TimerHandle | None = None
         self.at = math.inf
-        self.rang_at = -math.inf
-
-    def now(self) -> float:
-        """The loop's time, at least that of the last alarm: timers ring within the clock's resolution, before it."""
-        return max(self.loop.time(), self.rang_at)
+        self.rang_at = -math.inf  # the time it was last set to when it rang; the loop's clock may be slightly behind
 
     def set(self, when: float) -> None:
-        """Ring at `when`; infinite: not at all."""
-        if when != self.at:
-            self.at = when
-            if self.timer:
-                self.timer.cancel()
-            self.timer = None if when == math.inf else self.loop.call_at(when, self.rang, when)
+        """Ring at `when`, on the loop's clock, and not at the time set before; infinity: never."""
+        self.at = when
+        if self.timer:
+            self.timer.cancel()
+        self.timer = None if when == math.inf else self.loop.call_at(when, self.ring, when)
 
-    def rang(self, when: float) -> None:
+    def ring(self, when: float) -> None:
         self.rang_at, self.at, self.timer = when, math.inf, None
-        self.ring()
+        self.bell.ring()

@@ -1,4 +1,4 @@
-"""What an engine works with: the model as clients see it, its tokenizer, the request table, and who runs the steps."""
+"""What an engine works with: the model as clients see it, its tokenizer, the request table, and the executor."""
 
 import logging
 import os
@@ -57,7 +57,7 @@ class Parts(NamedTuple):
     devices: list[str]
     degrees: tuple[int, ...]
     plan: Plan
-    note: str | None = None  # what the user should hear once the engine is up
+    note: str | None = None  # what the user should read once the engine is up
     planner: PlannerPort | None = None  # None: there is nothing to choose, or too little is known
     unplanned: str | None = None  # what would have to be known
 
@@ -193,11 +193,11 @@ def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:
 def known(
     profile: ModelProfile | None, name: str, device: str, degrees: tuple[int, ...]
 ) -> tuple[dict[int, StepCost], QualityProfile, str | None]:
-    """Cost laws by degree and quality profile, and what to tell the user where a guess stands in for them."""
-    guess, least = profile_file.guessed(name, device), min(degrees)
+    """Cost laws by degree and quality profile, and a note for the user if estimates replace measurements."""
+    assumed, least = profile_file.guessed(name, device), min(degrees)
     if profile is None:
         note = f"{name} has no profile yet and starts from a cautious guess; `dilaserve calibrate` measures one"
-        return {least: guess.costs[profile_file.cost_key(device)]}, guess.quality, note
+        return {least: assumed.costs[profile_file.cost_key(device)]}, assumed.quality, note
     laws = {
         degree: profile.costs[profile_file.cost_key(device, degree)]
         for degree in degrees
@@ -205,7 +205,7 @@ def known(
     }
     if least not in laws:
         note = f"the profile of {name} knows no step costs on {device}; they are learned while serving"
-        return {least: guess.costs[profile_file.cost_key(device)]}, profile.quality, note
+        return {least: assumed.costs[profile_file.cost_key(device)]}, profile.quality, note
     return laws, profile.quality, None
 
 
@@ -236,3 +236,8 @@ def job(config: Config, device: str, names: list[str], shared: dict[str, Any], c
         "claim": claim if device == "cpu" else memory.Claim(used / names.count(device), 1 - used),
     }
     return msgspec.convert({**shared, **fields}, WorkerJob)
+
+
+def advised(note: str | None, unplanned: str | None) -> str | None:
+    """What the user should read at the start, or None."""
+    return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None

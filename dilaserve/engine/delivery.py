@@ -1,7 +1,8 @@
-"""Brings to each client's stream what the scheduler says of its request."""
+"""Delivers to the clients' streams what the scheduler says of their requests. An error here ends one request only."""
 
 import logging
 from collections.abc import Callable
+from typing import TypeAlias
 
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS, DeadlineMissed, Overloaded, RequestFailed
@@ -9,39 +10,52 @@ from dilaserve.transport.request_table import RequestTable
 from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, Refuse, Usage
 
 log = logging.getLogger(__name__)
-ForClient = Emit | Finish | Fail | Decline | Refuse
+Message: TypeAlias = Emit | Finish | Fail | Decline | Refuse
 
 
 class Delivery:
-    """Reads final tokens from the table and puts them, or an error, on the stream. `streams` are those still open."""
+    """`streams` are the open ones by request id; `places` is --max-queue, for the message to refused clients."""
 
     def __init__(
-        self,
-        table: RequestTable,
-        streams: dict[str, Stream],
-        post: Callable[[Event], None],
-        full: Callable[[float], Overloaded],
+        self, streams: dict[str, Stream], table: RequestTable, post: Callable[[Event], None], places: int
     ) -> None:
-        self.table, self.streams, self.post, self.full = table, streams, post, full
+        self.streams, self.table, self.post, self.places = streams, table, post, places
 
-    def deliver(self, command: ForClient) -> None:
-        """Pass a command on to the client's stream. An error fails this request alone."""
-        request = command.request
-        if isinstance(command, Fail):
-            log.error("request %s failed: %s", request.id, command.reason, exc_info=command.error)
+    def deliver(self, message: Message) -> None:
+        """Hand the message to the stream of its request, if that is still open."""
+        request = message.request
+        if isinstance(message, Fail):
+            log.error("request %s failed: %s", request.id, message.reason, exc_info=message.error)
         if (stream := self.streams.get(request.id)) is None:
             return  # its client has had another error
-        if not isinstance(command, Emit):
+        if not isinstance(message, Emit):
             del self.streams[request.id]
         if stream.over:
             return
         try:
-            self.put(stream, command)
+            self.pass_on(stream, message)
         except RequestFailed as error:
             self.drop(stream, error)
         except Exception:
             log.exception("request %s failed: its answer could not be passed on", request.id)
             self.drop(stream, RequestFailed(OURS))
+
+    def pass_on(self, stream: Stream, message: Message) -> None:
+        match message:
+            case Emit(_, prefix):
+                self.emit(stream, prefix)
+            case Finish(_, reason, usage):
+                self.push(stream)
+                if reason == "stop" and stream.shows_stop_token:
+                    stream.final += 1
+                    self.push(stream)
+                stream.finish(reason, usage)
+            case Fail(_, _, for_client):
+                stream.fail(RequestFailed(for_client))
+            case Decline(_, usage, retry, never_feasible):
+                stream.fail(missed(usage, retry, never_feasible))
+            case Refuse(_, retry_after):
+                stream.fail(full(self.places, retry_after))
 
     def drop(self, stream: Stream, error: RequestFailed) -> None:
         """Fail the stream, and end its request if it still runs."""
@@ -50,39 +64,28 @@ class Delivery:
         if stream.id in self.streams:
             self.post(Cancel(stream.id, "cancelled"))
 
-    def put(self, stream: Stream, command: ForClient) -> None:
-        match command:
-            case Emit(_, prefix):
-                self.emit(stream, prefix)
-            case Finish(_, reason, usage):
-                self.push_final(stream)
-                if reason == "stop" and stream.shows_stop_token:
-                    stream.final += 1
-                    self.push_final(stream)
-                stream.finish(reason, usage)
-            case Fail(_, _, for_client):
-                stream.fail(RequestFailed(for_client))
-            case Decline(_, usage, retry, never_feasible):
-                stream.fail(missed(usage, retry, never_feasible))
-            case Refuse(_, retry_after):
-                stream.fail(self.full(retry_after))
-
     def emit(self, stream: Stream, prefix: int) -> None:
         stream.final = prefix
         if stream.waits or stream.over:
             return
-        self.push_final(stream)
+        self.push(stream)
         if stream.stopped:
             self.post(Cancel(stream.id, "stop"))
 
-    def push_final(self, stream: Stream) -> None:
-        """Give the stream what has become final since the last time."""
+    def push(self, stream: Stream) -> None:
+        """Give the stream the tokens that became final since the last time."""
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
 
 
+def full(places: int, retry_after: float) -> Overloaded:
+    """The error of a request for which there is no row."""
+    return Overloaded(f"all {places} places (--max-queue) are taken; try again later", retry_after=retry_after)
+
+
 def missed(usage: Usage, retry_after: float | None, never_feasible: bool) -> DeadlineMissed:
+    """The error of a request that was declined because of its deadline."""
     seconds = f"{usage.deadline:.3g} s" if usage.deadline is not None else "its deadline"
     if never_feasible:
         return DeadlineMissed(f"the answer takes longer than {seconds} even if nothing else runs", never_feasible=True)

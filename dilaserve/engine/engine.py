@@ -1,73 +1,31 @@
-"""The engine: one inbox, one consumer; requests in, streams of text out. It has the clock and knows no device."""
+"""The engine: it starts and ends the parts, checks requests and gives each a stream of text. It knows no device."""
 
 import asyncio
 import logging
-import math
 import os
 import secrets
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
 import numpy as np
 
 from dilaserve.config import Config
-from dilaserve.engine.alarm import Alarm
-from dilaserve.engine.assembly import Assemble, ModelCard, real
-from dilaserve.engine.capacity import Capacity
-from dilaserve.engine.delivery import Delivery
-from dilaserve.engine.doorbell import Bell
-from dilaserve.engine.offload import Offload
-from dilaserve.engine.plan_changes import PlanChanges, PlannerQuestions
-from dilaserve.engine.profile import Profile
+from dilaserve.engine.assembly import Assemble, ModelCard, Parts, advised, real
+from dilaserve.engine.consumer import Consumer
+from dilaserve.engine.counters import Profile
+from dilaserve.engine.offload import Offload, apart
+from dilaserve.engine.planner_client import PlannerClient
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
-from dilaserve.engine.stall_detector import StallDetector
-from dilaserve.engine.stream import Chunk, Completion, Cut, Stream, collect
-from dilaserve.engine.submit import Options, ResolvedOptions, parse_classes, resolve, validated, wanted
-from dilaserve.errors import (
-    BadRequest,
-    ConfigError,
-    Overloaded,
-    RequestFailed,
-    Unavailable,
-    quoted,
-)
-from dilaserve.executor.executor import Executor, Progress
+from dilaserve.engine.stream import Chunk, Completion, Stream, collect, cutting
+from dilaserve.engine.submit import Options, ResolvedOptions, ending, parse_classes, resolve, validated, wanted
+from dilaserve.errors import BadRequest, ConfigError, Unavailable, quoted
+from dilaserve.executor.executor import Progress
 from dilaserve.planner.planner import PlannerPort
 from dilaserve.plans import checked, parsed
-from dilaserve.scheduler.containment import Guard
 from dilaserve.scheduler.scheduler import Scheduler
 from dilaserve.tokenizer.tokenizer import MARKS
 from dilaserve.transport.devices import steps_for
-from dilaserve.types import (
-    Adjust,
-    Arrival,
-    Cancel,
-    Change,
-    Command,
-    Decline,
-    Demand,
-    Emit,
-    Ending,
-    Event,
-    Fail,
-    Finish,
-    Full,
-    Kill,
-    Launch,
-    Paused,
-    Plan,
-    Refuse,
-    Release,
-    Replan,
-    Request,
-    Reshaped,
-    Reshard,
-    Slo,
-    Solve,
-    StopEarly,
-)
+from dilaserve.types import Arrival, Cancel, Change, Demand, Plan, Replan, Request, Slo
 from dilaserve.validation import converted, plain
 
 __all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
@@ -88,7 +46,7 @@ class Engine:
 
     An engine that is entered has these attributes: `model` (its name, length and size), `config`, `devices`,
     `degrees` (how many devices may run the model together), `profile` (where time went), `history` (changes of plan),
-    `advice` (what the user should hear at the start, or None), and `failure` (the error that ended it, or None).
+    `advice` (what the user should read at the start, or None), and `failure` (the error that ended it, or None).
     """
 
     def __init__(
@@ -111,12 +69,8 @@ class Engine:
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
         self.planner = planner
-        self.capacity = Capacity()
-        self.changes = PlanChanges(self.profile)
-        self.inbox: deque[Event] = deque()
         self.main: asyncio.Task[None] | None = None
         self.off_loop = Offload()
-        self.broken: Exception | None = None  # ends the engine as soon as its consumer sees it
         self.owner = os.getpid()
 
     # life
@@ -125,30 +79,12 @@ class Engine:
         if self.main:
             raise Unavailable("an engine is entered once; make another one")
         self.loop, self.owner = asyncio.get_running_loop(), os.getpid()
-        self.bell = Bell()
-        self.alarm = Alarm(self.loop, self.bell.ring)
-        self.stall_detector = StallDetector(self.loop)
         self.idle = asyncio.Event()
         self.idle.set()
-        parts = await asyncio.to_thread(self.assemble, self.config, self.progress)
-        self.executor, self.table, self.text = parts.executor, parts.table, parts.text
-        self.model, self.mask_id, self.vocab_size = parts.model, parts.mask_id, parts.vocab_size
-        self.free = deque(range(self.table.rows))  # the row that has been free for longest goes first
-        self.devices, self.degrees = parts.devices, parts.degrees
-        self.planner = self.planner or parts.planner
-        self.unplanned = None if self.planner else parts.unplanned or NO_CHOICE
-        wants = parts.unplanned if self.config.device.plan == "auto" and not self.planner else None
-        self.advice = advised(parts.note, wants)
-        solves = self.planner is not None and self.config.device.plan == "auto"
-        steps = steps_for(self.devices, self.config.device)
-        self.scheduler = Scheduler(self.config, parts.laws, parts.quality, parts.plan, self.degrees, solves, steps)
-        self.guard = Guard(self.scheduler)
-        self.delivery = Delivery(self.table, self.streams, self._post, self._full)
-        if self.planner:
-            self.questions = PlannerQuestions(self.planner, parts.laws, self.scheduler.estimates.known)
+        self._assembled(await asyncio.to_thread(self.assemble, self.config, self.progress))
         started: asyncio.Future[None] = self.loop.create_future()
         formed = self.changes.next()
-        self.main = asyncio.create_task(self._live(self.executor, started), name="dilaserve engine")
+        self.main = asyncio.create_task(self._live(started), name="dilaserve engine")
         try:
             for stage in (started, formed):
                 await asyncio.wait([self.main, stage], return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +95,32 @@ class Engine:
             await self._leave()
             raise
         return self
+
+    def _assembled(self, parts: Parts) -> None:
+        """Take over the parts, and make the scheduler and the consumer."""
+        self.executor, self.table, self.text = parts.executor, parts.table, parts.text
+        self.model, self.mask_id, self.vocab_size = parts.model, parts.mask_id, parts.vocab_size
+        self.devices, self.degrees = parts.devices, parts.degrees
+        self.planner = self.planner or parts.planner
+        self.unplanned = None if self.planner else parts.unplanned or NO_CHOICE
+        automatic = self.config.device.plan == "auto"
+        self.advice = advised(parts.note, parts.unplanned if automatic and not self.planner else None)
+        steps = steps_for(self.devices, self.config.device)
+        solves = automatic and self.planner is not None
+        self.scheduler = Scheduler(self.config, parts.laws, parts.quality, parts.plan, self.degrees, solves, steps)
+        if self.planner:
+            self.planner_client = PlannerClient(self.planner, parts.laws, self.scheduler.estimates)
+        self.consumer = Consumer(
+            self.scheduler,
+            self.executor,
+            self.table,
+            self.streams,
+            self.profile,
+            self._ask,
+            self.idle,
+            self.config.scheduler.max_queue,
+        )
+        self.changes, self.history = self.consumer.changes, self.consumer.changes.history
 
     async def __aexit__(self, *exception: object) -> None:
         await self._leave()
@@ -174,14 +136,14 @@ class Engine:
         await apart(self.text.close)
         self.off_loop.close()
 
-    async def _live(self, executor: Executor, started: asyncio.Future[None]) -> None:
+    async def _live(self, started: asyncio.Future[None]) -> None:
         """Everything that runs on behalf of this engine, until it is cancelled or broken."""
         try:
             async with asyncio.TaskGroup() as group:
                 self.group = group
-                group.create_task(self._consume(executor))
+                group.create_task(self.consumer.run())
                 running = asyncio.get_running_loop().create_future()
-                group.create_task(executor.run(self._post, running))
+                group.create_task(self.executor.run(self.consumer.post, running))
                 await asyncio.gather(running, asyncio.to_thread(self.text.load_template))
                 started.set_result(None)
         except BaseExceptionGroup as broken:
@@ -192,7 +154,7 @@ class Engine:
                 log.error("the engine has stopped", exc_info=self.failure)
         finally:
             self.draining = True
-            self.stall_detector.stop()
+            self.consumer.stall_detector.stop()
             for stream in list(self.streams.values()):
                 stream.fail(Unavailable("the engine has stopped"))
             self.streams.clear()
@@ -202,7 +164,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Loaded, not draining, and an instance is up or will be in a moment."""
-        return bool(self.capacity.instances or self.scheduler.plan_state.forming) and not self.draining
+        return bool(self.consumer.capacity or self.scheduler.plan_state.forming) and not self.draining
 
     @property
     def alive(self) -> bool:
@@ -226,7 +188,7 @@ class Engine:
         except TimeoutError:
             for stream in self.streams.values():
                 stream.fail(Unavailable("the server has shut down before the answer was finished", retry_after=5.0))
-                self._post(Cancel(stream.id, "cancelled"))
+                self.consumer.post(Cancel(stream.id, "cancelled"))
 
     # the plan
 
@@ -241,7 +203,7 @@ class Engine:
         return self.scheduler.plan_state.wanted or self.plan
 
     async def replan(self, plan: Plan | str, reason: str = "asked for") -> Change:
-        """Change the plan, such as "2x1" or `Plan(((0, 1),))`, while requests run; returns when it stands.
+        """Change the plan, such as "2x1" or `Plan(((0, 1),))`, while requests run; returns when its instances are up.
 
         Instances of both plans are not touched, rows of the others wait for one step at most. The plan stays, whatever
         the planner thinks, until another is asked for; "auto" leaves it to the planner again. Raises `BadRequest` for a
@@ -252,9 +214,9 @@ class Engine:
         if wanted is None and self.planner is None:
             raise BadRequest(f"there is no planner here: {self.unplanned}; name a plan such as 2x1", param="plan")
         reason = converted(reason, str, "reason")
-        stands = self.changes.next()
-        self._post(Replan(wanted, reason))
-        return await stands
+        done = self.changes.next()
+        self.consumer.post(Replan(wanted, reason))
+        return await done
 
     def _possible(self, plan: Plan | str) -> Plan:
         if isinstance(plan, str):
@@ -263,13 +225,13 @@ class Engine:
         known = Plan(converted(groups, tuple[tuple[int, ...], ...], "plan"))
         return checked(known, len(self.devices), self.degrees)
 
-    @property
-    def history(self) -> Sequence[Change]:
-        """Changes of the plan, the last 256."""
-        return self.changes.history
+    def _ask(self, demand: Demand) -> None:
+        """Ask the planner, if there is one; its answer is an event."""
+        if self.planner:
+            self.group.create_task(self._answer(demand))
 
-    async def _ask_planner(self, demand: Demand) -> None:
-        self._post(await self.questions.answer(demand))
+    async def _answer(self, demand: Demand) -> None:
+        self.consumer.post(await self.planner_client.answer(demand))
 
     # requests
 
@@ -329,15 +291,15 @@ class Engine:
         return self.text.decode(token_ids(ids, self.vocab_size, "ids"))
 
     def _check_running(self) -> None:
-        """Raises `Unavailable` for whoever is not where the engine is."""
+        """Raises `Unavailable` if the engine does not run in the caller's loop."""
         if self.main is None:
             raise Unavailable("the engine is not running; enter it with `async with` first")
         if asyncio.get_running_loop() is not self.loop:
             raise Unavailable("the engine lives in another event loop; call it from there, or use dilaserve.DilaServe")
 
     def _start(self, id: str, ids: list[int], resolved: ResolvedOptions, slo: Slo, options: Options) -> Stream:
-        """Give a checked request a row, fill it and tell the scheduler. Raises `Overloaded`."""
-        prompt, row = np.array(ids, dtype=np.int32), self._place(slo)
+        """Give a checked request a row, fill it and post its arrival. Raises `Overloaded`."""
+        prompt, row = np.array(ids, dtype=np.int32), self.consumer.take_row(slo)
         try:
             generation = self.table.fill(
                 row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options)
@@ -353,141 +315,27 @@ class Engine:
                 decoding=resolved.decoding,
                 slo=slo,
             )
-            stream = Stream(request, self.text, cutting(options), self._post)
+            stream = Stream(request, self.text, cutting(options), self.consumer.post)
         except BaseException:
-            self.free.append(row)
+            self.consumer.free.append(row)
             raise
         self.streams[id] = stream
         self.idle.clear()
-        self._post(Arrival(request))
+        self.consumer.post(Arrival(request))
         return stream
 
     def _check_room(self, resolved: ResolvedOptions) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
-        if (pool := self.capacity.smallest(self.degrees)) and resolved.canvas_tokens > pool:
+        if not self.consumer.pools:
+            return
+        if resolved.canvas_tokens > (pool := self.consumer.smallest_pool(min(self.degrees))):
             cure = "lower max_tokens" if resolved.max_tokens > resolved.decoding.block_length else "shorten the prompt"
             raise BadRequest(
                 f"a canvas of {resolved.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
                 f"{cure} or raise --kv-cache-tokens",
                 param="max_tokens",
             )
-
-    def _place(self, slo: Slo) -> int:
-        """A free row of the table; when all are taken, that of a tenant with more waiting. Raises `Overloaded`."""
-        try:
-            return self._free_row(slo)
-        except (Overloaded, RequestFailed):
-            raise
-        except Exception as error:  # it would have ended the consumer, whose work this is
-            self.broken = error
-            self.bell.ring()
-            raise Unavailable("the engine has stopped") from error
-
-    def _free_row(self, slo: Slo) -> int:
-        now = self.loop.time()
-        if not self.free:
-            self._observe(self.executor, now)  # what is on its way may free a row
-        if not self.free:
-            for command in self.guard.observe(Full(slo.tenant), now):
-                self._perform(command, self.executor)
-        if not self.free:
-            timed = slo.seconds is not None or slo.multiple is not None
-            raise self._full(self.scheduler.refused(timed, now))
-        return self.free.popleft()
-
-    def _full(self, retry_after: float) -> Overloaded:
-        limit = self.config.scheduler.max_queue
-        return Overloaded(f"all {limit} places (--max-queue) are taken; try again later", retry_after=retry_after)
-
-    # the loop
-
-    def _post(self, event: Event) -> None:
-        """Put an event into the inbox; from the loop's thread only."""
-        self.inbox.append(event)
-        self.bell.ring()
-
-    async def _consume(self, executor: Executor) -> None:
-        """The one consumer: every event is observed, then idle instances get their next step."""
-        bell, scheduler, profile = self.bell, self.scheduler, self.profile
-        while True:
-            await bell.wait()
-            if self.broken:
-                raise self.broken
-            now = self.alarm.now()
-            if paused := self.stall_detector.missed(now):
-                log.warning("the engine did not run for %.1f s; steps under way get that time again", paused)
-                self.inbox.appendleft(Paused(paused))
-            self._observe(executor, now)
-            began = time.perf_counter()
-            commands = list(self.guard.decide(now))
-            profile.deciding += time.perf_counter() - began
-            profile.decisions += 1
-            for command in commands:
-                self._perform(command, executor)
-            self.alarm.set(wake_at := scheduler.wake_at())
-            self.stall_detector.watch(wake_at < math.inf)
-
-    def _observe(self, executor: Executor, now: float) -> None:
-        """Take in every event that has come."""
-        while self.inbox:
-            event = self.inbox.popleft()
-            self.profile.count(event)
-            self.capacity.note(event)
-            for command in self.guard.observe(event, now):
-                self._perform(command, executor)
-            if isinstance(event, Arrival) and (stream := self.streams.get(event.request.id)):
-                stream.seen.ring()
-
-    def _perform(self, command: Command, executor: Executor) -> None:
-        match command:
-            case Launch(batch):
-                executor.launch(batch)
-            case StopEarly(batch):
-                executor.stop_early(batch)
-            case Adjust(row, threshold):
-                self.table.threshold[row] = threshold
-            case Reshard(moves):
-                for id in moves.ends:
-                    self.capacity.instances.pop(id, None)
-                self.changes.moved = True
-                executor.reshard(moves)
-            case Reshaped(change):
-                self.changes.stands(change)
-            case Kill(instance, reason):
-                executor.kill(instance, reason)
-            case Solve(demand):
-                if self.planner:
-                    self.group.create_task(self._ask_planner(demand))
-            case Emit() | Finish() | Fail() | Decline() | Refuse():
-                self.delivery.deliver(command)
-            case Release(row):
-                self.free.append(row)
-                if len(self.free) == self.table.rows:
-                    self.idle.set()
-
-
-async def apart(work: Callable[[], None]) -> None:
-    """Blocking work in a thread, or on the spot where the interpreter ends and starts no threads any more."""
-    try:
-        done = asyncio.get_running_loop().run_in_executor(None, work)
-    except RuntimeError:
-        work()
-    else:
-        await done
-
-
-def ending(options: Options) -> Ending:
-    return Ending(ignore_eos=options.ignore_eos, stop_ids=options.stop_token_ids, min_tokens=options.min_tokens)
-
-
-def cutting(options: Options) -> Cut:
-    return Cut(options.stop, options.min_tokens, options.include_stop_str_in_output)
-
-
-def advised(note: str | None, unplanned: str | None) -> str | None:
-    """What the user should hear at the start."""
-    return "; ".join(filter(None, [note, unplanned and f"no planner changes the plan: {unplanned}"])) or None
 
 
 def first(broken: BaseException) -> BaseException:

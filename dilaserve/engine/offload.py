@@ -7,11 +7,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 LONG = 4096  # characters, or ids, from which work on them leaves the loop
-THREADS = 2
+THREADS = 2  # threads for such work; more would contend for the interpreter's lock
 
 
 class Offload:
-    """Called with the size of some work, in characters or ids, and the work; short work is done on the spot."""
+    """Called with the size of some work, in characters or ids, and the work; short work is done at once."""
 
     def __init__(self) -> None:
         self.threads = ThreadPoolExecutor(THREADS, "dilaserve-text")
@@ -21,3 +21,13 @@ class Offload:
 
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+
+async def apart(work: Callable[[], None]) -> None:
+    """Run blocking work in a thread, or here if the interpreter is ending and starts no more threads."""
+    try:
+        done = asyncio.get_running_loop().run_in_executor(None, work)
+    except RuntimeError:
+        work()
+    else:
+        await done

@@ -105,7 +105,7 @@ def conversation(said: Sequence[object], template: Roles) -> list[dict[str, str]
         text = whole(spoken(one, i, called), f"messages[{i}].content")
         found.append({"role": role(one, i, roles), "content": text})
         called |= {
-            plain(call.id): told.name for call in one.tool_calls or () if call.id and (told := function(call, i))
+            plain(call.id): known.name for call in one.tool_calls or () if call.id and (known := function(call, i))
         }
     return found
 
@@ -154,9 +154,9 @@ def part_text(part: Part, i: int) -> str:
 
 
 def function(call: ToolCall, i: int) -> Function:
-    if (told := call.function or call.custom) is None:
+    if (found := call.function or call.custom) is None:
         raise BadRequest("a tool call needs a function", param=f"messages[{i}].tool_calls")
-    return told
+    return found
 
 
 def call_text(call: Function) -> str:

@@ -2,8 +2,8 @@
 
 import asyncio
 
-PERIOD = 1.0  # seconds between two beats while somebody waits for a limit
-LATE = 1.0  # seconds later than that, from which the loop counts as absent
+PERIOD = 1.0  # seconds between two beats while a time limit runs
+LATE = 1.0  # seconds by which a beat must be late for the loop to count as absent
 
 
 class StallDetector:
@@ -16,7 +16,7 @@ class StallDetector:
         self.seen_at = self.absent = 0.0
 
     def watch(self, watched: bool) -> None:
-        """From now on somebody waits for a time, or nobody does."""
+        """Start or stop watching: stalls matter only while a time limit runs."""
         self.watched = watched
         if watched and self.timer is None:
             self.seen_at = self.loop.time()
@@ -32,7 +32,7 @@ class StallDetector:
         self.seen_at = now
 
     def missed(self, now: float) -> float:
-        """Seconds that the loop did not live through, since the last time that this was asked."""
+        """Seconds in which the loop did not run, since the last call."""
         self.look(now)
         absent, self.absent = self.absent, 0.0
         return absent

@@ -1,4 +1,4 @@
-"""One request's way out: tokens become final, text comes out, once and in order."""
+"""The stream of one answer: tokens become final, text comes out, once and in order."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from dilaserve.engine.doorbell import Bell
+from dilaserve.engine.submit import Options
 from dilaserve.errors import DilaserveError, Unavailable
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.stop_strings import StopStrings
@@ -63,7 +64,7 @@ class Stream:
         self.patient = False
         self.seen = Bell()  # rings when the scheduler has seen the request
         self.over = False  # no more chunks will come
-        self.read = False  # nobody will read any more
+        self.read = False  # the reader has left
 
     @property
     def id(self) -> str:
@@ -182,3 +183,7 @@ async def collect(stream: Stream) -> Completion:
         completion_tokens=len(ids),
         usage=last.usage,
     )
+
+
+def cutting(options: Options) -> Cut:
+    return Cut(options.stop, options.min_tokens, options.include_stop_str_in_output)

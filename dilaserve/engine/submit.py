@@ -9,7 +9,7 @@ import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
 from dilaserve.errors import BadRequest, ConfigError, quoted
-from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, OnMiss, Slo
+from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, Ending, OnMiss, Slo
 from dilaserve.validation import converted, plain, whole
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
@@ -27,7 +27,7 @@ KNOBS: dict[str, DecodeRule] = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What one request asks for; None leaves a knob to the configuration.
+    """The wishes of one request; None leaves a knob to the configuration.
 
     Without `decode` the rule follows from the knob that is given: `confidence_threshold` (unmask what reaches it),
     `num_denoising_steps` (a fixed number of steps over the whole canvas) or `factor` (Fast-dLLM's rule).
@@ -300,3 +300,7 @@ def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int)
             f"num_denoising_steps must be at least {blocks} (one a block), not {steps}", param="num_denoising_steps"
         )
     return min(steps, answer)
+
+
+def ending(options: Options) -> Ending:
+    return Ending(ignore_eos=options.ignore_eos, stop_ids=options.stop_token_ids, min_tokens=options.min_tokens)

@@ -144,7 +144,7 @@ class DilaServe:
                 self._loop.close()
 
     async def _live(self, started: Future[None]) -> None:
-        """The engine until somebody closes it, and then the last calls."""
+        """Run the engine until it is closed, and then the last calls."""
         life = asyncio.create_task(self._serve(started))
         ends = asyncio.create_task(self._ends.wait())
         await asyncio.wait([life, ends], return_when=asyncio.FIRST_COMPLETED)

@@ -15,10 +15,10 @@ from dilaserve.profile.step_cost import StepCost
 from dilaserve.scheduler.rules.admission import COMPANY, HOPELESS, KEPT
 
 RATES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)  # of the fleet's highest throughput
-MOST_INSTANCES = 32  # pooling helps no further beyond
-LEAST_SPREAD = 0.01  # relative, of the steps of like requests: no forecast is better
-BETTER = 0.002  # relative, below which another point is not worth looking at
-PATIENT = 50.0  # times the unloaded latency; nobody waits longer, so that long deadlines do not make endless chains
+MOST_INSTANCES = 32  # instances beyond which pooling them is taken to help no further
+LEAST_SPREAD = 0.01  # least relative spread of the steps of like requests; no forecast is taken to be better
+BETTER = 0.002  # relative gain in rate on time below which a further operating point is left out
+PATIENT = 50.0  # factor on the unloaded latency beyond which no request waits; bounds the chain for long deadlines
 NEVER = float("inf")
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 DeviceGroup = tuple[int, ...]  # sorted ranks
 Choice = tuple[int, int, tuple[DeviceGroup, ...]]  # instances kept, devices kept, the groups
-MOST_EXACT = 64  # ranks for which all layouts are weighed
+MOST_EXACT = 64  # ranks up to which all layouts are compared; above, a quicker search may miss the best
 
 
 def changed(old: Sequence[DeviceGroup], new: Sequence[DeviceGroup]) -> float:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from dilaserve.config import Config
-from dilaserve.planner import packing, program
+from dilaserve.planner import adoption, packing, program
 from dilaserve.planner.operating_points import NEVER, Kind, points, unloaded
 from dilaserve.planner.program import Ground, Offered, PlanProgram, Point, Proposal
 from dilaserve.planner.track_record import TrackRecord
@@ -18,12 +18,12 @@ from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.types import Demand, Flow, Plan, PlanReady
 
-CLASSES = 6  # of requests that the planner distinguishes
-UNHURRIED_ROWS = 16  # rows on an instance that are looked at where nobody has a deadline
-TRUSTED = 4.0  # requests seen at which half of a gain is believed
-MEMORY = 45  # questions whose loads are remembered
-MOST_TABLES = 512  # that are kept
-STEP = 1.05  # deadlines and canvases are rounded to powers of this, so that alike traffic finds the same table
+CLASSES = 6  # classes of requests that the planner distinguishes; rarer ones count as the nearest of these
+UNHURRIED_ROWS = 16  # most rows on an instance in the tables of classes without deadlines
+TRUSTED = 4.0  # requests seen at which half of a gain counts; fewer requests make the planner more careful
+MEMORY = 45  # looks whose loads are remembered, to find surges; 90 seconds
+MOST_TABLES = 512  # tables of operating points that are kept; all are dropped beyond that
+STEP = 1.05  # factor: deadlines and canvases are rounded to its powers, so that like traffic shares a table
 
 
 class Advice(NamedTuple):
@@ -99,8 +99,8 @@ class Planner:
     def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, setup: Setup | None = None) -> None:
         self.setup = setup or Setup()
         self.past: deque[tuple[Flow, ...]] = deque(maxlen=MEMORY)
-        self.inclined = False  # to change, when it was asked last
-        self.unrest = 0.0  # changes of late
+        self.inclined = False  # a change was worth making at the last look
+        self.unrest = 0.0  # recent changes; each counts 1 and fades by `adoption.SETTLING` a look
         self.learned(laws, quality)
 
     def learned(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
@@ -117,7 +117,12 @@ class Planner:
         """Nothing is held."""
 
     def advise(self, demand: Demand) -> Advice:
-        """Pure but for its tables and the track record; takes some tens of milliseconds, so not on the loop."""
+        """The plan for this demand. It takes some tens of milliseconds; the engine does not wait for it on its loop.
+
+        1. Forecast the running plan and its rivals for the traffic that is coming, and correct both by experience.
+        2. Take the rival with the largest gain, less what surges would cost it.
+        3. Adopt it if the gain is large enough, now and at the last look.
+        """
         possible = [degree for degree in demand.degrees if degree in self.laws]
         running = tuple(group for group in demand.plan.groups if set(group) <= set(demand.ranks))
         demand = msgspec.structs.replace(demand, plan=Plan(running))  # of the instances whose devices are all there
@@ -125,51 +130,59 @@ class Planner:
         if not ground.groups:
             return Advice(None, "no device is left that could hold an instance", program.NOTHING)
         self.past.append(demand.flows)
-        rise = program.rise([load(flows) for flows in self.past])
+        rise = adoption.rise([load(flows) for flows in self.past])
         offered = [self.offered(flow, demand, ground, rise) for flow in few(demand.flows)]
-        pause, budget, held = self.setup.pause, self.setup.budget, program.kept(ground.running, ground)
-        question = PlanProgram(offered, ground, pause, budget)
-        foretold = question.proposal(held)
-        self.track_record.happened(foretold, demand.met, demand.ended)
-        now = self.track_record.judged(foretold)
+        held = program.kept(ground.running, ground)
+        question = PlanProgram(offered, ground, self.setup.pause, self.setup.budget)
+        predicted = question.proposal(held)
+        self.track_record.observe(predicted, demand.met, demand.ended)
+        now = self.track_record.corrected(predicted)
         choices = [self.choice(rival, now, demand) for rival in self.rivals(question)]
-        wanted, plan, share, gain = max(choices, key=lambda choice: choice.gain)
-        gain -= self.risk(wanted, now, demand, ground)
-        lost = missed(wanted, now)
-        toll = self.toll(wanted, now, msgspec.structs.replace(demand, flows=surged(demand.flows)), ground)
-        self.unrest *= program.SETTLING
-        worth = program.worth_switching(gain, share, lost, self.unrest, toll)
-        worth &= lost > program.BLUR or sum(map(bool, self.past)) >= program.KNOWN
-        before, self.inclined = self.inclined, worth
-        if worth and (before or gain > program.SURE):
-            self.inclined, self.unrest = False, self.unrest + 1.0
-            return Advice(Plan(plan), explained(offered, wanted, now, True), wanted, gain)
-        reason = explained(offered, wanted, now, False)
+        best = max(choices, key=lambda choice: choice.gain)
+        best = best._replace(gain=best.gain - self.risk(best.proposal, now, demand, ground))
+        if self.adopts(best, now, demand, ground):
+            return Advice(Plan(best.plan), explained(offered, best.proposal, now, True), best.proposal, best.gain)
+        reason = explained(offered, best.proposal, now, False)
         if held == dict(ground.running):
-            return Advice(None, reason, now, gain)
-        return Advice(Plan(packing.layout(held, demand.ranks, running)), f"devices came or went; {reason}", now, gain)
+            return Advice(None, reason, now, best.gain)
+        plan = Plan(packing.layout(held, demand.ranks, running))
+        return Advice(plan, f"devices came or went; {reason}", now, best.gain)
+
+    def adopts(self, best: Choice, now: Proposal, demand: Demand, ground: Ground) -> bool:
+        """Whether to change to the best rival at this look; remembers that it was worth it for the next look."""
+        lost = missed(best.proposal, now)
+        surge = msgspec.structs.replace(demand, flows=surged(demand.flows))
+        toll = self.toll(best.proposal, now, surge, ground)
+        self.unrest *= adoption.SETTLING
+        worth = adoption.worth_switching(best.gain, best.share, lost, self.unrest, toll)
+        worth &= lost > adoption.BLUR or sum(map(bool, self.past)) >= adoption.KNOWN
+        before, self.inclined = self.inclined, worth
+        if not (worth and (before or best.gain > adoption.SURE)):
+            return False
+        self.inclined, self.unrest = False, self.unrest + 1.0
+        return True
 
     def rivals(self, question: PlanProgram) -> Iterator[Proposal]:
-        """What the program wants, and what was tried before, as experience has them."""
+        """The best plan of the program, and those that ran before, each corrected by its record."""
         ground = question.ground
-        yield self.track_record.judged(question.proposal())
+        yield self.track_record.corrected(question.proposal())
         for counts in self.track_record.tried():
             if counts != dict(ground.running) and program.packable(counts, ground):
-                yield self.track_record.judged(question.proposal(counts))
+                yield self.track_record.corrected(question.proposal(counts))
 
     def choice(self, rival: Proposal, now: Proposal, demand: Demand) -> Choice:
         running = demand.plan.groups
         plan = packing.layout(rival.counts, demand.ranks, running)
         share = packing.changed(running, plan)
-        return Choice(rival, plan, share, program.gain(rival, now, share, self.setup.pause) * trust(demand))
+        return Choice(rival, plan, share, adoption.gain(rival, now, share, self.setup.pause) * trust(demand))
 
     def risk(self, wanted: Proposal, now: Proposal, demand: Demand, ground: Ground) -> float:
-        """What surges like those of late would cost under the wanted plan, where the running one stands them better."""
+        """What recent surges would cost under the wanted plan, as far as the running plan withstands them better."""
         loads = [load(flows) for flows in self.past]
-        if not program.surges(loads):
+        if not adoption.surges(loads):
             return 0.0
         peak = msgspec.structs.replace(demand, flows=max(self.past, key=load))
-        return program.risk(loads, self.toll(wanted, now, peak, ground))
+        return adoption.risk(loads, self.toll(wanted, now, peak, ground))
 
     def toll(self, wanted: Proposal, now: Proposal, surge: Demand, ground: Ground) -> float:
         """The share on time that the wanted plan would lose against the running one in this surge."""
@@ -181,7 +194,7 @@ class Planner:
         return question.proposal(now.counts).on_time - question.proposal(wanted.counts).on_time
 
     def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
-        """The class with its tables; the backlog is shared out evenly."""
+        """The class with its tables of operating points, and its share of the backlog."""
         base, overhead = self.laws[min(self.laws)], self.setup.overhead
         block = self.forecast.profile.block_length
         kind = Kind(round(rounded(flow.canvas_tokens)), -(-flow.answer_tokens // block) * block)
@@ -189,7 +202,7 @@ class Planner:
         if flow.tightness is not None:
             kind = kind._replace(deadline=rounded(flow.tightness * reference))
         share = flow.rate / max(1e-9, load(demand.flows))
-        rate = program.expected(flow.rate, share * demand.backlog, self.setup.sheds, rise)
+        rate = adoption.planned_rate(flow.rate, share * demand.backlog, self.setup.sheds, rise)
         devices = program.devices(ground)
         tables = {degree: self.table(kind, degree, max(1, devices // degree)) for degree in ground.groups}
         return Offered(named(flow), rate, reference, tables)
@@ -228,7 +241,7 @@ def ratio(one: float, other: float) -> float:
 
 
 def surged(flows: Sequence[Flow]) -> tuple[Flow, ...]:
-    return tuple(msgspec.structs.replace(flow, rate=program.SURGE * flow.rate) for flow in flows)
+    return tuple(msgspec.structs.replace(flow, rate=adoption.SURGE * flow.rate) for flow in flows)
 
 
 def load(flows: Sequence[Flow]) -> float:
@@ -244,14 +257,14 @@ def rounded(amount: float) -> float:
 
 
 def trust(demand: Demand) -> float:
-    """How much of a gain is believed: few requests may be like this by chance."""
+    """The factor on a gain, from 0 to 1: few requests may look like this by chance."""
     seen = demand.seconds * load(demand.flows)
     return seen / (seen + TRUSTED)
 
 
 def named(flow: Flow) -> str:
-    stop_early = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
-    return f"{stop_early} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"
+    deadline = "without deadline" if flow.tightness is None else f"at {flow.tightness:.2g}x"
+    return f"{deadline} ({flow.canvas_tokens - flow.answer_tokens}+{flow.answer_tokens} tokens)"
 
 
 def explained(offered: Sequence[Offered], wanted: Proposal, now: Proposal, adopted: bool) -> str:

@@ -17,8 +17,8 @@ from dilaserve.system import child_processes
 from dilaserve.types import Demand, PlanReady
 
 News = tuple[dict[int, StepCost], QualityProfile]
-PATIENCE = 60.0  # seconds until an answer is given up, the first of a new process included
-MODEST = 10  # how much nicer than its parent the process is
+PATIENCE = 60.0  # seconds until an answer is given up, the start of a new process included
+MODEST = 10  # added to the niceness of the process, so that serving goes first
 
 
 class PlannerGone(Exception):
@@ -91,7 +91,7 @@ class PlannerProcess:
 
 
 def live(fd: int, news: News, setup: Setup) -> None:
-    """Answer until nobody can ask any more."""
+    """Answer until the pipe of questions is closed."""
     pipe: Connection[Advice, Demand | News] = Connection(fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(MODEST)

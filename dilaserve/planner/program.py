@@ -1,6 +1,6 @@
-"""How many instances of each tensor-parallel degree the traffic wants: a small linear MILP, and when to act on it.
+"""How many instances of each tensor-parallel degree serve the traffic best: a small mixed-integer linear program.
 
-It knows operating points and rates; it does not know which devices there are, nor what time it is.
+It knows operating points and rates. It does not know single devices or the time; `adoption` says when to switch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,26 +10,13 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-LATENCY = 0.05  # what halving the latency is worth at most, in shares on time; more is punished by bursts
-SLOWEST = 2.0  # times the unloaded latency; what is slower counts as this
-LOWERED = 0.02  # what a level of the threshold costs, so that none is lowered for the latency alone
-MIXED = 0.03  # what each further degree costs: a mix sends some requests to the wrong kind, and pools less
-HEADROOM = 1.1  # times the rate that was seen
-STEEPEST = 1.15  # times, that a rising load is taken to rise further until a plan stands
-SETTLING = 0.9  # what is left of the unrest after a change at the next question
-HORIZON = 10.0  # seconds in which a backlog is to be worked off
-AMORTISED = 30.0  # seconds that a plan is expected to last
-MARGIN = 0.01  # gain below which nothing changes, in shares on time
-DOUBT = 0.1  # of what is missed: so much more must be gained where forecasts are poor, which is past the knee
-SURE = 0.1  # gain beyond that at which nobody looks twice
-LATE = 3.0  # questions to the planner until a change stands that comes too late
-SURGE = 2.0  # times, that a load may rise before a plan which cannot carry it is left
-OFTEN = 1 / 15  # surges a question that are feared where none were seen: one while a plan lasts
-KNOWN = 4  # questions with traffic before which nothing changes for the latency alone
-LOW, HIGH = 0.4, 0.6  # of the peak: a load that comes from below the one to above the other has surged
-BLUR = 0.03  # share missed that is as good as none
-MOST_SURPRISED = 2.0  # times
-GAP, PATIENCE = 1e-3, 2.0  # relative, and seconds after which the best plan found so far is taken
+LATENCY = 0.05  # on-time share that one unloaded latency more or less counts as; a larger value would trade deadlines
+SLOWEST = 2.0  # times the unloaded latency; anything slower counts as this much
+LOWERED = 0.02  # on-time share that each level of lowered threshold costs: latency alone never lowers one
+MIXED = 0.03  # on-time share that each further degree in a plan costs: routing errs, and instances pool less
+AMORTISED = 30.0  # seconds that a plan is expected to stay; spreads the cost of switching to it
+GAP = 1e-3  # relative distance from the optimum at which the solver stops
+PATIENCE = 2.0  # seconds after which the solver returns the best plan found so far
 
 Counts = Mapping[int, int]  # instances by degree
 
@@ -113,21 +100,6 @@ class Constraint(NamedTuple):
     exact: bool = False
 
 
-def expected(rate: float, backlog: float, sheds: bool, rise: float = 1.0) -> float:
-    """The rate to plan for; a backlog that is never shed says nothing about what is to come."""
-    return HEADROOM * rise * rate + (backlog / HORIZON if sheds else 0.0)
-
-
-def rise(loads: Sequence[float]) -> float:
-    """How many times as high the load will soon be, if it rises half as fast as over the last four looks; 1 where it
-    falls. Half, because chance alone makes loads rise.
-    """
-    if len(loads) < 4:
-        return 1.0
-    before, lately = sum(loads[-4:-2]), sum(loads[-2:])
-    return min(STEEPEST, max(1.0, (1.0 + lately / max(1e-9, before)) / 2))
-
-
 def switching(changed: float, pause: float) -> float:
     """What it costs to remake the share `changed` of all devices for `pause` seconds, in shares on time."""
     return changed * pause / AMORTISED
@@ -195,13 +167,6 @@ class PlanProgram:
         options = {"mip_rel_gap": GAP, "time_limit": PATIENCE}
         found = milp(goal, constraints=self.constraints, bounds=bounds, integrality=integral, options=options)
         return NOT_FOUND if found.x is None else Solution(found.x, float(found.fun))
-
-
-def propose(
-    offered: Sequence[Offered], ground: Ground, pause: float, budget: float | None = None, held: Counts | None = None
-) -> Proposal:
-    """The best counts for this demand, or what to expect of the counts that are `held`; see `PlanProgram`."""
-    return PlanProgram(offered, ground, pause, budget).proposal(held)
 
 
 def cost(found: Solution) -> float:
@@ -321,58 +286,3 @@ def packable(counts: Counts, ground: Ground) -> bool:
     fits = all(nested[degree] <= most for degree, most in ground.groups.items())
     smallest = min(ground.groups)
     return counts.keys() <= ground.groups.keys() and fits and nested[smallest] == ground.groups[smallest]
-
-
-def gain(wanted: Proposal, now: Proposal, changed: float, pause: float) -> float:
-    """What a switch is worth after its cost, when the share `changed` of all devices is remade."""
-    return wanted.value - now.value - switching(changed, pause)
-
-
-def worth_switching(gain: float, changed: float, missed: float = 0.0, unrest: float = 0.0, toll: float = 0.0) -> bool:
-    """Whether to adopt: the gain must be more than noise (hysteresis after SHEPHERD)."""
-    return changed > 0.0 and gain > least_gain(missed, unrest, toll)
-
-
-def least_gain(missed: float, unrest: float, toll: float) -> float:
-    """What must be gained, in shares on time, where the share `missed` is expected under either plan, and the other one
-    would lose the share `toll` more in a surge.
-
-    It is what forecasts are off by, and more so after other changes (`unrest`). Two kinds of change are not weighed
-    alike. Where nothing is missed, only latency is to be gained: the plan must stand a surge, for one is feared while
-    it lasts. Where requests are missed and the other plan makes room, waiting for certainty costs deadlines, and
-    being wrong hardly more than latency.
-    """
-    usual = (1.0 + unrest) * (MARGIN + DOUBT * missed)
-    if missed <= BLUR:
-        return usual + OFTEN * LATE * SURGE * max(0.0, toll)
-    return MARGIN if toll < 0.0 else usual
-
-
-def surges(loads: Sequence[float]) -> int:
-    """How many times the load has risen to near its peak from far below."""
-    low, high = LOW * max(loads, default=0.0), HIGH * max(loads, default=0.0)
-    count, below = 0, False
-    for load in loads:
-        count += below and load >= high
-        below = load < low or (below and load < high)
-    return count
-
-
-def risk(loads: Sequence[float], loss: float) -> float:
-    """What a plan that loses the share `loss` at the peak of these `loads` costs, in shares of the last one's requests:
-    so often do surges come, and for so long do they find the wrong plan.
-    """
-    if not loads or loss <= 0.0:
-        return 0.0
-    return surges(loads) / len(loads) * LATE * loss * max(loads) / max(1e-9, loads[-1])
-
-
-def surprise(foretold: float, seen: float) -> float:
-    """How many times as much was missed as the share on time that was foretold has it."""
-    ratio = (1.0 - seen + BLUR) / (1.0 - foretold + BLUR)
-    return min(MOST_SURPRISED, max(1.0 / MOST_SURPRISED, ratio))
-
-
-def believed(foretold: float, surprise: float) -> float:
-    """The share on time that is to be expected where so many times as much is missed as foretold."""
-    return min(1.0, max(0.0, 1.0 - (1.0 - foretold + BLUR) * surprise + BLUR))

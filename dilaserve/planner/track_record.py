@@ -1,24 +1,33 @@
-"""How forecasts turned out: by plan, the ratio of missed requests to those forecast. Has no clock."""
+"""Corrects forecasts by experience: for each plan, how many requests missed against how many were predicted to.
+
+It has no clock: trust fades with each look at the traffic.
+"""
 
 import math
 from typing import NamedTuple
 
-from dilaserve.planner.program import BLUR, Counts, Proposal, believed, surprise
+from dilaserve.planner.adoption import BLUR
+from dilaserve.planner.program import Counts, Proposal
 
-FEW = 20  # requests that must have ended for a share to mean something
-QUICK = 0.4  # weight of the newest observation
-FADING = 0.98  # what is left of the trust in a plan's own record after one more question
-ALIKE = 0.7  # difference in the logarithm of what is missed at which situations are not alike any more
-PRIOR = 0.1  # weight of the forecast being right where nothing is known
-MOST = 6  # plans that are remembered
+FEW = 20  # requests that must have ended before an observed on-time share corrects anything
+QUICK = 0.4  # weight of the newest observation in a plan's record; a larger value follows faster and is noisier
+FADING = 0.98  # factor on the trust in each record at each look; old records lose their influence
+ALIKE = 0.7  # width, in the logarithm of the missed share, within which records apply to a situation
+PRIOR = 0.1  # weight of "the forecast is right" against all records; it decides where few are known
+MOST = 6  # plans whose records are kept
+MOST_OFF = 2.0  # largest factor by which one observation corrects a forecast, up or down
 
 Key = tuple[tuple[int, int], ...]  # (degree, instances), sorted
 
 
 class Record(NamedTuple):
-    """The logarithm of a plan's surprise, how much it is trusted, from 0 to 1, and the share forecast to be missed."""
+    """How far forecasts for one plan were off.
 
-    surprise: float
+    `log_ratio` is the logarithm of `miss_ratio`, `trust` the record's weight from 0 to 1, `missed` the share that was
+    predicted to miss.
+    """
+
+    log_ratio: float
     trust: float
     missed: float
 
@@ -27,51 +36,63 @@ NONE = Record(0.0, 0.0, 0.0)
 
 
 class TrackRecord:
-    """Remembers the plans that were in force. Others are taken to surprise as these did in situations that were alike:
-    else whatever was never tried would look best.
+    """Corrects forecasts by what was observed under the plans that ran.
+
+    A plan that never ran is corrected by the records of the others. Otherwise an untried plan would always look best.
     """
 
     def __init__(self) -> None:
         self.records: dict[Key, Record] = {}
 
-    def happened(self, now: Proposal, met: int, ended: int) -> None:
-        """Under the running plan, of which `now` was expected, `met` of the `ended` requests were in time.
+    def observe(self, now: Proposal, met: int, ended: int) -> None:
+        """Record that `met` of `ended` requests were on time under the running plan, for which `now` was predicted.
 
-        What was seen of it in situations that were not alike counts no longer. Little trust alone draws what is
-        expected to what other plans were like: the record itself is the mean of what was seen.
+        Older observations of the plan count by how alike their situations were. The record is their mean; a record of
+        little trust pulls the correction towards that of other plans.
         """
         self.records = {key: record._replace(trust=FADING * record.trust) for key, record in self.records.items()}
         if ended < FEW:
             return
         missed, before = 1.0 - now.on_time, self.records.pop(key_of(now.counts), NONE)
-        seen = math.log(surprise(now.on_time, met / ended))
+        seen = math.log(miss_ratio(now.on_time, met / ended))
         kept = (1.0 - QUICK) * before.trust * alike(missed, before.missed)
-        record = Record((kept * before.surprise + QUICK * seen) / (kept + QUICK), kept + QUICK, missed)
+        record = Record((kept * before.log_ratio + QUICK * seen) / (kept + QUICK), kept + QUICK, missed)
         self.records[key_of(now.counts)] = record
         if len(self.records) > MOST:
             del self.records[min(self.records, key=lambda key: self.records[key].trust)]
 
-    def expected(self, proposal: Proposal) -> float:
-        """The logarithm of the surprise that it will be: by its own record of alike situations, else by all of them."""
+    def expected_log_ratio(self, proposal: Proposal) -> float:
+        """The logarithm of the miss ratio to expect: by the plan's own record in alike situations, else by all."""
         missed = 1.0 - proposal.on_time
         weights = {key: record.trust * alike(missed, record.missed) for key, record in self.records.items()}
-        total = sum(weight * self.records[key].surprise for key, weight in weights.items())
+        total = sum(weight * self.records[key].log_ratio for key, weight in weights.items())
         usual = total / (sum(weights.values()) + PRIOR)
         own = key_of(proposal.counts)
-        return usual + weights.get(own, 0.0) * (self.records.get(own, NONE).surprise - usual)
+        return usual + weights.get(own, 0.0) * (self.records.get(own, NONE).log_ratio - usual)
 
-    def judged(self, proposal: Proposal) -> Proposal:
-        """The proposal as experience has it."""
-        on_time = believed(proposal.on_time, math.exp(self.expected(proposal)))
+    def corrected(self, proposal: Proposal) -> Proposal:
+        """The proposal with its on-time share as the records correct it."""
+        on_time = corrected_share(proposal.on_time, math.exp(self.expected_log_ratio(proposal)))
         return proposal._replace(on_time=on_time, value=proposal.value + on_time - proposal.on_time)
 
     def tried(self) -> list[dict[int, int]]:
-        """The counts that are remembered."""
+        """The plans that have a record, as instances by degree."""
         return [dict(key) for key in self.records]
 
 
+def miss_ratio(predicted: float, seen: float) -> float:
+    """The observed missed share over the predicted one, both from on-time shares; within `MOST_OFF` either way."""
+    ratio = (1.0 - seen + BLUR) / (1.0 - predicted + BLUR)
+    return min(MOST_OFF, max(1.0 / MOST_OFF, ratio))
+
+
+def corrected_share(predicted: float, ratio: float) -> float:
+    """The on-time share to expect where `ratio` times as many requests miss as predicted."""
+    return min(1.0, max(0.0, 1.0 - (1.0 - predicted + BLUR) * ratio + BLUR))
+
+
 def alike(one: float, other: float) -> float:
-    """Of two shares that are missed, from 0 to 1."""
+    """How alike two situations are by their missed shares: 1 for equal ones, towards 0 for different ones."""
     apart = math.log((one + BLUR) / (other + BLUR)) / ALIKE
     return math.exp(-apart * apart / 2)
 

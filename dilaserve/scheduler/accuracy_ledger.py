@@ -9,8 +9,8 @@ from itertools import islice
 from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.rules.accuracy_budget import Bank, budget_left, charged, price
 
-MAX_TENANTS = 4096  # tenants whose banks are remembered
-LOOKS = 16  # of the oldest, of which the one with the most room is forgotten: it would gain the least
+MAX_TENANTS = 4096  # tenants whose banks are kept; beyond that an old tenant starts anew
+LOOKS = 16  # oldest tenants among which the bank with the most budget left is dropped: a new start gains it least
 NEW = Bank()
 
 
@@ -21,7 +21,7 @@ class AccuracyLedger:
         self.budget = budget
         self.banks: dict[str, Bank] = {}
         self.reserved: dict[str, float] = {}  # points that running requests may still spend
-        self.all, self.pending = NEW, 0.0  # the same of all tenants together, who may be as many as there are requests
+        self.all, self.pending = NEW, 0.0  # the same of all tenants together: each request may name a new tenant
 
     def deepest(self, state: RequestState) -> int:
         """The lowest of the row's thresholds that its tenant can pay for, and all tenants together can."""
@@ -54,8 +54,8 @@ class AccuracyLedger:
     def charge(self, state: RequestState, share: float = 1.0) -> None:
         """The request has ended with an answer: its tenant's bank pays for it, and that of all.
 
-        One that its client left adds room for others by the share that was given: it may have been left at once. One
-        whose threshold is not ours to lower adds none.
+        A request whose client left counts by the share of the answer that was delivered. One with a fixed threshold
+        does not count.
         """
         request, budget = state.request, self.budget
         if budget is None or request.slo.fixed or request.decoding.rule != "threshold":
@@ -64,7 +64,7 @@ class AccuracyLedger:
         self.banks[tenant] = charged(self.banks.pop(tenant, NEW), state.drop, share)
         self.all = charged(self.all, state.drop, share)
         if len(self.banks) > MAX_TENANTS:
-            oldest = islice(self.banks, LOOKS)  # who has not been here for the longest time
+            oldest = islice(self.banks, LOOKS)  # tenants without a charge for the longest time
             del self.banks[max(oldest, key=lambda name: budget_left(self.banks[name], budget))]
 
     def restore(self, requests: Iterable[RequestState]) -> None:

@@ -1,4 +1,4 @@
-"""What has arrived lately, by length and by how tight the deadlines are, and how many were in time."""
+"""The recent traffic: arrivals by length and tightness of deadline, and how many requests were on time."""
 
 from bisect import bisect
 from collections import deque
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from dilaserve.types import Flow
 
-WINDOW = 5.0  # seconds
-EDGES = (0.65, 0.9, 1.2, 1.7, 2.5, 4.5)  # of the deadline over the time alone on one device; no round figures
+WINDOW = 5.0  # seconds of traffic that the planner sees; longer windows react later and err less
+EDGES = (0.65, 0.9, 1.2, 1.7, 2.5, 4.5)  # of tightness, deadline over unloaded time; off the round figures clients use
 
 
 class Seen(NamedTuple):
@@ -37,7 +37,7 @@ class Traffic:
         return self.since is not None and now < self.since + WINDOW
 
     def changed(self, now: float) -> None:
-        """Another plan stands; who came before it says nothing about it."""
+        """Another plan is in force; requests that arrived before it say nothing about it."""
         self.changed_at = now
         self.ends.clear()
 

@@ -8,15 +8,15 @@ from dilaserve.config import Config
 from dilaserve.scheduler.estimates import Estimates, batch_features
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
-from dilaserve.scheduler.request_state import Phase, ReadyRow, RequestState
+from dilaserve.scheduler.request_state import ReadyRow, RequestState, Status
 from dilaserve.scheduler.rules.best_effort import after_step
 from dilaserve.scheduler.rules.composition import COMPOSITIONS, Candidate
 from dilaserve.scheduler.rules.fairness import Ride, allowances, left_over, riders
 from dilaserve.scheduler.rules.time_limits import step_limit
 from dilaserve.types import Batch, RowResult, Span, StopEarly
 
-AHEAD = 8  # blocks that the rows of a launch may begin in it after their first, all together, but at least one each
-MOST_AHEAD = 32  # rows; among more there is always one whose answer ends
+AHEAD = 8  # blocks that all rows of one launch together may begin after their first; each row may begin one anyway
+MOST_AHEAD = 32  # rows above which a launch begins no further blocks: one of so many always ends
 
 
 class Batcher:
@@ -43,11 +43,11 @@ class Batcher:
         return ready
 
     def fitting(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Who of them is in one step; they stand in the order of service."""
+        """The candidates, given in the order of service, that share one step."""
         return self.compose(candidates, self.max_tokens, self.cap)
 
     def shared(self, replica: InstanceState, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The same where tenants share the step's time; `replica` keeps what each has saved up."""
+        """The same where tenants share the step's time; `replica.credits` keeps the seconds that each may still use."""
         rides = [Ride(replica.residents[one.key].request.slo.tenant, one.seconds) for one in candidates]
         if len({ride.tenant for ride in rides}) == 1:
             replica.credits = {}
@@ -60,7 +60,7 @@ class Batcher:
         return chosen
 
     def keeping(self, replica: InstanceState, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The same where deadlines are kept; `replica` keeps what best-effort rows may add to its steps."""
+        """The same on an instance with deadlines; `replica.saved` keeps the seconds left to best-effort rows."""
         chosen = self.fitting(candidates)
         with_deadline = sum(one.seconds for one in chosen if replica.residents[one.key].has_deadline)
         led = 0.0 if replica.residents[candidates[0].key].has_deadline else candidates[0].seconds
@@ -107,19 +107,20 @@ class Batcher:
         replica.overdue_at = math.ceil(now + self.limit(replica, 0.0))
 
     def done(self, degree: int) -> None:
-        """A step at this degree is done. While its cost is a guess that says nothing of slower ones."""
+        """A step at this degree is done. Once step costs are known, earlier kills no longer extend the limit."""
         if self.kills and self.estimates.pace(degree).sure:
             del self.kills[degree]
 
     def steps(self, replica: InstanceState, chosen: Sequence[RequestState]) -> int:
-        """How often the batch is stepped at most: until a row changes how, and once if anybody waits."""
+        """How many steps the batch has at most: until a row changes how it steps, and one if a request waits."""
         if self.repeats == 1 or replica.degree > 1 or self.calls(replica, chosen):
             return 1
         return min(state.steady(self.repeats) for state in chosen)
 
     def ahead(self, candidates: Sequence[Candidate], refreshes: Sequence[float], steps: int) -> int:
-        """Blocks that a row may begin in a launch after its present one: none where deadlines would not bear it that
-        all rows refresh as often. `refreshes`: seconds of one, by row.
+        """Blocks that a row may begin in a launch after its present one.
+
+        None if refreshing all rows that often would break a deadline. `refreshes`: seconds of a refresh, by row.
         """
         rows = len(candidates)
         if rows > MOST_AHEAD:
@@ -133,12 +134,12 @@ class Batcher:
         return blocks if len(self.fitting(worst)) == rows else 0
 
     def calls(self, replica: InstanceState, chosen: Sequence[RequestState]) -> bool:
-        """Whether somebody waits for the instance while it works for the chosen."""
+        """Whether other requests wait, for a row or for a step, while the instance steps the chosen rows."""
         placement = self.placement
         return bool(placement.queue or placement.waiting or placement.moving or len(chosen) < len(replica.residents))
 
     def stop_early(self) -> Iterator[StopEarly]:
-        """Let batches of several steps end soon: somebody waits, a row in them has left, or the instance is to go."""
+        """End batches of several steps early: a request waits, a row in them has ended, or the instance closes."""
         if self.repeats == 1:
             return
         for replicas in (self.placement.replicas, self.placement.closing):
@@ -150,7 +151,7 @@ class Batcher:
                     or replica.stops_early
                 ):
                     continue
-                left = any(state.phase is Phase.LEAVING for state in replica.in_flight)
+                left = any(state.status is Status.LEAVING for state in replica.in_flight)
                 if left or replicas is self.placement.closing or self.calls(replica, replica.in_flight):
                     replica.stops_early = True
                     yield StopEarly(replica.batch)
@@ -164,7 +165,7 @@ class Batcher:
         for place, (state, result) in enumerate(zip(in_flight, results, strict=True)):
             span = replica.spans[place] = stage(replica, place, result)
             refresh = refreshes(span) and not result.rested
-            if state.phase is Phase.STEPPING and not result.rested:
+            if state.status is Status.STEPPING and not result.rested:
                 assert span.block_start == state.block_start
                 state.took(refresh)
             masks += result.unmasked + result.masks_left

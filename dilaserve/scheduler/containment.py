@@ -27,8 +27,8 @@ class StateBroken(DilaserveError):
 class Guard:
     """The scheduler's `observe` and `decide`, with errors contained.
 
-    `Fail` with its `error` tells of each. Raises what no request is to blame for, `StateBroken`, and `RequestFailed` on
-    behalf of a request that has no place yet.
+    `Fail` with its `error` reports each. Raises errors for which no request is to blame, `StateBroken`, and
+    `RequestFailed` on behalf of a request that has no row yet.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -52,17 +52,17 @@ class Guard:
                 ended = yield from self.removed(error, event)
                 yield from self.repaired()
                 again = is_open(event, ended, self.scheduler.requests)
-        if self.scheduler.disturbed:
+        if self.scheduler.endings.disturbed:
             yield from self.repaired()
 
     def removed(self, error: Exception, event: Event | None) -> Generator[Command, None, str]:
         """The request to blame ends; returns its id. Raises the error where there is none."""
         requests = self.scheduler.requests
         if state := blamed(error, requests) or subject(event, requests):
-            yield from self.scheduler.expel(state, error)
+            yield from self.scheduler.endings.expel(state, error)
             return state.request.id
         if isinstance(event, Arrival) and event.request.id not in requests:
-            yield from self.scheduler.turn_away(event.request, error)
+            yield from self.scheduler.endings.turn_away(event.request, error)
             return event.request.id
         if isinstance(event, Full):
             log.error("looking for a place for a request failed", exc_info=error)
@@ -78,7 +78,7 @@ class Guard:
                 free = repair(scheduler.placement, scheduler.requests)
             except Exception as error:
                 yield from self.removed(error, None)
-        scheduler.disturbed, scheduler.plan_state.needs_reshape = False, True
+        scheduler.endings.disturbed, scheduler.plan_state.needs_reshape = False, True
         for row in free:
             yield Release(row)
         if broken := violations(scheduler):

@@ -15,9 +15,7 @@ class DeadlineQueue(WaitingQueue):
     def __init__(self, key: Callable[[RequestState], float]) -> None:
         super().__init__(key)
         self.untested: OrderedDict[int, RequestState] = OrderedDict()
-        self.tested: OrderedDict[int, RequestState] = (
-            OrderedDict()
-        )  # the one whose last test is longest ago comes first
+        self.tested: OrderedDict[int, RequestState] = OrderedDict()  # the one with the oldest test comes first
 
     def add(self, state: RequestState) -> None:
         """Wait, as one that was never tested: instances may have changed since the request waited before."""
@@ -28,9 +26,6 @@ class DeadlineQueue(WaitingQueue):
         super().remove(state)
         self.untested.pop(state.request.row, None)
         self.tested.pop(state.request.row, None)
-
-    def is_tested(self, state: RequestState) -> bool:
-        return state.request.row in self.tested
 
     def next_untested(self, most: int) -> list[RequestState]:
         return list(islice(self.untested.values(), most))

@@ -1,4 +1,4 @@
-"""Deadlines that are kept, and the thresholds that keep them."""
+"""Which deadlines can be met, in which order rows are served, and the thresholds that meet their deadlines."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from dilaserve.scheduler.rules.ordering import ORDERS, Place
 from dilaserve.scheduler.rules.thresholds import CONTROLS, ThresholdChoice, ThresholdQuery, fixed_levels, moved
 from dilaserve.types import Request
 
-LOWEST_FLOOR = 1  # level to which load alone may lower a request's threshold: the first below its own
-CROWD_NEW = 0.3  # weight of the newest crowding in its running mean
+LOWEST_FLOOR = 1  # deepest threshold level that load alone may force; 1 is the first below a request's own
+CROWD_NEW = 0.3  # weight of the newest crowding in its running mean; a larger value moves the floor sooner
 
 
 class Deadlines:
@@ -41,7 +41,7 @@ class Deadlines:
 
     @property
     def admits(self) -> bool:
-        """Whether arrivals are tested; a guess of what steps cost is no ground to turn anybody away."""
+        """Whether arrivals are tested. Estimated step costs are not good enough to decline a request."""
         return self.composes and self.estimates.sure(self.degrees)
 
     @property
@@ -51,12 +51,12 @@ class Deadlines:
     def arrived(self, request: Request) -> RequestState:
         """The request with the thresholds that it may run at: its own, and lower ones that all sides allow."""
         own = ThresholdStep(request.decoding.confidence_threshold, math.inf)
-        rungs = [own]
+        steps = [own]
         if self.controls and not request.slo.fixed and request.decoding.rule == "threshold":
             least = max(self.least, request.slo.floor)
             ladder = self.estimates.forecast.ladder(request.slo.task)
-            rungs += [rung for rung in ladder if least - 1e-6 <= rung.threshold < own.threshold - 1e-6]
-        thresholds, yields = zip(*rungs, strict=True)
+            steps += [step for step in ladder if least - 1e-6 <= step.threshold < own.threshold - 1e-6]
+        thresholds, yields = zip(*steps, strict=True)
         forecast, levels = self.estimates.forecast, self.estimates.levels(request, thresholds)
         drops = tuple([forecast.drop(request.slo.task, level) for level in levels])
         means = tuple([forecast.mean_drop(request.slo.task, level) for level in levels])
@@ -74,7 +74,8 @@ class Deadlines:
         """Whether the order of rows changes as they get on."""
         return self.order is ORDERS["least-slack"]
 
-    def query(self, state: RequestState, now: float, degree: int) -> ThresholdQuery:
+    def threshold_query(self, state: RequestState, now: float, degree: int) -> ThresholdQuery:
+        """What the rule of thresholds asks of a row."""
         return ThresholdQuery(
             state.left(now),
             self.estimates.loads(state, degree),
@@ -82,27 +83,27 @@ class Deadlines:
             state.affordable_level,
         )
 
-    def choices(self, queries: Sequence[ThresholdQuery], degree: int) -> list[ThresholdChoice]:
-        """Level and slack of rows with deadlines, which stand in the order of service on one instance."""
+    def choose_thresholds(self, queries: Sequence[ThresholdQuery], degree: int) -> list[ThresholdChoice]:
+        """Level and slack of the rows with deadlines on one instance, given in the order of service."""
         pace = self.estimates.pace(degree)
         control = self.control if pace.sure else fixed_levels
         return control(queries, self.floor, pace.fixed)
 
     def is_hopeless(self, state: RequestState, now: float) -> bool:
         """Whether it can end in time on no kind of instance that there is."""
-        for degree in self.degrees:
-            query = self.query(state, now, degree)
-            if not hopeless(query.left, alone(query.loads[query.deepest], self.estimates.pace(degree).fixed)):
-                return False
-        return True
+        return all(hopeless(state.left(now), self.shortest(state, now, degree)) for degree in self.degrees)
 
     def hopeless_at(self, state: RequestState) -> float:
         """When a request that waits can no longer end in time, as expected now; its deadline while that is a guess."""
         assert state.deadline is not None, "only requests with deadlines become hopeless"
         if not self.shed:
             return state.deadline
-        queries = [(self.query(state, 0.0, degree), self.estimates.pace(degree).fixed) for degree in self.degrees]
-        return state.deadline - HOPELESS * min(alone(query.loads[query.deepest], fixed) for query, fixed in queries)
+        return state.deadline - HOPELESS * min(self.shortest(state, 0.0, degree) for degree in self.degrees)
+
+    def shortest(self, state: RequestState, now: float, degree: int) -> float:
+        """Seconds that the request still takes alone at the lowest threshold that it may use."""
+        query = self.threshold_query(state, now, degree)
+        return alone(query.loads[query.deepest], self.estimates.pace(degree).fixed)
 
     def is_never_feasible(self, state: RequestState) -> bool:
         """Whether a row without steps had too little time when it came; not known before what steps cost is."""

@@ -1,4 +1,4 @@
-"""What the scheduler believes of the future: seconds of a step, and steps and seconds that a request still needs."""
+"""Estimates: the seconds of a step, and the steps and seconds that a request still needs. They learn from each step."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,12 +8,11 @@ from dilaserve.profile.block_chain import Chain, Outlook
 from dilaserve.profile.decode_speed import QualityProfile, part_of
 from dilaserve.profile.forecast import Forecast, Track
 from dilaserve.profile.step_cost import Features, Learner, StepCost, derived
-from dilaserve.scheduler.loads import Loads
-from dilaserve.scheduler.request_state import RequestState
+from dilaserve.scheduler.request_state import Loads, RequestState
 from dilaserve.scheduler.rules.demand import alone, drifted
 from dilaserve.types import Request, Span
 
-SMOOTH = 0.02
+SMOOTH = 0.02  # weight of the newest step in the running mean of seconds spent outside the worker
 NOTHING = Chain((0.0,), (0.0,), (0.0,))  # a block without masks
 
 
@@ -31,7 +30,7 @@ class StepClock:
 
     @property
     def fixed(self) -> float:
-        """Seconds that every step takes, whoever is in it."""
+        """Seconds that every step takes, whichever rows are in it."""
         return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
     def refresh_seconds(self, state: RequestState) -> float:
@@ -61,9 +60,9 @@ class Estimates:
         self.paces = {degree: StepClock(law) for degree, law in laws.items()}
         self.base = min(laws)
         self.surely: set[int] = set()  # degrees whose law is known; it stays so
-        self.believe(quality)
+        self.reset(quality)
 
-    def believe(self, quality: QualityProfile) -> None:
+    def reset(self, quality: QualityProfile) -> None:
         """Start again from this profile."""
         self.forecast = Forecast(quality)
 
@@ -106,7 +105,7 @@ class Estimates:
         """A step at this degree has taken `seconds` on the worker and `turnaround` seen from here."""
         pace = self.pace(degree)
         pace.learner.observe(features, refreshes, seconds)
-        outside = min(max(0.0, turnaround - seconds), seconds + 2 * pace.overhead)  # a machine that slept tells nothing
+        outside = min(max(0.0, turnaround - seconds), seconds + 2 * pace.overhead)  # the machine may have slept
         pace.overhead += SMOOTH * (outside - pace.overhead)
 
     # requests
@@ -149,7 +148,7 @@ class Estimates:
         return alone(self.loads(state, degree)[0], self.pace(degree).fixed)
 
     def watched(self, state: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
-        """After a step: compare the state in the block with what the law expected of one step, and learn from it."""
+        """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
         if state.quotas or state.request.decoding.rule != "threshold":
             return
         forecast, kind = self.forecast, state.kind

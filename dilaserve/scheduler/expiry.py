@@ -4,11 +4,11 @@ import heapq
 from collections.abc import Iterator
 from itertools import count
 
-from dilaserve.scheduler.request_state import Phase, RequestState
+from dilaserve.scheduler.request_state import RequestState, Status
 
 EARLY = 1e-6  # seconds by which a timer may ring before its time
-SLACK = 64  # entries of ended requests that are kept in any case
-ENDED = (Phase.LEAVING, Phase.GONE)
+SLACK = 64  # entries of ended requests below which the heap is not rebuilt
+ENDED = (Status.LEAVING, Status.GONE)
 
 
 class Expiry:
@@ -21,13 +21,13 @@ class Expiry:
     def add(self, state: RequestState, deadline: float, alive: int) -> None:
         """`alive` bounds the entries worth keeping: requests that have not ended."""
         if len(self.heap) > SLACK + 2 * alive:
-            self.heap = [entry for entry in self.heap if entry[2].phase not in ENDED]
+            self.heap = [entry for entry in self.heap if entry[2].status not in ENDED]
             heapq.heapify(self.heap)
         heapq.heappush(self.heap, (deadline, next(self.numbers), state))
 
     def next_at(self) -> float:
         """The earliest deadline; infinite without one."""
-        while self.heap and self.heap[0][2].phase in ENDED:
+        while self.heap and self.heap[0][2].status in ENDED:
             heapq.heappop(self.heap)
         return self.heap[0][0] if self.heap else float("inf")
 

@@ -1,4 +1,4 @@
-"""The state of one instance: the rows on it, and the batch it works on."""
+"""The state of one instance: the rows and pages on it, its step in flight, and what that step should cost."""
 
 import math
 
@@ -9,7 +9,7 @@ from dilaserve.types import Batch, Instance, Span
 
 
 class InstanceState:
-    """One instance, the rows on it, and the batch it works on."""
+    """One instance, the rows on it, and the batch in flight."""
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance

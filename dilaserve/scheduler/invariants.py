@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.kv_pages import coalesced
-from dilaserve.scheduler.request_state import Phase, RequestState
+from dilaserve.scheduler.request_state import RequestState, Status
 from dilaserve.scheduler.scheduler import Scheduler
 
-ON_INSTANCE = (Phase.RESIDENT, Phase.STEPPING)
-IN_STEP = (Phase.STEPPING, Phase.LEAVING)
+ON_INSTANCE = (Status.RESIDENT, Status.STEPPING)
+IN_STEP = (Status.STEPPING, Status.LEAVING)
 TOLERANCE = 1e-6  # points of accuracy by which sums of reservations may differ
 
 
@@ -38,7 +38,7 @@ def violations(scheduler: Scheduler) -> list[str]:
         found.append("a request waits that has ended")
     rows = [state.request.row for state in requests.values()]
     rows += [
-        row.request.row for replica in replicas for row in replica.residents.values() if row.phase is Phase.LEAVING
+        row.request.row for replica in replicas for row in replica.residents.values() if row.status is Status.LEAVING
     ]
     if len(set(rows)) != len(rows):
         found.append("two requests have the same row")
@@ -46,7 +46,7 @@ def violations(scheduler: Scheduler) -> list[str]:
 
 
 class Places(NamedTuple):
-    """Where a request may be, by the identity of its state; and the instances that there are."""
+    """Where a request may be, by the identity of its `RequestState`; and the instances that there are."""
 
     queue: set[int]
     waiting: set[int]
@@ -58,7 +58,7 @@ def placed(state: RequestState, places: Places) -> Iterator[str]:
     """A waiting request waits in one place, and one on an instance in none."""
     key, replica = id(state), state.replica
     waits = [name for name in ("queue", "waiting", "moving") if key in getattr(places, name)]
-    if state.phase is Phase.WAITING:
+    if state.status is Status.WAITING:
         if len(waits) != 1:
             yield f"waits in {len(waits)} places"
         elif waits != ["moving"] and (waits == ["queue"]) != state.has_deadline:
@@ -66,10 +66,10 @@ def placed(state: RequestState, places: Places) -> Iterator[str]:
         if replica is not None:
             yield "waits, and is on an instance"
         return
-    if state.phase not in ON_INSTANCE:
-        yield f"is {state.phase.name.lower()}, and has not ended"
+    if state.status not in ON_INSTANCE:
+        yield f"is {state.status.name.lower()}, and has not ended"
     if waits:
-        yield f"is {state.phase.name.lower()}, and waits ({waits[0]})"
+        yield f"is {state.status.name.lower()}, and waits ({waits[0]})"
     if replica is None or id(replica) not in places.replicas or replica.residents.get(state.request.row) is not state:
         yield "is on an instance that does not know it"
 
@@ -78,17 +78,17 @@ def consistent(replica: InstanceState, requests: dict[str, RequestState]) -> Ite
     """Rows, their K/V, and the batch in flight of one instance agree."""
     rows, in_flight = list(replica.residents.values()), replica.in_flight or []
     for row in rows:
-        ended = row.phase is Phase.LEAVING
+        ended = row.status is Status.LEAVING
         if ended == (requests.get(row.request.id) is row):
             yield f"holds request {row.request.id}, which is {'still known' if ended else 'not known'}"
-        if (row.phase in IN_STEP) != any(row is other for other in in_flight):
-            yield f"holds request {row.request.id}, which is {row.phase.name.lower()}, and its batch says otherwise"
+        if (row.status in IN_STEP) != any(row is other for other in in_flight):
+            yield f"holds request {row.request.id}, which is {row.status.name.lower()}, and its batch says otherwise"
     if any(replica.residents.get(key) is not row or row.request.row != key for key, row in replica.residents.items()):
         yield "keeps a row under another's number"
     if not {id(row) for row in in_flight} <= {id(row) for row in rows}:
         yield "steps a row that it does not hold"
     if {id(row) for row in replica.with_deadline} != {
-        id(row) for row in rows if row.has_deadline and row.phase in ON_INSTANCE
+        id(row) for row in rows if row.has_deadline and row.status in ON_INSTANCE
     }:
         yield "lists other rows with deadlines than it holds"
     if set(replica.pages.runs) != {row.kv_start for row in rows} or len(replica.pages.runs) != len(rows):
@@ -116,7 +116,7 @@ def lines(scheduler: Scheduler) -> Iterator[str]:
     queue, backlog, rows = scheduler.placement.queue, scheduler.placement.backlog, list(scheduler.requests.values())
     waiting = {state.request.row for state in queue}
     if queue.untested.keys() & queue.tested.keys() or queue.untested.keys() | queue.tested.keys() != waiting:
-        yield "the queue of deadlines does not know whom it has tested"
+        yield "the queue of deadlines does not know which requests it has tested"
     timed = sum(row.seconds for row in rows if row.has_deadline)
     others = [row.seconds for row in rows if not row.has_deadline]
     same = near(backlog.timed, timed) and near(backlog.best_effort, sum(others))

@@ -1,4 +1,4 @@
-"""Who owns which part of an instance's K/V pool. Counts tokens; has never seen a tensor."""
+"""Which row owns which part of an instance's K/V pool. It counts tokens and knows no tensors."""
 
 from bisect import insort
 from collections.abc import Sequence

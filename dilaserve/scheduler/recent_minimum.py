@@ -1,10 +1,10 @@
-"""The least of the values that came lately."""
+"""The least of recent values, in constant memory."""
 
 import math
 
 
 class RecentMinimum:
-    """The least value of the last `window` seconds, or of up to three times as many; two numbers are all it keeps."""
+    """The least value of the last `window` to three times `window` seconds; it keeps two numbers."""
 
     def __init__(self, window: float) -> None:
         self.window = window

@@ -16,12 +16,12 @@ from dilaserve.scheduler.deadline_queue import DeadlineQueue
 from dilaserve.scheduler.expiry import Expiry
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement, turn
-from dilaserve.scheduler.request_state import Phase, RequestState
+from dilaserve.scheduler.request_state import RequestState, Status
 from dilaserve.scheduler.waiting_queue import WaitingQueue
 
 
 def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[int]:
-    """Returns rows of the request table that nobody uses any more and that nobody has given back."""
+    """Returns rows of the request table that no request uses and that were not released."""
     replicas = list(placement.all_replicas())
     free = [row for replica in replicas for row in end_step(replica, requests)]
     for state in requests.values():
@@ -32,14 +32,14 @@ def repair(placement: Placement, requests: Mapping[str, RequestState]) -> list[i
     placement.deadlines.ledger.restore(requests.values())
     placement.held = Counter(row.request.slo.tenant for replica in replicas for row in replica.residents.values())
     moving = {id(row) for row in placement.moving}
-    placement.moving = [row for row in requests.values() if row.phase is Phase.WAITING and id(row) in moving]
+    placement.moving = [row for row in requests.values() if row.status is Status.WAITING and id(row) in moving]
     placement.queue, placement.waiting, placement.hopeless = (
         DeadlineQueue(placement.deadlines.rank),
         WaitingQueue(turn),
         Expiry(),
     )
     for state in requests.values():
-        if state.phase is Phase.WAITING and id(state) not in moving:
+        if state.status is Status.WAITING and id(state) not in moving:
             placement.enter(state)
     placement.backlog = Backlog()
     for state in requests.values():
@@ -53,15 +53,15 @@ def end_step(replica: InstanceState, requests: Mapping[str, RequestState]) -> li
     in_flight = {id(row) for row in replica.in_flight or ()}
     for key, row in list(replica.residents.items()):
         if id(row) in in_flight:
-            row.phase = Phase.STEPPING if requests.get(row.request.id) is row else Phase.LEAVING
+            row.status = Status.STEPPING if requests.get(row.request.id) is row else Status.LEAVING
         elif requests.get(row.request.id) is row and row.replica is replica:
-            if row.phase is not Phase.RESIDENT:
-                row.phase = Phase.RESIDENT
+            if row.status is not Status.RESIDENT:
+                row.status = Status.RESIDENT
                 refresh(row)
         else:
             del replica.residents[key]
-            if row.phase is Phase.LEAVING:
-                row.phase = Phase.GONE
+            if row.status is Status.LEAVING:
+                row.status = Status.GONE
                 free.append(key)
     return free
 
@@ -72,7 +72,7 @@ def is_held(state: RequestState, replicas: list[InstanceState]) -> bool:
 
 
 def wait(state: RequestState) -> None:
-    state.phase, state.replica = Phase.WAITING, None
+    state.status, state.replica = Status.WAITING, None
     refresh(state)
 
 
@@ -84,7 +84,7 @@ def refresh(state: RequestState) -> None:
 def derive(replica: InstanceState, placement: Placement) -> None:
     """The rows with deadlines of an instance in the order of service, and the pages that its rows own."""
     rows = replica.residents.values()
-    with_deadline = [row for row in rows if row.has_deadline and row.phase is not Phase.LEAVING]
+    with_deadline = [row for row in rows if row.has_deadline and row.status is not Status.LEAVING]
     replica.with_deadline[:] = sorted(with_deadline, key=placement.deadlines.rank)
     for start in set(replica.pages.runs) - {row.kv_start for row in rows}:
         replica.pages.give(start)

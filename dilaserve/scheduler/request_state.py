@@ -1,4 +1,4 @@
-"""The state of one request: its life cycle, place on the canvas, instance and cost."""
+"""The state of one request: its life cycle, place on the canvas, instance, thresholds and cost."""
 
 import math
 from enum import IntEnum, auto
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dilaserve.profile.forecast import Track
-from dilaserve.scheduler.loads import Loads
 from dilaserve.scheduler.rules.composition import Candidate
+from dilaserve.scheduler.rules.demand import load
 from dilaserve.scheduler.rules.quotas import even, steps_per_block
 from dilaserve.scheduler.rules.step_kind import View, Work, work
-from dilaserve.types import Request, RowResult, Span, Usage
+from dilaserve.types import Load, Request, RowResult, Span, Usage
 
 if TYPE_CHECKING:
     from dilaserve.scheduler.instance_state import InstanceState
 
 
-class Phase(IntEnum):
+class Status(IntEnum):
     WAITING = auto()  # in the queue, without K/V
     RESIDENT = auto()  # has K/V on an instance, between two steps
     STEPPING = auto()  # in a step in flight
@@ -33,18 +33,48 @@ class Transition(IntEnum):
     EVICTED = auto()
 
 
-TRANSITIONS: dict[tuple[Phase, Transition], Phase] = {
-    (Phase.WAITING, Transition.PLACED): Phase.RESIDENT,
-    (Phase.WAITING, Transition.ENDED): Phase.GONE,
-    (Phase.RESIDENT, Transition.LAUNCHED): Phase.STEPPING,
-    (Phase.RESIDENT, Transition.ENDED): Phase.GONE,
-    (Phase.RESIDENT, Transition.EVICTED): Phase.WAITING,
-    (Phase.STEPPING, Transition.RETURNED): Phase.RESIDENT,
-    (Phase.STEPPING, Transition.ENDED): Phase.LEAVING,
-    (Phase.STEPPING, Transition.EVICTED): Phase.WAITING,
-    (Phase.LEAVING, Transition.RETURNED): Phase.GONE,
-    (Phase.LEAVING, Transition.EVICTED): Phase.GONE,
+TRANSITIONS: dict[tuple[Status, Transition], Status] = {
+    (Status.WAITING, Transition.PLACED): Status.RESIDENT,
+    (Status.WAITING, Transition.ENDED): Status.GONE,
+    (Status.RESIDENT, Transition.LAUNCHED): Status.STEPPING,
+    (Status.RESIDENT, Transition.ENDED): Status.GONE,
+    (Status.RESIDENT, Transition.EVICTED): Status.WAITING,
+    (Status.STEPPING, Transition.RETURNED): Status.RESIDENT,
+    (Status.STEPPING, Transition.ENDED): Status.LEAVING,
+    (Status.STEPPING, Transition.EVICTED): Status.WAITING,
+    (Status.LEAVING, Transition.RETURNED): Status.GONE,
+    (Status.LEAVING, Transition.EVICTED): Status.GONE,
 }
+
+
+class Loads(msgspec.Struct):
+    """What a request still needs, by its own levels, worked out when it is asked for.
+
+    `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
+    right now.
+    """
+
+    tracks: list[Track]
+    masks: int
+    due: float
+    drift: float
+    refresh: float
+    reuse: float
+    interval: int
+    degree: int
+    known: dict[int, Load] = {}
+
+    def __getitem__(self, level: int) -> Load:
+        found = self.known.get(level)
+        if found is None:
+            (law, after), masks = self.tracks[level], self.masks
+            stays = 1.0 - law.ends[masks]
+            steps = law.steps[masks] + stays * after.steps
+            refreshes = self.due + stays * after.refreshes
+            if self.interval:
+                refreshes = max(refreshes, steps / self.interval)
+            found = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
+        return found
 
 
 class ReadyRow(msgspec.Struct, frozen=True, gc=False):
@@ -77,7 +107,7 @@ class RequestState:
     ) -> None:
         self.request, self.kind, self.thresholds = request, kind, thresholds
         self.drops, self.mean_drops, self.yields, self.affordable_level = drops, means, yields, affordable_level
-        self.phase = Phase.WAITING
+        self.status = Status.WAITING
         self.replica: InstanceState | None = None
         self.deadline: float | None = None
         self.has_deadline = self.late = False
@@ -89,7 +119,7 @@ class RequestState:
         self.table_threshold = request.decoding.confidence_threshold  # the threshold in the row's column
         self.loads: Loads | None = None  # None: not looked at since the last step
         self.ready: ReadyRow | None = None  # the same
-        self.tracks: list[Track] = []  # by level, of the block that `tracked` tells
+        self.tracks: list[Track] = []  # by level, of the block in `tracked`
         self.tracked = (-1, -1)
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
         self.observed = self.expected = 0.0  # steps, for the drift
@@ -110,7 +140,7 @@ class RequestState:
         self.quotas: list[list[int]] = quotas(request, self.blocks)
 
     def did(self, what: Transition) -> None:
-        self.phase = TRANSITIONS[self.phase, what]
+        self.status = TRANSITIONS[self.status, what]
 
     @property
     def threshold(self) -> float:
@@ -161,7 +191,7 @@ class RequestState:
         return tuple(spans[1:] if spans[0].start == first.start else spans[2:])
 
     def steady(self, most: int) -> int:
-        """How many of its next steps may be of one launch, up to `most`, as far as the request alone tells."""
+        """How many of its next steps may be of one launch, up to `most`, judged by the request alone."""
         decoding = self.request.decoding
         if decoding.refresh_interval or decoding.temperature:
             return 1

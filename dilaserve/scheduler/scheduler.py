@@ -1,40 +1,32 @@
 """The state machine between events and commands. It remembers; it has no clock, no device and never waits."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from dilaserve.config import Config
-from dilaserve.errors import OURS
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.step_cost import StepCost
-from dilaserve.scheduler.accounting import Accounting
-from dilaserve.scheduler.admission_control import AdmissionControl
+from dilaserve.scheduler.arrivals import Seen
 from dilaserve.scheduler.batching import Batcher
-from dilaserve.scheduler.deadline_ticks import DeadlineTicks
 from dilaserve.scheduler.deadlines import Deadlines
+from dilaserve.scheduler.endings import Endings
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.expiry import Expiry
+from dilaserve.scheduler.instance_changes import InstanceChanges
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
-from dilaserve.scheduler.placer import Placer
 from dilaserve.scheduler.plan_change import PlanState, plan_of
-from dilaserve.scheduler.plan_execution import PlanExecution
-from dilaserve.scheduler.planner_requests import PlannerRequests
+from dilaserve.scheduler.planner_questions import PlannerQuestions
 from dilaserve.scheduler.recent_minimum import RecentMinimum
-from dilaserve.scheduler.request_state import Phase, RequestState, Transition
+from dilaserve.scheduler.request_state import RequestState, Status, Transition
 from dilaserve.scheduler.retry_times import RetryTimes
-from dilaserve.scheduler.step_selection import StepSelection
-from dilaserve.scheduler.totals import Fate, Totals
+from dilaserve.scheduler.row_selection import RowSelection
+from dilaserve.scheduler.rules.thresholds import crowding
 from dilaserve.types import (
-    Adjust,
     Arrival,
     Cancel,
     Command,
     Emit,
     Event,
-    Fail,
-    Finish,
-    FinishReason,
     Full,
     InstanceLost,
     InstanceReady,
@@ -43,9 +35,7 @@ from dilaserve.types import (
     Plan,
     PlanReady,
     Refuse,
-    Release,
     Replan,
-    Request,
     Reshaped,
     RowResult,
     StepDone,
@@ -53,9 +43,10 @@ from dilaserve.types import (
     WorkerUp,
 )
 
-log = logging.getLogger(__name__)
-MOST_DECLINES = 32  # requests that one decision declines at their deadline; about 30 µs each
-LATELY = 30.0  # seconds for which a deadline counts as one of those that come
+TICK = 0.25  # seconds between two passes over all waiting requests
+BEST_EFFORT_PLACES = 0.75  # share of --max-queue open to requests without an admitted deadline while deadlines come
+MOST_ENDS = 32  # requests that one decision declines at their deadline, and gives up, at most; about 30 µs each
+LATELY = 30.0  # seconds for which a deadline counts as recent, and best-effort work is limited
 NEVER = float("inf")
 
 
@@ -80,22 +71,19 @@ class Scheduler:
         self.estimates = Estimates(laws, quality)
         self.deadlines = Deadlines(policy, self.estimates)
         self.placement = Placement(config, self.deadlines)
-        self.placer = Placer(self.placement, policy.guaranteed_rows)
         self.batcher = Batcher(config, self.placement, self.estimates, repeats)
-        self.requests: dict[str, RequestState] = {}
-        self.expiry = Expiry()  # of requests whose client does not want the answer late
-        self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
         self.plan_state = PlanState(plan, degrees, policy.step_timeout)
-        self.admission = AdmissionControl(policy, self.placer, self.plan_state, self.tightest)
-        self.selection = StepSelection(self.deadlines, self.placement, self.batcher, self.tightest)
-        self.execution = PlanExecution(self.plan_state, self.placement, self.batcher, self.contained)
+        self.questions = PlannerQuestions(self.placement, self.plan_state, solves)
+        self.endings = Endings(self.placement, self.deadlines, self.questions)
+        self.requests, self.totals = self.endings.requests, self.endings.totals
+        self.instance_changes = InstanceChanges(self.placement, self.plan_state, self.batcher, self.endings)
         self.retry_times = RetryTimes(self.placement, self.estimates)
-        self.planning = PlannerRequests(solves, self.plan_state, self.placement, self.estimates)
-        self.ticks = DeadlineTicks(self.deadlines, self.placement)
-        self.decided_at = -NEVER
-        self.totals = Totals()
-        self.accounting = Accounting(self.deadlines.ledger, self.planning, self.totals)
-        self.disturbed = False  # a handler has stopped half-way since the last repair
+        self.expiry = Expiry()  # of requests whose client does not want the answer late
+        self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
+        self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
+        self.selection = RowSelection(self.placement, self.deadlines, self.batcher, self.tightest)
+        self.ticked_at = self.decided_at = -NEVER
+        self.gives_up = False  # more requests have become hopeless than one decision looks at
 
     def observe(self, event: Event, now: float) -> Iterator[Command]:
         match event:
@@ -105,21 +93,15 @@ class Scheduler:
                 yield from self.arrival(event, now)
             case Cancel(id, reason):
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
-                    yield from self.end(known, reason, now)
+                    yield from self.endings.end(known, reason, now)
             case Full(tenant):
                 if loser := self.placement.gives_way(tenant):
-                    yield from self.gone(loser, Refuse(loser.request, self.retry_times.place_in(now)), now, "refused")
+                    refuse = Refuse(loser.request, self.retry_times.next(now))
+                    yield from self.endings.gone(loser, refuse, now, "refused")
             case InstanceReady(instance):
-                self.plan_state.formed(instance)
-                self.placement.replicas[instance.id] = InstanceState(instance)
-                self.placement.instances_changed()
-                self.placement.move_to(instance, self.plan_state.forming.values())
+                self.instance_changes.opened(instance)
             case InstanceLost(instance, reason, outside):
-                self.plan_state.over(instance)
-                self.plan_state.needs_reshape = True
-                if replica := self.placement.replicas.pop(instance, None) or self.placement.closing.pop(instance, None):
-                    self.placement.instances_changed()
-                    yield from self.evict(replica, reason, outside, now)
+                yield from self.instance_changes.lost(instance, reason, outside, now)
             case WorkerUp(rank, kv_tokens):
                 reason = f"worker {rank} is up" if self.plan_state.next_id else "the start"
                 self.plan_state.asked(now, self.placement.instances(), reason)
@@ -129,37 +111,45 @@ class Scheduler:
                 self.plan_state.workers.pop(rank, None)
                 self.placement.doom(rank)
             case Paused(seconds):
-                self.execution.paused(seconds)
+                self.instance_changes.paused(seconds)
             case Replan(plan, reason):
-                self.planning.active = plan is None
+                self.questions.solves = plan is None
                 self.replan(plan or self.plan_state.wanted, reason, now)
             case PlanReady(plan, reason):
-                self.planning.waiting = False
-                if self.planning.active and plan is not None and plan != self.plan_state.wanted:
+                self.questions.solving = False
+                if self.questions.solves and plan is not None and plan != self.plan_state.wanted:
                     self.replan(plan, reason, now)
 
     def decide(self, now: float) -> Iterator[Command]:
         """What is due now, step by step: ends first, then the plan, then placement, then batches for idle instances."""
         self.decided_at = now
         yield from self.decline_expired(now)
-        yield from self.execution.change(now)
-        self.execution.resume_moved_rows(now)
-        yield from self.execution.kill_hung(now)
-        yield from self.planning.due(now)
-        ticks = self.ticks.due(now)
-        for state in self.ticks.hopeless(now, ticks, len(self.requests)):
-            yield from self.give_up(state, now)
+        yield from self.instance_changes.change_plan(now)
+        self.instance_changes.resume_moved_rows(now)
+        yield from self.instance_changes.kill_hung(now)
+        yield from self.ask_planner(now)
+        ticks = self.ticks(now)
+        yield from self.give_up_hopeless(now, ticks)
         if ticks:
-            self.ticks.move_floor(now)
-        self.placer.place(now, everywhere=ticks)
+            self.tick(now)
+        self.placement.place(now, everywhere=ticks)
         yield from self.launch_idle(now)
         yield from self.batcher.stop_early()
         yield from self.complete_change(now)
 
+    def ticks(self, now: float) -> bool:
+        """Whether all waiting requests are looked at again, every quarter of a second while there is a reason."""
+        reason = self.placement.queue or self.deadlines.admits or self.deadlines.floor
+        return now >= self.ticked_at + TICK and bool(reason)
+
     def decline_expired(self, now: float) -> Iterator[Command]:
         """Requests whose client does not want the answer late, at their deadline."""
-        for state in self.expiry.passed(now, MOST_DECLINES):
-            yield from self.decline(state, now)
+        for state in self.expiry.passed(now, MOST_ENDS):
+            yield from self.endings.decline(state, now)
+
+    def ask_planner(self, now: float) -> Iterator[Command]:
+        if now >= self.questions.solve_at and self.questions.asks:
+            yield self.questions.solve(now)
 
     def launch_idle(self, now: float) -> Iterator[Command]:
         """The next batch of each instance that has rows and no step in flight."""
@@ -167,32 +157,14 @@ class Scheduler:
             if replica.in_flight is None and replica.residents:
                 yield from self.launch(replica, now)
 
-    def launch(self, replica: InstanceState, now: float) -> Iterator[Command]:
-        """Give up on rows that cannot be in time, choose thresholds, then the rows of the step."""
-        queries = self.selection.queries(replica, now)
-        if hopeless := self.selection.hopeless(replica, queries):
-            for state in [replica.with_deadline[place] for place in hopeless]:
-                yield from self.give_up(state, now)
-            if not replica.residents:
-                return
-            queries = [query for place, query in enumerate(queries) if place not in hopeless]
-        choices = self.selection.choices(replica, queries)
-        candidates = self.selection.rows(replica, choices, now)
-        for candidate in candidates:
-            state = replica.residents[candidate.key]
-            if self.selection.apply(state, choices.get(candidate.key)):
-                yield Adjust(candidate.key, state.threshold)
-        batch = self.batcher.begin(replica, candidates, now)
-        self.execution.launched(replica, now)
-        yield Launch(batch)
-
     def complete_change(self, now: float) -> Iterator[Command]:
-        """Report a plan once its instances stand."""
-        if change := self.execution.completed(now):
-            self.planning.traffic.changed(now)
+        """Report a plan once its instances are up."""
+        complete = self.plan_state.change and not self.placement.closing
+        if complete and (change := self.plan_state.completed(self.placement.instances(), now)):
+            self.questions.traffic.changed(now)
             yield Reshaped(change)
             if self.plan_state.whole:
-                yield from self.fail_large(now)
+                yield from self.instance_changes.fail_large(now)
 
     @property
     def plan(self) -> Plan:
@@ -203,18 +175,19 @@ class Scheduler:
         """When to decide again even if nothing happens: for requests that wait or reach their deadline, for a step that
         hangs, for the planner.
         """
-        untested = self.deadlines.admits and self.placement.queue.untested
-        if self.ticks.unfinished or self.placer.places_more or untested:
+        tick_at = self.ticked_at + TICK if self.placement.queue or self.deadlines.floor else NEVER
+        solve_at = self.questions.solve_at if self.questions.asks else NEVER
+        if self.gives_up or self.placement.places_more or (self.deadlines.admits and self.placement.queue.untested):
             return self.decided_at  # a decision looks at only so many
-        return min(self.ticks.wake_at(), self.execution.wake_at(), self.expiry.next_at(), self.planning.wake_at())
+        changes = self.instance_changes
+        move_by = changes.move_by if self.placement.moving else NEVER
+        return min(tick_at, self.plan_state.form_by, changes.next_overdue(), self.expiry.next_at(), solve_at, move_by)
 
     # the plan
 
     def replan(self, plan: Plan | None, reason: str, now: float) -> None:
         self.plan_state.asked(now, self.placement.instances(), reason)
         self.plan_state.wanted = plan
-
-    # events
 
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
@@ -226,24 +199,52 @@ class Scheduler:
             state.deadline = request.arrived_at + slo.multiple * self.estimates.unloaded(state)
         if state.deadline is not None:
             self.tightest.add(state.deadline - request.arrived_at, now)
-        self.planning.arrived(state, now)
+        if self.questions.solves:
+            self.questions.first_traffic(now)
+            self.questions.traffic.arrived(self.seen(state, now))
         self.requests[request.id] = state
         self.totals.received += 1
         state.has_deadline = state.deadline is not None
-        rejects = state.has_deadline and slo.on_miss == "reject" and not self.admission.admissible(state, now)
+        rejects = state.has_deadline and slo.on_miss == "reject" and not self.admissible(state, now)
         self.placement.enter(state)
         state.seconds = self.estimates.unloaded(state)
         self.placement.backlog.add(state)
         if rejects:
-            yield from self.decline(state, now)
-        elif self.admission.is_too_much(state, now):
-            yield from self.gone(state, Refuse(request, self.retry_times.place_in(now)), now, "refused")
+            yield from self.endings.decline(state, now)
+        elif self.is_too_much(state, now):
+            yield from self.endings.gone(state, Refuse(request, self.retry_times.next(now)), now, "refused")
         elif self.deadlines.sheds and state.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(state, state.deadline, len(self.requests))
 
-    def decline(self, state: RequestState, now: float) -> Iterator[Command]:
-        """The deadline cannot be met, or has passed: tell the client, now."""
-        yield from self.gone(state, self.admission.declined(state, now), now, "declined")
+    def is_too_much(self, state: RequestState, now: float) -> bool:
+        """Whether the request would be best effort, while deadlines come and too much such work waits already."""
+        if not self.deadlines.admits or self.tightest.at(now) == NEVER:
+            return False
+        devices = sum(replica.degree for replica in self.placement.replicas.values())
+        seconds, requests = self.most_best_effort
+        if (
+            self.placement.backlog.best_effort <= seconds * max(1, devices)
+            and self.placement.backlog.requests <= requests
+        ):
+            return False
+        if not state.has_deadline:
+            return True
+        return state.request.slo.on_miss == "best_effort" and not self.admissible(state, now)
+
+    def admissible(self, state: RequestState, now: float) -> bool:
+        """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
+        placement = self.placement
+        if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
+            return True
+        check, replicas = placement.check, placement.open
+        return check.passes(state, replicas, now) or check.is_worth_a_try(state, replicas, now)
+
+    def seen(self, state: RequestState, now: float) -> Seen:
+        """The arrival as planning sees it."""
+        request, tightness = state.request, None
+        if state.deadline is not None:
+            tightness = (state.deadline - request.arrived_at) / max(1e-9, self.estimates.unloaded(state))
+        return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
         replica = self.placement.replicas.get(event.instance) or self.placement.closing.get(event.instance)
@@ -265,13 +266,13 @@ class Scheduler:
             replica.ends_at = now + self.estimates.pace(replica.degree).fixed + sum(replica.added.values())
         for state, result, share in zip(in_flight, event.results, replica.shares, strict=True):
             done = self.row_done(state, result, share * event.seconds, event.last, now)
-            yield from self.contained(state, done)
+            yield from self.endings.contained(state, done)
 
     def row_done(
         self, state: RequestState, result: RowResult, seconds: float, last: bool, now: float
     ) -> Iterator[Command]:
         """The part of one row in a step that is finished; `seconds` are its share of it."""
-        leaving = state.phase is Phase.LEAVING
+        leaving = state.status is Status.LEAVING
         state.stepped_at = now
         state.device += seconds
         if last:
@@ -279,7 +280,7 @@ class Scheduler:
         if leaving:
             self.totals.spent(seconds, state.wasted)
             if last:
-                yield self.release(state)
+                yield self.endings.release(state)
         elif not result.rested:
             yield from self.returned(state, result, now)
 
@@ -297,109 +298,47 @@ class Scheduler:
         if prefix > before:
             yield Emit(request, prefix)
         if stopped and result.stop_at < end:
-            yield from self.end(state, "stop", now)
+            yield from self.endings.end(state, "stop", now)
         elif result.prefix >= end:
-            yield from self.end(state, "length", now)
-
-    def end(self, state: RequestState, reason: FinishReason, now: float) -> Iterator[Command]:
-        fate: Fate = "cancelled" if reason == "cancelled" else "answered"
-        yield from self.gone(state, Finish(state.request, reason, state.usage(now)), now, fate)
-
-    def gone(self, state: RequestState, last_word: Command, now: float, fate: Fate) -> Iterator[Command]:
-        """The one way in which requests end: the client hears now; the row is free now, or after its step in flight."""
-        self.placement.leave(state)
-        self.placement.backlog.remove(state)
-        state.did(Transition.ENDED)
-        self.accounting.charge(state, fate)
-        commands = [last_word, self.release(state)] if state.phase is Phase.GONE else [last_word]
-        self.accounting.ended(state, now, fate)
-        del self.requests[state.request.id]  # last: while it is known, an error here still ends it as failed
-        yield from commands
-
-    # errors
-
-    def contained(self, state: RequestState, commands: Iterator[Command]) -> Iterator[Command]:
-        """The commands of one row among several; if they raise, its request ends and the others go on."""
-        try:
-            yield from commands
-        except Exception as error:
-            yield from self.expel(state, error)
-
-    def expel(self, state: RequestState, error: Exception) -> Iterator[Command]:
-        """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
-        request = state.request
-        known = self.requests.pop(request.id, None)  # else its client has heard already
-        replicas = self.placement.all_replicas()
-        in_flight = any(row is state for replica in replicas for row in replica.in_flight or ())
-        state.phase = Phase.LEAVING if in_flight else Phase.GONE
-        self.disturbed = True
-        if known:
-            state.wasted = state.deadline is not None
-            self.totals.ended("failed", False if state.wasted else None)
-            self.totals.spent(state.device, state.wasted)
-            yield failed(request, error)
-        else:
-            log.error("request %s had ended, and an error came behind it", request.id, exc_info=error)
-        if not in_flight:
-            yield Release(request.row)
-
-    def turn_away(self, request: Request, error: Exception) -> Iterator[Command]:
-        """Taking in a request has raised: it ends."""
-        timed = request.slo.seconds is not None or request.slo.multiple is not None
-        self.totals.received += 1
-        self.totals.ended("failed", False if timed else None)
-        yield failed(request, error)
-        yield Release(request.row)
-
-    def release(self, state: RequestState) -> Release:
-        """Take the row off its instance, if it is on one, and free it."""
-        if state.replica:
-            self.placement.unassign(state, state.replica)
-        return Release(state.request.row)
-
-    def evict(self, replica: InstanceState, reason: str, outside: bool, now: float) -> Iterator[Command]:
-        """The instance is lost: its rows wait again, where they were in the order; they keep all committed tokens.
-
-        Those in flight are suspected of it, unless it was killed from outside: the next step of each is taken alone,
-        and if that is lost too, so are they.
-        """
-        rows = list(replica.residents.values())
-        for state in rows:
-            yield from self.contained(state, self.lost(state, replica, reason, outside, now))
-        self.placement.wait_again([state for state in rows if state.phase is Phase.WAITING])
-
-    def lost(
-        self, state: RequestState, replica: InstanceState, reason: str, outside: bool, now: float
-    ) -> Iterator[Command]:
-        """One row of an instance that is lost."""
-        stepping = state.phase is Phase.STEPPING and not outside
-        if stepping and state.suspect:
-            message = "the request failed twice on our side; it was given up"
-            why = f"in flight at two lost workers in a row, the last: {reason}"
-            yield from self.gone(state, Fail(state.request, why, message), now, "failed")
-        leaving = state.phase is Phase.LEAVING
-        state.suspect |= stepping
-        self.placement.unassign(state, replica)
-        state.did(Transition.EVICTED)
-        if leaving:
-            yield Release(state.request.row)
-
-    def fail_large(self, now: float) -> Iterator[Command]:
-        """All workers are back, some with less memory than before: rows that fit on no instance end."""
-        for state in list(self.requests.values()):
-            if state.replica is None and not self.placement.ever_fits(state):
-                tokens = state.request.canvas_tokens
-                why = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
-                yield from self.gone(state, Fail(state.request, why, f"{why}; lower max_tokens"), now, "failed")
+            yield from self.endings.end(state, "length", now)
 
     # deadlines
 
-    def give_up(self, state: RequestState, now: float) -> Iterator[Command]:
-        """The deadline cannot be met any more: go on as best effort, or end, as `on_miss` says."""
-        if state.request.slo.on_miss != "best_effort":
-            yield from self.decline(state, now)
+    def tick(self, now: float) -> None:
+        """Every quarter of a second: move the floor of the thresholds, by what instances saw at their last step."""
+        self.ticked_at = now
+        if not self.deadlines.moves_floor:
             return
-        self.placement.demote(state)
+        waiting = len(self.placement.queue)
+        missing, total, crowd = len(self.placement.queue.tested), waiting, float(waiting)  # each is one more somewhere
+        for replica in self.placement.replicas.values():
+            if replica.with_deadline:
+                missing, total = missing + replica.late, total + len(replica.with_deadline)
+                crowd += replica.crowding
+        self.deadlines.look(missing, total, crowd / max(1, len(self.placement.replicas)))
+
+    def give_up_hopeless(self, now: float, ticks: bool) -> Iterator[Command]:
+        """Give up on waiting requests that can no longer end in time: at a tick, or if the last decision left some.
+
+        One request per instance without deadlines is kept and tried there, as estimates may err. A request whose
+        deadline has passed is always given up.
+        """
+        if not (self.deadlines.sheds and (ticks or self.gives_up)):
+            return
+        spare = sum(not replica.with_deadline for replica in self.placement.replicas.values())
+        hopeless = self.placement.hopeless
+        for state in hopeless.passed(now, MOST_ENDS):
+            if state not in self.placement.queue:
+                continue
+            past = self.deadlines.is_past(state, now)
+            if past or (self.deadlines.shed and self.deadlines.is_hopeless(state, now)):
+                spare -= 1
+                if spare < 0 or past:
+                    yield from self.endings.give_up(state, now)
+                    continue
+            again = max(now + TICK, self.deadlines.hopeless_at(state))
+            hopeless.add(state, again, len(self.requests))
+        self.gives_up = hopeless.next_at() <= now
 
     def refused(self, timed: bool, now: float) -> float:
         """Count a request that found no place; returns the seconds after which a place will probably be free for it.
@@ -408,9 +347,26 @@ class Scheduler:
         """
         self.totals.received += 1
         self.totals.ended("refused", False if timed else None)
-        return self.retry_times.place_in(now)
+        return self.retry_times.next(now)
 
+    # steps
 
-def failed(request: Request, error: Exception) -> Fail:
-    """The last word on a request whose handling has raised."""
-    return Fail(request, f"its handling raised {type(error).__name__}: {error}", OURS, error)
+    def launch(self, replica: InstanceState, now: float) -> Iterator[Command]:
+        """The next step of an idle instance: give up lost deadlines, choose thresholds, select rows, send the batch."""
+        if self.deadlines.rank_moves:
+            replica.with_deadline.sort(key=self.deadlines.rank)
+        queries = self.selection.queries(replica, now)
+        if lost := self.selection.beyond_hope(replica, queries):
+            for state in [replica.with_deadline[place] for place in lost]:
+                yield from self.endings.give_up(state, now)
+            if not replica.residents:
+                return
+            queries = [query for place, query in enumerate(queries) if place not in lost]
+        choices = self.selection.choices(replica, queries)
+        replica.late = sum(choice.late for choice in choices.values())
+        replica.crowding = crowding([query.loads[0] for query in queries], self.estimates.pace(replica.degree).fixed)
+        candidates = self.selection.selected(replica, choices, now)
+        yield from self.selection.adjusted(replica, candidates, choices)
+        batch = self.batcher.begin(replica, candidates, now)
+        self.instance_changes.launched(replica, now)
+        yield Launch(batch)

@@ -5,7 +5,7 @@ from typing import Literal
 Fate = Literal["answered", "declined", "cancelled", "failed", "refused"]
 FATES: dict[Fate, str] = {
     "answered": "finished with a whole answer",
-    "declined": "answered that the deadline cannot be met, at once or later",
+    "declined": "declined because the deadline cannot be met, at once or later",
     "cancelled": "left by the client",
     "failed": "given up because of an error on the server",
     "refused": "refused because the queue is full",
@@ -28,7 +28,7 @@ class Totals:
         self.device = self.wasted = 0.0
 
     def ended(self, fate: Fate, met: bool | None) -> None:
-        """Count a request; `met` tells whether it was in time for its deadline, None: it has none."""
+        """Count a request; `met`: whether it met its deadline; None: it has none."""
         self.fates[fate] += 1
         if met is not None:
             self.deadlines[fate if fate != "answered" else "met" if met else "missed"] += 1

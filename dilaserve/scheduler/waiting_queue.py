@@ -9,18 +9,18 @@ from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.rules.fairness import Turns, in_turn
 
 Spot = tuple[float, float, int]  # key, arrival, row
-SLACK = 64  # entries of requests that have left, which are kept in any case
+SLACK = 64  # entries of requests that left below which the heap is not rebuilt
 
 
 class WaitingQueue:
-    """`key` tells the order within a tenant; it is asked when a request enters, and holds until it leaves."""
+    """`key` gives the order within a tenant; it is computed when a request enters and kept until it leaves."""
 
     def __init__(self, key: Callable[[RequestState], float]) -> None:
         self.key = key
         self.lines: dict[str, list[tuple[Spot, RequestState]]] = {}
         self.spots: dict[int, Spot] = {}  # by row
         self.members: dict[int, RequestState] = {}  # by row
-        self.arrivals: list[tuple[float, int]] = []  # a heap; who has left drops out when it comes to the front
+        self.arrivals: list[tuple[float, int]] = []  # a heap; entries of requests that left are dropped at the front
 
     def add(self, state: RequestState) -> None:
         request = state.request
@@ -48,7 +48,7 @@ class WaitingQueue:
         return self.members.get(state.request.row) is state
 
     def __iter__(self) -> Iterator[RequestState]:
-        """In order, whoever's they are. Requests may leave meanwhile."""
+        """All requests in order, across tenants. Requests may leave during the iteration."""
         lines = [list(line) for line in self.lines.values()]
         merged = chain(*lines) if len(lines) == 1 else heapq.merge(*lines, key=lambda entry: entry[0])
         return (state for _, state in merged)
@@ -66,6 +66,6 @@ class WaitingQueue:
         return {tenant: len(line) for tenant, line in self.lines.items()}
 
     def by_turn(self, turns: Turns, seconds: Callable[[RequestState], float]) -> Iterator[RequestState]:
-        """In the order in which tenants get rows. Requests may leave meanwhile."""
+        """All requests in the order in which tenants get rows. Requests may leave during the iteration."""
         lines = {tenant: list(line) for tenant, line in self.lines.items()}
         return (state for _, state in in_turn(lines, turns, lambda entry: seconds(entry[1])))

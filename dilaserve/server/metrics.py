@@ -20,7 +20,7 @@ class EngineCollector(Collector):
         totals, profile = scheduler.totals, engine.profile
         yield gauge("requests_running", "requests with a row on an instance", scheduler.placement.running)
         yield gauge("requests_waiting", "requests without one", len(scheduler.requests) - scheduler.placement.running)
-        yield gauge("instances", "instances that are up", len(engine.capacity.instances))
+        yield gauge("instances", "instances that are up", len(engine.consumer.capacity))
         degrees = GaugeMetricFamily(
             "dilaserve_plan_instances", "instances that are up, by tensor-parallel degree", labels=["degree"]
         )

@@ -38,7 +38,7 @@ def shown(engine: Engine) -> dict[str, Any]:
         "plan": spelled(engine.plan),
         "groups": engine.plan.groups,
         "wanted": spelled(engine.wanted_plan),
-        "auto": engine.scheduler.planning.active,
+        "auto": engine.scheduler.questions.solves,
         "no_planner": engine.unplanned,
         "devices": engine.devices,
         "degrees": engine.degrees,

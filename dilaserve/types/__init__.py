@@ -1,7 +1,4 @@
-"""Types of the whole package: requests, steps, plans; events that rise, commands that descend.
-
-Values only; nothing here behaves.
-"""
+"""Types of the whole package: requests, steps, plans; events that rise, commands that descend. Nothing here behaves."""
 
 from dilaserve.types.commands import (
     Adjust,
@@ -33,7 +30,15 @@ from dilaserve.types.events import (
     WorkerLost,
     WorkerUp,
 )
-from dilaserve.types.plans import Change, Demand, Flow, Moves, Plan
+from dilaserve.types.plans import (
+    PAGE,
+    Change,
+    Demand,
+    Flow,
+    Instance,
+    Moves,
+    Plan,
+)
 from dilaserve.types.requests import (
     MAX_STOP_IDS,
     DecodeRule,
@@ -46,7 +51,11 @@ from dilaserve.types.requests import (
     Slo,
     Usage,
 )
-from dilaserve.types.steps import PAGE, Batch, Instance, RowResult, Span
+from dilaserve.types.steps import (
+    Batch,
+    RowResult,
+    Span,
+)
 
 __all__ = [
     "MAX_STOP_IDS",

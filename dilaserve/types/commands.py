@@ -1,4 +1,4 @@
-"""Commands: what the scheduler wants done."""
+"""Commands: what the scheduler asks of the engine. Values only."""
 
 from typing import TypeAlias
 
@@ -77,20 +77,20 @@ class Reshard(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reshaped(msgspec.Struct, frozen=True, gc=False):
-    """The wanted plan stands."""
+    """All instances of the wanted plan are up."""
 
     change: Change
 
 
 class Kill(msgspec.Struct, frozen=True, gc=False):
-    """The instance's step takes so long that it must be taken for dead."""
+    """The instance's step takes so long that the instance counts as hung."""
 
     instance: int
     reason: str
 
 
 class StopEarly(msgspec.Struct, frozen=True, gc=False):
-    """Somebody waits for the instance: its batch ends with the step that is under way."""
+    """Another request waits for the instance: its batch ends with the step that is under way."""
 
     batch: Batch
 

@@ -1,12 +1,12 @@
-"""Events: what the scheduler hears."""
+"""Events: what rises to the scheduler from clients, workers, instances and the planner. Values only."""
 
 from typing import TypeAlias
 
 import msgspec
 
-from dilaserve.types.plans import Plan
+from dilaserve.types.plans import Instance, Plan
 from dilaserve.types.requests import FinishReason, Request
-from dilaserve.types.steps import Instance, RowResult
+from dilaserve.types.steps import RowResult
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
@@ -40,8 +40,7 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
 class InstanceLost(msgspec.Struct, frozen=True, gc=False):
     """A worker of the instance is gone, and the others have left it, so that none of them writes to its rows any more.
 
-    The rows have lost their K/V and nothing else. `outside`: somebody else killed the worker, so that no row can be the
-    reason.
+    The rows have lost their K/V and nothing else. `outside`: another process killed the worker, so no row is to blame.
     """
 
     instance: int
@@ -70,7 +69,7 @@ class Paused(msgspec.Struct, frozen=True, gc=False):
 
 
 class Replan(msgspec.Struct, frozen=True, gc=False):
-    """Somebody wants this plan, which has been checked, and no other; None: from now on what the planner wants."""
+    """A user wants this plan, which has been checked, and no other; None: from now on what the planner wants."""
 
     plan: Plan | None
     reason: str
@@ -84,7 +83,7 @@ class PlanReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class Full(msgspec.Struct, frozen=True, gc=False):
-    """Every place is taken and a request of this tenant wants one."""
+    """All rows of the request table are taken, and a request of this tenant needs one."""
 
     tenant: str
 

@@ -1,8 +1,16 @@
-"""Which devices form which instances, and what planning knows of the demand."""
+"""Instances and plans: which devices run the model together, and how that changes. Values only."""
 
 import msgspec
 
-from dilaserve.types.steps import Instance
+PAGE = 32  # tokens of K/V that are allocated together; one block of the default length
+
+
+class Instance(msgspec.Struct, frozen=True, gc=False):
+    """One copy of the model on a TP group; `kv_tokens` is the size of its K/V pool. No two ever have the same id."""
+
+    id: int
+    ranks: tuple[int, ...]
+    kv_tokens: int
 
 
 class Plan(msgspec.Struct, frozen=True, gc=False):
@@ -46,7 +54,7 @@ class Flow(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 class Demand(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The recent traffic and the present plan, as the planner sees them. `backlog` counts requests that wait for a row,
-    `ended` those that have come and gone under this plan lately, of which `met` were in time for their deadline.
+    `ended` those that recently came and ended under this plan, of which `met` were on time for their deadline.
     """
 
     seconds: float

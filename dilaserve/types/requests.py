@@ -1,4 +1,4 @@
-"""What a client asks for, and what its answer has cost."""
+"""Requests: how they are decoded, what their client wants, what they cost. Values only."""
 
 import warnings
 from typing import Literal
@@ -10,7 +10,7 @@ from dilaserve.config import CacheKind
 DecodeRule = Literal["threshold", "steps", "factor"]
 FinishReason = Literal["stop", "length", "cancelled"]
 OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
-MAX_STOP_IDS = 32  # end tokens of a request's own
+MAX_STOP_IDS = 32  # end tokens that one request may add to those of the model
 
 
 class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):

@@ -1,10 +1,8 @@
-"""Spans, batches and instances: what a step computes, and what it reports of each row."""
+"""Steps: what one batch asks of an instance, and what it reports. Values only."""
 
 from typing import NamedTuple
 
 import msgspec
-
-PAGE = 32  # tokens of K/V that are handed out together; one block of the default length
 
 
 class Span(NamedTuple):
@@ -63,11 +61,3 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
     spans: tuple[Span, ...]
     steps: int = 1
     then: tuple[tuple[Span, ...], ...] = ()
-
-
-class Instance(msgspec.Struct, frozen=True, gc=False):
-    """One copy of the model on a TP group; `kv_tokens` is the size of its K/V pool. No two ever have the same id."""
-
-    id: int
-    ranks: tuple[int, ...]
-    kv_tokens: int

@@ -1,15 +1,15 @@
-"""The accuracy bank of a tenant: how far thresholds may be lowered, enforced and not hoped for, and for whom first."""
+"""The accuracy budget: how far a tenant's thresholds may be lowered, and which requests may lower theirs first."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-CREDIT = 50  # requests' worth of drop that a new tenant may spend in advance
+CREDIT = 50  # requests whose accuracy budget a new tenant may spend in advance
 
 
 class Bank(NamedTuple):
-    """Percentage points spent so far, and requests served; one that was left at its half counts as half a request."""
+    """Percentage points spent so far, and requests served; half an answer counts as half a request."""
 
     spent: float = 0.0
     served: float = 0.0
@@ -29,8 +29,8 @@ def affordable_level(drops: Sequence[float], budget: float) -> int:
 def price(left: float, budget: float) -> float:
     """What a point costs, in shares of a request's time that it must save, when so many points are left.
 
-    Nothing while there is more than the credit. The less is left, the dearer it gets, without an end, so that points go
-    where they save the most, and the bank settles where as many are asked for as come in.
+    0 while more than the credit is left. The price grows without bound as points run out, so that points go to the
+    requests that save most time with them, and spending settles at the rate of the budget.
     """
     if left <= 0.0:
         return math.inf

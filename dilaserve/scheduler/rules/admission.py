@@ -1,15 +1,15 @@
-"""Who may run where: the test on arrival, what is hopeless, when to come back."""
+"""Admission: the test on arrival, which requests are hopeless, when a refused client should come back."""
 
 from collections.abc import Sequence
 
 import msgspec
 
-COMPANY = 0.9  # share of the joint demand that counts in the test
-KEPT = 0.8  # share of its slack that a newcomer must keep in company
-HELD = 1.2  # times the joint demand within which a row counts as in time, when a newcomer goes before it
+COMPANY = 0.9  # factor on the joint time of rows in the test; a smaller value admits more
+KEPT = 0.8  # share of its unloaded slack that a newcomer must keep; a larger value admits fewer
+HELD = 1.2  # factor on the joint time: the margin of a resident row that newcomers ahead of it must not take
 LONGEST_WAIT = 60.0  # seconds, the longest Retry-After; OpenAI's clients ignore longer ones
-NOTHING_RUNS = 5.0  # seconds to wait where no row runs, as while workers start
-HOPELESS = 1.05  # times the estimate, alone on the instance
+NOTHING_RUNS = 5.0  # seconds, the Retry-After while no row runs, as when workers start
+HOPELESS = 1.05  # factor on the unloaded time above the time left at which a request is given up
 
 
 class Room(msgspec.Struct, frozen=True, gc=False):
@@ -21,7 +21,7 @@ class Room(msgspec.Struct, frozen=True, gc=False):
     seconds: float = 1.0
 
 
-class Tenant(msgspec.Struct, frozen=True, gc=False):
+class DeadlineRow(msgspec.Struct, frozen=True, gc=False):
     """A row with a deadline: seconds left until it, steps and work ahead, what it is worth."""
 
     left: float
@@ -37,11 +37,12 @@ def least_loaded(rooms: Sequence[Room]) -> list[int]:
     return [room.instance for room in ordered]
 
 
-def fits(newcomer: Tenant, residents: Sequence[Tenant], fixed: float) -> float | None:
+def fits(newcomer: DeadlineRow, residents: Sequence[DeadlineRow], fixed: float) -> float | None:
     """The least relative slack on the instance if the newcomer joins, or None when it must not.
 
-    `residents` stand in order of their deadlines. The newcomer must keep most of the slack it would have alone, and
-    nobody behind it may lose a deadline that is held with a margin, unless worth less. Who has none blocks nobody.
+    `residents` are in the order of their deadlines. The newcomer must keep most of the slack that it would have alone.
+    A row behind it that meets its deadline with the margin `HELD` must keep that margin, unless it has a lower weight.
+    A row that has no such margin does not keep newcomers out.
     """
     left = newcomer.left
     slack = left - newcomer.steps * fixed - newcomer.work
@@ -84,7 +85,7 @@ def hopeless(left: float, seconds: float) -> bool:
 def beyond_hope(left: Sequence[float], needs: Sequence[float]) -> list[int]:
     """Places of the rows of an instance that are hopeless.
 
-    If that is all, who is nearest to being in time is tried all the same, as nobody else loses by it.
+    If all are, the one closest to its deadline is tried nevertheless: that takes time from no other row.
     """
     lost = [place for place, seconds in enumerate(needs) if hopeless(left[place], seconds)]
     if lost and len(lost) == len(needs):
@@ -97,7 +98,7 @@ def beyond_hope(left: Sequence[float], needs: Sequence[float]) -> list[int]:
 def place_in(ends: Sequence[float], number: int) -> float:
     """Seconds until the `number`th place from now is free, when rows end after `ends` seconds and others follow.
 
-    Without rows that run nothing is known: a guess of a few seconds.
+    A few seconds if no row runs, as nothing is known then.
     """
     if not ends:
         return NOTHING_RUNS

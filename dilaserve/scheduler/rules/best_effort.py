@@ -4,8 +4,8 @@ A deficit counter per instance (as in deficit round robin; Shreedhar, Varghese, 
 deadlines add a share of their seconds to it. A best-effort row that goes before them takes what it adds to the step.
 """
 
-MOST_SAVED = 0.5  # seconds that an instance saves up at most, so that no burst follows a long time without such rows
-STEP = 0.1  # of the tightest deadline seen lately: the longest step without deadlines, as an arrival waits for its end
+MOST_SAVED = 0.5  # seconds that an instance saves for best-effort rows at most; bounds their bursts
+STEP = 0.1  # share of the tightest recent deadline that a step without deadlines may take: an arrival waits for its end
 
 
 def may_lead(saved: float) -> bool:

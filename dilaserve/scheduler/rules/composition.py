@@ -1,4 +1,4 @@
-"""Who is in the next step of an instance."""
+"""Which rows share the next step of an instance."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A resident row as composition sees it.
 
     `tokens` and `seconds` are what it adds to the step; `slack` is what it can spare at its threshold (None: it has no
-    deadline). Candidates stand in the order in which they are served.
+    deadline). Candidates are in the order of service.
     """
 
     key: int
@@ -32,7 +32,7 @@ def in_order(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list
 
 
 def within_slack(candidates: Sequence[Candidate], max_tokens: int, cap: int) -> list[Candidate]:
-    """The first, and whoever costs the rows before it no more time than they can spare.
+    """The first, and those that cost the rows before them no more time than these can spare.
 
     A reuse row rides almost for free; a refresh is charged in full.
     """

@@ -1,20 +1,12 @@
 """How long a set of rows needs when they run together on one instance."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dilaserve.types import Load
 
 
-def together(loads: Iterable[Load], fixed: float) -> float:
-    """Seconds: the longest row's steps each pay the fixed part, every row pays its own work."""
-    steps = work = 0.0
-    for load in loads:
-        steps = max(steps, load.steps)
-        work += load.work
-    return steps * fixed + work
-
-
 def alone(load: Load, fixed: float) -> float:
+    """Seconds that a row takes with no other row in its steps; `fixed` are the seconds that every step takes."""
     return load.steps * fixed + load.work
 
 

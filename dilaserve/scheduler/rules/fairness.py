@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class Turns(NamedTuple):
-    """`clock` is the start of the last grant, in seconds of service; `until` tells who is ahead of it, and how far."""
+    """`clock` is the start of the last grant, in seconds of service; `until` holds the tenants ahead of it."""
 
     clock: float = 0.0
     until: Mapping[str, float] = {}
 
 
 def start(turns: Turns, tenant: str) -> float:
-    """The smallest is next. A tenant that was away has saved nothing up, and owes what it is ahead."""
+    """The key of a tenant's next grant; the smallest is next. Time without requests earns a tenant nothing."""
     return max(turns.clock, turns.until.get(tenant, 0.0))
 
 

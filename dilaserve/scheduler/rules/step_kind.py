@@ -6,7 +6,7 @@ from dilaserve.config import CacheKind
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
-    """Where a row stands: its canvas length, its active block, and whether its K/V is good enough to reuse."""
+    """A row before its next step: its canvas length, its active block, and whether its K/V is fresh enough to reuse."""
 
     canvas: int
     block_start: int

@@ -7,12 +7,12 @@ import msgspec
 
 from dilaserve.types import Load
 
-INFLATED = 2.0  # times the demand: lower early and mildly, not late and harshly
-NEEDED = 1.1  # times the demand, for levels that the budget cannot bear for everybody
-FUTILE = 1.5  # times what is left that a row needs alone at its deepest level: points would be spent for nothing
-SPARED = 1.75  # times the demand that is kept before a row lets others ride; looked at again after every step
-TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss, that lower and raise the floor
-CROWDED, ROOMY = 1.5, 0.8  # crowding that does the same: long deadlines are missed only when it is too late to hurry
+INFLATED = 2.0  # factor on the time needed before a level counts as enough: thresholds fall early and by little
+NEEDED = 1.1  # the same for levels that the budget cannot afford for all requests: only rows in need get these
+FUTILE = 1.5  # factor on the time left beyond which even the deepest level is too slow: no points are spent on the row
+SPARED = 1.75  # factor on the time needed that a row keeps before others may share its step; renewed each step
+TOO_MANY, FEW = 0.2, 0.05  # shares of rows expected to miss above which the floor falls, below which it rises
+CROWDED, ROOMY = 1.5, 0.8  # crowding that does the same, as rows with long deadlines are seen to miss only too late
 
 
 class ByLevel(Protocol):
@@ -22,8 +22,9 @@ class ByLevel(Protocol):
 
 
 class ThresholdQuery(msgspec.Struct, frozen=True, gc=False):
-    """A row with a deadline: seconds left, its load by level, the deepest level allowed, and the deepest that the
-    budget bears if everybody runs at it.
+    """A row with a deadline: seconds left, its load by level, and the deepest level that it may use.
+
+    `affordable_level` is the deepest at which all requests could run within the accuracy budget.
     """
 
     left: float
@@ -43,9 +44,9 @@ class ThresholdChoice(msgspec.Struct, frozen=True, gc=False):
 def by_slack(queries: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
     """The highest level at or below `floor` at which each row, with all rows before it, keeps its deadline.
 
-    `queries` stand in the order of service; levels count from 0, the reference. Where rows crowd, points that are spent
-    early buy room for all. Where they do not, what the budget does not bear for everybody is kept for rows in need. A
-    row that no level would save stays at the floor.
+    `queries` are in the order of service; levels count from 0, the reference. While `floor` is above 0, rows crowd, and
+    any row may spend points early: that frees time for all. Otherwise levels that the budget cannot afford for all
+    requests are for rows in need only. A row that no level would save stays at the floor.
     """
     steps = work = 0.0
     choices: list[ThresholdChoice] = []
@@ -71,7 +72,7 @@ def by_slack(queries: Sequence[ThresholdQuery], floor: int, fixed: float) -> lis
 
 
 def fixed_levels(queries: Sequence[ThresholdQuery], floor: int, fixed: float) -> list[ThresholdChoice]:
-    """Everybody at the reference."""
+    """All rows at the reference threshold."""
     return by_slack([ThresholdQuery(query.left, query.loads, 0, 0) for query in queries], 0, fixed)
 
 
