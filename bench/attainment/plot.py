@@ -2,8 +2,8 @@
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -12,7 +12,10 @@ from replay import Fate
 
 from attainment.cells import Key, Measurements
 from attainment.runner import TWICE
-from dilaserve.profile import plots
+from dilaserve.sim import timeline
+from dilaserve.sim.timeline import Moment, mean
+
+WINDOW = 2.0  # seconds of arrivals that a rate or a share is taken over
 
 
 def drawn(found: Measurements, args: argparse.Namespace) -> None:
@@ -21,7 +24,7 @@ def drawn(found: Measurements, args: argparse.Namespace) -> None:
     comparison(found, args, middle)
     system = "dilaserve" if "dilaserve" in args.systems else args.systems[0]
     fates = found.fates[Key(TWICE, system, middle)][0]
-    plots.timeline(list(by_second(fates, args.seconds)), f"{system} at {middle:g}x", args.out / "slo-timeline.png")
+    timeline.draw(moments(fates, args.seconds), f"{system} at {middle:g}x", args.out / "slo-timeline.png")
 
 
 def comparison(found: Measurements, args: argparse.Namespace, middle: float) -> None:
@@ -72,13 +75,26 @@ def colours(count: int) -> list[Any]:
     return [plt.get_cmap("tab10")(i % 10) for i in range(count)]
 
 
-def by_second(fates: Sequence[Fate], seconds: float) -> Iterator[tuple[float, float, int, int, float, float]]:
-    """By half second: arrivals a second, waiting (unknown to clients: 0), running, mean threshold, share met."""
-    threshold, met = 0.9, 1.0
-    for tick in range(int(2 * seconds)):
+def moments(fates: Sequence[Fate], seconds: float) -> list[Moment]:
+    """By half second, over the arrivals of a window around it; how many wait, a client does not know."""
+    found = []
+    for tick in range(int(2 * seconds) + 1):
         now = tick / 2
-        inside = [f for f in fates if f.ask.at <= now < f.ask.at + (f.latency or 0.0)]
-        near = [f for f in fates if now - 1.0 <= f.ask.at < now + 1.0]
-        threshold = statistics.fmean([f.threshold for f in near if f.latency is not None] or [threshold])
-        met = statistics.fmean([float(f.met) for f in near] or [met])
-        yield now, len(near) / 2, 0, len(inside), threshold, met
+        whole = WINDOW / 2 <= now <= seconds - WINDOW / 2
+        near = [fate for fate in fates if abs(fate.ask.at - now) <= WINDOW / 2] if whole else []
+        latencies = sorted(fate.latency for fate in near if fate.latency is not None)
+        found.append(
+            Moment(
+                second=now,
+                arrivals=len(near) / WINDOW if whole else math.nan,
+                declined=sum(fate.latency is None for fate in near) / WINDOW if whole else math.nan,
+                waiting=0,
+                running=sum(fate.ask.at <= now < fate.ask.at + (fate.latency or 0.0) for fate in fates),
+                threshold=mean(fate.threshold for fate in near if fate.latency is not None),
+                met=mean(float(fate.met) for fate in near),
+                mean_latency=mean(latencies),
+                p95_latency=latencies[int(0.95 * (len(latencies) - 1))] if latencies else math.nan,
+                devices={},
+            )
+        )
+    return found

@@ -69,8 +69,9 @@ def mean(values: Iterable[float]) -> float:
 
 
 def draw(rows: Sequence[Moment], title: str, file: Path) -> None:
-    """Six panels over time: rates, requests, latency, deadlines, threshold, plan."""
-    figure, axes = plots.panels(6, title)
+    """Panels over time: rates, requests, latency, deadlines, threshold, and the plan where it is known."""
+    degrees = sorted({degree for row in rows for degree in row.devices})
+    figure, axes = plots.panels(6 if degrees else 5, title)
     seconds = [row.second for row in rows]
     line = {"linewidth": 1.2}
     axes[0].plot(seconds, [row.arrivals for row in rows], label="arrivals", **line)
@@ -91,10 +92,11 @@ def draw(rows: Sequence[Moment], title: str, file: Path) -> None:
     axes[3].set(ylabel="deadlines met, %", ylim=(-3, 103))
     axes[4].plot(seconds, [row.threshold for row in rows], **line)
     axes[4].set(ylabel="mean threshold", ylim=(0.55, 0.95))
-    if degrees := sorted({degree for row in rows for degree in row.devices}):
+    if degrees:
         counts = [[row.devices.get(degree, 0) for row in rows] for degree in degrees]
         axes[5].stackplot(seconds, counts, labels=[f"degree {degree}" for degree in degrees], step="post", alpha=0.8)
-    axes[5].set(ylabel="devices", xlabel="seconds")
+        axes[5].set(ylabel="devices")
+    axes[-1].set(xlabel="seconds")
     for one in axes:
         if one.get_legend_handles_labels()[0]:
             one.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
