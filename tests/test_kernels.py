@@ -190,7 +190,7 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
         harness = Harness(directory, GPU, rows=1)
         found = harness.denoised(shapes, launches=2, most=2)
     forget()
-    assert harness.model.kit is of_layers.KERNELS
+    assert harness.model.kernels is of_layers.KERNELS
     assert len(harness.reuse.graphs) == 1
     assert ((found[0] == MASK) == (expected[0] == MASK)).all()
     assert (found[0] == expected[0]).mean() > 0.95

@@ -11,7 +11,7 @@ from sampling_settings import sampling
 
 from dilaserve.transport.request_table import RULES
 from dilaserve.worker.candidates import Candidates
-from dilaserve.worker.sampler import Rules, decided, factor_count, guess, gumbel, narrowed
+from dilaserve.worker.sampler import Rules, best_candidates, decided, factor_count, gumbel, narrowed
 
 MASK = 7
 
@@ -38,7 +38,7 @@ def accepted(found, masked, sampled):
 
 def test_statistics_agree_with_a_float64_softmax():
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 6
-    found = guess(logits.clone(), MASK)
+    found = best_candidates(logits.clone(), MASK)
     probability = logits.double().softmax(-1)
     free = probability.clone()
     free[:, MASK] = -1
@@ -50,13 +50,13 @@ def test_the_first_of_equal_logits_wins_and_the_mask_token_never_does():
     logits = torch.zeros(1, 10)
     logits[0, [3, 5]] = 2.0
     logits[0, MASK] = 9.0
-    assert guess(logits, MASK).token.tolist() == [3]
+    assert best_candidates(logits, MASK).token.tolist() == [3]
 
 
 def test_confidences_that_round_to_one_are_still_ordered():
     logits = torch.zeros(3, 10)
     logits[:, 0] = torch.tensor([40.0, 60.0, 50.0])
-    found = guess(logits, MASK)
+    found = best_candidates(logits, MASK)
     assert found.confidence.float().tolist() == [1.0, 1.0, 1.0]
     assert found.odds.argsort().tolist() == [1, 2, 0]
 
@@ -68,7 +68,9 @@ def test_a_very_low_temperature_draws_the_best_token(temperature, top_p):
     logits[10:] -= 100.0  # all below 0
     numbers = torch.arange(20)
     sampled = sampling(20, temperature=temperature, top_p=top_p, seed=numbers, position=numbers)
-    assert torch.equal(guess(logits.clone(), MASK, sampled).token, guess(logits.clone(), MASK).token)
+    assert torch.equal(
+        best_candidates(logits.clone(), MASK, sampled).token, best_candidates(logits.clone(), MASK).token
+    )
 
 
 def test_logits_that_overflow_or_are_broken_still_unmask_one_real_position():
@@ -76,7 +78,7 @@ def test_logits_that_overflow_or_are_broken_still_unmask_one_real_position():
     logits[:2, MASK] = 500.0
     logits[2:] = torch.nan
     masked = torch.tensor([[False, False, True, True], [False, True, False, True]])
-    taken = accepted(guess(logits, MASK), masked, rules(2))
+    taken = accepted(best_candidates(logits, MASK), masked, rules(2))
     assert taken.sum(1).tolist() == [1, 1]
     assert (taken & ~masked).sum() == 0
 
@@ -147,7 +149,7 @@ def test_sampling_follows_the_temperature_and_leaves_cold_rows_alone():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(count, 1)
     heat = torch.full((count,), 2.0)
     heat[::2] = 0.0
-    tokens = guess(logits.clone(), 3, sampling(count, temperature=heat, seed=torch.arange(count))).token
+    tokens = best_candidates(logits.clone(), 3, sampling(count, temperature=heat, seed=torch.arange(count))).token
     assert (tokens[::2] == 2).all()
     shares = torch.bincount(tokens[1::2], minlength=3) / (count / 2)
     assert torch.allclose(shares[:3], torch.tensor([0.0, 0.5, 1.0]).softmax(0), atol=0.04)
@@ -200,16 +202,16 @@ def test_a_draw_depends_on_the_sampling_settings_of_its_own_row_only():
         seed=numbers,
         position=numbers,
     )
-    together = guess(logits.clone(), MASK, sampled)
+    together = best_candidates(logits.clone(), MASK, sampled)
     for i in range(64):
-        alone = guess(logits[i : i + 1].clone(), MASK, sampled.of(numbers[i : i + 1]))
+        alone = best_candidates(logits[i : i + 1].clone(), MASK, sampled.of(numbers[i : i + 1]))
         assert (alone.token.item(), alone.odds.item()) == (together.token[i].item(), together.odds[i].item())
 
 
 def test_sampling_settings_have_no_effect_at_temperature_0():
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(4))
     cold = sampling(8, temperature=0.0, top_p=0.1, top_k=1, min_p=0.9)
-    found, plain = guess(logits.clone(), MASK, cold), guess(logits.clone(), MASK)
+    found, plain = best_candidates(logits.clone(), MASK, cold), best_candidates(logits.clone(), MASK)
     assert torch.equal(found.token, plain.token)
     assert torch.equal(found.odds, plain.odds)
 
@@ -217,12 +219,12 @@ def test_sampling_settings_have_no_effect_at_temperature_0():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_token_that_is_never_chosen_counts_in_the_odds(temperature):
     logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(5)) * 3
-    best = guess(logits.clone(), MASK).token
+    best = best_candidates(logits.clone(), MASK).token
     never = torch.stack([best, torch.full_like(best, -1), best], dim=1)
     never[20:] = -1
-    found = guess(logits.clone(), MASK, sampling(40, never, temperature=temperature, seed=torch.arange(40)))
+    found = best_candidates(logits.clone(), MASK, sampling(40, never, temperature=temperature, seed=torch.arange(40)))
     assert (found.token[:20] != best[:20]).all()
     probability = logits.double().softmax(1).gather(1, found.token[:, None]).squeeze(1)
     assert torch.allclose(found.confidence, probability, rtol=1e-5)
-    free = guess(logits.clone(), MASK, sampling(40, temperature=temperature, seed=torch.arange(40)))
+    free = best_candidates(logits.clone(), MASK, sampling(40, temperature=temperature, seed=torch.arange(40)))
     assert torch.equal(found.token[20:], free.token[20:])

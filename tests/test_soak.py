@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from soaking import cases, wire
-from soaking.asking import Known, ThresholdChoice, judged
+from soaking.asking import Known, Outcome, judged
 from soaking.counters import added_up
 from soaking.mixed import grown
 from soaking.wire import Answer
@@ -56,12 +56,12 @@ def test_a_stream_must_end_as_it_should():
 @pytest.mark.parametrize(
     ("cache", "text", "refreshes", "expected"),
     [
-        ("none", "abc", 9, ThresholdChoice.RIGHT),
-        ("none", "abd", 9, ThresholdChoice.WRONG),
-        ("dual, always refreshed", "abd", 9, ThresholdChoice.WRONG),
-        ("dual", "abd", 4, ThresholdChoice.WRONG),  # nothing disturbed it
-        ("dual", "abd", 5, ThresholdChoice.MOVED),
-        ("dual", "abc", 5, ThresholdChoice.RIGHT),
+        ("none", "abc", 9, Outcome.RIGHT),
+        ("none", "abd", 9, Outcome.WRONG),
+        ("dual, always refreshed", "abd", 9, Outcome.WRONG),
+        ("dual", "abd", 4, Outcome.WRONG),  # nothing disturbed it
+        ("dual", "abd", 5, Outcome.MOVED),
+        ("dual", "abc", 5, Outcome.RIGHT),
     ],
 )
 def test_only_a_further_refresh_excuses_another_answer(cache, text, refreshes, expected):

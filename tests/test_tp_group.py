@@ -16,7 +16,7 @@ from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
 from dilaserve.transport.collectives_memory import Exchange
-from dilaserve.worker.sampler import guess, guess_part
+from dilaserve.worker.sampler import best_candidates, part_candidates
 from dilaserve.worker.tp_group import Abandoned, Alone, Groups, SharedMemory
 
 MANY = 40  # instances
@@ -140,7 +140,7 @@ def across(logits, size, mask_id, sampling):
     given, vocab = [], logits.shape[1]
     for rank in (*range(size), 0):
         mine = Shard(rank, size).slice(vocab)
-        found = guess_part(logits[:, mine].clone(), Rank(rank, size, given), mine, vocab, mask_id, sampling)
+        found = part_candidates(logits[:, mine].clone(), Rank(rank, size, given), mine, vocab, mask_id, sampling)
     return found
 
 
@@ -164,7 +164,7 @@ def test_parts_of_the_vocabulary_give_what_the_whole_gives(size):
             sampling(60, never, **hot, **narrow),
             sampling(60, never, temperature=0.0),
         ):
-            whole, found = guess(logits.clone(), mask_id, sampled), across(logits, size, mask_id, sampled)
+            whole, found = best_candidates(logits.clone(), mask_id, sampled), across(logits, size, mask_id, sampled)
             broken = logits.isnan().any(1)
             assert torch.equal(found.token[~broken], whole.token[~broken])
             assert torch.allclose(found.odds, whole.odds, rtol=1e-4)
@@ -172,7 +172,7 @@ def test_parts_of_the_vocabulary_give_what_the_whole_gives(size):
 
 def test_a_vocabulary_shard_of_only_the_mask_token_works():
     logits = torch.tensor([[1.0, 2.0, 9.0, 0.5]])
-    whole, found = guess(logits.clone(), 2), across(logits, 4, 2, None)
+    whole, found = best_candidates(logits.clone(), 2), across(logits, 4, 2, None)
     assert (found.token.item(), found.odds.item()) == (whole.token.item(), pytest.approx(whole.odds.item()))
     assert Alone().all_gather(logits).shape == (1, 1, 4)
 

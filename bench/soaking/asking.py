@@ -25,7 +25,7 @@ class Known(NamedTuple):
     refreshes: int
 
 
-class ThresholdChoice(enum.Enum):
+class Outcome(enum.Enum):
     RIGHT = "as undisturbed"
     MOVED = "another, after more refreshes"
     WRONG = "wrong"
@@ -58,8 +58,8 @@ async def asked(session: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[s
     return answer["choices"][0]["text"], answer["dilaserve"]["refreshes"]
 
 
-def judged(known: Known, text: str, refreshes: int) -> ThresholdChoice:
+def judged(known: Known, text: str, refreshes: int) -> Outcome:
     if text == known.text:
-        return ThresholdChoice.RIGHT
+        return Outcome.RIGHT
     moved = known.cache not in EXACT and refreshes > known.refreshes
-    return ThresholdChoice.MOVED if moved else ThresholdChoice.WRONG
+    return Outcome.MOVED if moved else Outcome.WRONG

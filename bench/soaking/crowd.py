@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from soaking.asking import COMPLETIONS, Known, ThresholdChoice, asked, judged
+from soaking.asking import COMPLETIONS, Known, Outcome, asked, judged
 from soaking.cases import WEIGHTS, case
 from soaking.processes import Server
 from soaking.wire import exchange
@@ -51,11 +51,11 @@ async def exact(soak: Soak, number: int) -> None:
         one = rng.choice(soak.known)
         soak.seen.sent["exact"] += 1
         try:
-            verdict = judged(one, *await asked(soak.session, one.body))
+            outcome = judged(one, *await asked(soak.session, one.body))
         except BROKEN as error:
             await noted(soak, "exact", error)
             continue
-        if verdict is not ThresholdChoice.RIGHT:
+        if outcome is not Outcome.RIGHT:
             soak.seen.faults.append(f"wrong answer to {one.body}")
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 
 import aiohttp
 
-from soaking.asking import CACHES, Known, ThresholdChoice, asked, judged, undisturbed
+from soaking.asking import CACHES, Known, Outcome, asked, judged, undisturbed
 from soaking.figures import Figure, none_of
 from soaking.processes import Server, busy, serving
 
@@ -21,7 +21,7 @@ BACK_WITHIN = 60.0  # seconds after the last kill in which the server must be re
 
 async def kills(args: argparse.Namespace) -> list[Figure]:
     caches = list(CACHES) if args.cache == "mixed" else [args.cache]
-    ends, seen, lost = list[str](), Counter[tuple[str, ThresholdChoice]](), list[str]()
+    ends, seen, lost = list[str](), Counter[tuple[str, Outcome]](), list[str]()
     flags = ("--model", args.model, "--devices", ",".join(["cpu"] * args.workers), "--plan", f"{args.workers}x1")
     async with serving(flags, ends) as server, session_of(server) as session:
         known = await undisturbed(session, caches, args.tokens)
@@ -32,18 +32,18 @@ async def kills(args: argparse.Namespace) -> list[Figure]:
             back = await until_ready(server, session)
     for line in [*lost[:10], *ends]:
         print(f"- {line}")
-    counts = {verdict: sum(count for (_, one), count in seen.items() if one is verdict) for verdict in ThresholdChoice}
+    counts = {outcome: sum(count for (_, one), count in seen.items() if one is outcome) for outcome in Outcome}
     told = [
-        Figure(f"answers, cache {cache}: {verdict.value}", f"{seen[cache, verdict]:,}")
+        Figure(f"answers, cache {cache}: {outcome.value}", f"{seen[cache, outcome]:,}")
         for cache in caches
-        for verdict in (ThresholdChoice.RIGHT, ThresholdChoice.MOVED)
-        if seen[cache, verdict]
+        for outcome in (Outcome.RIGHT, Outcome.MOVED)
+        if seen[cache, outcome]
     ]
     return [
         Figure("workers killed", f"{killed} in {args.seconds:g} s, {args.busy} cores kept busy by others"),
         Figure("answers", f"{seen.total():,} to {args.clients} clients", "above 0", seen.total() > 0),
         *told,
-        none_of("wrong answers", counts[ThresholdChoice.WRONG]),
+        none_of("wrong answers", counts[Outcome.WRONG]),
         none_of("lost requests", len(lost)),
         Figure("ready again after the last kill", back or "never", f"within {BACK_WITHIN:g} s", bool(back)),
         none_of("faults of the server's end", len(ends)),
@@ -61,18 +61,18 @@ async def client(
     known: list[Known],
     rng: random.Random,
     end: float,
-    seen: Counter[tuple[str, ThresholdChoice]],
+    seen: Counter[tuple[str, Outcome]],
     lost: list[str],
 ) -> None:
     while time.monotonic() < end:
         one = rng.choice(known)
         try:
-            verdict = judged(one, *await asked(session, one.body))
+            outcome = judged(one, *await asked(session, one.body))
         except (LookupError, TimeoutError, aiohttp.ClientError) as error:
             lost.append(f"lost: {type(error).__name__} {error}")
             await asyncio.sleep(0.1)  # a server that has gone refuses at once
             continue
-        seen[one.cache, verdict] += 1
+        seen[one.cache, outcome] += 1
 
 
 async def strikes(server: Server, end: float, every: float, seed: int = 1) -> int:

@@ -16,12 +16,12 @@ MAX_KEYS = 640  # of one group, so that its K and V stay in a core's cache
 
 
 def attend(
-    q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs, kit: Kernels = PLAIN
+    q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs, kernels: Kernels = PLAIN
 ) -> torch.Tensor:
     """Unmasked attention of each span's queries over its row's keys; q and the result are [tokens, heads, head_dim]."""
     keys, values = pool.keys[layer], pool.values[layer]
     if isinstance(groups, Runs):
-        even = kit.attend_even if groups.even else None
+        even = kernels.attend_even if groups.even else None
         return (even or varlen_for(q.device, q.dtype, q.shape[-1]) or each_run)(q, keys, values, groups)
     gqa = q.shape[1] != keys.shape[1]
     parts = []

@@ -224,7 +224,7 @@ class Model:
         first = weights.held.slice(spec.vocab_size).start
         self.head = weights.head[self.vocabulary.start - first : self.vocabulary.stop - first]
         device = weights.norm.device
-        self.kit = kernels_for(device)
+        self.kernels = kernels_for(device)
         self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
@@ -232,20 +232,22 @@ class Model:
 
         The last layer computes queries and MLP for the kept tokens only: the others' K/V is all that is ever read.
         """
-        kit, eps, blocks = self.kit, self.spec.norm_eps, self.blocks
+        kernels, eps, blocks = self.kernels, self.spec.norm_eps, self.blocks
         turns = self.turns[packed.positions]
         x = F.embedding(packed.ids, self.weights.embedding)
         h = rms_norm(x, blocks[0].attn_norm, eps)
         for i, block in enumerate(blocks):
             last = i == len(blocks) - 1
-            q = kit.place(self.project(block, h), turns, packed.slots, pool.keys[i], pool.values[i], self.q, self.kv)
+            q = kernels.place(
+                self.project(block, h), turns, packed.slots, pool.keys[i], pool.values[i], self.q, self.kv
+            )
             groups = packed.groups
             if last and packed.kept is not None:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
-            mixed = F.linear(attend(q, pool, i, groups, kit).flatten(1), block.attn_out)
-            x, h = kit.add_norm(x, self.reduce(mixed), block.ff_norm, eps)
+            mixed = F.linear(attend(q, pool, i, groups, kernels).flatten(1), block.attn_out)
+            x, h = kernels.add_norm(x, self.reduce(mixed), block.ff_norm, eps)
             fed = self.reduce(self.feed_forward(block, h))
-            x, h = kit.add_norm(x, fed, self.weights.norm if last else blocks[i + 1].attn_norm, eps)
+            x, h = kernels.add_norm(x, fed, self.weights.norm if last else blocks[i + 1].attn_norm, eps)
         return h
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -258,4 +260,4 @@ class Model:
 
     def feed_forward(self, block: Block, x: torch.Tensor) -> torch.Tensor:
         gate_up = F.linear(x, block.gate_up).view(len(x), self.groups, 2, -1)
-        return F.linear(self.kit.gated(gate_up), block.down)
+        return F.linear(self.kernels.gated(gate_up), block.down)

@@ -135,7 +135,7 @@ def carried(
 
 
 def crowd(pace: Pace, deadline: float, instances: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States of the fleet (requests in it), and in each the rows on a busy instance and the wait of a newcomer.
+    """States of the fleet (requests in it), and in each the rows on a busy instance and the wait of a new request.
 
     The longer the wait, the less slack is left, and the fewer others an instance may run at a time.
     """
@@ -158,7 +158,7 @@ def crowd(pace: Pace, deadline: float, instances: int) -> tuple[np.ndarray, np.n
 
 
 def allowed(left: np.ndarray, alone: float, work: float) -> np.ndarray:
-    """Rows on an instance that the test on arrival lets a newcomer join, the others being half done.
+    """Rows on an instance that the test on arrival lets a new request join, the others being half done.
 
     COMPANY x (alone + half the others' work) <= left - KEPT x (left - alone), see scheduler/rules/admission.py.
     """

@@ -53,7 +53,7 @@ class ReuseSteps:
             found=torch.zeros(self.landed.shape, dtype=torch.int32, device=device),
             turn=torch.full((1,), DEPTH - 1, dtype=torch.int64, device=device),
         )
-        self.ends = step_kernels_for(device)
+        self.kernels = step_kernels_for(device)
         self.offsets = torch.arange(0, WIDTH * (most + 1), WIDTH, dtype=torch.int32, device=device)
         sizes = [size for size in self.buckets if size <= GRAPHS[-1]]
         self.graphs = Graphs(device, sizes, self.step, self.pad, "rows", eager)
@@ -126,13 +126,13 @@ class ReuseSteps:
 
     def step(self, rows: int) -> None:
         """Denoise the first `rows` rows of the batch once: a function of the buffers, without a look at the host."""
-        ids, positions, slots, starts, keys = self.ends.lay_out(self.buffers, rows, self.pool.spare)
+        ids, positions, slots, starts, keys = self.kernels.lay_out(self.buffers, rows, self.pool.spare)
         runs = Runs(self.offsets[: rows + 1], starts, keys, WIDTH, self.spec.max_length, even=True)
         packed = Packed(ids, positions, slots, runs, None, [])
-        guess = self.guess(self.model.hidden(packed, self.pool))
-        self.ends.unmask(self.buffers, rows, self.spec.mask_id, guess)
+        candidates = self.candidates(self.model.hidden(packed, self.pool))
+        self.kernels.unmask(self.buffers, rows, self.spec.mask_id, candidates)
 
-    def guess(self, hidden: torch.Tensor) -> Candidates:
+    def candidates(self, hidden: torch.Tensor) -> Candidates:
         """The candidate of each position, a slice of the logits at a time."""
         size = max(1, MAX_LOGITS // self.spec.vocab_size)
         pieces = [best(self.model.logits(part), self.spec.mask_id) for part in torch.split(hidden, size)]

@@ -35,13 +35,13 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
     return Laid(ids, positions, slots, starts, keys)
 
 
-def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None:
+def unmask(buffers: Buffers, rows: int, mask_id: int, candidates: Candidates) -> None:
     """See `step_kernels.unmask`."""
     batch, found = buffers.batch, buffers.found
     reals, bits = batch.view(torch.float64), found.view(torch.float32)
     sizes = batch.stride(0), found.stride(0), found.stride(1)
     unmask_row[(rows,)](
-        batch, reals, found, bits, buffers.turn, guess.token, guess.odds, *sizes, mask_id, WIDTH, num_warps=1
+        batch, reals, found, bits, buffers.turn, candidates.token, candidates.odds, *sizes, mask_id, WIDTH, num_warps=1
     )
 
 

@@ -19,7 +19,7 @@ from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.multi_step import Courses
-from dilaserve.worker.sampler import Rules, Sampling, decided, guess, guess_part
+from dilaserve.worker.sampler import Rules, Sampling, best_candidates, decided, part_candidates
 from dilaserve.worker.staging import Staging
 from dilaserve.worker.step_arrays import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
 from dilaserve.worker.step_buffers import DEPTH
@@ -151,10 +151,10 @@ class Runner:
         forward, (kept, places, *knobs) = self.prepared(columns, others)
         entered = time.perf_counter()
         hidden = forward()[kept]
-        guessed = self.guess(hidden, Sampling(*knobs[RULE_KNOBS:]) if knobs[RULE_KNOBS:] else None)
+        best = self.candidates(hidden, Sampling(*knobs[RULE_KNOBS:]) if knobs[RULE_KNOBS:] else None)
         if self.group.rank:
             return None
-        found = decided(guessed, places, masked.shape, Rules(*knobs[:RULE_KNOBS])).cpu().numpy()
+        found = decided(best, places, masked.shape, Rules(*knobs[:RULE_KNOBS])).cpu().numpy()
         left = time.perf_counter()
         self.group.check()
         token, sure = found[:, 0], found[:, 1].view(np.float32)
@@ -163,22 +163,22 @@ class Runner:
         results = self.results(columns, blocks, written, confidence)
         return LaunchResult(results, time.perf_counter() - began, left - entered)
 
-    def guess(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
+    def candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         """The candidate of each masked position, [masks], from its hidden state; a slice of the logits at a time."""
         size = max(1, MAX_LOGITS // self.spec.vocab_size)
         if len(hidden) <= size:
-            return self.guess_slice(hidden, sampling)
+            return self.slice_candidates(hidden, sampling)
         pieces = []
         for first in range(0, len(hidden), size):
             part = sampling and sampling.of(slice(first, first + size))
-            pieces.append(self.guess_slice(hidden[first : first + size], part))
+            pieces.append(self.slice_candidates(hidden[first : first + size], part))
         return Candidates(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
-    def guess_slice(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
+    def slice_candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         logits, mask_id = self.model.logits(hidden), self.spec.mask_id
         if self.group.size == 1:
-            return guess(logits, mask_id, sampling)
-        return guess_part(logits, self.group, self.model.vocabulary, self.spec.vocab_size, mask_id, sampling)
+            return best_candidates(logits, mask_id, sampling)
+        return part_candidates(logits, self.group, self.model.vocabulary, self.spec.vocab_size, mask_id, sampling)
 
     def prepared(
         self, columns: Columns, others: Sequence[np.ndarray[Any, Any] | None]

@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
         return (self.temperature > 0) & ((self.top_p < 1) | (self.top_k > 0) | (self.min_p > 0))
 
 
-def guess(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) -> Candidates:
+def best_candidates(logits: torch.Tensor, mask_id: int, sampling: Sampling | None = None) -> Candidates:
     """The best (or sampled) token of each row of logits [masks, vocab]; the mask token is never chosen.
 
     The first of equal logits wins, as in torch.argmax. What is never chosen counts in the odds. `logits` is
@@ -68,10 +68,12 @@ def without(logits: torch.Tensor, never: torch.Tensor, first: int = 0) -> Iterat
     logits[row, column] = hidden
 
 
-def guess_part(
+def part_candidates(
     logits: torch.Tensor, group: TPGroup, vocabulary: slice, vocab: int, mask_id: int, sampling: Sampling | None
 ) -> Candidates:
-    """`guess` where each rank has the logits of its part of the vocabulary, [masks, part]; `logits` is overwritten.
+    """`best_candidates` where each rank has the logits of its part of the vocabulary, [masks, part].
+
+    `logits` is overwritten.
 
     Five numbers a mask and rank are exchanged; the logits themselves only of rows that draw from a part of the
     vocabulary.
@@ -80,7 +82,7 @@ def guess_part(
     narrow = None if sampling is None else sampling.narrow.nonzero().squeeze(1)
     whole = None
     if sampling is not None and narrow is not None and len(narrow):
-        whole = guess(gathered(logits[narrow], group, vocab), mask_id, sampling.of(narrow))
+        whole = best_candidates(gathered(logits[narrow], group, vocab), mask_id, sampling.of(narrow))
     found = best_of_ranks(group.all_gather(judged(logits, vocabulary.start, mask_id - vocabulary.start, sampling)))
     if whole is not None:
         found.token[narrow], found.odds[narrow] = whole
@@ -193,14 +195,16 @@ class Rules(NamedTuple):
     quota: torch.Tensor  # int
 
 
-def decided(guessed: Candidates, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
-    """What each row's rule takes of a guess, as `encoded` says it; its entries are of the places `where`, [masks], of
-    `shape` [rows, width], and all others have no mask. No value is looked at, so that no host waits.
+def decided(found: Candidates, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
+    """What each row's rule takes of the candidates, as `encoded` says it.
+
+    The candidates are of the places `where`, [masks], of `shape` [rows, width]; all others have no mask. No value is
+    looked at, so that no host waits.
     """
     places = shape[0] * shape[1]
-    odds = torch.full((places,), torch.inf, dtype=guessed.odds.dtype, device=where.device)
-    odds = odds.index_copy_(0, where, guessed.odds).view(shape)
-    token = torch.zeros_like(odds, dtype=torch.int64).view(-1).index_copy_(0, where, guessed.token).view(shape)
+    odds = torch.full((places,), torch.inf, dtype=found.odds.dtype, device=where.device)
+    odds = odds.index_copy_(0, where, found.odds).view(shape)
+    token = torch.zeros_like(odds, dtype=torch.int64).view(-1).index_copy_(0, where, found.token).view(shape)
     return encoded(taken(odds, odds < torch.inf, rules), token, odds)
 
 

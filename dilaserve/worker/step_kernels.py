@@ -28,13 +28,13 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
     return Laid(ids.flatten(), positions.flatten(), slots.flatten(), starts, keys.int())
 
 
-def unmask(buffers: Buffers, rows: int, mask_id: int, guess: Candidates) -> None:
-    """Put what each row's rule accepts of the guess, [rows · WIDTH], on its canvas, and say so in `found`."""
+def unmask(buffers: Buffers, rows: int, mask_id: int, candidates: Candidates) -> None:
+    """Put what each row's rule accepts of the candidates, [rows · WIDTH], on its canvas, and say so in `found`."""
     ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
     _, _, _, length, rule, quota = fields[:, :-REALS].unbind(1)
     threshold, factor = fields[:, -REALS:].view(torch.float64).unbind(1)
     masked = (ids == mask_id) & (torch.arange(WIDTH, device=ids.device) < length[:, None])
-    token, odds = guess.token.view(rows, WIDTH), guess.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
+    token, odds = candidates.token.view(rows, WIDTH), candidates.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
     chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
     ids.copy_(torch.where(chosen, token, ids))
     buffers.found[:, :rows].index_copy_(0, buffers.turn, encoded(chosen, token, odds)[None])

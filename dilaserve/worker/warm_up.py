@@ -16,7 +16,7 @@ from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.types import PAGE
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
-from dilaserve.worker.sampler import Sampling, guess
+from dilaserve.worker.sampler import Sampling, best_candidates
 from dilaserve.worker.step_arrays import Array
 from dilaserve.worker.step_buffers import WIDTH
 
@@ -93,7 +93,7 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
         half, places = torch.full((len(part),), 0.5, device=device), torch.arange(len(part), device=device)
         never = places[:, None]
         knobs = Sampling(half, half, places.int(), half, places, places, places, never)
-        guess(model.logits(part), mask_id, knobs)
+        best_candidates(model.logits(part), mask_id, knobs)
 
 
 def spread(offsets: Array, device: torch.device, canvas: int, varlen: bool) -> list[SpanGroup] | Runs:
