@@ -82,7 +82,7 @@ def test_the_published_configuration_is_understood(tmp_path):
     spec = models.llada.describe(Checkpoint(tmp_path))
     assert (spec.layers, spec.hidden, spec.head_dim, spec.groups, spec.mlp) == (32, 4096, 128, 8, 12288)
     assert (spec.mask_id, spec.stop_ids, spec.kv_elements) == (126336, (126081,), 262144)
-    shapes = models.llada.tensors(spec)
+    shapes = models.transformer.tensors(spec, models.llada.NAMES)
     assert len(shapes) == 3 + 32 * 9
     assert shapes["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
     assert shapes["model.transformer.ff_out.weight"] == (126464, 4096)
@@ -221,11 +221,11 @@ def test_a_shard_of_any_degree_is_a_view_of_the_full_weights(model):
     """Two ranks' parts sum to the whole layer, and none is a copy."""
     checkpoint, cpu = Checkpoint(model), torch.device("cpu")
     spec = models.describe(checkpoint)
-    weights = models.llada.load(spec, checkpoint.tensors(), cpu, torch.float32, lambda nbytes: None)
+    weights = models.load(spec, checkpoint.tensors(), cpu, torch.float32, lambda nbytes: None)
     block, x = weights.blocks[0], torch.randn(5, spec.hidden)
-    whole = models.llada.Model(spec, weights)
+    whole = models.transformer.Model(spec, weights)
     for size in (2, 4):
-        parts = [models.llada.Model(spec, weights, Shard(rank, size)) for rank in range(size)]
+        parts = [models.transformer.Model(spec, weights, Shard(rank, size)) for rank in range(size)]
         split = [part.project(part.blocks[0], x) for part in parts]
         assert torch.allclose(torch.cat(split, 1), whole.project(block, x), atol=1e-5)
         summed = sum(part.feed_forward(part.blocks[0], x) for part in parts)

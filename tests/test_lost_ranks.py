@@ -64,15 +64,17 @@ async def test_the_rows_of_a_lost_instance_wait_for_the_rank_that_lives_on(two_w
     held, dies = (two_workers.executor.workers[rank].process.pid for rank in (0, 1))
     os.kill(held, signal.SIGSTOP)
     os.waitpid(held, os.WUNTRACED)  # noqa: ASYNC222
-    for _ in range(100):
-        await asyncio.sleep(0)  # all that it has said is read, and its next step is under way
-    await stream.aclose()
-    lost = two_workers.profile.workers_lost
-    os.kill(dies, signal.SIGKILL)
-    await until(lambda: two_workers.profile.workers_lost > lost and len(two_workers.executor.workers) == 2)
-    assert stream.request.row not in two_workers.free
-    os.kill(held, signal.SIGCONT)
-    await until(lambda: stream.request.row in two_workers.free)
+    try:
+        for _ in range(100):
+            await asyncio.sleep(0)  # all that it has said is read, and its next step is under way
+        await stream.aclose()
+        lost = two_workers.profile.workers_lost
+        os.kill(dies, signal.SIGKILL)
+        await until(lambda: two_workers.profile.workers_lost > lost and len(two_workers.executor.workers) == 2)
+        assert stream.request.row not in two_workers.consumer.free
+    finally:
+        os.kill(held, signal.SIGCONT)
+    await until(lambda: stream.request.row in two_workers.consumer.free)
     await wait_for_plan(two_workers)
     assert two_workers.executor.workers[0].process.pid == held
 

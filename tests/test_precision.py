@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dilaserve import models
-from dilaserve.models import llada
+from dilaserve.models import load, transformer
 from dilaserve.models.checkpoint import Checkpoint, locate
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
@@ -45,7 +45,7 @@ class Harness:
         self.checkpoint = Checkpoint(locate(TINY))
         self.spec, self.canvases = models.describe(self.checkpoint), canvases
         arguments = self.spec, self.checkpoint.tensors(), torch.device("cpu"), dtype, lambda nbytes: None
-        self.weights = llada.load(*arguments)
+        self.weights = load(*arguments)
         tokens = sum(-(-len(prompt + answer) // PAGE) * PAGE for prompt, answer in canvases)
         self.flats = [torch.zeros(tokens * self.spec.kv_elements, dtype=dtype) for _ in range(max(self.spec.degrees))]
         self.table = RequestTable(len(canvases), ROOM)
@@ -80,7 +80,7 @@ class Harness:
     @torch.inference_mode()
     def logits(self, columns, shard, reduce):
         """Of one rank, [tokens of all blocks, its part of the vocabulary]."""
-        model = llada.Model(self.spec, self.weights, shard, reduce)
+        model = transformer.Model(self.spec, self.weights, shard, reduce)
         pool = KVPool(self.spec, shard, self.flats[shard.rank])
         runner = Runner(self.spec, model, pool, self.table, ())
         return model.logits(model.hidden(runner.pack(columns)[0], pool))
@@ -99,7 +99,7 @@ def together(size, work):
             barrier.wait()
             return total
 
-        found[mine] = work(mine, reduce if size > 1 else llada.alone)
+        found[mine] = work(mine, reduce if size > 1 else transformer.alone)
 
     threads = [threading.Thread(target=rank, args=(mine,)) for mine in range(size)]
     for thread in threads:

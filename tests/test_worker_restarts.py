@@ -23,16 +23,16 @@ def test_pauses_double_up_to_the_longest(failures, first, most):
 def test_a_worker_that_crashes_before_its_first_step_is_restarted_after_growing_pauses():
     """One that has finished a step, or that somebody else ended, is started again at once."""
     crash, outside = WorkerExit(Ended.LOST, "hung"), WorkerExit(Ended.LOST, "killed", outside=True)
-    deaths = [crash, crash, crash, outside, crash, crash, "useful", crash, *[crash] * 6]
+    exits = [crash, crash, crash, outside, crash, crash, "useful", crash, *[crash] * 6]
 
     class Dying(ProcessExecutor):
-        async def live(self, rank, job, life, ready):
+        async def run_once(self, rank, job, life, ready):
             born.append(asyncio.get_running_loop().time())
-            if life > len(deaths):
+            if life > len(exits):
                 await asyncio.sleep(1e6)
-            death = deaths[life - 1]
-            self.useful = {rank} if death == "useful" else set()
-            return crash if death == "useful" else death
+            end = exits[life - 1]
+            self.useful = {rank} if end == "useful" else set()
+            return crash if end == "useful" else end
 
     async def lives():
         job = type("Job", (), {"device": "cpu", "shards": 1})
@@ -40,7 +40,7 @@ def test_a_worker_that_crashes_before_its_first_step_is_restarted_after_growing_
         ready.set_result(None)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1000.0):
-                await dying.mind(0, job, ready)
+                await dying.keep_running(0, job, ready)
 
     born = []
     run_on_virtual_time(lives())

@@ -138,9 +138,9 @@ class Rig:
     def __init__(self, bench: Bench) -> None:
         checkpoint = Checkpoint(bench.directory)
         self.spec = models.describe(checkpoint)
-        family, device, dtype = models.FAMILIES[self.spec.architecture], bench.device, bench.dtype
-        self.weights = family.load(self.spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, Shard())
-        self.model = family.Model(self.spec, self.weights)
+        device, dtype = bench.device, bench.dtype
+        self.weights = models.load(self.spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, Shard())
+        self.model = models.transformer.Model(self.spec, self.weights)
         rows = max(bench.shape.rows)
         canvas = min(512, bench.shape.length)
         tokens = max(rows * canvas, max(bench.shape.refreshes))

@@ -1,13 +1,31 @@
-"""Model families. Each module knows one architecture: its fields, its tensors, its forward pass. None knows another."""
+"""Model families. Each module knows the fields and tensor names of one; nothing outside this package knows any."""
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 
 from dilaserve.errors import CheckpointError
-from dilaserve.models import llada
-from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.spec import ModelSpec
+from dilaserve.models import a2d, illada, llada, transformer
+from dilaserve.models.checkpoint import Checkpoint, Tensors
+from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.models.transformer import TensorNames, Weights
 
-FAMILIES: dict[str, ModuleType] = {"LLaDAModelLM": llada}
+
+class Family(NamedTuple):
+    """What a family's module gives: how to read its config.json, and what its tensors are called."""
+
+    describe: Callable[[Checkpoint], ModelSpec]
+    names: TensorNames
+
+
+FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
+    "LLaDAModelLM": Family(llada.describe, llada.NAMES),
+    "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES),
+    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES),
+    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES),
+    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES),
+}
 
 
 def describe(checkpoint: Checkpoint) -> ModelSpec:
@@ -21,6 +39,18 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
             f"{checkpoint.directory} has the architecture {checkpoint.architecture!r}; "
             f"this version serves {', '.join(FAMILIES)}"
         )
-    spec: ModelSpec = family.describe(checkpoint)
-    checkpoint.expect(family.tensors(spec))
+    spec = family.describe(checkpoint)
+    checkpoint.expect(transformer.tensors(spec, family.names))
     return spec
+
+
+def load(
+    spec: ModelSpec,
+    source: Tensors,
+    device: torch.device,
+    dtype: torch.dtype,
+    placed: Callable[[int], None],
+    held: Shard = Shard(),  # noqa: B008 - a frozen value
+) -> Weights:
+    """The weights of a checkpoint on a device; see `transformer.load`."""
+    return transformer.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)

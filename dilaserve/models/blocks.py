@@ -102,9 +102,10 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of a q or k projection reordered from NeoX halves to neighbouring pairs, which `rotate` wants.
+    """Rows of a q or k projection, its bias or norm, reordered from NeoX halves to neighbouring pairs, which `rotate`
+    wants.
 
     Attention scores do not change: q and k are reordered alike.
     """
-    halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
+    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)

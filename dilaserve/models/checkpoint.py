@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
 MOST_SHOWN = 100  # characters of a wrong value that an error repeats
 Bounds = tuple[float, float]
 Number = TypeVar("Number", int, float)
@@ -127,6 +128,13 @@ class Checkpoint:
                     raise self.wrong(f"eos_token_id {shown(id)} does not lie between 0 and {vocabulary - 1}", file)
                 found.append(id)
         return tuple(sorted(set(found)))
+
+    def added_token(self, text: str) -> int:
+        """The id of a token that was added to the tokenizer; raises `CheckpointError` where there is none."""
+        for token in read_json(self.directory / TOKENIZER, files.MOST_TABLE).get("added_tokens") or ():
+            if isinstance(token, dict) and token.get("content") == text and type(token.get("id")) is int:
+                return int(token["id"])
+        raise self.wrong(f"no token {text} was added to the tokenizer, and config.json has no mask_token_id", TOKENIZER)
 
     def wrong(self, reason: str, file: str = "config.json") -> CheckpointError:
         return CheckpointError(f"{self.directory / file}: {reason}")

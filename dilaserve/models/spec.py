@@ -37,6 +37,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     mask_id: int
     stop_ids: tuple[int, ...]
     parameters: int
+    qk_norm: bool = False  # queries and keys are normed by head before the rotation
+    qkv_bias: bool = False
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def shard_parameters(self, size: int) -> int:
         """Parameters that one of `size` shards holds: the embedding and the norms whole, of the rest its part."""
         table = self.vocab_size * self.hidden
-        whole = table + self.hidden * (2 * self.layers + 1)
+        whole = table + self.hidden * (2 * self.layers + 1) + 2 * self.layers * self.head_dim * self.qk_norm
         return whole + -(-(self.parameters - whole) // size)
 
     @property

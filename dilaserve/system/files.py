@@ -39,10 +39,10 @@ def read(file: Path, most: int) -> bytes:
         return stream.read(most)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, most: int = MOST_JSON) -> dict[str, Any]:
     """A JSON object; raises `CheckpointError`."""
     try:
-        value = json.loads(read(file, MOST_JSON))
+        value = json.loads(read(file, most))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.llada import Model
 from dilaserve.models.spans import Packed, Runs
 from dilaserve.models.spec import ModelSpec
+from dilaserve.models.transformer import Model
 from dilaserve.types import PAGE
 from dilaserve.worker.cuda_graphs import Graphs
 from dilaserve.worker.step_arrays import Array, Columns

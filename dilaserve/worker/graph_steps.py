@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.llada import Model
 from dilaserve.models.spans import Packed, Runs
 from dilaserve.models.spec import ModelSpec
+from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import RequestTable
 from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.confidence import best

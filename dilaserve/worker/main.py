@@ -17,8 +17,8 @@ from dilaserve.errors import CheckpointError
 from dilaserve.models.attention import varlen_for
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.llada import Model, Weights
 from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.models.transformer import Model, Weights
 from dilaserve.system.shared_memory import SharedBytes
 from dilaserve.transport import frames
 from dilaserve.transport.collectives_memory import Exchange
@@ -117,8 +117,7 @@ class Worker:
         lives = dict(zip(order.ranks, order.lives, strict=True))
         group = self.groups.join(order.instance, ranks, [lives[rank] for rank in ranks])
         shard = Shard(group.rank, group.size)
-        family = models.FAMILIES[self.spec.architecture]
-        model: Model = family.Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
+        model = Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
         self.turns = model.turns
         pool = KVPool(self.spec, shard, self.flat)
         if group.size == 1:
@@ -144,10 +143,9 @@ def prepare(job: WorkerJob, rank: int, shared: Shared, line: socket.socket) -> W
         memory.pin(shared.table.buffer, device)
     checkpoint = Checkpoint(Path(job.directory))
     spec = msgspec.structs.replace(models.describe(checkpoint), max_length=job.max_length)
-    family = models.FAMILIES[spec.architecture]
     memory.check_weights(spec, device, dtype, job.claim, job.shards)
     held = Shard(rank % job.shards, job.shards)
-    weights = family.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
+    weights = models.load(spec, checkpoint.tensors(), device, dtype, progress(spec, checkpoint, line), held)
     tokens = kv_tokens(job, spec, weights)
     flat = zeros((tokens + PAGE) * spec.kv_elements, dtype, device)  # the last page pads batches
     frames.send(line, frames.Ready(tokens, spec.shard_parameters(job.shards) * dtype.itemsize, flat.nbytes))
@@ -165,7 +163,7 @@ def kv_tokens(job: WorkerJob, spec: ModelSpec, weights: Weights) -> int:
     """The K/V pool that was asked for, or else what is wanted and fits beside the largest step."""
     device, dtype = weights.norm.device, weights.norm.dtype
     if device.type == "cuda":
-        model = models.FAMILIES[spec.architecture].Model(spec, weights, weights.held)
+        model = Model(spec, weights, weights.held)
         need = warm_up.nbytes(spec, model, job.batched_tokens, job.max_rows)
     else:
         need = memory.activation_bytes(spec, dtype, job.batched_tokens)

@@ -10,9 +10,9 @@ import torch
 
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.llada import Model
 from dilaserve.models.spans import Packed, PackedSpan, Runs, SpanGroup
 from dilaserve.models.spec import ModelSpec
+from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
 from dilaserve.types import RowResult, Span
 from dilaserve.worker.candidates import Candidates

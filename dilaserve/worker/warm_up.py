@@ -10,9 +10,9 @@ import torch
 
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.llada import Model
 from dilaserve.models.spans import Packed, PackedSpan, Runs, SpanGroup
 from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.models.transformer import Model
 from dilaserve.types import PAGE
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps

@@ -1,0 +1,27 @@
+"""Autoregressive models turned into diffusion models by dllm's A2D recipe: Qwen3, Qwen2 and Llama without their masks.
+
+The checkpoints of its MDLM sampler are served. Those of BD3LM, whose attention is block-causal, have the same fields
+and tensors; nothing in a checkpoint tells them apart, and they would be served with full attention.
+"""
+
+from dilaserve.models.checkpoint import Checkpoint
+from dilaserve.models.config_fields import llama_spec
+from dilaserve.models.spec import ModelSpec
+from dilaserve.models.transformer import TensorNames
+
+NAMES = TensorNames()
+MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
+
+
+def describe(checkpoint: Checkpoint) -> ModelSpec:
+    """The spec of an A2D config.json; `CheckpointError` names the field that cannot be served."""
+    architecture = checkpoint.architecture
+    if checkpoint.field("attention_bias", bool, False):
+        raise checkpoint.wrong("attention_bias True is not supported, only False")
+    mask_id = checkpoint.config.get("mask_token_id")
+    return llama_spec(
+        checkpoint,
+        checkpoint.added_token(MASK) if mask_id is None else checkpoint.whole("mask_token_id", (0, 2**24)),
+        qk_norm="Qwen3" in architecture,
+        qkv_bias="Qwen2" in architecture,
+    )

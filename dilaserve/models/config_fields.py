@@ -1,0 +1,83 @@
+"""Fields of config.json that families share, as transformers names them, and the bounds of their values."""
+
+import math
+
+from dilaserve.models.checkpoint import Checkpoint, shown
+from dilaserve.models.spec import ModelSpec
+
+MAX_DEGREE = 8  # devices of a tensor-parallel group
+SIZE = (1, 2**24)  # of a dimension, in elements
+LAYERS = (1, 1024)
+LENGTH = (2, 2**24)  # of a canvas, in tokens
+ROPE_THETA = (1.0, 1e12)  # below, angles grow with the frequency's number until they overflow
+NORM_EPS = (1e-20, 1.0)  # below, a row of zeros may become NaN; above, it outweighs the row
+UNSUPPORTED = {  # fields whose other values would change the arithmetic of `transformer`
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "pretraining_tp": (1,),
+}
+
+
+def llama_spec(
+    checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_bias: bool = False, theta: float = 10000.0
+) -> ModelSpec:
+    """The spec of a checkpoint with Llama's field names; `CheckpointError` names the field that cannot be served."""
+    for name, allowed in UNSUPPORTED.items():
+        value = checkpoint.config.get(name)
+        if value is not None and value not in allowed:
+            raise checkpoint.wrong(f"{name} {shown(value)} is not supported, only {allowed[0]!r}")
+    check_rope(checkpoint)
+    whole, number = checkpoint.whole, checkpoint.number
+    hidden, heads = whole("hidden_size", SIZE), whole("num_attention_heads", SIZE)
+    kv_heads = whole("num_key_value_heads", SIZE, heads)
+    if checkpoint.config.get("head_dim") is None and hidden % heads:
+        raise checkpoint.wrong(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = whole("head_dim", SIZE, hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise checkpoint.wrong(
+            f"num_attention_heads {heads}, num_key_value_heads {kv_heads}, head_dim {head_dim} do not go together"
+        )
+    vocab, mlp = whole("vocab_size", SIZE), whole("intermediate_size", SIZE)
+    if not 0 <= mask_id < vocab:
+        raise checkpoint.wrong(f"the mask token {mask_id} does not lie between 0 and {vocab - 1}")
+    return ModelSpec(
+        architecture=checkpoint.architecture,
+        vocab_size=vocab,
+        layers=whole("num_hidden_layers", LAYERS),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=mlp,
+        groups=math.gcd(kv_heads, mlp, MAX_DEGREE),
+        rope_theta=rope_theta(checkpoint, theta),
+        norm_eps=number("rms_norm_eps", NORM_EPS, 1e-6),
+        max_length=whole("max_position_embeddings", LENGTH),
+        tied=checkpoint.field("tie_word_embeddings", bool, False),
+        mask_id=mask_id,
+        stop_ids=checkpoint.end_ids(vocab),
+        parameters=sum(math.prod(shape) for shape in checkpoint.shapes.values()),
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+    )
+
+
+def rope_theta(checkpoint: Checkpoint, default: float) -> float:
+    """`rope_theta`, which newer files keep in `rope_parameters`."""
+    nested = checkpoint.field("rope_parameters", dict, {})
+    if "rope_theta" in nested and checkpoint.config.get("rope_theta") is None:
+        value = nested["rope_theta"]
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise checkpoint.wrong(f"rope_theta must be a number, not {shown(value)}")
+        return float(checkpoint.bounded("rope_theta", value, ROPE_THETA))
+    return checkpoint.number("rope_theta", ROPE_THETA, default)
+
+
+def check_rope(checkpoint: Checkpoint) -> None:
+    """Positions are rotated as they are: no scaling of any kind."""
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = checkpoint.field(name, dict, {})
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default" or scaling.get("factor", 1.0) not in (1, None):
+            raise checkpoint.wrong(f"{name} {shown(scaling)} is not supported, only the default")

@@ -1,0 +1,126 @@
+"""Families beside LLaDA: each against transformers' layers and against the reference loops, token for token."""
+
+import json
+import re
+from pathlib import Path
+
+import aiohttp
+import family_checkpoints
+import pytest
+import torch
+from family_checkpoints import LlamaLike
+from parity import answers, expect, some_requests
+from safetensors.torch import load_file, save_file
+
+import dilaserve
+from dilaserve import Config, ConfigError, Engine, Plan, models
+from dilaserve.errors import CheckpointError
+from dilaserve.models.checkpoint import Checkpoint
+from dilaserve.server.app import running
+
+ARCHITECTURES = list(family_checkpoints.FAMILIES)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def family(request, tmp_path_factory):
+    return request.param, family_checkpoints.make(tmp_path_factory.mktemp("family") / request.param, request.param)
+
+
+def test_the_reference_model_has_the_logits_of_transformers(family):
+    architecture, directory = family
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = family_checkpoints.backbone_logits(directory, architecture, ids)
+    torch.testing.assert_close(LlamaLike(directory).forward(ids)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+async def test_mixed_requests_get_the_reference_answers_alone_and_together(family):
+    _, directory = family
+    requests = some_requests(30, seed=1)
+    async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
+        alone = await answers(engine, requests[:6])
+        together = await answers(engine, requests, stagger=True)
+    reference = LlamaLike(directory)
+    expect(reference, requests[:6], alone)
+    expect(reference, requests, together)
+
+
+async def test_two_devices_as_one_instance_give_the_reference_answers_after_a_change_of_plan_too(family):
+    _, directory = family
+    requests = some_requests(16, seed=2)
+    async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2")) as engine:
+        sharded = await answers(engine, requests)
+        await engine.replan(Plan(((0,), (1,))))
+        apart = await answers(engine, requests)
+    reference = LlamaLike(directory)
+    expect(reference, requests, sharded)
+    expect(reference, requests, apart)
+
+
+async def test_each_family_answers_over_http(family):
+    _, directory = family
+    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
+    async with (
+        Engine(Config.of(model=str(directory), devices="cpu")) as engine,
+        running(engine, engine.config) as address,
+        aiohttp.ClientSession(address) as client,
+        client.post("/v1/chat/completions", json=question) as response,
+    ):
+        answer = await response.json()
+        assert (response.status, answer["usage"]["completion_tokens"]) == (200, 8)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_missing_and_misshapen_tensors_are_named(architecture, tmp_path):
+    directory = family_checkpoints.make(tmp_path, architecture)
+    file = directory / "model.safetensors"
+    whole = load_file(file)
+    name = next(name for name in sorted(whole) if name.endswith(("bias", "q_norm.weight", "o_proj.weight")))
+    save_file({one: tensor for one, tensor in whole.items() if one != name}, file)
+    with pytest.raises(CheckpointError, match=f"lacks the tensor {re.escape(name)}"):
+        models.describe(Checkpoint(directory))
+    save_file(whole | {name: whole[name][:-1].clone()}, file)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} in .* has shape"):
+        models.describe(Checkpoint(directory))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("ILLaDAForCausalLM", {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05 is not supported"),
+        ("ILLaDAForCausalLM", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("ILLaDAForCausalLM", {"mlp_bias": True}, "mlp_bias True is not supported"),
+        ("ILLaDAForCausalLM", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* is not supported"),
+        ("A2DQwen3LMHeadModel", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ("A2DQwen2LMHeadModel", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("A2DQwen3LMHeadModel", {"head_dim": 7}, "head_dim 7 do not go together"),
+        ("A2DLlamaLMHeadModel", {"mask_token_id": 272}, "the mask token 272 does not lie between 0 and 271"),
+        ("A2DLlamaLMHeadModel", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ],
+)
+def test_a_configuration_that_would_change_the_arithmetic_is_named(architecture, fields, words, tmp_path):
+    directory = family_checkpoints.make(tmp_path, architecture)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ConfigError, match=words):
+        models.describe(Checkpoint(directory))
+
+
+def test_a_tokenizer_without_the_mask_token_is_named(tmp_path):
+    directory = family_checkpoints.make(tmp_path, "A2DQwen3LMHeadModel")
+    file = directory / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|mask|>", "<|other|>"))
+    with pytest.raises(CheckpointError, match=r"no token <\|mask\|> was added to the tokenizer"):
+        models.describe(Checkpoint(directory))
+
+
+def test_nothing_outside_the_models_knows_a_family():
+    """The server's own documentation and the simulator's built-in profile name models that people can download."""
+    root, named = (
+        Path(dilaserve.__file__).parent,
+        re.compile(r"\b(llada|illada|a2d|qwen)\b|models\.(llada|illada|a2d)", re.I),
+    )
+    for file in sorted(root.rglob("*.py")):
+        if file.parent.name in ("models", "sim") or "problems" in file.parts:
+            continue
+        code = re.sub(r'""".*?"""|#.*', "", file.read_text(), flags=re.DOTALL)
+        assert not named.search(code), file
