@@ -1,6 +1,9 @@
 """Families beside LLaDA: each against transformers' layers and against the reference loops, token for token."""
 
+import asyncio
 import json
+import math
+import random
 import re
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from parity import answers, expect, some_requests
 from safetensors.torch import load_file, save_file
 
 import dilaserve
-from dilaserve import Config, ConfigError, Engine, Plan, models
+from dilaserve import Config, ConfigError, Engine, Options, Plan, models
 from dilaserve.errors import CheckpointError
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.server.app import running
@@ -26,6 +29,11 @@ def family(request, tmp_path_factory):
     return request.param, family_checkpoints.make(tmp_path_factory.mktemp("family") / request.param, request.param)
 
 
+def by_rules_of(architecture, requests):
+    """The requests that LLaDA's and Fast-dLLM's loops answer for this family: A2D's schedule of steps is another."""
+    return [one for one in requests if not (architecture.startswith("A2D") and one.get("steps"))]
+
+
 def test_the_reference_model_has_the_logits_of_transformers(family):
     architecture, directory = family
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -34,8 +42,8 @@ def test_the_reference_model_has_the_logits_of_transformers(family):
 
 
 async def test_mixed_requests_get_the_reference_answers_alone_and_together(family):
-    _, directory = family
-    requests = some_requests(30, seed=1)
+    architecture, directory = family
+    requests = by_rules_of(architecture, some_requests(30, seed=1))
     async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
         alone = await answers(engine, requests[:6])
         together = await answers(engine, requests, stagger=True)
@@ -45,8 +53,8 @@ async def test_mixed_requests_get_the_reference_answers_alone_and_together(famil
 
 
 async def test_two_devices_as_one_instance_give_the_reference_answers_after_a_change_of_plan_too(family):
-    _, directory = family
-    requests = some_requests(16, seed=2)
+    architecture, directory = family
+    requests = by_rules_of(architecture, some_requests(16, seed=2))
     async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2")) as engine:
         sharded = await answers(engine, requests)
         await engine.replan(Plan(((0,), (1,))))
@@ -67,6 +75,57 @@ async def test_each_family_answers_over_http(family):
     ):
         answer = await response.json()
         assert (response.status, answer["usage"]["completion_tokens"]) == (200, 8)
+
+
+def mdlm_sampler(model, prompt, gen_length, block_length, steps):
+    """dllm's MDLM sampler written plainly: the whole canvas at each step, the share of a linear schedule unmasked."""
+    x, total = list(prompt) + [model.mask_id] * gen_length, len(prompt) + gen_length
+    each = math.ceil(steps / math.ceil(gen_length / block_length))
+    for start in range(len(prompt), total, block_length):
+        block = range(start, min(start + block_length, total))
+        for j in range(each):
+            left = [p for p in block if x[p] == model.mask_id]
+            t, s = (torch.tensor((each - j - k) / each, dtype=torch.float32) for k in (0, 1))
+            ratio = ((1 - (1 - s)) / (1 - (1 - t))).item()
+            count = min(len(left), int(torch.round(torch.tensor(len(left) * (1 - ratio), dtype=torch.float64))))
+            if not count:
+                continue
+            logits, _ = model.forward(x)
+            chances = logits.softmax(-1)
+            best = sorted(left, key=lambda p: (-float(chances[p].max()), p))[:count]
+            for p in best:
+                x[p] = int(logits[p].argmax())
+    return x[len(prompt) :]
+
+
+async def test_the_steps_rule_of_a2d_follows_its_own_sampler(tmp_path):
+    directory = family_checkpoints.make(tmp_path, "A2DQwen3LMHeadModel")
+    reference, rng = LlamaLike(directory), random.Random(5)
+    cases = [
+        dict(gen_length=32, block_length=32, steps=5),
+        dict(gen_length=64, block_length=32, steps=24),
+        dict(gen_length=48, block_length=16, steps=10),
+        dict(gen_length=16, block_length=16, steps=40),
+        dict(gen_length=24, block_length=8, steps=10),
+        dict(gen_length=24, block_length=24, steps=24),
+    ]
+    cases = [case | dict(prompt=[rng.randrange(256) for _ in range(rng.randint(1, 60))]) for case in cases]
+
+    def options(case):
+        return Options(
+            max_tokens=case["gen_length"],
+            block_length=case["block_length"],
+            num_denoising_steps=case["steps"],
+            cache="none",
+            ignore_eos=True,
+        )
+
+    async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
+        alone = [await engine.generate(case["prompt"], options(case)) for case in cases]
+        together = await asyncio.gather(*(engine.generate(case["prompt"], options(case)) for case in cases))
+    expected = [mdlm_sampler(reference, **case) for case in cases]
+    assert [list(answer.token_ids) for answer in alone] == expected
+    assert [list(answer.token_ids) for answer in together] == expected
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -33,7 +33,7 @@ from dilaserve.scheduler.rules.fairness import (
     start,
 )
 from dilaserve.scheduler.rules.ordering import without_deadline
-from dilaserve.scheduler.rules.quotas import even, steps_per_block
+from dilaserve.scheduler.rules.quotas import even, mdlm, steps_per_block
 from dilaserve.scheduler.rules.step_kind import CACHES, View, Work, work
 from dilaserve.scheduler.rules.thresholds import ThresholdQuery, by_slack, crowding, fixed_levels, moved
 from dilaserve.types import Load
@@ -75,6 +75,21 @@ def test_every_step_covers_the_active_block_and_stays_on_the_canvas(cache, canva
 )
 def test_quotas_are_even_and_the_larger_come_first(total, parts, expected):
     assert even(total, parts) == expected
+
+
+@pytest.mark.parametrize(
+    ("masks", "steps", "expected"), [(32, 5, [6, 6, 7, 6, 7]), (8, 8, [1] * 8), (5, 1, [5]), (2, 40, [1, 1])]
+)
+def test_the_linear_schedule_rounds_half_to_even_and_leaves_out_empty_steps(masks, steps, expected):
+    assert mdlm(masks, steps) == expected
+
+
+@given(st.integers(1, 64), st.integers(1, 128))
+def test_the_linear_schedule_adds_up(masks, steps):
+    shares = mdlm(masks, steps)
+    assert sum(shares) == masks
+    assert min(shares) >= 1
+    assert len(shares) <= min(masks, steps)
 
 
 @given(st.integers(0, 2000), st.integers(1, 200))

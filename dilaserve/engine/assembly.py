@@ -28,7 +28,7 @@ from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.collectives_memory import Exchange
 from dilaserve.transport.devices import backend_for, dtype_for, listed, threads_for
 from dilaserve.transport.request_table import RequestTable
-from dilaserve.types import Plan
+from dilaserve.types import Plan, Schedule
 from dilaserve.worker import memory
 from dilaserve.worker.main import Shared, WorkerJob
 
@@ -43,6 +43,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     created: int
     parameters: int
     root: str  # the directory
+    schedule: Schedule = "even"  # of the steps rule
 
 
 class Parts(NamedTuple):
@@ -91,6 +92,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         int(time.time()),
         spec.parameters,
         str(directory),
+        spec.schedule,
     )
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = ends(spec, text, directory)

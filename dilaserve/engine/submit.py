@@ -9,11 +9,12 @@ import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
 from dilaserve.errors import BadRequest, ConfigError, quoted
-from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, Ending, OnMiss, Slo
+from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, Ending, OnMiss, Schedule, Slo
 from dilaserve.validation import converted, plain, whole
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
 MAX_TENANT_LENGTH = 512  # characters; tenants are remembered
+MOST_STEPS = 4096  # denoising steps of an answer whose schedule may have more steps than tokens
 MAX_DEADLINE = 86_400_000.0  # milliseconds: a day
 RENAMED = {
     "tenant": ("user", 1),
@@ -101,7 +102,9 @@ class ResolvedOptions(NamedTuple):
     decoding: Decoding
 
 
-def resolve(options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig) -> ResolvedOptions:
+def resolve(
+    options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig, schedule: Schedule = "even"
+) -> ResolvedOptions:
     """Fill in what is left open and lay out the canvas, at most `limit` tokens.
 
     The options are `validated`. The answer's region is rounded up to whole blocks where the canvas has room. Raises
@@ -112,10 +115,11 @@ def resolve(options: Options, prompt_tokens: int, limit: int, seed: int, default
     max_tokens = answer_length(options, prompt_tokens, limit, defaults)
     canvas_tokens = min(prompt_tokens + -(-max_tokens // block_length) * block_length, limit)
     block_length = min(block_length, canvas_tokens - prompt_tokens)
-    steps = steps_of(options, rule, canvas_tokens - prompt_tokens, block_length)
+    steps = steps_of(options, rule, canvas_tokens - prompt_tokens, block_length, schedule)
     threshold = defaults.confidence_threshold if options.confidence_threshold is None else options.confidence_threshold
     decoding = Decoding(
         rule=rule,
+        schedule=schedule,
         confidence_threshold=threshold,
         num_denoising_steps=steps,
         factor=1.0 if options.factor is None else options.factor,
@@ -291,7 +295,7 @@ def answer_length(options: Options, prompt_tokens: int, limit: int, defaults: De
     return wanted
 
 
-def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int) -> int:
+def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int, schedule: Schedule) -> int:
     if rule != "steps":
         return 0
     blocks, steps = -(-answer // block_length), options.num_denoising_steps or 0
@@ -299,7 +303,7 @@ def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int)
         raise BadRequest(
             f"num_denoising_steps must be at least {blocks} (one a block), not {steps}", param="num_denoising_steps"
         )
-    return min(steps, answer)
+    return min(steps, answer if schedule == "even" else MOST_STEPS)
 
 
 def ending(options: Options) -> Ending:

@@ -4,6 +4,8 @@ The checkpoints of its MDLM sampler are served. Those of BD3LM, whose attention 
 and tensors; nothing in a checkpoint tells them apart, and they would be served with full attention.
 """
 
+import msgspec
+
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import llama_spec
 from dilaserve.models.spec import ModelSpec
@@ -19,9 +21,10 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     if checkpoint.field("attention_bias", bool, False):
         raise checkpoint.wrong("attention_bias True is not supported, only False")
     mask_id = checkpoint.config.get("mask_token_id")
-    return llama_spec(
+    spec = llama_spec(
         checkpoint,
         checkpoint.added_token(MASK) if mask_id is None else checkpoint.whole("mask_token_id", (0, 2**24)),
         qk_norm="Qwen3" in architecture,
         qkv_bias="Qwen2" in architecture,
     )
+    return msgspec.structs.replace(spec, schedule="mdlm")

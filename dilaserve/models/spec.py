@@ -2,6 +2,8 @@
 
 import msgspec
 
+from dilaserve.types import Schedule
+
 
 class Shard(msgspec.Struct, frozen=True):
     """The part of every layer that one rank of a TP group computes."""
@@ -39,6 +41,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     qk_norm: bool = False  # queries and keys are normed by head before the rotation
     qkv_bias: bool = False
+    schedule: Schedule = "even"  # how the steps rule divides a block's tokens among its steps
 
     @property
     def degrees(self) -> tuple[int, ...]:

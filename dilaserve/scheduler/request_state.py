@@ -9,7 +9,7 @@ import msgspec
 from dilaserve.profile.forecast import Track
 from dilaserve.scheduler.rules.composition import Candidate
 from dilaserve.scheduler.rules.demand import load
-from dilaserve.scheduler.rules.quotas import even, steps_per_block
+from dilaserve.scheduler.rules.quotas import quotas as by_schedule
 from dilaserve.scheduler.rules.step_kind import View, Work, work
 from dilaserve.types import Load, Request, RowResult, Span, Usage
 
@@ -269,8 +269,7 @@ def quotas(request: Request, lengths: list[int]) -> list[list[int]]:
     decoding = request.decoding
     if decoding.rule != "steps":
         return []
-    steps = steps_per_block(decoding.num_denoising_steps, len(lengths))
-    return [even(length, share) for length, share in zip(lengths, steps, strict=True)]
+    return by_schedule(decoding.schedule, decoding.num_denoising_steps, lengths)
 
 
 def block_lengths(request: Request) -> list[int]:

@@ -48,6 +48,7 @@ from dilaserve.types.requests import (
     Load,
     OnMiss,
     Request,
+    Schedule,
     Slo,
     Usage,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "Reshaped",
     "Reshard",
     "RowResult",
+    "Schedule",
     "Slo",
     "Solve",
     "Span",

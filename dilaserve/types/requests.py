@@ -8,6 +8,7 @@ import msgspec
 from dilaserve.config import CacheKind
 
 DecodeRule = Literal["threshold", "steps", "factor"]
+Schedule = Literal["even", "mdlm"]
 FinishReason = Literal["stop", "length", "cancelled"]
 OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
 MAX_STOP_IDS = 32  # end tokens that one request may add to those of the model
@@ -17,12 +18,13 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """How one row is decoded; every knob is per row.
 
     `threshold` unmasks what reaches a confidence, `steps` a fixed number of tokens each step (LLaDA's own loop, from
-    `num_denoising_steps` over the whole canvas), `factor` Fast-dLLM's rule. `refresh_interval` counts steps between
-    refreshes inside a block; 0 refreshes at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice
-    at a temperature above 0.
+    `num_denoising_steps` over the whole canvas, divided as `schedule` says), `factor` Fast-dLLM's rule.
+    `refresh_interval` counts steps between refreshes inside a block; 0 refreshes at block starts only. `top_p`, `top_k`
+    (0: all) and `min_p` narrow the choice at a temperature above 0.
     """
 
     rule: DecodeRule = "threshold"
+    schedule: Schedule = "even"
     confidence_threshold: float = 0.9
     num_denoising_steps: int = 0
     factor: float = 1.0
