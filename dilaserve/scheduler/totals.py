@@ -13,7 +13,7 @@ FATES: dict[Fate, str] = {
 
 
 class Totals:
-    """Sums since the start.
+    """Sums since the start, which reports and metrics both read; the simulator's many engines need no registry.
 
     `fates` counts all requests that have ended. `deadlines` counts those with a deadline: "met" or "missed" for an
     answered one, else the fate. `device` are the seconds of steps on requests that ended, `wasted` the part on requests
