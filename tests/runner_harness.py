@@ -7,6 +7,7 @@ from dilaserve import models
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import Shard
+from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import RequestTable
 from dilaserve.types import PAGE, Decoding, Span
 from dilaserve.worker.graph_steps import ReuseSteps
@@ -22,16 +23,15 @@ WHOLE = Shard()
 def weights_on(device, directory, dtype, shard=WHOLE):
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
-    family = models.FAMILIES[spec.architecture]
-    return spec, family, family.load(spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, shard)
+    return spec, models.load(spec, checkpoint.tensors(), device, dtype, lambda nbytes: None, shard)
 
 
 class Harness:
     """A runner with its own table and pool, with and without static steps."""
 
     def __init__(self, directory, static, device=CPU, dtype=torch.float32, *, eager=False, tokens=TOKENS, rows=ROWS):
-        self.spec, family, weights = weights_on(device, directory, dtype)
-        self.model = family.Model(self.spec, weights)
+        self.spec, weights = weights_on(device, directory, dtype)
+        self.model = Model(self.spec, weights)
         flat = torch.zeros((tokens + PAGE) * self.spec.kv_elements, dtype=dtype, device=device)
         self.pool, self.table = KVPool(self.spec, Shard(), flat), RequestTable(rows, self.spec.max_length)
         self.reuse = ReuseSteps(self.spec, self.model, self.pool, rows, eager) if static else None

@@ -11,6 +11,7 @@ from fake_cuda import Event, Race, Stream, fake_gpus
 from runner_harness import CPU, ROWS, shapes_of, weights_on
 
 from dilaserve.models.spec import Shard
+from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import RequestTable
 from dilaserve.worker import main, warm_up
 from dilaserve.worker.graph_steps import GRAPHS, ReuseSteps
@@ -151,7 +152,7 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(warm_up, "SLACK", 2**16)
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=tokens, max_rows=rows, kv_wanted=2**40)
     with fake_gpus(memory=96 * 2**20) as machine:
-        spec, _, weights = weights_on(GPU, directory, torch.bfloat16)
+        spec, weights = weights_on(GPU, directory, torch.bfloat16)
         pool = main.kv_tokens(job, spec, weights)
         del weights
         harness = Harness(directory, GPU, tokens=pool, rows=rows)
@@ -169,10 +170,10 @@ def test_the_pool_leaves_room_for_the_largest_steps(tmp_path, monkeypatch):
 
 def test_warm_up_compiles_every_kernel(random_model, machine, monkeypatch):
     """Those of few rows are others than those of many; all are run at the start."""
-    spec, family, weights = weights_on(GPU, random_model, torch.bfloat16)
+    spec, weights = weights_on(GPU, random_model, torch.bfloat16)
     seen, run = [], ReuseSteps.rehearse
     monkeypatch.setattr(ReuseSteps, "rehearse", lambda steps, rows: (seen.append(rows), run(steps, rows)))
-    warm_up.rehearsed(spec, family.Model(spec, weights), 128, 20)
+    warm_up.rehearsed(spec, Model(spec, weights), 128, 20)
     assert set(seen) == {count for count in GRAPHS if count <= 20}
 
 
@@ -180,7 +181,7 @@ def test_warm_up_compiles_every_kernel(random_model, machine, monkeypatch):
 def test_warm_up_works_with_a_shard_of_the_weights(random_model, machine, rank):
     """It has the logits of half the vocabulary, and no step that one device alone would take."""
     job = SimpleNamespace(kv_tokens=None, claim=Claim(), batched_tokens=512, max_rows=8, kv_wanted=4096)
-    spec, _, weights = weights_on(GPU, random_model, torch.bfloat16, Shard(rank, 2))
+    spec, weights = weights_on(GPU, random_model, torch.bfloat16, Shard(rank, 2))
     assert main.kv_tokens(job, spec, weights) == 4096
 
 

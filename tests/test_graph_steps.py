@@ -20,6 +20,7 @@ from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spans import PackedSpan, Runs
 from dilaserve.models.spec import Shard
+from dilaserve.models.transformer import Model
 from dilaserve.transport.devices import steps_for
 from dilaserve.types import PAGE, Decoding
 from dilaserve.worker import warm_up
@@ -201,10 +202,9 @@ def test_a_step_on_fixed_buffers_never_looks_at_what_is_in_them(random_model, mo
     """On the meta device a tensor has no values, so whatever would make the host wait for a GPU raises."""
     meta, checkpoint = torch.device("meta"), Checkpoint(random_model)
     spec = models.describe(checkpoint)
-    family = models.FAMILIES[spec.architecture]
-    weights = family.load(spec, checkpoint.tensors(), meta, torch.float32, lambda nbytes: None, Shard())
+    weights = models.load(spec, checkpoint.tensors(), meta, torch.float32, lambda nbytes: None, Shard())
     pool = KVPool(spec, Shard(), torch.zeros((TOKENS + PAGE) * spec.kv_elements, device=meta))
-    steps = ReuseSteps(spec, family.Model(spec, weights), pool, 8)
+    steps = ReuseSteps(spec, Model(spec, weights), pool, 8)
     with pytest.raises(Exception, match="meta"):
         steps.step(4)
     monkeypatch.setattr(attention, "varlen_for", lambda *where: lambda q, keys, values, runs: torch.empty_like(q))

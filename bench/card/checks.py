@@ -36,10 +36,10 @@ def kernels(bench: Bench) -> Iterator[str]:
     spent = replayed(bench, lambda: row_statistics.best(logits, mask_id))
     floor = logits.nbytes / bench.bandwidth
     yield f"- row statistics of [256, {vocab}]: {1e6 * spent:.0f} µs, {spent / floor:.2f} times their reading"
-    kit, block = rig.model.kit, rig.weights.blocks[0]
+    ours, block = rig.model.kernels, rig.weights.blocks[0]
     x, delta = (torch.randn(64, bench.shape.width, device=device).to(dtype) for _ in range(2))
     pairs = zip(
-        kit.add_norm(x, delta, block.ff_norm, 1e-5), blocks.add_norm(x, delta, block.ff_norm, 1e-5), strict=True
+        ours.add_norm(x, delta, block.ff_norm, 1e-5), blocks.add_norm(x, delta, block.ff_norm, 1e-5), strict=True
     )
     yield beside(bench, "sum and norm", pairs)
     fused = torch.nn.functional.linear(x, block.qkv).view(64, rig.model.groups, -1, rig.spec.head_dim)
@@ -47,13 +47,13 @@ def kernels(bench: Bench) -> Iterator[str]:
     stores = [torch.zeros(100, rig.spec.kv_heads, rig.spec.head_dim, dtype=dtype, device=device) for _ in range(4)]
     heads = rig.model.q, rig.model.kv
     queries = (
-        kit.place(fused, turns, slots, *stores[:2], *heads),
+        ours.place(fused, turns, slots, *stores[:2], *heads),
         blocks.place(fused, turns, slots, *stores[2:], *heads),
     )
     placed = [queries, (stores[0], stores[2]), (stores[1], stores[3])]
     yield beside(bench, "rotation and placing", placed)
     gate_up = torch.nn.functional.linear(x, block.gate_up).view(64, rig.model.groups, 2, -1)
-    yield beside(bench, "gate", [(kit.gated(gate_up.clone()), blocks.gated(gate_up.clone()))])
+    yield beside(bench, "gate", [(ours.gated(gate_up.clone()), blocks.gated(gate_up.clone()))])
     yield from attention(bench, rig)
     yield from replays(bench, rig)
     yield from mixed(bench, rig)
@@ -84,7 +84,7 @@ def attention(bench: Bench, rig: Rig) -> Iterator[str]:
         q = torch.randn(sum(lengths), rig.spec.heads, rig.spec.head_dim, device=bench.device).to(bench.dtype)
         offsets, starts = as_tensor([0, *np.cumsum(lengths)]), as_tensor([*columns.kv_start, 0])
         runs = Runs(offsets, starts, as_tensor(columns.keys), max(lengths), rig.spec.max_length, even)
-        found = attend(q, pool, 0, runs, rig.model.kit)
+        found = attend(q, pool, 0, runs, rig.model.kernels)
         twin = each_run(q, pool.keys[0], pool.values[0], runs)
         yield beside(bench, f"attention over {what}", [(found, twin)], most=2e-2)
 
@@ -95,7 +95,7 @@ def replays(bench: Bench, rig: Rig) -> Iterator[str]:
     ways = {
         "graph": rig.runner,
         "eager": rig.runner_of(rig.steps(eager=True)),
-        "plain": rig.runner_of(rig.steps(ends=PLAIN)),
+        "plain": rig.runner_of(rig.steps(kernels=PLAIN)),
         "anew": rig.plain,
     }
     for way, runner in ways.items():

@@ -61,7 +61,7 @@ def attentions(bench: Bench, rig: Rig) -> Iterator[str]:
     spec, pool, device = rig.spec, rig.pool, bench.device
     library = attention.varlen_for(device, bench.dtype, spec.head_dim) or attention.each_run
     ways: dict[str, Callable[..., torch.Tensor]] = {"library": library}
-    if rig.model.kit.attend_even:
+    if rig.model.kernels.attend_even:
         from dilaserve.models.kernels import attend_even
 
         ways |= {f"{splits} parts": partial(attend_even, splits=splits) for splits in SPLITS}

@@ -153,9 +153,9 @@ class Rig:
         self.replayed = self.runner_of(None, self.forward)
         self.canvas = canvas
 
-    def steps(self, eager: bool = False, ends: StepKernels | None = None) -> ReuseSteps:
+    def steps(self, eager: bool = False, kernels: StepKernels | None = None) -> ReuseSteps:
         made = ReuseSteps(self.spec, self.model, self.pool, self.table.rows, eager)
-        made.ends = ends or made.ends
+        made.kernels = kernels or made.kernels
         return made
 
     def forwards(self, eager: bool = False) -> ForwardGraphs:
@@ -167,13 +167,13 @@ class Rig:
     @property
     def nbytes(self) -> int:
         """Weights that a step reads; of the embedding it reads next to nothing."""
-        parts = [tensor for block in self.weights.blocks for tensor in block]
+        parts = [tensor for block in self.weights.blocks for tensor in block.tensors()]
         return sum(tensor.nbytes for tensor in (*parts, self.weights.norm, self.weights.head))
 
     @property
     def products(self) -> int:
         """Multiplications of one token in all layers, without attention and head."""
-        return sum(tensor.numel() for block in self.weights.blocks for tensor in block if tensor.dim() == 2)
+        return sum(tensor.numel() for block in self.weights.blocks for tensor in block.tensors() if tensor.dim() == 2)
 
     def laid_out(
         self, lengths: Sequence[int], refresh: bool, quota: int = 1, seed: int = 0, after: int = 0

@@ -43,9 +43,9 @@ def reuse(bench: Bench) -> Iterator[str]:
         if rows in (1, 8):
             bench.goal(f"reuse step of {rows} rows over its floor", spent / floor, 1.35)
         if rows == 1:
-            ends = spent - alone(bench, rig, rig.steps(ends=PLAIN), spans)
+            outside = spent - alone(bench, rig, rig.steps(kernels=PLAIN), spans)
     yield ""
-    yield f"Against plain torch at both ends of a step of one row, kernels take {1e6 * ends:+.0f} µs."
+    yield f"Against plain torch at both ends of a step of one row, kernels take {1e6 * outside:+.0f} µs."
     yield ""
     yield from gaps(bench, rig, canvas)
 

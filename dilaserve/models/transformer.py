@@ -81,6 +81,10 @@ class Block(NamedTuple):
     q_norm: torch.Tensor | None = None  # [head_dim], in the order of the rotated pairs
     k_norm: torch.Tensor | None = None  # likewise
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that the layer has."""
+        return [tensor for tensor in self if tensor is not None]
+
 
 class Weights(NamedTuple):
     """The weights that one device keeps: all of them, or where they do not fit the blocks and the head of one shard."""
