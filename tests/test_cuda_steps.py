@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import family_checkpoints
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_steps_of_a_gpu_do_what_those_of_a_cpu_do(random_model, machine, count):
     masks, others = ((found == graphs.spec.mask_id).sum() for found in (canvases, here))
     assert np.mean(here == canvases) > 0.95  # attention rounds once there and more often here
     assert masks == others or masks < 3 * count
+
+
+@pytest.fixture(params=["A2DQwen3LMHeadModel", "A2DQwen2LMHeadModel"])
+def family_model(request, tmp_path):
+    """Made before there is a fake GPU, which transformers takes for one of its own."""
+    return family_checkpoints.make(tmp_path, request.param)
+
+
+def test_graphs_of_layers_with_norms_or_biases_do_what_plain_steps_do(family_model, machine):
+    """Queries and keys are normed, or have biases, between kernels that know of neither."""
+    shapes, directory = shapes_of(5), family_model
+    graphs, eager = Harness(directory, GPU), Harness(directory, GPU, eager=True)
+    canvases = graphs.denoised(shapes)
+    assert np.array_equal(canvases, eager.denoised(shapes))
+    assert graphs.reuse.graphs
+    assert np.mean(Harness(directory, CPU).denoised(shapes) == canvases) > 0.95
 
 
 def test_every_step_of_a_launch_says_what_it_was(random_model, machine):
