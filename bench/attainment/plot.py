@@ -13,7 +13,7 @@ from replay import Fate
 from attainment.cells import Key, Measurements
 from attainment.runner import TWICE
 from dilaserve.sim import timeline
-from dilaserve.sim.timeline import Moment, mean
+from dilaserve.sim.timeline import Moment, mean, p95
 
 WINDOW = 2.0  # seconds of arrivals that a rate or a share is taken over
 
@@ -93,7 +93,7 @@ def moments(fates: Sequence[Fate], seconds: float) -> list[Moment]:
                 threshold=mean(fate.threshold for fate in near if fate.latency is not None),
                 met=mean(float(fate.met) for fate in near),
                 mean_latency=mean(latencies),
-                p95_latency=latencies[int(0.95 * (len(latencies) - 1))] if latencies else math.nan,
+                p95_latency=p95(latencies),
                 devices={},
             )
         )

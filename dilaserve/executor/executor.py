@@ -4,11 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from dilaserve.types import (
-    Batch,
-    Event,
-    Moves,
-)
+from dilaserve.types import Batch, Event, Moves
 
 Progress = Callable[[str, int, int], None]  # device, bytes placed, bytes in all
 Post = Callable[[Event], None]

@@ -18,8 +18,6 @@ MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
 def describe(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of an A2D config.json; `CheckpointError` names the field that cannot be served."""
     architecture = checkpoint.architecture
-    if checkpoint.field("attention_bias", bool, False):
-        raise checkpoint.wrong("attention_bias True is not supported, only False")
     mask_id = checkpoint.config.get("mask_token_id")
     spec = llama_spec(
         checkpoint,

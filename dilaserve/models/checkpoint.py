@@ -95,6 +95,13 @@ class Checkpoint:
             raise self.wrong(f"{name} must be {kind.__name__}, not {shown(value)}")
         return value
 
+    def expect_fields(self, supported: Mapping[str, tuple[object, ...]]) -> None:
+        """Raise `CheckpointError` for the first field whose value is not one that is supported; absent ones are."""
+        for name, allowed in supported.items():
+            value = self.config.get(name)
+            if value is not None and value not in allowed:
+                raise self.wrong(f"{name} {shown(value)} is not supported, only {allowed[0]!r}")
+
     def whole(self, name: str, bounds: Bounds, default: int | None = None) -> int:
         """A whole number of config.json between bounds, which belong to it."""
         value: int = self.field(name, int, default)

@@ -11,22 +11,18 @@ LAYERS = (1, 1024)
 LENGTH = (2, 2**24)  # of a canvas, in tokens
 ROPE_THETA = (1.0, 1e12)  # below, angles grow with the frequency's number until they overflow
 NORM_EPS = (1e-20, 1.0)  # below, a row of zeros may become NaN; above, it outweighs the row
-UNSUPPORTED = {  # fields whose other values would change the arithmetic of `transformer`
+SUPPORTED = {  # fields whose other values would change the arithmetic of `transformer`
     "hidden_act": ("silu",),
+    "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "pretraining_tp": (1,),
 }
 
 
-def llama_spec(
-    checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_bias: bool = False, theta: float = 10000.0
-) -> ModelSpec:
+def llama_spec(checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_bias: bool = False) -> ModelSpec:
     """The spec of a checkpoint with Llama's field names; `CheckpointError` names the field that cannot be served."""
-    for name, allowed in UNSUPPORTED.items():
-        value = checkpoint.config.get(name)
-        if value is not None and value not in allowed:
-            raise checkpoint.wrong(f"{name} {shown(value)} is not supported, only {allowed[0]!r}")
+    checkpoint.expect_fields(SUPPORTED)
     check_rope(checkpoint)
     whole, number = checkpoint.whole, checkpoint.number
     hidden, heads = whole("hidden_size", SIZE), whole("num_attention_heads", SIZE)
@@ -51,7 +47,7 @@ def llama_spec(
         head_dim=head_dim,
         mlp=mlp,
         groups=math.gcd(kv_heads, mlp, MAX_DEGREE),
-        rope_theta=rope_theta(checkpoint, theta),
+        rope_theta=rope_theta(checkpoint),
         norm_eps=number("rms_norm_eps", NORM_EPS, 1e-6),
         max_length=whole("max_position_embeddings", LENGTH),
         tied=checkpoint.field("tie_word_embeddings", bool, False),
@@ -63,15 +59,10 @@ def llama_spec(
     )
 
 
-def rope_theta(checkpoint: Checkpoint, default: float) -> float:
+def rope_theta(checkpoint: Checkpoint) -> float:
     """`rope_theta`, which newer files keep in `rope_parameters`."""
-    nested = checkpoint.field("rope_parameters", dict, {})
-    if "rope_theta" in nested and checkpoint.config.get("rope_theta") is None:
-        value = nested["rope_theta"]
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise checkpoint.wrong(f"rope_theta must be a number, not {shown(value)}")
-        return float(checkpoint.bounded("rope_theta", value, ROPE_THETA))
-    return checkpoint.number("rope_theta", ROPE_THETA, default)
+    nested = checkpoint.field("rope_parameters", dict, {}).get("rope_theta")
+    return checkpoint.number("rope_theta", ROPE_THETA, 10000.0 if nested is None else nested)
 
 
 def check_rope(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,5 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of an iLLaDA config.json; `CheckpointError` names the field that cannot be served."""
     if (eps := checkpoint.config.get("layer_norm_eps")) is not None:
         raise checkpoint.wrong(f"layer_norm_eps {shown(eps)} is not supported: only RMS norms are, without that field")
-    if checkpoint.field("attention_bias", bool, False):
-        raise checkpoint.wrong("attention_bias True is not supported, only False")
     mask_id = checkpoint.whole("mask_token_id", (0, 2**24), MASK_ID)
     return llama_spec(checkpoint, mask_id)

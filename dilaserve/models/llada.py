@@ -2,7 +2,7 @@
 
 import math
 
-from dilaserve.models.checkpoint import Checkpoint, shown
+from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import LAYERS, LENGTH, MAX_DEGREE, NORM_EPS, ROPE_THETA, SIZE
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import TensorNames
@@ -23,7 +23,7 @@ NAMES = TensorNames(
     up="up_proj",
     down="ff_out",
 )
-UNSUPPORTED = {  # fields whose other values would change the arithmetic below
+SUPPORTED = {  # fields whose other values would change the arithmetic below
     "rope": (True,),
     "alibi": (False,),
     "include_bias": (False,),
@@ -43,10 +43,7 @@ UNSUPPORTED = {  # fields whose other values would change the arithmetic below
 
 def describe(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of a LLaDA config.json; `CheckpointError` names the field that cannot be served."""
-    for name, allowed in UNSUPPORTED.items():
-        value = checkpoint.config.get(name)
-        if value is not None and value not in allowed:
-            raise checkpoint.wrong(f"{name} {shown(value)} is not supported, only {allowed[0]!r}")
+    checkpoint.expect_fields(SUPPORTED)
     whole, number = checkpoint.whole, checkpoint.number
     hidden, heads = whole("d_model", SIZE), whole("n_heads", SIZE)
     kv_heads = whole("n_kv_heads", SIZE, heads)

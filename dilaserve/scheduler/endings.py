@@ -1,4 +1,4 @@
-"""How requests end: answered, declined, refused, cancelled or failed. Each client is told once.
+"""How requests end: answered, declined, refused, cancelled or failed. Each client gets one answer.
 
 It takes an ended request off its queue or instance, settles its accuracy, counts its fate and frees its row.
 """
@@ -50,7 +50,7 @@ class Endings:
         self.placement.demote(state)
 
     def gone(self, state: RequestState, message: Command, now: float, fate: Fate) -> Iterator[Command]:
-        """The only way in which requests end. The client is told now; the row is freed now or after its step."""
+        """The only way in which requests end. The client hears now; the row is freed now or after its step."""
         self.placement.leave(state)
         self.placement.backlog.remove(state)
         state.did(Transition.ENDED)
@@ -93,7 +93,7 @@ class Endings:
     def expel(self, state: RequestState, error: Exception) -> Iterator[Command]:
         """Handling the request has raised: it ends, whatever state that left it in. `repair` cleans up behind it."""
         request = state.request
-        known = self.requests.pop(request.id, None)  # None: its client was told before
+        known = self.requests.pop(request.id, None)  # None: its client has its answer
         replicas = self.placement.all_replicas()
         in_flight = any(row is state for replica in replicas for row in replica.in_flight or ())
         state.status = Status.LEAVING if in_flight else Status.GONE

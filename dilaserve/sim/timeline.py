@@ -52,7 +52,7 @@ def moments(run: Run, seconds: float, window: float = WINDOW) -> list[Moment]:
                 threshold=noted.threshold,
                 met=mean(timed),
                 mean_latency=mean(latencies),
-                p95_latency=latencies[int(0.95 * (len(latencies) - 1))] if latencies else math.nan,
+                p95_latency=p95(latencies),
                 devices=noted.devices,
             )
         )
@@ -66,6 +66,10 @@ def declined(outcome: Outcome) -> bool:
 def mean(values: Iterable[float]) -> float:
     listed = list(values)
     return statistics.fmean(listed) if listed else math.nan
+
+
+def p95(ordered: Sequence[float]) -> float:
+    return ordered[int(0.95 * (len(ordered) - 1))] if ordered else math.nan
 
 
 def draw(rows: Sequence[Moment], title: str, file: Path) -> None:

@@ -34,6 +34,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is held back, when no more ids will come."""
+        if not self.held:
+            return ""
         before, after = self.text.decode(self.shown), self.text.decode(self.shown + self.held)
         self.shown, self.held = self.held, []
         return after[len(before) :]
