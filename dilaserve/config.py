@@ -17,7 +17,7 @@ from dilaserve.errors import ConfigError
 from dilaserve.keywords import Keywords
 
 BUNDLED = "dilaserve-tiny"
-CacheKind = Literal["none", "prefix", "dual"]
+CacheKind = Literal["none", "prefix", "dual", "exact"]
 Switch = Literal["on", "off"]
 ENVIRONMENT = "DILASERVE_"
 BODIES_IN_FLIGHT = (
@@ -87,11 +87,17 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Decoding defaults, for requests that do not say otherwise"""
 
-    block_length: Annotated[Positive, Meta(description="tokens in one block")] = 32
+    block_length: Annotated[
+        Positive | None, Meta(description="tokens in one block (default: the model's, else 32)")
+    ] = None
     confidence_threshold: Annotated[
-        Annotated[float, Meta(ge=0.0, le=1.0)], Meta(description="confidence at which a token is unmasked")
-    ] = 0.9
-    cache: Annotated[CacheKind, Meta(description="K/V reuse between refreshes")] = "dual"
+        Annotated[float, Meta(ge=0.0, le=1.0)] | None,
+        Meta(description="confidence at which a token is unmasked (default: the model family's, mostly 0.9)"),
+    ] = None
+    cache: Annotated[
+        CacheKind | None,
+        Meta(description="K/V reuse: none, prefix or dual between refreshes (default: dual), exact where it is so"),
+    ] = None
     default_max_tokens: Annotated[Positive, Meta(description="max_tokens of a request that states none")] = 128
 
 

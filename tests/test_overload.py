@@ -126,7 +126,7 @@ def test_a_best_effort_row_comes_first_in_some_steps_only():
         (batch,) = launched(steps(machine, batch, at, left=16))
         led += any(span.row == 0 and span.start == 0 for span in batch.spans)
         refresh = machine.placement.replicas[0].residents.get(0)
-        refresh.fresh, refresh.ready = False, None  # wants a refresh each time
+        refresh.cached, refresh.ready = 0, None  # wants a refresh each time
     assert 1 <= led < 40
 
 

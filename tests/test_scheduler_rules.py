@@ -33,77 +33,13 @@ from dilaserve.scheduler.rules.fairness import (
     start,
 )
 from dilaserve.scheduler.rules.ordering import without_deadline
-from dilaserve.scheduler.rules.quotas import even, mdlm, steps_per_block
-from dilaserve.scheduler.rules.step_kind import CACHES, View, Work, work
 from dilaserve.scheduler.rules.thresholds import ThresholdQuery, by_slack, crowding, fixed_levels, moved
 from dilaserve.types import Load
-
-FRESH, STALE = View(100, 40, 72, True), View(100, 40, 72, False)
 
 
 def together(loads, fixed):
     """Seconds until rows are done that run together, the slow way: the longest row's steps pay the fixed part."""
     return max([load.steps for load in loads], default=0.0) * fixed + sum(load.work for load in loads)
-
-
-@pytest.mark.parametrize(
-    ("cache", "view", "expected"),
-    [
-        ("none", FRESH, Work(0, 100, True)),
-        ("none", STALE, Work(0, 100, True)),
-        ("prefix", STALE, Work(0, 100, True)),
-        ("prefix", FRESH, Work(40, 60, False)),
-        ("dual", STALE, Work(0, 100, True)),
-        ("dual", FRESH, Work(40, 32, False)),
-    ],
-)
-def test_a_cache_kind_says_what_a_step_computes(cache, view, expected):
-    assert work(cache, view) == expected
-
-
-@given(st.sampled_from(list(CACHES)), st.integers(1, 500), st.data())
-def test_every_step_covers_the_active_block_and_stays_on_the_canvas(cache, canvas, data):
-    start = data.draw(st.integers(0, canvas - 1))
-    end = data.draw(st.integers(start + 1, canvas))
-    todo = work(cache, View(canvas, start, end, data.draw(st.booleans())))
-    assert 0 <= todo.start <= start
-    assert end <= todo.start + todo.length <= canvas
-
-
-@pytest.mark.parametrize(
-    ("total", "parts", "expected"), [(32, 32, [1] * 32), (32, 5, [7, 7, 6, 6, 6]), (3, 5, [1, 1, 1, 0, 0]), (8, 1, [8])]
-)
-def test_quotas_are_even_and_the_larger_come_first(total, parts, expected):
-    assert even(total, parts) == expected
-
-
-@pytest.mark.parametrize(
-    ("masks", "steps", "expected"), [(32, 5, [6, 6, 7, 6, 7]), (8, 8, [1] * 8), (5, 1, [5]), (2, 40, [1, 1])]
-)
-def test_the_linear_schedule_rounds_half_to_even_and_leaves_out_empty_steps(masks, steps, expected):
-    assert mdlm(masks, steps) == expected
-
-
-@given(st.integers(1, 64), st.integers(1, 128))
-def test_the_linear_schedule_adds_up(masks, steps):
-    shares = mdlm(masks, steps)
-    assert sum(shares) == masks
-    assert min(shares) >= 1
-    assert len(shares) <= min(masks, steps)
-
-
-@given(st.integers(0, 2000), st.integers(1, 200))
-def test_quotas_add_up_and_differ_by_one_at_most(total, parts):
-    shares = even(total, parts)
-    assert sum(shares) == total
-    assert shares == sorted(shares, reverse=True)
-    assert max(shares) - min(shares) <= 1
-
-
-@given(st.integers(1, 500), st.integers(1, 50))
-def test_every_block_gets_a_step(steps, blocks):
-    assert len(steps_per_block(steps, blocks)) == blocks
-    assert min(steps_per_block(steps, blocks)) >= 1
 
 
 def test_admission_prefers_the_emptiest_instance_and_skips_full_ones():

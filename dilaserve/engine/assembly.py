@@ -28,7 +28,7 @@ from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.collectives_memory import Exchange
 from dilaserve.transport.devices import backend_for, dtype_for, listed, threads_for
 from dilaserve.transport.request_table import RequestTable
-from dilaserve.types import Plan, Schedule
+from dilaserve.types import FamilyTraits, Plan
 from dilaserve.worker import memory
 from dilaserve.worker.main import Shared, WorkerJob
 
@@ -43,7 +43,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     created: int
     parameters: int
     root: str  # the directory
-    schedule: Schedule = "even"  # of the steps rule
+    traits: FamilyTraits = FamilyTraits()
 
 
 class Parts(NamedTuple):
@@ -92,7 +92,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         int(time.time()),
         spec.parameters,
         str(directory),
-        spec.schedule,
+        spec.traits,
     )
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = ends(spec, text, directory)

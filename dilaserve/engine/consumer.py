@@ -148,7 +148,7 @@ class Consumer:
             case StopEarly(batch):
                 self.executor.stop_early(batch)
             case Adjust(row, threshold):
-                self.table.threshold[row] = threshold
+                self.table.set_threshold(row, threshold)
             case Reshard(moves):
                 for id in moves.ends:
                     self.capacity.pop(id, None)

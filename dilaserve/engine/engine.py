@@ -245,7 +245,7 @@ class Engine:
         options = validated(options)
         ids = await self.tokenize(prompt, self.model.max_model_len)
         limit, seed = self.model.max_model_len, secrets.randbits(63)
-        resolved = resolve(options, len(ids), limit, seed, self.config.decode, self.model.schedule)
+        resolved = resolve(options, len(ids), limit, seed, self.config.decode, self.model.traits)
         slo = wanted(options, self.classes)
         token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self._check_room(resolved)

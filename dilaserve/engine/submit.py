@@ -2,14 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
 from dilaserve.errors import BadRequest, ConfigError, quoted
-from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, Ending, OnMiss, Schedule, Slo
+from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, Ending, FamilyTraits, OnMiss, Slo
 from dilaserve.validation import converted, plain, whole
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
@@ -20,18 +20,22 @@ RENAMED = {
     "tenant": ("user", 1),
     "deadline": ("deadline_ms", 1000),
 }  # old name: the new one, and its units in an old one
-KNOBS: dict[str, DecodeRule] = {
-    "confidence_threshold": "threshold",
-    "num_denoising_steps": "steps",
-    "factor": "factor",
+KNOBS: dict[str, tuple[DecodeRule, ...]] = {  # the rules under which a knob has a meaning; without `decode` the first
+    "confidence_threshold": ("threshold", "dynamic"),
+    "num_denoising_steps": ("steps", "dynamic", "sequential", "entropy", "margin"),
+    "factor": ("factor",),
 }
+DEFAULT_BLOCK = 32  # tokens
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """The wishes of one request; None leaves a knob to the configuration.
 
     Without `decode` the rule follows from the knob that is given: `confidence_threshold` (unmask what reaches it),
-    `num_denoising_steps` (a fixed number of steps over the whole canvas) or `factor` (Fast-dLLM's rule).
+    `num_denoising_steps` (a fixed number of steps over the whole canvas, or in each block where the family's authors
+    count so), both (`dynamic`: what reaches the threshold, but no fewer than the steps ask for) or `factor`
+    (Fast-dLLM's rule). `sequential`, `entropy` and `margin` go by the number of steps and unmask the leftmost, the
+    least entropy or the largest lead first. The model's family says which rules it knows.
 
     At a temperature above 0 the token is drawn from the `top_k` most probable ones (0 or -1: all), of those only from
     the smallest set that has the probability `top_p`, and never from those less probable than `min_p` times the best.
@@ -103,34 +107,43 @@ class ResolvedOptions(NamedTuple):
 
 
 def resolve(
-    options: Options, prompt_tokens: int, limit: int, seed: int, defaults: DecodeConfig, schedule: Schedule = "even"
+    options: Options,
+    prompt_tokens: int,
+    limit: int,
+    seed: int,
+    defaults: DecodeConfig,
+    traits: FamilyTraits = FamilyTraits(),  # noqa: B008 - a frozen value
 ) -> ResolvedOptions:
     """Fill in what is left open and lay out the canvas, at most `limit` tokens.
 
     The options are `validated`. The answer's region is rounded up to whole blocks where the canvas has room. Raises
     `BadRequest`.
     """
-    rule = rule_of(options)
-    block_length = options.block_length or defaults.block_length
+    rule = rule_of(options, traits)
+    cache = cache_of(options, defaults, traits)
+    block_length = options.block_length or defaults.block_length or traits.block_length or DEFAULT_BLOCK
     max_tokens = answer_length(options, prompt_tokens, limit, defaults)
-    canvas_tokens = min(prompt_tokens + -(-max_tokens // block_length) * block_length, limit)
-    block_length = min(block_length, canvas_tokens - prompt_tokens)
-    steps = steps_of(options, rule, canvas_tokens - prompt_tokens, block_length, schedule)
-    threshold = defaults.confidence_threshold if options.confidence_threshold is None else options.confidence_threshold
+    begin = prompt_tokens if traits.grid == "prompt" else prompt_tokens // block_length * block_length
+    end = prompt_tokens + max_tokens
+    canvas_tokens = min(begin + -(-(end - begin) // block_length) * block_length, limit)
+    if traits.grid == "prompt":
+        block_length = min(block_length, canvas_tokens - prompt_tokens)
+    steps = steps_of(options, rule, canvas_tokens - begin, block_length, traits)
+    threshold = options.confidence_threshold
     decoding = Decoding(
         rule=rule,
-        schedule=schedule,
-        confidence_threshold=threshold,
+        confidence_threshold=default_threshold(defaults, traits) if threshold is None else threshold,
         num_denoising_steps=steps,
         factor=1.0 if options.factor is None else options.factor,
         block_length=block_length,
-        cache=options.cache or defaults.cache,
+        cache=cache,
         refresh_interval=options.refresh_interval,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=max(0, options.top_k),
         min_p=options.min_p,
         seed=seed if options.seed is None else options.seed,
+        traits=traits,
     )
     return ResolvedOptions(canvas_tokens, max_tokens, decoding)
 
@@ -255,16 +268,47 @@ def within(name: str, value: float | None, least: float, most: float) -> None:
         raise BadRequest(f"{name} must lie between {low} and {high}, not {quoted(value)}", param=name)
 
 
-def rule_of(options: Options) -> DecodeRule:
+def rule_of(options: Options, traits: FamilyTraits) -> DecodeRule:
     given = [knob for knob in KNOBS if getattr(options, knob) is not None]
-    if len(given) > 1:
-        raise BadRequest(f"{given[0]} and {given[1]} belong to different decode rules; give one", param=given[1])
-    rule = options.decode or (KNOBS[given[0]] if given else "threshold")
-    if given and KNOBS[given[0]] != rule:
-        raise BadRequest(f"{given[0]} has no meaning under decode {rule!r}", param=given[0])
-    if rule == "steps" and not given:
-        raise BadRequest("decode 'steps' needs num_denoising_steps", param="num_denoising_steps")
+    rule = options.decode or implied(given)
+    for knob in given:
+        if rule not in KNOBS[knob]:
+            raise BadRequest(f"{knob} has no meaning under decode {rule!r}", param=knob)
+    if rule not in traits.rules:
+        known = ", ".join(traits.rules)
+        raise BadRequest(f"this model's family does not decode by {rule!r}; it knows {known}", param="decode")
+    if rule in KNOBS["num_denoising_steps"] and options.num_denoising_steps is None:
+        raise BadRequest(f"decode {rule!r} needs num_denoising_steps", param="num_denoising_steps")
     return rule
+
+
+def implied(given: Sequence[str]) -> DecodeRule:
+    """The rule that has a use for all these knobs. Raises `BadRequest`."""
+    if not given:
+        return "threshold"
+    shared = [rule for rule in KNOBS[given[0]] if all(rule in KNOBS[knob] for knob in given)]
+    if not shared:
+        raise BadRequest(f"{given[0]} and {given[-1]} belong to different decode rules; give one", param=given[-1])
+    return shared[0]
+
+
+def cache_of(options: Options, defaults: DecodeConfig, traits: FamilyTraits) -> CacheKind:
+    """The cache kind that is asked for, if the family has it. Raises `BadRequest`."""
+    if options.refresh_interval and traits.exact:
+        raise BadRequest("refresh_interval has no meaning for this model: its K/V are exact", param="refresh_interval")
+    asked = options.cache or defaults.cache
+    if asked is None:
+        return "exact" if traits.exact else "dual"
+    if (asked == "exact") != traits.exact:
+        known = "'exact' alone: its K/V never change" if traits.exact else "'none', 'prefix' and 'dual': its K/V change"
+        raise BadRequest(f"this model has no cache {asked!r}; it knows {known}", param="cache")
+    return asked
+
+
+def default_threshold(defaults: DecodeConfig, traits: FamilyTraits) -> float:
+    if defaults.confidence_threshold is None:
+        return traits.confidence_threshold
+    return defaults.confidence_threshold
 
 
 def answer_length(options: Options, prompt_tokens: int, limit: int, defaults: DecodeConfig) -> int:
@@ -295,15 +339,18 @@ def answer_length(options: Options, prompt_tokens: int, limit: int, defaults: De
     return wanted
 
 
-def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int, schedule: Schedule) -> int:
-    if rule != "steps":
+def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int, traits: FamilyTraits) -> int:
+    """Denoising steps of the answer, or of each block; 0 for rules that do not count them."""
+    steps = options.num_denoising_steps
+    if rule not in KNOBS["num_denoising_steps"] or steps is None:
         return 0
-    blocks, steps = -(-answer // block_length), options.num_denoising_steps or 0
-    if steps < blocks:
+    if traits.steps_per_block:
+        return min(steps, block_length)
+    if steps < (blocks := -(-answer // block_length)):
         raise BadRequest(
             f"num_denoising_steps must be at least {blocks} (one a block), not {steps}", param="num_denoising_steps"
         )
-    return min(steps, answer if schedule == "even" else MOST_STEPS)
+    return min(steps, answer if traits.schedule == "even" else MOST_STEPS)
 
 
 def ending(options: Options) -> Ending:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dilaserve.errors import CheckpointError
-from dilaserve.models import a2d, illada, llada, transformer
+from dilaserve.models import a2d, dream, fast_dllm, illada, llada, nemotron, sdar, transformer
 from dilaserve.models.checkpoint import Checkpoint, Tensors
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.transformer import TensorNames, Weights
@@ -25,6 +25,10 @@ FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
     "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES),
     "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES),
     "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES),
+    "DreamModel": Family(dream.describe, dream.NAMES),
+    "SDARForCausalLM": Family(sdar.describe, sdar.NAMES),
+    "NemotronLabsDiffusionModel": Family(nemotron.describe, nemotron.NAMES),
+    "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.describe, fast_dllm.NAMES),
 }
 
 

@@ -7,11 +7,13 @@ and tensors; nothing in a checkpoint tells them apart, and they would be served 
 import msgspec
 
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.config_fields import llama_spec
+from dilaserve.models.config_fields import TOKEN_ID, llama_spec
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import TensorNames
+from dilaserve.types import FamilyTraits
 
 NAMES = TensorNames()
+TRAITS = FamilyTraits(schedule="mdlm")
 MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
 
 
@@ -21,8 +23,8 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     mask_id = checkpoint.config.get("mask_token_id")
     spec = llama_spec(
         checkpoint,
-        checkpoint.added_token(MASK) if mask_id is None else checkpoint.whole("mask_token_id", (0, 2**24)),
+        checkpoint.added_token(MASK) if mask_id is None else checkpoint.whole("mask_token_id", TOKEN_ID),
         qk_norm="Qwen3" in architecture,
         qkv_bias="Qwen2" in architecture,
     )
-    return msgspec.structs.replace(spec, schedule="mdlm")
+    return msgspec.structs.replace(spec, traits=TRAITS)

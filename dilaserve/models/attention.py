@@ -18,7 +18,7 @@ MAX_KEYS = 640  # of one group, so that its K and V stay in a core's cache
 def attend(
     q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs, kernels: Kernels = PLAIN
 ) -> torch.Tensor:
-    """Unmasked attention of each span's queries over its row's keys; q and the result are [tokens, heads, head_dim]."""
+    """Attention of each span's queries over the keys that they see; q and the result are [tokens, heads, head_dim]."""
     keys, values = pool.keys[layer], pool.values[layer]
     if isinstance(groups, Runs):
         even = kernels.attend_even if groups.even else None
@@ -109,7 +109,7 @@ def grouped(spans: list[PackedSpan], device: torch.device) -> list[SpanGroup]:
     for span in spans:
         first = runs[-1][0] if runs else span
         fits = span.keys <= MAX_PADDING * first.keys and span.keys * (len(runs[-1]) + 1 if runs else 1) <= MAX_KEYS
-        if runs and span.length == first.length and fits:
+        if runs and span.length == first.length and fits and not (span.grain or first.grain):
             runs[-1].append(span)
         else:
             runs.append([span])
@@ -118,10 +118,19 @@ def grouped(spans: list[PackedSpan], device: torch.device) -> list[SpanGroup]:
 
 def group(run: list[PackedSpan], device: torch.device) -> SpanGroup:
     if len(run) == 1:
-        return SpanGroup(run[0], 1, None, None)
+        return SpanGroup(run[0], 1, None, by_grain(run[0], device) if run[0].grain else None)
     starts, keys = torch.tensor([(span.kv_start, span.keys) for span in run], device=device).T
     column = torch.arange(int(keys.max()), device=device)
     padding = column >= keys[:, None]
     slots = (starts[:, None] + column).masked_fill(padding, run[0].kv_start).flatten()
     hidden = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)[:, None, None]
     return SpanGroup(run[0], len(run), slots, hidden if bool(padding.any()) else None)
+
+
+def by_grain(span: PackedSpan, device: torch.device) -> torch.Tensor:
+    """-inf where a query does not see a key, else 0, [1, 1, length, keys]; the last query is that of the last key."""
+    behind = torch.arange(span.length, device=device) + span.past
+    ends = torch.div(behind, span.grain, rounding_mode="floor").add_(1).mul_(span.grain)  # from the first run's start
+    key = torch.arange(span.keys, device=device) - (span.keys - span.length - span.past)
+    hidden = torch.zeros(span.length, span.keys, device=device)
+    return hidden.masked_fill_(key >= ends[:, None], -torch.inf)[None, None]

@@ -3,20 +3,49 @@
 import functools
 import importlib.util
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
 
 from dilaserve.models.spans import Kernels
+from dilaserve.models.spec import QueryScale, Yarn
 
 log = logging.getLogger(__name__)
 
 
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+def rotary_table(
+    length: int, head_dim: int, theta: float, device: torch.device, yarn: Yarn | None = None
+) -> torch.Tensor:
     """cos + i sin of every position and frequency, complex64 [length, head_dim / 2] (RoFormer, section 3.4)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), theta**-exponents)
-    return torch.polar(torch.ones_like(angles), angles).to(device)
+    frequencies = theta**-exponents
+    if yarn:
+        frequencies = stretched(frequencies, head_dim, theta, yarn)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return torch.polar(torch.full_like(angles, yarn.magnitude if yarn else 1.0), angles).to(device)
+
+
+def stretched(frequencies: torch.Tensor, head_dim: int, theta: float, yarn: Yarn) -> torch.Tensor:
+    """YaRN: frequencies that turn often within the original length stay, slow ones are divided by the factor, and those
+    between are mixed; [head_dim / 2].
+    """
+
+    def dimension(turns: float) -> float:
+        """Of the frequency that turns so often within the original length."""
+        return head_dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(yarn.beta_fast)), 0)
+    high = min(math.ceil(dimension(yarn.beta_slow)), head_dim - 1)
+    place = torch.arange(head_dim // 2, dtype=torch.float32)
+    slow = ((place - low) / ((high - low) or 0.001)).clamp(0, 1)
+    return frequencies * (1 - slow) + frequencies / yarn.factor * slow
+
+
+def query_scales(length: int, scale: QueryScale, device: torch.device) -> torch.Tensor:
+    """What the queries of each position are multiplied by, float32 [length]."""
+    places = torch.arange(length, device=device)
+    return 1.0 + scale.beta * torch.log1p(torch.div(places, scale.length, rounding_mode="floor").float())
 
 
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

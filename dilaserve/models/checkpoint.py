@@ -3,6 +3,7 @@
 No code that lies in the directory is ever run.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -94,6 +95,12 @@ class Checkpoint:
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise self.wrong(f"{name} must be {kind.__name__}, not {shown(value)}")
         return value
+
+    def part(self, name: str) -> "Checkpoint":
+        """The checkpoint with only the fields inside this field, which must be an object; without it there are none."""
+        found = copy.copy(self)
+        found.config = self.field(name, dict, {})
+        return found
 
     def expect_fields(self, supported: Mapping[str, tuple[object, ...]]) -> None:
         """Raise `CheckpointError` for the first field whose value is not one that is supported; absent ones are."""

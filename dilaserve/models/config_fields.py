@@ -3,11 +3,14 @@
 import math
 
 from dilaserve.models.checkpoint import Checkpoint, shown
-from dilaserve.models.spec import ModelSpec
+from dilaserve.models.spec import ModelSpec, QueryScale, Yarn
 
 MAX_DEGREE = 8  # devices of a tensor-parallel group
 SIZE = (1, 2**24)  # of a dimension, in elements
 LAYERS = (1, 1024)
+YARN = (1e-6, 1e6)  # of its numbers
+TOKEN_ID = (0, 2**24)
+BLOCK = (1, 1024)  # tokens
 LENGTH = (2, 2**24)  # of a canvas, in tokens
 ROPE_THETA = (1.0, 1e12)  # below, angles grow with the frequency's number until they overflow
 NORM_EPS = (1e-20, 1.0)  # below, a row of zeros may become NaN; above, it outweighs the row
@@ -20,10 +23,16 @@ SUPPORTED = {  # fields whose other values would change the arithmetic of `trans
 }
 
 
-def llama_spec(checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_bias: bool = False) -> ModelSpec:
-    """The spec of a checkpoint with Llama's field names; `CheckpointError` names the field that cannot be served."""
+def llama_spec(
+    checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_bias: bool = False, yarn: bool = False
+) -> ModelSpec:
+    """The spec of a checkpoint with Llama's field names; `CheckpointError` names the field that cannot be served.
+
+    `yarn`: positions are rotated as `rope_parameters` say, else as they are.
+    """
     checkpoint.expect_fields(SUPPORTED)
-    check_rope(checkpoint)
+    if not yarn:
+        check_rope(checkpoint)
     whole, number = checkpoint.whole, checkpoint.number
     hidden, heads = whole("hidden_size", SIZE), whole("num_attention_heads", SIZE)
     kv_heads = whole("num_key_value_heads", SIZE, heads)
@@ -56,6 +65,8 @@ def llama_spec(checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_
         parameters=sum(math.prod(shape) for shape in checkpoint.shapes.values()),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
+        yarn=yarn_of(checkpoint) if yarn else None,
+        query_scale=query_scale_of(checkpoint) if yarn else None,
     )
 
 
@@ -63,6 +74,41 @@ def rope_theta(checkpoint: Checkpoint) -> float:
     """`rope_theta`, which newer files keep in `rope_parameters`."""
     nested = checkpoint.field("rope_parameters", dict, {}).get("rope_theta")
     return checkpoint.number("rope_theta", ROPE_THETA, 10000.0 if nested is None else nested)
+
+
+def yarn_of(checkpoint: Checkpoint) -> Yarn | None:
+    """`rope_parameters` of the kind yarn; None for the default kind."""
+    fields = checkpoint.part("rope_parameters")
+    kind = fields.config.get("rope_type", fields.config.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise checkpoint.wrong(f"rope_parameters of the type {shown(kind)} are not supported, only yarn and default")
+    factor = fields.number("factor", YARN)
+    return Yarn(
+        factor=factor,
+        original_length=fields.whole("original_max_position_embeddings", LENGTH),
+        beta_fast=fields.number("beta_fast", YARN, 32.0),
+        beta_slow=fields.number("beta_slow", YARN, 1.0),
+        magnitude=magnitude(factor, fields.number("mscale", YARN, 1.0))
+        / magnitude(factor, fields.number("mscale_all_dim", YARN, 1.0)),
+    )
+
+
+def magnitude(factor: float, scale: float) -> float:
+    """YaRN's factor on cosines and sines (arXiv 2309.00071, equation 22)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def query_scale_of(checkpoint: Checkpoint) -> QueryScale | None:
+    """`llama_4_scaling_beta` of `rope_parameters`, if it is there."""
+    fields = checkpoint.part("rope_parameters")
+    if fields.config.get("llama_4_scaling_beta") is None:
+        return None
+    return QueryScale(
+        beta=fields.number("llama_4_scaling_beta", (0.0, 100.0)),
+        length=fields.whole("original_max_position_embeddings", LENGTH),
+    )
 
 
 def check_rope(checkpoint: Checkpoint) -> None:

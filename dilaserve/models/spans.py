@@ -7,19 +7,26 @@ import torch
 
 
 class PackedSpan(NamedTuple):
-    """Queries `[offset, offset + length)` of the packed tokens see the pool's tokens `[kv_start, kv_start + keys)`."""
+    """Queries `[offset, offset + length)` of the packed tokens see the pool's tokens `[kv_start, kv_start + keys)`.
+
+    With a `grain` a query sees no further than the end of its own run of so many tokens; the first query lies `past`
+    tokens behind the beginning of some run (see `types.Span`).
+    """
 
     offset: int
     length: int
     kv_start: int
     keys: int
+    grain: int = 0
+    past: int = 0
 
 
 class SpanGroup(NamedTuple):
     """Neighbouring spans of one query length that share a call; their keys are padded to the longest.
 
     `slots` are the pool tokens of the padded keys, [rows · keys], and `hidden` is -inf where a key is padding, else 0,
-    [rows, 1, 1, keys]. A lone span needs neither: its keys are a slice of the pool.
+    [rows, 1, 1, keys]. A lone span needs no slots, as its keys are a slice of the pool, and `hidden` only where its
+    queries see different keys, [1, 1, length, keys].
     """
 
     first: PackedSpan

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from dilaserve.types import Schedule
+from dilaserve.types import FamilyTraits
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -18,6 +18,26 @@ class Shard(msgspec.Struct, frozen=True):
     def slice(self, total: int) -> slice:
         """This rank's part of `total` things; the parts differ by one at most."""
         return slice(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
+
+class Yarn(msgspec.Struct, frozen=True, kw_only=True):
+    """Frequencies of rotary positions stretched for long texts (YaRN, arXiv 2309.00071, section 3), as in transformers.
+
+    `factor` may be below 1. `magnitude` multiplies cosines and sines.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    magnitude: float = 1.0
+
+
+class QueryScale(msgspec.Struct, frozen=True, kw_only=True):
+    """Queries at position p are multiplied by 1 + beta · ln(1 + floor(p / length)) (Llama 4, Ministral 3)."""
+
+    beta: float
+    length: int
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +61,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     qk_norm: bool = False  # queries and keys are normed by head before the rotation
     qkv_bias: bool = False
-    schedule: Schedule = "even"  # how the steps rule divides a block's tokens among its steps
+    yarn: Yarn | None = None
+    query_scale: QueryScale | None = None
+    traits: FamilyTraits = FamilyTraits()
 
     @property
     def degrees(self) -> tuple[int, ...]:

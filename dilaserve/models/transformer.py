@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dilaserve.models.attention import attend
-from dilaserve.models.blocks import interleaved, kernels_for, rms_norm, rotary_table
+from dilaserve.models.blocks import interleaved, kernels_for, query_scales, rms_norm, rotary_table
 from dilaserve.models.checkpoint import Tensors
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spans import Packed
@@ -212,7 +212,12 @@ class Model:
         self.head = weights.head[self.vocabulary.start - first : self.vocabulary.stop - first]
         device = weights.norm.device
         self.kernels = kernels_for(device)
-        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
+        if turns is None:
+            turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device, spec.yarn)
+        self.turns = turns
+        self.scales = None
+        if spec.query_scale:
+            self.scales = query_scales(spec.max_length, spec.query_scale, device).to(weights.norm.dtype)
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
         """Final hidden states of the kept tokens, [kept, hidden], normalised; writes K/V of all tokens to the pool.
@@ -228,6 +233,8 @@ class Model:
             q = kernels.place(
                 self.project(block, h), turns, packed.slots, pool.keys[i], pool.values[i], self.q, self.kv
             )
+            if self.scales is not None:
+                q = q * self.scales[packed.positions][:, None, None]
             groups = packed.groups
             if last and packed.kept is not None:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups

@@ -38,7 +38,7 @@ class Batcher:
         ready = state.ready
         if ready is None or ready.degree != degree:
             work = state.next_work()
-            seconds = self.estimates.step_seconds(state, work.refresh, degree)
+            seconds = self.estimates.work_seconds(state, work, degree)
             ready = state.ready = ReadyRow(degree, work, Candidate(state.request.row, work.length, seconds))
         return ready
 
@@ -164,9 +164,9 @@ class Batcher:
         masks, seconds, refreshing = 0, [], False
         for place, (state, result) in enumerate(zip(in_flight, results, strict=True)):
             span = replica.spans[place] = stage(replica, place, result)
-            refresh = refreshes(span) and not result.rested
+            refresh = refreshes(state, span) and not result.rested
             if state.status is Status.STEPPING and not result.rested:
-                assert span.block_start == state.block_start
+                assert span.block_start == state.part.start
                 state.took(refresh)
             masks += result.unmasked + result.masks_left
             refreshing |= refresh
@@ -181,9 +181,9 @@ def stage(replica: InstanceState, place: int, result: RowResult) -> Span:
     return replica.batch.then[place][result.stage - 1] if result.stage else replica.batch.spans[place]
 
 
-def refreshes(span: Span) -> bool:
-    """Whether the step rewrites all K/V of the row."""
-    return span.length == span.keys
+def refreshes(state: RequestState, span: Span) -> bool:
+    """Whether the step rewrites K/V of the row that later steps reuse."""
+    return bool(span.grain) if state.request.decoding.traits.exact else span.length == span.keys
 
 
 def shares(fixed: float, seconds: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from dilaserve.profile.forecast import Forecast, Track
 from dilaserve.profile.step_cost import Features, Learner, StepCost, derived
 from dilaserve.scheduler.request_state import Loads, RequestState
 from dilaserve.scheduler.rules.demand import alone, drifted
+from dilaserve.scheduler.rules.step_kind import Work
 from dilaserve.types import Request, Span
 
 SMOOTH = 0.02  # weight of the newest step in the running mean of seconds spent outside the worker
@@ -34,18 +35,31 @@ class StepClock:
         return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
     def refresh_seconds(self, state: RequestState) -> float:
-        """What the row adds to a step that recomputes its whole canvas."""
-        canvas = state.request.canvas_tokens
+        """What the row adds to a step that recomputes its whole canvas, or takes in a finished block and begins the
+        next where K/V are exact.
+        """
+        decoding, canvas = state.request.decoding, state.request.canvas_tokens
+        if decoding.traits.exact:
+            return self.row_seconds(2 * decoding.block_length, state.part.block_end, state.masks, True)
         return self.row_seconds(canvas, canvas, state.masks, True)
+
+    def first_seconds(self, state: RequestState) -> float:
+        """What the row's next step takes more than `refresh_seconds`, as it has most of its prompt to compute."""
+        decoding, block_end = state.request.decoding, state.part.block_end
+        tokens = block_end - state.cached
+        if not decoding.traits.exact or tokens <= 2 * decoding.block_length:
+            return 0.0
+        return self.row_seconds(tokens, block_end, state.masks, True) - self.refresh_seconds(state)
 
     def reuse_seconds(self, state: RequestState) -> float:
         """What the row adds to a step that reuses its K/V."""
         request = state.request
         if request.decoding.cache == "none":
             return self.refresh_seconds(state)
-        canvas = request.canvas_tokens
-        tokens = (state.block_end if request.decoding.cache == "dual" else canvas) - state.block_start
-        return self.row_seconds(tokens, canvas, state.masks, False)
+        part, canvas = state.part, request.canvas_tokens
+        keys = part.block_end if request.decoding.traits.exact else canvas
+        tokens = (canvas if request.decoding.cache == "prefix" else part.block_end) - part.block_start
+        return self.row_seconds(tokens, keys, state.masks, False)
 
     def row_seconds(self, tokens: int, canvas: int, masks: int, refreshes: bool) -> float:
         """What a row with so many queries and a whole canvas of keys adds to a step."""
@@ -93,8 +107,14 @@ class Estimates:
         self.surely.update([degree for degree in degrees if self.pace(degree).sure])
         return self.surely.issuperset(degrees)
 
-    def step_seconds(self, state: RequestState, refresh: bool, degree: int) -> float:
+    def work_seconds(self, state: RequestState, work: Work, degree: int) -> float:
         """What the row adds to its next step."""
+        if work.refresh and state.request.decoding.traits.exact:
+            return self.pace(degree).row_seconds(work.length, work.keys, state.masks, True)
+        return self.step_seconds(state, work.refresh, degree)
+
+    def step_seconds(self, state: RequestState, refresh: bool, degree: int) -> float:
+        """What the row adds to a step of this kind."""
         loads = state.loads
         if loads is not None and loads.degree == degree:
             return loads.refresh if refresh else loads.reuse
@@ -121,7 +141,7 @@ class Estimates:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if state.tracked != (state.block, self.forecast.version):
             levels = self.levels(state.request, state.thresholds)
-            place = state.block, len(state.blocks), state.request.decoding.block_length
+            place = state.block, state.blocks, state.request.decoding.block_length
             state.tracks = self.forecast.tracks(state.kind, levels, *place)
             state.tracked = state.block, self.forecast.version
         return state.tracks
@@ -132,13 +152,15 @@ class Estimates:
         if loads is None or loads.degree != degree:
             pace = self.pace(degree)
             refresh, reuse = pace.refresh_seconds(state), pace.reuse_seconds(state)
+            first = pace.first_seconds(state)
             if state.quotas:
-                loads = Loads([counted(state)], 0, 0.0, 1.0, refresh, reuse, 0, degree)
+                loads = Loads([counted(state)], 0, 0.0, 1.0, refresh, reuse, 0, degree, first)
             else:
                 drift = drifted(state.observed, state.expected)
                 due = 0.0 if state.fresh else 1.0
                 interval = state.request.decoding.refresh_interval
-                loads = Loads(self.tracks(state), state.masks, due, drift, refresh, reuse, interval, degree)
+                masks = state.block_masks
+                loads = Loads(self.tracks(state), masks, due, drift, refresh, reuse, interval, degree, first)
             state.loads = loads
         return loads
 
@@ -154,7 +176,7 @@ class Estimates:
         forecast, kind = self.forecast, state.kind
         level, part = forecast.level_of(state.table_threshold), part_of(block_before)
         steps = forecast.chain(kind, level, part, state.request.decoding.block_length).steps
-        left = steps[state.masks] if state.block == block_before else 0.0
+        left = steps[state.block_masks] if state.block == block_before else 0.0
         forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
         state.observed += 1.0
         state.expected += steps[masks_before] - left
@@ -162,8 +184,8 @@ class Estimates:
 
 def counted(state: RequestState) -> Track:
     """Under the steps rule the future is known."""
-    left = sum(map(len, state.quotas[state.block :])) - state.block_step
-    refreshes = len(state.quotas) - state.block - state.fresh
+    left = sum(map(len, state.quotas[state.place :])) - state.part_step
+    refreshes = state.blocks - state.block - state.fresh
     return Track(NOTHING, Outlook(left, 0.0, refreshes))
 
 

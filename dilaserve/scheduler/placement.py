@@ -336,7 +336,7 @@ class Placement:
         if state in replica.with_deadline:
             replica.with_deadline.remove(state)
         replica.pages.give(state.kv_start)
-        state.replica, state.fresh, state.loads, state.ready = None, False, None, None
+        state.replica, state.cached, state.loads, state.ready = None, 0, None, None
 
     def doom(self, rank: int) -> None:
         """The worker is gone: nothing more is launched on its instance, which is lost once its peers have left it."""

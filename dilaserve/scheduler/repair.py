@@ -78,7 +78,7 @@ def wait(state: RequestState) -> None:
 
 def refresh(state: RequestState) -> None:
     """The next step computes the row's K/V anew, and nothing that was worked out for it holds."""
-    state.fresh, state.loads, state.ready = False, None, None
+    state.cached, state.loads, state.ready = 0, None, None
 
 
 def derive(replica: InstanceState, placement: Placement) -> None:

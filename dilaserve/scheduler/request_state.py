@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dilaserve.profile.forecast import Track
+from dilaserve.scheduler.rules.blocks import Part, parts
 from dilaserve.scheduler.rules.composition import Candidate
 from dilaserve.scheduler.rules.demand import load
-from dilaserve.scheduler.rules.quotas import quotas as by_schedule
+from dilaserve.scheduler.rules.quotas import BlockMasks, quotas
 from dilaserve.scheduler.rules.step_kind import View, Work, work
 from dilaserve.types import Load, Request, RowResult, Span, Usage
 
@@ -51,7 +52,7 @@ class Loads(msgspec.Struct):
     """What a request still needs, by its own levels, worked out when it is asked for.
 
     `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
-    right now.
+    right now, `first` the seconds that its next step takes beyond `refresh`.
     """
 
     tracks: list[Track]
@@ -62,6 +63,7 @@ class Loads(msgspec.Struct):
     reuse: float
     interval: int
     degree: int
+    first: float = 0.0
     known: dict[int, Load] = {}
 
     def __getitem__(self, level: int) -> Load:
@@ -73,7 +75,10 @@ class Loads(msgspec.Struct):
             refreshes = self.due + stays * after.refreshes
             if self.interval:
                 refreshes = max(refreshes, steps / self.interval)
-            found = self.known[level] = load(steps, refreshes, self.drift, self.refresh, self.reuse)
+            found = load(steps, refreshes, self.drift, self.refresh, self.reuse)
+            if self.first:
+                found = Load(found.steps, found.work + self.first)
+            self.known[level] = found
         return found
 
 
@@ -124,23 +129,42 @@ class RequestState:
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
         self.observed = self.expected = 0.0  # steps, for the drift
         self.kv_start = 0
-        self.block = self.block_step = 0
+        self.parts = parts(request)
+        self.blocks = self.parts[-1].block + 1
+        self.place = self.part_step = 0  # in `parts`, and steps of that part so far
         self.prefix = request.prompt_tokens
-        self.fresh = False
+        self.cached = 0  # tokens from the canvas's start whose K/V may be reused
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = 0
         self.confidence = self.threshold_sum = self.device = 0.0
         self.deepest = 0  # level of a step so far; what is left for it is in doubt, so its drop is that of the answer
         self.started_at: float | None = None
         self.stepped_at = request.arrived_at  # end of the last step
-        self.blocks = block_lengths(request)
-        self.masks = self.blocks[0]
-        self.block_start = request.prompt_tokens
-        self.block_end = self.block_start + self.masks
-        self.quotas: list[list[int]] = quotas(request, self.blocks)
+        self.masks = self.part.masks(request.prompt_tokens)
+        self.quotas = quotas_of(request, self.parts)
 
     def did(self, what: Transition) -> None:
         self.status = TRANSITIONS[self.status, what]
+
+    @property
+    def part(self) -> Part:
+        """What is unmasked now."""
+        return self.parts[self.place]
+
+    @property
+    def block(self) -> int:
+        return self.parts[self.place].block
+
+    @property
+    def block_masks(self) -> int:
+        """Masks left in the whole block."""
+        return self.masks + self.parts[self.place].block_end - self.parts[self.place].end
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the next step may reuse K/V and rewrites none that are kept."""
+        decoding = self.request.decoding
+        return self.cached >= (self.part.block_start if decoding.traits.exact else self.request.canvas_tokens)
 
     @property
     def threshold(self) -> float:
@@ -153,14 +177,23 @@ class RequestState:
     def next_work(self) -> Work:
         decoding = self.request.decoding
         due = decoding.refresh_interval and self.since_refresh >= decoding.refresh_interval
-        view = View(self.request.canvas_tokens, self.block_start, self.block_end, self.fresh and not due)
-        return work(decoding.cache, view)
+        return self.work(self.part, 0 if due else self.cached)
+
+    def work(self, part: Part, cached: int) -> Work:
+        """What a step of this part computes."""
+        decoding = self.request.decoding
+        view = View(self.request.canvas_tokens, part.block_start, part.block_end, cached, part.first)
+        return work(decoding.cache, view, decoding.traits, decoding.block_length)
 
     def quota(self) -> int:
-        shares = self.quotas[self.block]
-        return shares[min(self.block_step, len(shares) - 1)]
+        shares = self.quotas[self.place]
+        return shares[min(self.part_step, len(shares) - 1)]
 
     def span(self, todo: Work) -> Span:
+        quota = self.quota() if self.quotas else 0
+        return self.span_of(self.part, todo, quota)
+
+    def span_of(self, part: Part, todo: Work, quota: int) -> Span:
         request = self.request
         return Span(
             request.row,
@@ -168,27 +201,32 @@ class RequestState:
             self.kv_start,
             todo.start,
             todo.length,
-            request.canvas_tokens,
-            self.block_start,
-            self.block_end,
-            self.quota() if self.quotas else 0,
+            todo.keys,
+            part.start,
+            part.end,
+            quota,
             self.steps,
+            todo.grain,
+            todo.origin,
+            1 if part.first else request.decoding.traits.logit_shift,
         )
 
-    def stages(self, first: Span, blocks: int) -> tuple[Span, ...]:
-        """What follows a step that has been launched, as `Batch.then` has it, up to so many blocks after this one."""
-        cache, start = self.request.decoding.cache, self.block_start
-        blocks = self.even_blocks(blocks) if self.quotas else blocks
-        spans = []
-        for block in range(self.block, min(self.block + 1 + blocks, len(self.blocks))):
-            end = start + self.blocks[block]
-            quota = self.quotas[block][0] if self.quotas and block > self.block else first.quota
-            once, again = [work(cache, View(first.keys, start, end, fresh)) for fresh in (False, True)]
-            for todo in (once,) if once.start == again.start else (once, again):
-                place = dict(start=todo.start, length=todo.length, block_start=start, block_end=end)
-                spans.append(first._replace(**place, quota=quota))
-            start = end
-        return tuple(spans[1:] if spans[0].start == first.start else spans[2:])
+    def stages(self, first: Span, parts: int) -> tuple[Span, ...]:
+        """What follows a step that has been launched, as `Batch.then` has it, up to so many parts after this one."""
+        decoding, canvas, cached = self.request.decoding, self.request.canvas_tokens, self.cached
+        parts = self.even_parts(parts) if self.quotas else parts
+        spans: list[Span] = []
+        for place in range(self.place, min(self.place + 1 + parts, len(self.parts))):
+            part = self.parts[place]
+            if place > self.place and part.block_start == part.start and not decoding.traits.exact:
+                cached = 0
+            quota = self.quotas[place][0] if self.quotas and place > self.place else first.quota
+            for _ in range(2):
+                span = self.span_of(part, self.work(part, cached), quota)
+                cached = part.block_start if decoding.traits.exact else canvas
+                if not spans or span != spans[-1]:
+                    spans.append(span)
+        return tuple(spans[1:])
 
     def steady(self, most: int) -> int:
         """How many of its next steps may be of one launch, up to `most`, judged by the request alone."""
@@ -197,15 +235,15 @@ class RequestState:
             return 1
         if not self.quotas:
             return most
-        shares = self.quotas[self.block][self.block_step :]
+        shares = self.quotas[self.place][self.part_step :]
         alike = next((count for count, share in enumerate(shares) if share != shares[0]), len(shares))
-        if alike == len(shares) and self.even_blocks(1):
+        if alike == len(shares) and self.even_parts(1):
             return most
         return min(most, alike) or 1
 
-    def even_blocks(self, most: int) -> int:
-        """How many blocks after its present one unmask as much in each of their steps, up to `most`."""
-        later = self.quotas[self.block + 1 : self.block + 1 + most]
+    def even_parts(self, most: int) -> int:
+        """How many parts after its present one unmask as much in each of their steps, up to `most`."""
+        later = self.quotas[self.place + 1 : self.place + 1 + most]
         return next((count for count, shares in enumerate(later) if len(set(shares)) > 1), len(later))
 
     def launched(self, todo: Work, now: float) -> None:
@@ -219,13 +257,14 @@ class RequestState:
         self.ready = None
         self.since_refresh = 1 if refresh else self.since_refresh + 1
         self.refreshes += refresh
-        self.fresh = True
+        traits = self.request.decoding.traits
+        self.cached = self.part.block_start if traits.exact else self.request.canvas_tokens
 
     def advance(self, result: RowResult) -> None:
         """Take in what a step did."""
         self.suspect = False
         self.steps += 1
-        self.block_step += 1
+        self.part_step += 1
         self.unmasked += result.unmasked
         self.confidence += result.confidence
         self.threshold_sum += self.table_threshold
@@ -233,12 +272,15 @@ class RequestState:
             self.deepest = self.level
         self.prefix, self.masks = result.prefix, result.masks_left
         self.loads = None
-        if not result.masks_left and self.block_end < self.request.canvas_tokens:
-            self.block += 1
-            self.block_step = 0
-            self.masks = self.blocks[self.block]
-            self.block_start, self.block_end = self.block_end, self.block_end + self.masks
-            self.fresh = False
+        if not result.masks_left and self.place + 1 < len(self.parts):
+            self.next_part()
+
+    def next_part(self) -> None:
+        before = self.part
+        self.place += 1
+        self.part_step, self.masks = 0, self.part.masks(self.request.prompt_tokens)
+        if self.part.block != before.block and not self.request.decoding.traits.exact:
+            self.cached = 0  # K/V are good enough for one block
 
     @property
     def drop(self) -> float:
@@ -264,14 +306,12 @@ class RequestState:
         )
 
 
-def quotas(request: Request, lengths: list[int]) -> list[list[int]]:
-    """Tokens to unmask by block and step under the steps rule; empty for the others."""
-    decoding = request.decoding
-    if decoding.rule != "steps":
+def quotas_of(request: Request, parts: list[Part]) -> list[list[int]]:
+    """Tokens to unmask by part and step under the rules that count; empty for the others."""
+    if not request.decoding.num_denoising_steps:
         return []
-    return by_schedule(decoding.schedule, decoding.num_denoising_steps, lengths)
-
-
-def block_lengths(request: Request) -> list[int]:
-    total, block = request.canvas_tokens - request.prompt_tokens, request.decoding.block_length
-    return [min(block, total - start) for start in range(0, total, block)]
+    blocks: dict[int, BlockMasks] = {}
+    for part in parts:
+        block = BlockMasks(part.block_end - part.block_start, [], part.first)
+        blocks.setdefault(part.block, block).masks.append(part.masks(request.prompt_tokens))
+    return quotas(request.decoding, list(blocks.values()))

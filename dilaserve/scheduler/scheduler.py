@@ -287,7 +287,7 @@ class Scheduler:
     def returned(self, state: RequestState, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
         request, before = state.request, state.prefix
-        masks, block = state.masks, state.block
+        masks, block = state.block_masks, state.block
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
         state.advance(result)

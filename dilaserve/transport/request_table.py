@@ -14,7 +14,7 @@ import torch
 from dilaserve.system.shared_memory import SharedBytes
 from dilaserve.types import MAX_STOP_IDS, Decoding, Ending
 
-RULES = {"threshold": 0, "steps": 1, "factor": 2}
+RULES = {"threshold": 0, "steps": 1, "factor": 2, "dynamic": 3, "sequential": 4, "entropy": 5, "margin": 6}
 NO_TOKEN = -1  # fills up a row's end tokens
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
 
@@ -33,7 +33,8 @@ COLUMNS = (
     Column("confidence", "float32", PER_POSITION),  # of each token when it was unmasked; 0 where none was
     Column("generation", "int64"),
     Column("rule", "int32"),
-    Column("threshold", "float64"),
+    Column("threshold", "float64"),  # reached by what is unmasked
+    Column("exceeds", "bool"),  # of a row whose confidences must be above its threshold, which is then the next number
     Column("factor", "float64"),
     Column("temperature", "float32"),
     Column("top_p", "float32"),
@@ -57,6 +58,7 @@ class RequestTable:
     generation: np.ndarray[Any, np.dtype[np.int64]]  # [rows], as are the rest
     rule: np.ndarray[Any, np.dtype[np.int32]]
     threshold: np.ndarray[Any, np.dtype[np.float64]]
+    exceeds: np.ndarray[Any, np.dtype[np.bool_]]
     factor: np.ndarray[Any, np.dtype[np.float64]]
     temperature: np.ndarray[Any, np.dtype[np.float32]]
     top_p: np.ndarray[Any, np.dtype[np.float32]]
@@ -98,7 +100,8 @@ class RequestTable:
         self.canvas[row, len(prompt) : canvas_tokens] = mask_id
         self.confidence[row, :canvas_tokens] = 0.0
         self.rule[row] = RULES[decoding.rule]
-        self.threshold[row] = decoding.confidence_threshold
+        self.exceeds[row] = decoding.traits.exceeds
+        self.set_threshold(row, decoding.confidence_threshold)
         self.factor[row] = decoding.factor
         self.temperature[row] = decoding.temperature
         self.top_p[row] = decoding.top_p
@@ -110,6 +113,10 @@ class RequestTable:
         self.stop_ids[row, : len(ending.stop_ids)] = ending.stop_ids
         self.may_end_at[row] = len(prompt) + ending.min_tokens
         return int(self.generation[row])
+
+    def set_threshold(self, row: int, threshold: float) -> None:
+        """From its next step on the row unmasks what reaches the threshold, or exceeds it if its family wants that."""
+        self.threshold[row] = math.nextafter(threshold, math.inf) if self.exceeds[row] else threshold
 
     def unmask(
         self,

@@ -30,6 +30,7 @@ from dilaserve.types.events import (
     WorkerLost,
     WorkerUp,
 )
+from dilaserve.types.families import CONFIDENCE_RULES, DecodeRule, FamilyTraits, Schedule
 from dilaserve.types.plans import (
     PAGE,
     Change,
@@ -41,14 +42,12 @@ from dilaserve.types.plans import (
 )
 from dilaserve.types.requests import (
     MAX_STOP_IDS,
-    DecodeRule,
     Decoding,
     Ending,
     FinishReason,
     Load,
     OnMiss,
     Request,
-    Schedule,
     Slo,
     Usage,
 )
@@ -59,6 +58,7 @@ from dilaserve.types.steps import (
 )
 
 __all__ = [
+    "CONFIDENCE_RULES",
     "MAX_STOP_IDS",
     "PAGE",
     "Adjust",
@@ -75,6 +75,7 @@ __all__ = [
     "Ending",
     "Event",
     "Fail",
+    "FamilyTraits",
     "Finish",
     "FinishReason",
     "Flow",

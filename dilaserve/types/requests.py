@@ -6,9 +6,8 @@ from typing import Literal
 import msgspec
 
 from dilaserve.config import CacheKind
+from dilaserve.types.families import DecodeRule, FamilyTraits
 
-DecodeRule = Literal["threshold", "steps", "factor"]
-Schedule = Literal["even", "mdlm"]
 FinishReason = Literal["stop", "length", "cancelled"]
 OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
 MAX_STOP_IDS = 32  # end tokens that one request may add to those of the model
@@ -17,14 +16,17 @@ MAX_STOP_IDS = 32  # end tokens that one request may add to those of the model
 class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """How one row is decoded; every knob is per row.
 
-    `threshold` unmasks what reaches a confidence, `steps` a fixed number of tokens each step (LLaDA's own loop, from
-    `num_denoising_steps` over the whole canvas, divided as `schedule` says), `factor` Fast-dLLM's rule.
-    `refresh_interval` counts steps between refreshes inside a block; 0 refreshes at block starts only. `top_p`, `top_k`
-    (0: all) and `min_p` narrow the choice at a temperature above 0.
+    The rules: `threshold` unmasks what reaches a confidence; `steps` a fixed number of tokens each step, the most
+    confident first (from `num_denoising_steps` for the answer or for each block, as `traits` say); `dynamic` what
+    reaches the threshold, but no fewer than `steps` would; `sequential`, `entropy` and `margin` as many as `steps`,
+    the leftmost first, those with the least entropy, or with the largest lead of the best token over the second;
+    `factor` is Fast-dLLM's. One token at least, under all of them.
+
+    `block_length` is that of the grid. `refresh_interval` counts steps between refreshes inside a block; 0 refreshes
+    at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice at a temperature above 0.
     """
 
     rule: DecodeRule = "threshold"
-    schedule: Schedule = "even"
     confidence_threshold: float = 0.9
     num_denoising_steps: int = 0
     factor: float = 1.0
@@ -36,6 +38,7 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    traits: FamilyTraits = FamilyTraits()
 
 
 class Ending(msgspec.Struct, frozen=True, gc=False, kw_only=True):

@@ -39,7 +39,8 @@ class ForwardGraphs:
         self.graphs = Graphs(device, sizes, self.forward, self.clear, "packed tokens", eager)
 
     def takes(self, columns: Columns) -> bool:
-        return len(columns.row) <= SPANS and int(columns.length.sum()) <= self.most
+        fits = len(columns.row) <= SPANS and int(columns.length.sum()) <= self.most
+        return fits and not columns.grain.any()
 
     def laid_out(self, ids: Array, positions: Array, slots: Array, columns: Columns) -> list[np.ndarray[Any, Any]]:
         """What `hidden` wants on the device: the tokens and the spans of the step, padded."""

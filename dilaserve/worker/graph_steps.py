@@ -18,6 +18,7 @@ from dilaserve.transport.request_table import RequestTable
 from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.confidence import best
 from dilaserve.worker.cuda_graphs import Graphs
+from dilaserve.worker.sampler import BY_CONFIDENCE
 from dilaserve.worker.step_arrays import Blocks, Columns
 from dilaserve.worker.step_buffers import DEPTH, FIELDS, WIDTH, Buffers
 from dilaserve.worker.step_kernels import step_kernels_for
@@ -70,7 +71,9 @@ class ReuseSteps:
             and (columns.start == columns.block_start).all()
             and (columns.length == widths).all()
             and widths.max() <= WIDTH
+            and not (columns.shift.any() or columns.grain.any())
             and not table.temperature[columns.row].any()
+            and (table.rule[columns.row] <= BY_CONFIDENCE).all()
             and (columns.block_start >= table.may_end_at[columns.row]).all()
         )
 

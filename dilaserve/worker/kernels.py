@@ -94,7 +94,8 @@ def unmask_row(  # type: ignore[no-untyped-def]
     failed = ((confidence < 1.0 - factor / (rank + 2).to(tl.float64)) & (rank > 0)) | (rank >= masks)
     passed = tl.min(tl.where(failed, rank, WIDTH), axis=0)
     passed = tl.where(passed == masks - 1, masks, passed)
-    count = tl.where(rule == 0, above, tl.where(rule == 1, quota, passed))  # in the order of table.RULES
+    dynamic = tl.maximum(above, quota)
+    count = tl.where(rule == 0, above, tl.where(rule == 1, quota, tl.where(rule == 3, dynamic, passed)))  # table.RULES
     chosen = rank < tl.minimum(tl.maximum(count, 1), masks)
     new = tl.load(token + row * WIDTH + column)
     tl.store(canvas, tl.where(chosen, new, old))

@@ -10,7 +10,7 @@ import torch
 
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.spans import Packed, PackedSpan, Runs, SpanGroup
+from dilaserve.models.spans import Packed, PackedSpan, Runs
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
@@ -19,9 +19,28 @@ from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.multi_step import Courses
-from dilaserve.worker.sampler import Rules, Sampling, best_candidates, decided, part_candidates
+from dilaserve.worker.sampler import (
+    BY_CONFIDENCE,
+    Rules,
+    Sampling,
+    best_candidates,
+    decided,
+    gathered,
+    part_candidates,
+    scores,
+)
 from dilaserve.worker.staging import Staging
-from dilaserve.worker.step_arrays import Array, Blocks, Columns, active_blocks, columns_of, ranges, starts
+from dilaserve.worker.step_arrays import (
+    Array,
+    Blocks,
+    Columns,
+    active_blocks,
+    columns_of,
+    kept_tokens,
+    ranges,
+    starts,
+    visible_keys,
+)
 from dilaserve.worker.step_buffers import DEPTH
 from dilaserve.worker.tp_group import Alone, TPGroup
 
@@ -151,10 +170,15 @@ class Runner:
         forward, (kept, places, *knobs) = self.prepared(columns, others)
         entered = time.perf_counter()
         hidden = forward()[kept]
-        best = self.candidates(hidden, Sampling(*knobs[RULE_KNOBS:]) if knobs[RULE_KNOBS:] else None)
+        rules, rest = Rules(*knobs[:RULE_KNOBS]), knobs[RULE_KNOBS:]
+        orders = self.table.rule[columns.row] > BY_CONFIDENCE  # not by confidence
+        score = None
+        if orders.any():
+            score = self.scores(hidden, rules.rule[torch.div(places, masked.shape[1], rounding_mode="floor")])
+        best = self.candidates(hidden, Sampling(*rest) if rest else None)
         if self.group.rank:
             return None
-        found = decided(best, places, masked.shape, Rules(*knobs[:RULE_KNOBS])).cpu().numpy()
+        found = decided(best, places, masked.shape, rules, score).cpu().numpy()
         left = time.perf_counter()
         self.group.check()
         token, sure = found[:, 0], found[:, 1].view(np.float32)
@@ -174,6 +198,15 @@ class Runner:
             pieces.append(self.slice_candidates(hidden[first : first + size], part))
         return Candidates(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
+    def scores(self, hidden: torch.Tensor, rule: torch.Tensor) -> torch.Tensor:
+        """See `sampler.scores`: of each masked position, [masks], a slice of the logits at a time."""
+        size, pieces = max(1, MAX_LOGITS // self.spec.vocab_size), []
+        for part, rules in zip(torch.split(hidden, size), torch.split(rule, size), strict=True):
+            logits = self.model.logits(part)
+            whole = logits if self.group.size == 1 else gathered(logits, self.group, self.spec.vocab_size)
+            pieces.append(scores(whole, rules))
+        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
     def slice_candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         logits, mask_id = self.model.logits(hidden), self.spec.mask_id
         if self.group.size == 1:
@@ -190,7 +223,7 @@ class Runner:
             packed, rest = self.pack(columns, others)
             return partial(self.model.hidden, packed, self.pool), rest
         wanted, *others = others
-        tokens = active_tokens(columns)[wanted]
+        tokens = kept_tokens(columns)[wanted]
         longs, ints, *rest = self.staging.send(
             [*self.forward.laid_out(*self.tokens(columns), columns), tokens, *others]
         )
@@ -209,25 +242,22 @@ class Runner:
         come along.
         """
         kept, widths = None, columns.block_end - columns.block_start
-        if bool((widths < columns.length).any()):
-            kept = active_tokens(columns)
-        runs = self.runs(columns, widths) if self.varlen else [None] * 4
-        arrays = [*self.tokens(columns), kept, *runs, *others]
-        tokens, places, targets, there, ends, kept_ends, first, keys, *rest = self.staging.send(arrays)
-
-        def spans(offsets: torch.Tensor | None, lengths: Array) -> list[SpanGroup] | Runs:
-            """As attention wants them here: for one call, or for one for each group of alike ones."""
-            if offsets is None:
-                return grouped(packed_spans(starts(lengths), lengths, columns), self.device)
-            return Runs(offsets, first, keys, int(lengths.max()), int(columns.keys.max()))
-
-        groups, kept_groups = spans(ends, columns.length), spans(kept_ends, widths) if kept is not None else []
-        return Packed(tokens, places, targets, groups, there, kept_groups), rest
-
-    def runs(self, columns: Columns, widths: Array) -> list[np.ndarray[Any, Any] | None]:
-        """See `spans.Runs`: where the spans end, where their kept parts do, where their keys begin, and how many."""
-        ends = [np.append(0, lengths.cumsum()) for lengths in (columns.length, widths)]
-        return [array.astype(np.int32) for array in (*ends, np.append(columns.kv_start, 0), columns.keys)]
+        if bool((widths < columns.length).any() or columns.shift.any()):
+            kept = kept_tokens(columns)
+        if not self.varlen:
+            tokens, places, targets, there, *rest = self.staging.send([*self.tokens(columns), kept, *others])
+            groups = grouped(packed_spans(columns.length, columns), self.device)
+            open_spans = columns._replace(grain=np.zeros_like(columns.grain))  # what is kept sees all keys
+            kept_groups = grouped(packed_spans(widths, open_spans), self.device) if kept is not None else []
+            return Packed(tokens, places, targets, groups, there, kept_groups), rest
+        row, lengths, keys = visible_keys(columns)
+        runs = run_arrays(lengths, columns.kv_start[row], keys)
+        kept_runs = run_arrays(widths, columns.kv_start, columns.keys)
+        arrays = [*self.tokens(columns), kept, *runs, *kept_runs, *others]
+        tokens, places, targets, there, *sent = self.staging.send(arrays)
+        of_all = Runs(sent[0], sent[1], sent[2], int(lengths.max()), int(keys.max()))
+        of_kept = Runs(sent[3], sent[4], sent[5], int(widths.max()), int(columns.keys.max()))
+        return Packed(tokens, places, targets, of_all, there, of_kept), sent[6:]
 
     def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """The knobs of `sampler.Sampling` of each mask; none when every row is greedy and may end anywhere."""
@@ -299,11 +329,12 @@ def answered(results: list[RowResult]) -> bool:
     return any(0 <= result.stop_at < result.prefix for result in results)
 
 
-def active_tokens(columns: Columns) -> Array:
-    """The packed tokens of the active blocks, row by row."""
-    return ranges(starts(columns.length) + columns.block_start - columns.start, columns.block_end - columns.block_start)
-
-
-def packed_spans(offsets: Array, lengths: Array, columns: Columns) -> list[PackedSpan]:
-    fields = (offsets, lengths, columns.kv_start, columns.keys)
+def packed_spans(lengths: Array, columns: Columns) -> list[PackedSpan]:
+    """The spans with so many queries each, one after the other."""
+    fields = (starts(lengths), lengths, columns.kv_start, columns.keys, columns.grain, columns.start - columns.origin)
     return [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
+
+
+def run_arrays(lengths: Array, kv_start: Array, keys: Array) -> list[np.ndarray[Any, Any]]:
+    """See `spans.Runs`: where the runs end, where their keys begin, and how many there are."""
+    return [array.astype(np.int32) for array in (np.append(0, lengths.cumsum()), np.append(kv_start, 0), keys)]

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from dilaserve.transport.request_table import RULES
 from dilaserve.worker.candidates import HOPELESS, Candidates
 from dilaserve.worker.confidence import best, weighed
 from dilaserve.worker.tp_group import TPGroup
+
+BY_CONFIDENCE = RULES["dynamic"]  # the last of the rules under which the surest go first
 
 
 class Sampling(NamedTuple):
@@ -195,17 +198,35 @@ class Rules(NamedTuple):
     quota: torch.Tensor  # int
 
 
-def decided(found: Candidates, where: torch.Tensor, shape: tuple[int, int], rules: Rules) -> torch.Tensor:
+def scores(logits: torch.Tensor, rule: torch.Tensor) -> torch.Tensor:
+    """By what masks whose `rule` is not by confidence are ordered, [masks], the largest first: the negative entropy, or
+    the lead of the best token's probability over the second's (Dream's generation_utils).
+    """
+    probabilities = logits.float().softmax(1)
+    best = probabilities.topk(2, dim=1).values
+    entropy = (probabilities * torch.log(probabilities + 1e-10)).sum(1)
+    return torch.where(rule == RULES["margin"], best[:, 0] - best[:, 1], entropy)
+
+
+def decided(
+    found: Candidates,
+    where: torch.Tensor,
+    shape: tuple[int, int],
+    rules: Rules,
+    score: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What each row's rule takes of the candidates, as `encoded` says it.
 
-    The candidates are of the places `where`, [masks], of `shape` [rows, width]; all others have no mask. No value is
-    looked at, so that no host waits.
+    The candidates, and their `score` where a rule needs one, are of the places `where`, [masks], of `shape`
+    [rows, width]; all others have no mask. No value is looked at, so that no host waits.
     """
     places = shape[0] * shape[1]
     odds = torch.full((places,), torch.inf, dtype=found.odds.dtype, device=where.device)
     odds = odds.index_copy_(0, where, found.odds).view(shape)
     token = torch.zeros_like(odds, dtype=torch.int64).view(-1).index_copy_(0, where, found.token).view(shape)
-    return encoded(taken(odds, odds < torch.inf, rules), token, odds)
+    if score is not None:
+        score = torch.zeros_like(odds).view(-1).index_copy_(0, where, score).view(shape)
+    return encoded(taken(odds, odds < torch.inf, rules, score), token, odds)
 
 
 def encoded(chosen: torch.Tensor, token: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
@@ -214,21 +235,31 @@ def encoded(chosen: torch.Tensor, token: torch.Tensor, odds: torch.Tensor) -> to
     return torch.stack((torch.where(chosen, token, -1).int(), confidence), dim=1)
 
 
-def taken(odds: torch.Tensor, masked: torch.Tensor, rules: Rules) -> torch.Tensor:
+def taken(odds: torch.Tensor, masked: torch.Tensor, rules: Rules, score: torch.Tensor | None = None) -> torch.Tensor:
     """Which masked positions are unmasked in this step, bool [rows, width]; at least one where a row has any.
 
     `odds` [rows, width] are inf where nothing is masked. The most confident go first, the leftmost of equals before the
-    others. (Fast-dLLM, arXiv 2505.22618, section 3.3)
+    others (Fast-dLLM, arXiv 2505.22618, section 3.3). With `score` [rows, width] rows may have a rule that orders
+    otherwise.
     """
-    odds, order = odds.sort(dim=1, stable=True)
-    confidence = 1.0 / (1.0 + odds.double())  # falls along the row, 0 past its masks
+    key = odds if score is None else sort_key(odds, masked, rules.rule, score)
+    order = key.argsort(dim=1, stable=True)
+    confidence = 1.0 / (1.0 + odds.gather(1, order).double())  # falls along most rows, 0 past the masks
     masks = masked.sum(1)
-    counts = [(confidence >= rules.threshold[:, None]).sum(1), rules.quota]  # in the order of table.RULES
-    if rules.factor is not None:
-        counts.append(factor_count(confidence, masks, rules.factor))
+    above = (confidence >= rules.threshold[:, None]).sum(1)
+    factor = rules.quota if rules.factor is None else factor_count(confidence, masks, rules.factor)
+    counts = [above, rules.quota, factor, above.maximum(rules.quota), *[rules.quota] * (len(RULES) - 4)]
     count = torch.stack(counts).gather(0, rules.rule[None].long()).squeeze(0).clamp(min=1).minimum(masks)
     rank = torch.arange(masked.shape[1], device=masked.device)
     return torch.zeros_like(masked).scatter_(1, order, rank < count[:, None])
+
+
+def sort_key(odds: torch.Tensor, masked: torch.Tensor, rule: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """What orders the masks of each row, the smallest first; [rows, width]."""
+    column = torch.arange(odds.shape[1], device=odds.device, dtype=odds.dtype)
+    rule = rule[:, None]
+    key = torch.where(rule > RULES["sequential"], -score, odds)
+    return torch.where(rule == RULES["sequential"], column, key).masked_fill(~masked, torch.inf)
 
 
 def factor_count(confidence: torch.Tensor, masks: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,15 @@ class Columns(NamedTuple):
     block_end: Array
     quota: Array
     step: Array
+    grain: Array
+    origin: Array
+    shift: Array
     stage: Array
+
+    @property
+    def seen(self) -> tuple[Array, ...]:
+        """What says which keys the queries see."""
+        return self.start, self.length, self.keys, self.grain, self.origin
 
 
 class Blocks(NamedTuple):
@@ -43,6 +51,37 @@ def active_blocks(columns: Columns) -> Blocks:
     column = np.arange(widths.max())
     valid = column < widths[:, None]
     return Blocks(np.where(valid, columns.block_start[:, None] + column, 0), valid)
+
+
+def kept_tokens(columns: Columns) -> Array:
+    """The packed tokens whose logits the rows want, row by row: of each active position, or the one before it.
+
+    A row's first query stands in where the one before is no query: such a position has no mask.
+    """
+    widths = columns.block_end - columns.block_start
+    places = ranges(columns.block_start - columns.shift - columns.start, widths)
+    return np.maximum(places, 0) + np.repeat(starts(columns.length), widths)
+
+
+def visible_keys(columns: Columns) -> tuple[Array, Array, Array]:
+    """Query runs that see alike, in the order of the packed tokens: the row, queries and keys of each.
+
+    A span is one run without a `grain`, else one for each grain that its queries begin in.
+    """
+    if not columns.grain.any():
+        return np.arange(len(columns.row)), columns.length, columns.keys
+    rows, lengths, keys = [], [], []
+    for row, (start, length, end, grain, origin) in enumerate(
+        zip(*(field.tolist() for field in columns.seen), strict=True)
+    ):
+        first, last = start, start + length
+        while first < last:
+            stop = min(last, first + grain - (first - origin) % grain) if grain else last
+            rows.append(row)
+            lengths.append(stop - first)
+            keys.append(min(stop, end) if grain else end)
+            first = stop
+    return np.array(rows), np.array(lengths), np.array(keys)
 
 
 def starts(lengths: Array) -> Array:

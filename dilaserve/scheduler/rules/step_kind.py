@@ -3,42 +3,65 @@
 import msgspec
 
 from dilaserve.config import CacheKind
+from dilaserve.types import FamilyTraits
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
-    """A row before its next step: its canvas length, its active block, and whether its K/V is fresh enough to reuse."""
+    """A row before its next step: its canvas length, its active block, and how many of its first tokens have K/V that
+    may be reused. `first`: only the block's first token is unmasked, by the logits of the position before the block.
+    """
 
     canvas: int
     block_start: int
     block_end: int
-    fresh: bool
+    cached: int
+    first: bool = False
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
-    """Queries of one step and whether they rewrite the row's K/V; keys are always the whole canvas."""
+    """Queries of one step, the keys that they see, and whether they rewrite K/V that later steps reuse. `grain` and
+    `origin`: see `types.Span`.
+    """
 
     start: int
     length: int
+    keys: int
     refresh: bool
+    grain: int = 0
+    origin: int = 0
 
 
-def none(view: View) -> Work:
-    return Work(0, view.canvas, True)
+def none(view: View, traits: FamilyTraits, block_length: int) -> Work:
+    return Work(0, view.canvas, view.canvas, True)
 
 
-def prefix(view: View) -> Work:
-    start = view.block_start if view.fresh else 0
-    return Work(start, view.canvas - start, not view.fresh)
+def prefix(view: View, traits: FamilyTraits, block_length: int) -> Work:
+    fresh = view.cached >= view.canvas
+    start = view.block_start if fresh else 0
+    return Work(start, view.canvas - start, view.canvas, not fresh)
 
 
-def dual(view: View) -> Work:
-    if view.fresh:
-        return Work(view.block_start, view.block_end - view.block_start, False)
-    return Work(0, view.canvas, True)
+def dual(view: View, traits: FamilyTraits, block_length: int) -> Work:
+    if view.cached >= view.canvas:
+        start, end = view.block_start, view.block_end
+        return Work(start, end - start, view.canvas, False)
+    return Work(0, view.canvas, view.canvas, True)
 
 
-CACHES = {"none": none, "prefix": prefix, "dual": dual}
+def exact(view: View, traits: FamilyTraits, block_length: int) -> Work:
+    """What lies before the block and is not cached yet, and the block; the former alone for the block's first token.
+
+    So the prompt's K/V and those of each finished block are written on the way into the next block.
+    """
+    start, end = view.cached, view.block_start if view.first else view.block_end
+    if start == view.block_start:
+        return Work(start, end - start, end, False)
+    grain = 1 if traits.attention == "causal" else block_length
+    return Work(start, end - start, end, True, grain, view.block_start)
 
 
-def work(cache: CacheKind, view: View) -> Work:
-    return CACHES[cache](view)
+CACHES = {"none": none, "prefix": prefix, "dual": dual, "exact": exact}
+
+
+def work(cache: CacheKind, view: View, traits: FamilyTraits, block_length: int) -> Work:
+    return CACHES[cache](view, traits, block_length)
