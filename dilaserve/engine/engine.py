@@ -15,6 +15,7 @@ from dilaserve.engine.consumer import Consumer
 from dilaserve.engine.counters import Profile
 from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
+from dilaserve.engine.prefix_hashes import prefix_hashes
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
 from dilaserve.engine.stream import Chunk, Completion, Stream, collect, cutting
 from dilaserve.engine.submit import Options, ResolvedOptions, ending, parse_classes, resolve, validated, wanted
@@ -315,6 +316,7 @@ class Engine:
                 arrived_at=self.loop.time(),
                 decoding=resolved.decoding,
                 slo=slo,
+                prefix_hashes=prefix_hashes(prompt, resolved.decoding),
             )
             stream = Stream(request, self.text, cutting(options), self.consumer.post)
         except BaseException:

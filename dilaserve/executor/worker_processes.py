@@ -78,7 +78,8 @@ class ProcessExecutor:
         return origins + [handle.taken() for _, handle in sorted(self.workers.items())]
 
     def launch(self, batch: Batch) -> None:
-        order = frames.RunBatch(batch.id, list(batch.spans), batch.steps, [list(spans) for spans in batch.then])
+        then = [list(spans) for spans in batch.then]
+        order = frames.RunBatch(batch.id, list(batch.spans), batch.steps, then, list(batch.copies))
         for rank in self.instances[batch.instance].instance.ranks:
             self.workers[rank].send(order)
 

@@ -9,8 +9,7 @@ from dilaserve.types import PAGE
 class KVPool:
     """K and V in `flat`; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim].
 
-    A shard has fewer heads and so more tokens in the same memory. The pool is dead memory between refreshes: nothing in
-    it is ever needed to rebuild it.
+    A shard has fewer heads and so more tokens in the same memory. Nothing in it is ever needed to rebuild it.
     """
 
     def __init__(self, spec: ModelSpec, shard: Shard, flat: torch.Tensor) -> None:
@@ -19,6 +18,12 @@ class KVPool:
         pool = flat.view(spec.layers, 2, self.tokens, heads, spec.head_dim)
         self.keys = list(pool[:, 0].unbind())
         self.values = list(pool[:, 1].unbind())
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy K/V of so many tokens of all layers; the two places may overlap."""
+        for pool in (*self.keys, *self.values):
+            part = pool[source : source + tokens]
+            pool[target : target + tokens] = part.clone() if abs(source - target) < tokens else part
 
     @property
     def spare(self) -> int:

@@ -236,6 +236,8 @@ class Model:
             if self.scales is not None:
                 q = q * self.scales[packed.positions][:, None, None]
             groups = packed.groups
+            if last and packed.kept is not None and not len(packed.kept):
+                return x[:0]  # K/V were all that was wanted
             if last and packed.kept is not None:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
             mixed = F.linear(attend(q, pool, i, groups, kernels).flatten(1), block.attn_out)

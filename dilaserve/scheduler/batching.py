@@ -37,7 +37,7 @@ class Batcher:
         """Kept until the row has stepped."""
         ready = state.ready
         if ready is None or ready.degree != degree:
-            work = state.next_work()
+            work = state.next_work(self.max_tokens)
             seconds = self.estimates.work_seconds(state, work, degree)
             ready = state.ready = ReadyRow(degree, work, Candidate(state.request.row, work.length, seconds))
         return ready
@@ -87,10 +87,10 @@ class Batcher:
             longest = [self.estimates.step_seconds(state, True, replica.degree) for state in chosen]
             ahead = self.ahead(candidates, longest, steps)
             then = [state.stages(span, ahead) for state, span in zip(chosen, spans, strict=True)]
-        batch = Batch(self.batches, replica.instance.id, tuple(spans), steps, tuple(then))
+        batch = Batch(self.batches, replica.instance.id, tuple(spans), steps, tuple(then), tuple(replica.copies))
         for state, work in zip(chosen, works, strict=True):  # last: an error before leaves rows as they are
             state.launched(work, now)
-        replica.in_flight, replica.batch, replica.spans = chosen, batch, spans
+        replica.in_flight, replica.batch, replica.spans, replica.copies = chosen, batch, spans, []
         replica.multi_step, replica.stops_early, replica.disturbed, replica.launched_at = False, False, False, now
         replica.overdue_at = math.ceil(now + self.limit(replica, (fixed + sum(longest)) * steps))
         return batch
@@ -167,7 +167,8 @@ class Batcher:
             refresh = refreshes(state, span) and not result.rested
             if state.status is Status.STEPPING and not result.rested:
                 assert span.block_start == state.part.start
-                state.took(refresh)
+                exact = state.request.decoding.traits.exact
+                state.took(refresh, state.part.block_start if exact else state.request.canvas_tokens)
             masks += result.unmasked + result.masks_left
             refreshing |= refresh
             seconds.append(self.estimates.step_seconds(state, refresh, replica.degree))

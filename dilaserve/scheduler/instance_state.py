@@ -5,7 +5,7 @@ import math
 from dilaserve.profile.step_cost import Features
 from dilaserve.scheduler.kv_pages import PagePool
 from dilaserve.scheduler.request_state import RequestState
-from dilaserve.types import Batch, Instance, Span
+from dilaserve.types import Batch, Copy, Instance, Span
 
 
 class InstanceState:
@@ -15,6 +15,7 @@ class InstanceState:
         self.instance = instance
         self.degree = len(instance.ranks)
         self.pages = PagePool(instance.kv_tokens)
+        self.copies: list[Copy] = []  # of K/V, to be made before its next step
         self.residents: dict[int, RequestState] = {}
         self.with_deadline: list[RequestState] = []  # those with a deadline, in order of service
         self.in_flight: list[RequestState] | None = None

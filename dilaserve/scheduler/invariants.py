@@ -93,9 +93,12 @@ def consistent(replica: InstanceState, requests: dict[str, RequestState]) -> Ite
         yield "lists other rows with deadlines than it holds"
     if set(replica.pages.runs) != {row.kv_start for row in rows} or len(replica.pages.runs) != len(rows):
         yield "has K/V pages that no row owns, or a row without pages"
-    whole = coalesced(sorted([*replica.pages.free, *replica.pages.runs.items()]))
+    pages = replica.pages
+    whole = coalesced(sorted([*pages.free, *pages.runs.items(), *pages.kept.items()]))
     if whole != ([(0, replica.pages.capacity)] if replica.pages.capacity else []):
         yield "has pages that are free and taken, or neither"
+    if not pages.kept.keys() <= pages.published.keys() <= {*pages.runs, *pages.kept}:
+        yield "keeps or publishes K/V that nobody has"
 
 
 def tenants(scheduler: Scheduler, replicas: list[InstanceState]) -> Iterator[str]:

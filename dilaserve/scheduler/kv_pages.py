@@ -1,43 +1,153 @@
-"""Which row owns which part of an instance's K/V pool. It counts tokens and knows no tensors."""
+"""Which row owns which part of an instance's K/V pool, and which runs hold K/V of a prompt that others may begin with.
+
+It counts tokens and knows no tensors.
+"""
 
 from bisect import insort
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dilaserve.types import PAGE
 
 
-class PagePool:
-    """Hands out contiguous runs of pages, first fit, and joins what comes back.
+class PrefixHit(NamedTuple):
+    """K/V of the first `tokens` of a prompt lie in the run that begins at `start`."""
 
-    A row's canvas never grows, so one run per row is enough and attention reads its K/V without a gather.
+    start: int
+    tokens: int
+
+
+class PagePool:
+    """Hands out contiguous runs of pages, first fit, and joins what comes back: attention reads K/V without a gather.
+
+    A run with exact K/V of a prompt may be `published` under the hashes of its beginnings, one a page.
+    Behind its row it is `kept` until its pages are needed, the one that was not used for the longest time first.
     """
 
     def __init__(self, tokens: int) -> None:
         self.capacity = tokens // PAGE * PAGE
         self.free: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []
-        self.runs: dict[int, int] = {}
+        self.runs: dict[int, int] = {}  # length by start, of rows
+        self.kept: dict[int, int] = {}  # the same of runs without a row, the longest unused first
+        self.published: dict[int, tuple[int, ...]] = {}  # hashes by start
+        self.holders: dict[int, dict[int, None]] = {}  # starts by hash
 
-    def take(self, tokens: int) -> int | None:
-        """The first token of a run of at least `tokens`, or None while there is no such run."""
+    def take(self, tokens: int, spare: int = 0) -> int | None:
+        """The first token of a run of at least `tokens`, or None while there is no such run.
+
+        `spare`: so many tokens must be free or kept behind that, too.
+        """
         need = rounded(tokens)
-        for index, (start, length) in enumerate(self.free):
-            if length >= need:
-                self.free[index : index + 1] = [(start + need, length - need)] if length > need else []
-                self.runs[start] = need
-                return start
-        return None
+        if spare and self.unused < need + spare:
+            return None
+        while (start := self._first_fit(need)) is None and self.kept:
+            self._drop()
+        return start
+
+    @property
+    def unused(self) -> int:
+        """Tokens that no row owns."""
+        return sum(length for _, length in self.free) + sum(self.kept.values())
 
     def give(self, start: int) -> None:
-        insort(self.free, (start, self.runs.pop(start)))
-        self.free = coalesced(self.free)
+        """The row needs its run no longer. What only this run has published stays until its pages are needed."""
+        length = self.runs.pop(start)
+        hashes = self.published.get(start, ())
+        if not hashes or all(len(self.holders[one]) > 1 for one in hashes):
+            self._unpublish(start)
+            self._free(start, length)
+            return
+        held = min(length, len(hashes) * PAGE)
+        self.kept[start] = held
+        if held < length:
+            self._free(start + held, length - held)
+
+    def grow(self, start: int, tokens: int) -> int | None:
+        """Make the run of a row longer, at another place if need be: its new first token, or None if there is no room.
+
+        K/V must then be moved there; both places may overlap.
+        """
+        old, need = self.runs.pop(start), rounded(tokens)
+        hashes = self.published.get(start, ())
+        before = self.free
+        while True:
+            self.free = coalesced(sorted([*before, (start, old)]))
+            place = start if self._fits_at(start, need) else self._first_start(need)
+            if place is not None or not self.kept:
+                break
+            self.free = before
+            self._drop()
+            before = self.free
+        if place is None:
+            self.free, self.runs[start] = before, old
+            return None
+        self._carve(place, need)
+        if place != start and hashes:
+            self._unpublish(start)
+            self.publish(place, hashes)
+        return place
+
+    def publish(self, start: int, hashes: Sequence[int]) -> None:
+        """The run holds exact K/V of the prompt beginnings with these hashes."""
+        self._unpublish(start)
+        self.published[start] = tuple(hashes)
+        for one in hashes:
+            self.holders.setdefault(one, {})[start] = None
+
+    def find(self, hashes: Sequence[int]) -> PrefixHit | None:
+        """The longest beginning of a prompt whose K/V some run holds."""
+        for count in range(len(hashes), 0, -1):
+            if found := self.holders.get(hashes[count - 1]):
+                start = next(iter(found))
+                if start in self.kept:
+                    self.kept[start] = self.kept.pop(start)
+                return PrefixHit(start, count * PAGE)
+        return None
 
     def fits_without(self, tokens: int, starts: Sequence[int]) -> bool:
         """Whether there is a run of at least `tokens` once the runs that begin at `starts` are given back."""
-        free = coalesced(sorted([*self.free, *[(start, self.runs[start]) for start in starts]]))
+        taken = [(start, self.runs[start]) for start in starts]
+        free = coalesced(sorted([*self.free, *self.kept.items(), *taken]))
         return any(length >= rounded(tokens) for _, length in free)
 
     def ever_fits(self, tokens: int) -> bool:
         return rounded(tokens) <= self.capacity
+
+    def _first_start(self, need: int) -> int | None:
+        return next((start for start, length in self.free if length >= need), None)
+
+    def _first_fit(self, need: int) -> int | None:
+        start = self._first_start(need)
+        if start is not None:
+            self._carve(start, need)
+        return start
+
+    def _fits_at(self, start: int, need: int) -> bool:
+        return any(first <= start and start + need <= first + length for first, length in self.free)
+
+    def _carve(self, start: int, need: int) -> None:
+        """Take `[start, start + need)` out of the free run that holds it."""
+        index = next(i for i, (first, length) in enumerate(self.free) if first <= start < first + length)
+        first, length = self.free[index]
+        parts = (first, start - first), (start + need, first + length - start - need)
+        self.free[index : index + 1] = [part for part in parts if part[1]]
+        self.runs[start] = need
+
+    def _free(self, start: int, length: int) -> None:
+        insort(self.free, (start, length))
+        self.free = coalesced(self.free)
+
+    def _drop(self) -> None:
+        """Free the kept run that was not used for the longest time."""
+        start = next(iter(self.kept))
+        self._unpublish(start)
+        self._free(start, self.kept.pop(start))
+
+    def _unpublish(self, start: int) -> None:
+        for one in self.published.pop(start, ()):
+            del self.holders[one][start]
+            if not self.holders[one]:
+                del self.holders[one]
 
 
 def rounded(tokens: int) -> int:

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from operator import attrgetter
 
 from dilaserve.config import Config
+from dilaserve.scheduler import kv_memory
 from dilaserve.scheduler.backlog import Backlog
 from dilaserve.scheduler.deadline_check import DeadlineCheck, RowsByInstance, holds
 from dilaserve.scheduler.deadline_queue import DeadlineQueue
@@ -224,13 +225,11 @@ class Placement:
             return None
         for replica in self.replicas.values():
             starts = [row.kv_start for row in self.surplus_rows(replica)]
-            if not replica.pages.fits_without(state.request.canvas_tokens, starts):
+            if not replica.pages.fits_without(state.kv_tokens, starts):
                 continue
             while victim := self.surplus(replica):
                 self.evict(victim, replica)
-                kv_start = replica.pages.take(state.request.canvas_tokens)
-                if kv_start is not None:
-                    state.kv_start = kv_start
+                if kv_memory.take(state, replica):
                     return replica
         return None
 
@@ -281,9 +280,7 @@ class Placement:
             for id, replica in self.replicas.items()
         ]
         for id in least_loaded(rooms):
-            kv_start = self.replicas[id].pages.take(state.request.canvas_tokens)
-            if kv_start is not None:
-                state.kv_start = kv_start
+            if kv_memory.take(state, self.replicas[id]):
                 return self.replicas[id]
         return None
 
@@ -292,20 +289,19 @@ class Placement:
 
         No row is evicted if that is not enough.
         """
-        canvas = state.request.canvas_tokens
+        tokens = state.kv_tokens
         rows = self.evictable(replica, now)
         starts = [row.kv_start for row in rows]
         over = max(0, len(replica.residents) + 1 - self.max_rows * replica.degree)  # rows that must go in any case
-        if over > len(rows) or not replica.pages.fits_without(canvas, starts):
+        if over > len(rows) or not replica.pages.fits_without(tokens, starts):
             return False
         enough = bisect_left(
-            range(over, len(rows)), True, key=lambda count: replica.pages.fits_without(canvas, starts[:count])
+            range(over, len(rows)), True, key=lambda count: replica.pages.fits_without(tokens, starts[:count])
         )
         for row in rows[: over + enough]:
             self.evict(row, replica)
-        kv_start = replica.pages.take(canvas)
-        assert kv_start is not None, "pages that were counted as free are not"
-        state.kv_start = kv_start
+        taken = kv_memory.take(state, replica, watermark=False)
+        assert taken, "pages that were counted as free are not"
         return True
 
     def evictable(self, replica: InstanceState, now: float) -> list[RequestState]:
@@ -323,9 +319,26 @@ class Placement:
         self.held[tenant] += 1
         state.did(Transition.PLACED)
         state.replica = replica
+        kv_memory.reuse_prefix(state, replica)
         replica.residents[state.request.row] = state
         if state.has_deadline:
             insort(replica.with_deadline, state, key=self.deadlines.rank)
+
+    def grow_rows(self, replica: InstanceState) -> None:
+        """Take K/V memory for the next block of each row between two steps, in the order of service.
+
+        Where there is none, the row that is served last waits again, and computes its K/V anew later.
+        """
+        rest = [row for row in replica.residents.values() if not row.has_deadline]
+        order = [*replica.with_deadline, *sorted(rest, key=turn)]
+        while order:
+            state = order.pop(0)
+            if state.status is not Status.RESIDENT or state.part.block_end <= state.room:
+                continue
+            while not kv_memory.grow(state, replica):
+                self.evict(victim := order.pop() if order else state, replica)
+                if victim is state:
+                    break
 
     def unassign(self, state: RequestState, replica: InstanceState) -> None:
         del replica.residents[state.request.row]

@@ -12,10 +12,12 @@ from dilaserve.scheduler.rules.composition import Candidate
 from dilaserve.scheduler.rules.demand import load
 from dilaserve.scheduler.rules.quotas import BlockMasks, quotas
 from dilaserve.scheduler.rules.step_kind import View, Work, work
-from dilaserve.types import Load, Request, RowResult, Span, Usage
+from dilaserve.types import PAGE, Load, Request, RowResult, Span, Usage
 
 if TYPE_CHECKING:
     from dilaserve.scheduler.instance_state import InstanceState
+
+GROWTH = 4 * PAGE  # tokens of K/V that a growing row takes beyond its block, so that it seldom has to grow
 
 
 class Status(IntEnum):
@@ -134,6 +136,9 @@ class RequestState:
         self.place = self.part_step = 0  # in `parts`, and steps of that part so far
         self.prefix = request.prompt_tokens
         self.cached = 0  # tokens from the canvas's start whose K/V may be reused
+        self.cached_prompt_tokens = 0  # the part of them that came from another request
+        self.room = 0  # tokens of its run in the pool
+        self.in_chunk = False  # its step in flight unmasks nothing
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = 0
         self.confidence = self.threshold_sum = self.device = 0.0
@@ -174,15 +179,16 @@ class RequestState:
         """Seconds until the deadline; infinite without one."""
         return math.inf if self.deadline is None else self.deadline - now
 
-    def next_work(self) -> Work:
+    def next_work(self, limit: int) -> Work:
+        """What its next step computes; of what lies before the active block no more than `limit` tokens at once."""
         decoding = self.request.decoding
         due = decoding.refresh_interval and self.since_refresh >= decoding.refresh_interval
-        return self.work(self.part, 0 if due else self.cached)
+        return self.work(self.part, 0 if due else self.cached, limit)
 
-    def work(self, part: Part, cached: int) -> Work:
+    def work(self, part: Part, cached: int, limit: int = 2**31) -> Work:
         """What a step of this part computes."""
         decoding = self.request.decoding
-        view = View(self.request.canvas_tokens, part.block_start, part.block_end, cached, part.first)
+        view = View(self.request.canvas_tokens, part.block_start, part.block_end, cached, part.first, limit)
         return work(decoding.cache, view, decoding.traits, decoding.block_length)
 
     def quota(self) -> int:
@@ -194,7 +200,7 @@ class RequestState:
         return self.span_of(self.part, todo, quota)
 
     def span_of(self, part: Part, todo: Work, quota: int) -> Span:
-        request = self.request
+        request, end = self.request, part.start if todo.chunk else part.end
         return Span(
             request.row,
             request.generation,
@@ -203,7 +209,7 @@ class RequestState:
             todo.length,
             todo.keys,
             part.start,
-            part.end,
+            end,
             quota,
             self.steps,
             todo.grain,
@@ -213,17 +219,19 @@ class RequestState:
 
     def stages(self, first: Span, parts: int) -> tuple[Span, ...]:
         """What follows a step that has been launched, as `Batch.then` has it, up to so many parts after this one."""
-        decoding, canvas, cached = self.request.decoding, self.request.canvas_tokens, self.cached
+        exact, cached = self.request.decoding.traits.exact, self.cached
         parts = self.even_parts(parts) if self.quotas else parts
         spans: list[Span] = []
         for place in range(self.place, min(self.place + 1 + parts, len(self.parts))):
             part = self.parts[place]
-            if place > self.place and part.block_start == part.start and not decoding.traits.exact:
+            if part.block_end > self.room:
+                break
+            if place > self.place and part.block_start == part.start and not exact:
                 cached = 0
             quota = self.quotas[place][0] if self.quotas and place > self.place else first.quota
             for _ in range(2):
-                span = self.span_of(part, self.work(part, cached), quota)
-                cached = part.block_start if decoding.traits.exact else canvas
+                todo = self.work(part, cached)
+                span, cached = self.span_of(part, todo, quota), todo.cached
                 if not spans or span != spans[-1]:
                     spans.append(span)
         return tuple(spans[1:])
@@ -231,7 +239,7 @@ class RequestState:
     def steady(self, most: int) -> int:
         """How many of its next steps may be of one launch, up to `most`, judged by the request alone."""
         decoding = self.request.decoding
-        if decoding.refresh_interval or decoding.temperature:
+        if decoding.refresh_interval or decoding.temperature or (self.ready and self.ready.work.chunk):
             return 1
         if not self.quotas:
             return most
@@ -250,15 +258,31 @@ class RequestState:
         self.did(Transition.LAUNCHED)
         if self.started_at is None:
             self.started_at = now
-        self.took(todo.refresh)
+        self.in_chunk = todo.chunk
+        self.took(todo.refresh, todo.cached)
 
-    def took(self, refresh: bool) -> None:
-        """Count a step that has begun, of a batch of several perhaps."""
+    def took(self, refresh: bool, cached: int) -> None:
+        """Count a step that has begun, of a batch of several perhaps; `cached`: see `Work`."""
         self.ready = None
         self.since_refresh = 1 if refresh else self.since_refresh + 1
         self.refreshes += refresh
-        traits = self.request.decoding.traits
-        self.cached = self.part.block_start if traits.exact else self.request.canvas_tokens
+        self.cached = cached
+
+    def did_chunk(self) -> None:
+        """Take in a step that unmasked nothing: K/V of a part of what lies before the block are there."""
+        self.suspect = self.in_chunk = False
+        self.loads = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens for which the row wants K/V memory: its canvas, or where it grows what is needed soon."""
+        canvas = self.request.canvas_tokens
+        return min(canvas, self.part.block_end + GROWTH) if self.grows else canvas
+
+    @property
+    def grows(self) -> bool:
+        """Whether K/V memory is taken block by block."""
+        return self.request.decoding.traits.exact
 
     def advance(self, result: RowResult) -> None:
         """Take in what a step did."""
@@ -303,6 +327,7 @@ class RequestState:
             mean_threshold=self.threshold_sum / self.steps if ruled else None,
             expected_accuracy_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
             device=self.device,
+            cached_prompt_tokens=self.cached_prompt_tokens,
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dilaserve.config import Config
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.step_cost import StepCost
+from dilaserve.scheduler import kv_memory
 from dilaserve.scheduler.arrivals import Seen
 from dilaserve.scheduler.batching import Batcher
 from dilaserve.scheduler.deadlines import Deadlines
@@ -287,6 +288,10 @@ class Scheduler:
     def returned(self, state: RequestState, result: RowResult, now: float) -> Iterator[Command]:
         """A row is back from a step: emit what is final, end it if that is all."""
         request, before = state.request, state.prefix
+        kv_memory.publish(state)
+        if state.in_chunk:
+            state.did_chunk()
+            return
         masks, block = state.block_masks, state.block
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
@@ -355,6 +360,9 @@ class Scheduler:
         """The next step of an idle instance: give up lost deadlines, choose thresholds, select rows, send the batch."""
         if self.deadlines.rank_moves:
             replica.with_deadline.sort(key=self.deadlines.rank)
+        self.placement.grow_rows(replica)
+        if not replica.residents:
+            return
         queries = self.selection.queries(replica, now)
         if lost := self.selection.beyond_hope(replica, queries):
             for state in [replica.with_deadline[place] for place in lost]:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import msgspec
 
 from dilaserve.system import child_processes
-from dilaserve.types import RowResult, Span
+from dilaserve.types import Copy, RowResult, Span
 
 MAX_FRAME = 2**20
 
@@ -29,6 +29,7 @@ class RunBatch(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True)
     spans: list[Span]
     steps: int = 1
     then: list[list[Span]] = []
+    copies: list[Copy] = []
 
 
 class Leave(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):

@@ -53,6 +53,7 @@ from dilaserve.types.requests import (
 )
 from dilaserve.types.steps import (
     Batch,
+    Copy,
     RowResult,
     Span,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "Cancel",
     "Change",
     "Command",
+    "Copy",
     "Decline",
     "DecodeRule",
     "Decoding",

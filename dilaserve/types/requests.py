@@ -75,7 +75,8 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A prompt that waits in, or runs from, a row of the request table.
 
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
-    `max_tokens` of the latter.
+    `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PREFIX_GRAIN tokens, of the first two times so
+    many, …, where K/V of equal beginnings are equal.
     """
 
     id: str
@@ -87,13 +88,15 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     arrived_at: float
     decoding: Decoding
     slo: Slo = Slo()
+    prefix_hashes: tuple[int, ...] = ()
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What a finished request has cost; seconds since arrival until its first step, and from there to the end.
 
     `deadline` counts from arrival. `expected_accuracy_drop` is in percentage points of accuracy against the reference
-    threshold, that of `min_threshold`; `device` are the seconds of its instance that its part of the steps has taken.
+    threshold, that of `min_threshold`; `cached_prompt_tokens` are those of the prompt whose K/V another request had
+    computed; `device` are the seconds of its instance that its part of the steps has taken.
     `expected_drop` is an old name of `expected_accuracy_drop`, and raises a `DeprecationWarning`.
     """
 
@@ -108,6 +111,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     mean_threshold: float | None = None
     expected_accuracy_drop: float = 0.0
     device: float = 0.0
+    cached_prompt_tokens: int = 0
 
     @property
     def expected_drop(self) -> float:

@@ -30,6 +30,14 @@ class Span(NamedTuple):
     shift: int = 0
 
 
+class Copy(NamedTuple):
+    """K/V of `tokens` tokens of an instance's pool, to be copied from `source` to `target`; they may overlap."""
+
+    source: int
+    target: int
+    tokens: int
+
+
 class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What one step did to one row.
 
@@ -58,7 +66,7 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
     `then` are the spans that follow each row's first, if `steps` is more than 1: the next one is taken up after a step,
     or when the block is done if it is of another block. The batch ends with a step after which a row has none, or no
     mask before a stop token, or all together too many tokens for a step. Another may have begun by then, in which a row
-    whose block is done rests.
+    whose block is done rests. `copies` are made before the first step, one after the other.
     """
 
     id: int
@@ -66,3 +74,4 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
     spans: tuple[Span, ...]
     steps: int = 1
     then: tuple[tuple[Span, ...], ...] = ()
+    copies: tuple[Copy, ...] = ()

@@ -210,5 +210,6 @@ def serve(worker: Worker, line: socket.socket) -> None:
                 runner = None if worker.groups.leave(order.instance) else runner
                 frames.send(line, frames.Left(order.instance))
             elif runner:
+                runner.copy(order.copies)
                 for outcome in runner.steps(order.spans, order.steps, order.then, worker.stops_early(order.batch)):
                     frames.send(line, frames.Done(order.batch, *outcome))

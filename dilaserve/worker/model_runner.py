@@ -14,7 +14,7 @@ from dilaserve.models.spans import Packed, PackedSpan, Runs
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
-from dilaserve.types import RowResult, Span
+from dilaserve.types import Copy, RowResult, Span
 from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
@@ -87,6 +87,12 @@ class Runner:
         self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
         self.staging = Staging(self.device)
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy K/V within the pool, one after the other."""
+        for one in copies:
+            self.pool.copy(*one)
 
     def steps(
         self,
@@ -332,7 +338,8 @@ def answered(results: list[RowResult]) -> bool:
 def packed_spans(lengths: Array, columns: Columns) -> list[PackedSpan]:
     """The spans with so many queries each, one after the other."""
     fields = (starts(lengths), lengths, columns.kv_start, columns.keys, columns.grain, columns.start - columns.origin)
-    return [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
+    spans = [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
+    return [span for span in spans if span.length]
 
 
 def run_arrays(lengths: Array, kv_start: Array, keys: Array) -> list[np.ndarray[Any, Any]]:

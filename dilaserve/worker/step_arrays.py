@@ -48,7 +48,7 @@ def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Co
 
 def active_blocks(columns: Columns) -> Blocks:
     widths = columns.block_end - columns.block_start
-    column = np.arange(widths.max())
+    column = np.arange(max(1, widths.max()))
     valid = column < widths[:, None]
     return Blocks(np.where(valid, columns.block_start[:, None] + column, 0), valid)
 

@@ -1,0 +1,50 @@
+"""K/V memory of one row on its instance: taken, made longer, filled from another row's prompt."""
+
+from dilaserve.scheduler.instance_state import InstanceState
+from dilaserve.scheduler.kv_pages import rounded
+from dilaserve.scheduler.request_state import RequestState
+from dilaserve.types import PAGE, Copy
+
+
+def take(state: RequestState, replica: InstanceState, watermark: bool = True) -> bool:
+    """Take K/V memory of the instance for the row, if there is enough.
+
+    `watermark`: one page is left for each row of the instance that will want more.
+    """
+    grows = watermark and state.grows
+    spare = PAGE * sum(row.grows for row in replica.residents.values()) if grows else 0
+    kv_start = replica.pages.take(state.kv_tokens, spare)
+    if kv_start is None:
+        return False
+    state.kv_start, state.room = kv_start, rounded(state.kv_tokens)
+    return True
+
+
+def reuse_prefix(state: RequestState, replica: InstanceState) -> None:
+    """Copy K/V of the prompt's beginning from another row's run, before the next step of the instance."""
+    part = state.part
+    most = (part.block_start - part.first) // PAGE  # pages; the logits of the position before a first token are wanted
+    hit = replica.pages.find(state.request.prefix_hashes[:most])
+    if hit:
+        replica.copies.append(Copy(hit.start, state.kv_start, hit.tokens))
+        state.cached = state.cached_prompt_tokens = hit.tokens
+        state.loads = state.ready = None
+
+
+def publish(state: RequestState) -> None:
+    """A step of the row is done: let others reuse the K/V of its prompt that are there now."""
+    hashes, replica = state.request.prefix_hashes, state.replica
+    if hashes and replica and len(replica.pages.published.get(state.kv_start, ())) < len(hashes):
+        pages = min(state.cached // PAGE, len(hashes))
+        replica.pages.publish(state.kv_start, hashes[:pages])
+
+
+def grow(state: RequestState, replica: InstanceState) -> bool:
+    """Make the row's run longer, and move its K/V if need be; False if there is no room."""
+    start = replica.pages.grow(state.kv_start, state.kv_tokens)
+    if start is None:
+        return False
+    if start != state.kv_start and state.cached:
+        replica.copies.append(Copy(state.kv_start, start, state.cached))
+    state.kv_start, state.room, state.ready = start, rounded(state.kv_tokens), None
+    return True
