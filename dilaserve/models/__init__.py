@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 from dilaserve.errors import CheckpointError
-from dilaserve.models import a2d, illada, llada, transformer
+from dilaserve.models import a2d, illada, llada, weights
 from dilaserve.models.checkpoint import Checkpoint, Tensors
 from dilaserve.models.spec import ModelSpec, Shard
-from dilaserve.models.transformer import TensorNames, Weights
+from dilaserve.models.weights import TensorNames, Weights
 
 
 class Family(NamedTuple):
@@ -40,7 +40,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
             f"this version serves {', '.join(FAMILIES)}"
         )
     spec = family.describe(checkpoint)
-    checkpoint.expect(transformer.tensors(spec, family.names))
+    checkpoint.expect(weights.tensors(spec, family.names))
     return spec
 
 
@@ -52,5 +52,5 @@ def load(
     placed: Callable[[int], None],
     held: Shard = Shard(),  # noqa: B008 - a frozen value
 ) -> Weights:
-    """The weights of a checkpoint on a device; see `transformer.load`."""
-    return transformer.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)
+    """The weights of a checkpoint on a device; see `weights.load`."""
+    return weights.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)

@@ -9,7 +9,7 @@ import msgspec
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import llama_spec
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.transformer import TensorNames
+from dilaserve.models.weights import TensorNames
 
 NAMES = TensorNames()
 MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer

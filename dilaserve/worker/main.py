@@ -18,7 +18,8 @@ from dilaserve.models.attention import varlen_for
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import ModelSpec, Shard
-from dilaserve.models.transformer import Model, Weights
+from dilaserve.models.transformer import Model
+from dilaserve.models.weights import Weights
 from dilaserve.system.shared_memory import SharedBytes
 from dilaserve.transport import frames
 from dilaserve.transport.collectives_memory import Exchange
