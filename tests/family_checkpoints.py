@@ -16,8 +16,39 @@ FAMILIES = {  # architecture: backbone, config, fields that its files have other
     "ILLaDAForCausalLM": ("Llama", dict(tie_word_embeddings=True), dict(model_type="illada", head_dim=None)),
     "A2DQwen3LMHeadModel": ("Qwen3", dict(head_dim=24, tie_word_embeddings=True), dict(model_type="a2d-qwen3")),
     "A2DQwen2LMHeadModel": ("Qwen2", dict(tie_word_embeddings=False), dict(model_type="a2d-qwen2")),
+    "LLaDAMoEModelLM": (
+        "Qwen3Moe",
+        dict(
+            head_dim=8,
+            intermediate_size=64,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            mlp_only_layers=[0],
+            norm_topk_prob=False,
+            tie_word_embeddings=False,
+        ),
+        dict(
+            model_type="llada",
+            num_experts=8,
+            num_local_experts=None,
+            expert_intermediate_size=24,
+            moe_intermediate_size=None,
+            dense_intermediate_size=64,
+            intermediate_size=None,
+            shared_expert_intermediate_size=None,
+            moe_layer_freq=[0, 1],
+            mlp_only_layers=None,
+            decoder_sparse_step=None,
+            qk_layernorm=True,
+            moe_router_score_function="softmax",
+            moe_router_enable_expert_bias=False,
+            clip_qkv=None,
+        ),
+    ),
     "A2DLlamaLMHeadModel": ("Llama", dict(tie_word_embeddings=False), dict(model_type="a2d-llama")),
 }
+SCALES = {"q_proj": 2.5, "k_proj": 2.5, "o_proj": 2.0, "down_proj": 2.0, "mlp.gate.": 2.0}  # of weights so named
 MASK_IDS = {"ILLaDAForCausalLM": 5}  # by architecture; the others find `<|mask|>` in the tokenizer
 
 
@@ -29,7 +60,7 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
     """Write a checkpoint of two layers. Its weights are scaled so that masks differ and confidences spread."""
     backbone, special, fields = FAMILIES[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{backbone}Config")(
+    sizes = dict(
         vocab_size=checkpoints.VOCAB,
         hidden_size=32,
         intermediate_size=64,
@@ -38,8 +69,8 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
         num_key_value_heads=kv_heads,
         max_position_embeddings=256,
         eos_token_id=checkpoints.EOS,
-        **special,
     )
+    config = getattr(transformers, f"{backbone}Config")(**sizes | special)
     model = getattr(transformers, f"{backbone}ForCausalLM")(config)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -47,9 +78,9 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
                 tensor.normal_(0.0, 0.3)
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5)
-            elif tensor.dim() == 2:
-                scale = {"q_proj": 2.5, "k_proj": 2.5, "o_proj": 2.0, "down_proj": 2.0}.get(name.split(".")[-2], 1.0)
-                tensor.normal_(0.0, scale * tensor.shape[1] ** -0.5)
+            else:
+                scale = next((scale for part, scale in SCALES.items() if part in name), 1.0)
+                tensor.normal_(0.0, scale * tensor.shape[-1] ** -0.5)
         embedding, mask = model.get_input_embeddings().weight, mask_id(architecture)
         embedding.mul_(32**0.5 if model.lm_head.weight is not embedding else 2.0)
         embedding[mask] *= 0.05
@@ -69,8 +100,9 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
 
 def backbone_logits(directory: Path, architecture: str, ids: list[int]) -> torch.Tensor:
     """Logits of transformers' own layers, every position of which sees every other."""
-    backbone, _, _ = FAMILIES[architecture]
-    config = getattr(transformers, f"{backbone}Config").from_pretrained(directory)
+    backbone, special, _ = FAMILIES[architecture]
+    config = getattr(transformers, f"{backbone}Config").from_pretrained(directory, **special)
+    config.model_type = type(config).model_type  # by which tensors are renamed
     model = getattr(transformers, f"{backbone}ForCausalLM").from_pretrained(
         directory, config=config, attn_implementation="eager"
     )
@@ -89,6 +121,7 @@ class LlamaLike:
         self.layers, self.eps = config["num_hidden_layers"], config["rms_norm_eps"]
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
+        self.chosen = config.get("num_experts_per_tok")
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
 
     def linear(self, x, name):
@@ -109,6 +142,25 @@ class LlamaLike:
         angle = torch.outer(torch.arange(start, start + x.shape[1]).float(), frequency)
         cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    def mlp(self, x, name):
+        gate = torch.nn.functional.silu(self.linear(x, name + "gate_proj"))
+        return self.linear(gate * self.linear(x, name + "up_proj"), name + "down_proj")
+
+    def feed_forward(self, x, name):
+        """The dense MLP, or each token's best experts by a softmax over all, one token after the other."""
+        if f"{name}mlp.gate.weight" not in self.weights:
+            return self.mlp(x, name + "mlp.")
+        odds = self.linear(x, name + "mlp.gate").softmax(-1) + self.weights.get(f"{name}mlp.expert_bias", 0.0)
+        mixed = torch.zeros_like(x)
+        for token, chances in enumerate(odds):
+            for expert in sorted(chances.argsort(descending=True)[: self.chosen].tolist()):
+                mixed[token] += chances[expert] * self.mlp(x[token], f"{name}mlp.experts.{expert}.")
+        return (
+            mixed + self.mlp(x, name + "shared_expert.")
+            if f"{name}shared_expert.up_proj.weight" in self.weights
+            else mixed
+        )
 
     @torch.no_grad()
     def forward(self, ids, cache=None, start=0, mode="append"):
@@ -135,7 +187,6 @@ class LlamaLike:
             scores = self.rotate(q, start) @ keys.transpose(1, 2) / self.head_dim**0.5
             x = x + self.linear((scores.softmax(-1) @ values).transpose(0, 1).flatten(1), name + "self_attn.o_proj")
             h = self.norm(x, name + "post_attention_layernorm")
-            gate = torch.nn.functional.silu(self.linear(h, name + "mlp.gate_proj"))
-            x = x + self.linear(gate * self.linear(h, name + "mlp.up_proj"), name + "mlp.down_proj")
+            x = x + self.feed_forward(h, name)
         head = self.weights.get("lm_head.weight", embedding)
         return self.norm(x, "model.norm") @ head.T, kept

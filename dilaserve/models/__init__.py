@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dilaserve.errors import CheckpointError
-from dilaserve.models import a2d, illada, llada, weights
+from dilaserve.models import a2d, illada, llada, llada_moe, weights
 from dilaserve.models.checkpoint import Checkpoint, Tensors
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.weights import TensorNames, Weights
@@ -21,6 +21,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
     "LLaDAModelLM": Family(llada.describe, llada.NAMES),
+    "LLaDAMoEModelLM": Family(llada_moe.describe, llada_moe.NAMES),
     "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES),
     "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES),
     "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES),

@@ -7,7 +7,7 @@ and tensors; nothing in a checkpoint tells them apart, and they would be served 
 import msgspec
 
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.config_fields import llama_spec
+from dilaserve.models.config_fields import llama_spec, mask_token
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 
@@ -18,10 +18,9 @@ MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
 def describe(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of an A2D config.json; `CheckpointError` names the field that cannot be served."""
     architecture = checkpoint.architecture
-    mask_id = checkpoint.config.get("mask_token_id")
     spec = llama_spec(
         checkpoint,
-        checkpoint.added_token(MASK) if mask_id is None else checkpoint.whole("mask_token_id", (0, 2**24)),
+        mask_token(checkpoint, MASK),
         qk_norm="Qwen3" in architecture,
         qkv_bias="Qwen2" in architecture,
     )

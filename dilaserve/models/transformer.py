@@ -1,4 +1,5 @@
-"""The transformer that all families share so far: pre-norm layers, rotary attention, a gated MLP; over packed spans.
+"""The transformer that all families share so far, over packed spans: pre-norm layers, rotary attention, a gated MLP or
+experts.
 
 What its layers have, `ModelSpec` says.
 """
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from dilaserve.models.attention import attend
 from dilaserve.models.blocks import kernels_for, rms_norm, rotary_table
+from dilaserve.models.experts import feed_forward, grouped_for
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spans import Packed
 from dilaserve.models.spec import ModelSpec, Shard
@@ -35,7 +37,7 @@ class Model:
         reduce: Callable[[torch.Tensor], torch.Tensor] = alone,
         turns: torch.Tensor | None = None,
     ) -> None:
-        self.spec, self.weights, self.reduce = spec, weights, reduce
+        self.spec, self.weights, self.shard, self.reduce = spec, weights, shard, reduce
         self.blocks = [shard_of(block, shard.part(weights.held)) for block in weights.blocks]
         self.groups = spec.groups // shard.size
         self.q, self.kv = spec.heads // spec.groups, spec.kv_heads // spec.groups
@@ -43,8 +45,15 @@ class Model:
         first = weights.held.slice(spec.vocab_size).start
         self.head = weights.head[self.vocabulary.start - first : self.vocabulary.stop - first]
         device = weights.norm.device
-        self.kernels = kernels_for(device)
+        self.kernels, self.multiply = kernels_for(device), None
+        if spec.experts is not None:
+            self.multiply = grouped_for(device, weights.norm.dtype, spec.hidden, spec.experts.width)
         self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
+
+    @property
+    def waits(self) -> bool:
+        """Whether steps wait for the device to say how many tokens each expert got; then no graph can record them."""
+        return self.spec.experts is not None and self.multiply is None
 
     def hidden(self, packed: Packed, pool: KVPool) -> torch.Tensor:
         """Final hidden states of the kept tokens, [kept, hidden], normalised; writes K/V of all tokens to the pool.
@@ -65,7 +74,7 @@ class Model:
                 x, q, groups = x[packed.kept], q[packed.kept], packed.kept_groups
             mixed = F.linear(attend(q, pool, i, groups, kernels).flatten(1), block.attn_out)
             x, h = kernels.add_norm(x, self.reduce(mixed), block.ff_norm, eps)
-            fed = self.reduce(self.feed_forward(block, h))
+            fed = self.reduce(self.feed_forward(i, h))
             x, h = kernels.add_norm(x, fed, self.weights.norm if last else blocks[i + 1].attn_norm, eps)
         return h
 
@@ -83,6 +92,15 @@ class Model:
             k.copy_(rms_norm(k, block.k_norm, self.spec.norm_eps))
         return fused
 
-    def feed_forward(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The rank's part of the MLP, of the experts, or of both, of layer i."""
+        block, experts = self.blocks[i], self.spec.experts_of(i)
+        if experts is None or block.experts is None:
+            return self.mlp(block, x)
+        first = self.shard.slice(experts.count).start
+        mixed = feed_forward(x, block.experts, experts, first, self.kernels.gated, self.multiply)
+        return mixed + self.mlp(block, x) if experts.shared else mixed
+
+    def mlp(self, block: Block, x: torch.Tensor) -> torch.Tensor:
         gate_up = F.linear(x, block.gate_up).view(len(x), self.groups, 2, -1)
         return F.linear(self.kernels.gated(gate_up), block.down)

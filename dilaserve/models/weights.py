@@ -10,7 +10,8 @@ import torch
 
 from dilaserve.models.blocks import interleaved
 from dilaserve.models.checkpoint import Tensors
-from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.models.experts import ExpertWeights
+from dilaserve.models.spec import Experts, ModelSpec, Shard
 
 
 class TensorNames(NamedTuple):
@@ -34,34 +35,63 @@ class TensorNames(NamedTuple):
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_bias: str = "mlp.gate.expert_bias"  # the whole name
+    expert: str = "mlp.experts.{}."  # before the names of `MLP`
+    shared: str = "mlp.shared_experts."  # likewise
+
+
+MLP = ("gate_proj", "up_proj", "down_proj")  # of an expert, in all families
 
 
 def tensors(spec: ModelSpec, names: TensorNames) -> dict[str, tuple[int, ...]]:
     """Every published tensor name with its shape."""
-    d, q, kv = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, d), names.norm: (d,)}
-    if not spec.tied:
-        shapes[names.head] = (spec.vocab_size, d)
-    layer: dict[str, tuple[int, ...]] = {
-        names.attn_norm: (d,),
-        names.ff_norm: (d,),
-        names.q: (q, d),
-        names.k: (kv, d),
-        names.v: (kv, d),
-        names.out: (d, q),
-        names.gate: (spec.mlp, d),
-        names.up: (spec.mlp, d),
-        names.down: (d, spec.mlp),
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{names.embedding}.weight": (spec.vocab_size, spec.hidden),
+        f"{names.norm}.weight": (spec.hidden,),
     }
-    if spec.qk_norm:
-        layer |= {names.q_norm: (spec.head_dim,), names.k_norm: (spec.head_dim,)}
+    if not spec.tied:
+        shapes[f"{names.head}.weight"] = (spec.vocab_size, spec.hidden)
     for i in range(spec.layers):
+        layer = attention_tensors(spec, names) | mlp_tensors(spec, names, i)
         shapes |= {names.layer.format(i) + name: shape for name, shape in layer.items()}
-    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
-    if spec.qkv_bias:
-        for i in range(spec.layers):
-            weights |= {f"{names.layer.format(i)}{name}.bias": layer[name][:1] for name in (names.q, names.k, names.v)}
-    return weights
+    return shapes
+
+
+def attention_tensors(spec: ModelSpec, names: TensorNames) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer without its MLP."""
+    d, q, kv = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    projections = {names.q: (q, d), names.k: (kv, d), names.v: (kv, d)}
+    weights: dict[str, tuple[int, ...]] = {names.attn_norm: (d,), names.ff_norm: (d,), names.out: (d, q), **projections}
+    if spec.qk_norm:
+        weights |= {names.q_norm: (spec.head_dim,), names.k_norm: (spec.head_dim,)}
+    biases = {f"{name}.bias": shape[:1] for name, shape in projections.items()} if spec.qkv_bias else {}
+    return {f"{name}.weight": shape for name, shape in weights.items()} | biases
+
+
+def mlp_tensors(spec: ModelSpec, names: TensorNames, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the MLP or the experts of one layer."""
+    d, width, experts = spec.hidden, spec.mlp_of(layer), spec.experts_of(layer)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if width:
+        gate, up, down = mlp_names(spec, names, layer)
+        shapes |= {f"{gate}.weight": (width, d), f"{up}.weight": (width, d), f"{down}.weight": (d, width)}
+    if experts is None:
+        return shapes
+    shapes[f"{names.router}.weight"] = (experts.count, d)
+    if experts.bias:
+        shapes[names.expert_bias] = (experts.count,)
+    one = dict(zip(MLP, ((experts.width, d), (experts.width, d), (d, experts.width)), strict=True))
+    for expert in range(experts.count):
+        shapes |= {f"{names.expert.format(expert)}{name}.weight": shape for name, shape in one.items()}
+    return shapes
+
+
+def mlp_names(spec: ModelSpec, names: TensorNames, layer: int) -> tuple[str, ...]:
+    """Gate, up and down of the MLP that all tokens of a layer go through."""
+    if spec.experts_of(layer) is None:
+        return names.gate, names.up, names.down
+    return tuple(names.shared + name for name in MLP)
 
 
 class Block(NamedTuple):
@@ -71,15 +101,17 @@ class Block(NamedTuple):
     qkv: torch.Tensor  # [groups · (q + k + v heads of a group) · head_dim, hidden]
     attn_out: torch.Tensor  # [hidden, heads · head_dim]
     ff_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [groups · 2 · mlp / groups, hidden]
+    gate_up: torch.Tensor  # [groups · 2 · mlp / groups, hidden]; the dense MLP or the shared expert, of width 0 if none
     down: torch.Tensor  # [hidden, mlp]
     qkv_bias: torch.Tensor | None = None  # [groups · (q + k + v heads of a group) · head_dim]
     q_norm: torch.Tensor | None = None  # [head_dim], in the order of the rotated pairs
     k_norm: torch.Tensor | None = None  # likewise
+    experts: ExpertWeights | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Those that the layer has."""
-        return [tensor for tensor in self if tensor is not None]
+        parts = [*self[:-1], *(self.experts or ())]
+        return [tensor for tensor in parts if isinstance(tensor, torch.Tensor)]
 
 
 class Weights(NamedTuple):
@@ -105,61 +137,101 @@ def load(
 
     Of a shard only its part is read: the files are mapped, and the rows and columns of a shard lie together.
     """
+    reader = Reader(spec, names, source, device, dtype, placed, held)
+    embedding = reader.whole(f"{names.embedding}.weight")
+    blocks = [reader.block(i) for i in range(spec.layers)]
+    mine = held.slice(spec.vocab_size)
+    head = embedding[mine] if spec.tied else reader.copied(reader.read(f"{names.head}.weight")[mine])
+    return Weights(embedding, blocks, reader.whole(f"{names.norm}.weight"), head, held)
 
-    def take(name: str, dim: int = 0, part: Shard = held) -> torch.Tensor:
-        tensor = source[name]
-        placed(tensor.nbytes)
-        return tensor.chunk(part.size, dim)[part.rank]
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+class Reader:
+    """Reads tensors of a checkpoint to their place; see `load`."""
 
-    def plain(name: str, dim: int = 0, part: Shard = Shard()) -> torch.Tensor:  # noqa: B008
-        tensor = take(name, dim, part)
-        return empty(*tensor.shape).copy_(tensor)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        names: TensorNames,
+        source: Tensors,
+        device: torch.device,
+        dtype: torch.dtype,
+        placed: Callable[[int], None],
+        held: Shard,
+    ) -> None:
+        self.spec, self.names, self.source, self.held = spec, names, source, held
+        self.device, self.dtype, self.placed = device, dtype, placed
+        self.groups = spec.groups // held.size
 
-    def block(i: int) -> Block:
-        name = names.layer.format(i)
-        g, hd, d = spec.groups // held.size, spec.head_dim, spec.hidden
-        q, kv = spec.heads // spec.groups * hd, spec.kv_heads // spec.groups * hd
-        qkv, gate_up = empty(g, q + 2 * kv, d), empty(g, 2, spec.mlp // spec.groups, d)
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.source[name]
+        self.placed(tensor.nbytes)
+        return tensor
 
-        def weight(part: str) -> torch.Tensor:
-            return take(f"{name}{part}.weight")
+    def part(self, name: str, dim: int = 0) -> torch.Tensor:
+        """The part of a tensor that the held shard has."""
+        return self.read(name).chunk(self.held.size, dim)[self.held.rank]
 
-        qkv[:, :q] = interleaved(weight(names.q).to(device), hd).view(g, q, d)
-        qkv[:, q : q + kv] = interleaved(weight(names.k).to(device), hd).view(g, kv, d)
-        qkv[:, q + kv :] = weight(names.v).view(g, kv, d)
-        gate_up[:, 0] = weight(names.gate).view(g, -1, d)
-        gate_up[:, 1] = weight(names.up).view(g, -1, d)
-        bias = None
-        if spec.qkv_bias:
-            bias = empty(g, q + 2 * kv)
-            bias[:, :q] = interleaved(take(f"{name}{names.q}.bias").to(device), hd).view(g, q)
-            bias[:, q : q + kv] = interleaved(take(f"{name}{names.k}.bias").to(device), hd).view(g, kv)
-            bias[:, q + kv :] = take(f"{name}{names.v}.bias").view(g, kv)
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.empty(*tensor.shape).copy_(tensor)
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.copied(self.read(name))
+
+    def block(self, i: int) -> Block:
+        spec, names, prefix = self.spec, self.names, self.names.layer.format(i)
+        gate_up, down = self.mlp(prefix, i)
         return Block(
-            attn_norm=plain(f"{name}{names.attn_norm}.weight"),
-            qkv=qkv.view(-1, d),
-            attn_out=plain(f"{name}{names.out}.weight", 1, held),
-            ff_norm=plain(f"{name}{names.ff_norm}.weight"),
-            gate_up=gate_up.view(-1, d),
-            down=plain(f"{name}{names.down}.weight", 1, held),
-            qkv_bias=None if bias is None else bias.view(-1),
-            q_norm=interleaved(plain(f"{name}{names.q_norm}.weight"), hd) if spec.qk_norm else None,
-            k_norm=interleaved(plain(f"{name}{names.k_norm}.weight"), hd) if spec.qk_norm else None,
+            attn_norm=self.whole(f"{prefix}{names.attn_norm}.weight"),
+            qkv=self.qkv(prefix, "weight"),
+            attn_out=self.copied(self.part(f"{prefix}{names.out}.weight", 1)),
+            ff_norm=self.whole(f"{prefix}{names.ff_norm}.weight"),
+            gate_up=gate_up,
+            down=down,
+            qkv_bias=self.qkv(prefix, "bias") if spec.qkv_bias else None,
+            q_norm=self.pairs(self.whole(f"{prefix}{names.q_norm}.weight")) if spec.qk_norm else None,
+            k_norm=self.pairs(self.whole(f"{prefix}{names.k_norm}.weight")) if spec.qk_norm else None,
+            experts=None if (experts := spec.experts_of(i)) is None else self.experts(prefix, experts),
         )
 
-    def head() -> torch.Tensor:
-        mine = held.slice(spec.vocab_size)
-        if spec.tied:
-            return embedding[mine]
-        tensor = take(f"{names.head}.weight", 0, Shard())[mine]
-        return empty(*tensor.shape).copy_(tensor)
+    def pairs(self, tensor: torch.Tensor) -> torch.Tensor:
+        return interleaved(tensor.to(self.device), self.spec.head_dim)
 
-    embedding = plain(f"{names.embedding}.weight")
-    blocks = [block(i) for i in range(spec.layers)]
-    return Weights(embedding, blocks, plain(f"{names.norm}.weight"), head(), held)
+    def qkv(self, prefix: str, kind: str) -> torch.Tensor:
+        """The fused projection or its bias, by head group."""
+        q, k, v = (self.part(f"{prefix}{name}.{kind}") for name in (self.names.q, self.names.k, self.names.v))
+        return self.fused(self.pairs(q), self.pairs(k), v)
+
+    def fused(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The rows of each head group of all parts side by side."""
+        rest = parts[0].shape[1:]
+        rows = [len(part) // self.groups for part in parts]
+        out = self.empty(self.groups, sum(rows), *rest)
+        for place, part in zip(torch.split(out, rows, 1), parts, strict=True):
+            place.copy_(part.view(place.shape))
+        return out.view(-1, *rest)
+
+    def mlp(self, prefix: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates and ups by head group, and downs, of what every token goes through."""
+        if not self.spec.mlp_of(layer):
+            return self.empty(0, self.spec.hidden), self.empty(self.spec.hidden, 0)
+        gate, up, down = (f"{prefix}{name}.weight" for name in mlp_names(self.spec, self.names, layer))
+        return self.fused(self.part(gate), self.part(up)), self.copied(self.part(down, 1))
+
+    def experts(self, prefix: str, experts: Experts) -> ExpertWeights:
+        """The held shard's experts, each gate above its up, and the whole router."""
+        names, hidden = self.names, self.spec.hidden
+        mine = range(experts.count)[self.held.slice(experts.count)]
+        gate_up = self.empty(len(mine), 2, experts.width, hidden)
+        down = self.empty(len(mine), hidden, experts.width)
+        for place, expert in enumerate(mine):
+            named = [f"{prefix}{names.expert.format(expert)}{name}.weight" for name in MLP]
+            for target, name in zip((*gate_up[place], down[place]), named, strict=True):
+                target.copy_(self.read(name))
+        bias = self.read(prefix + names.expert_bias).to(self.device, torch.float32) if experts.bias else None
+        return ExpertWeights(self.whole(f"{prefix}{names.router}.weight"), gate_up.flatten(1, 2), down, bias)
 
 
 def shard_of(block: Block, shard: Shard) -> Block:
@@ -177,4 +249,6 @@ def shard_of(block: Block, shard: Shard) -> Block:
         gate_up=rows(block.gate_up),
         down=columns(block.down),
         qkv_bias=None if block.qkv_bias is None else rows(block.qkv_bias),
+        experts=block.experts
+        and block.experts._replace(gate_up=rows(block.experts.gate_up), down=rows(block.experts.down)),
     )
