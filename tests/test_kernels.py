@@ -95,11 +95,14 @@ def test_sum_and_norm_agree(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "q", "kv", "dim"), [(2, 2, 2, 8), (1, 3, 1, 12), (4, 1, 1, 16)])
-def test_rotary_heads_are_written_to_the_same_places(groups, q, kv, dim, dtype):
+@pytest.mark.parametrize(
+    ("groups", "q", "kv", "dim", "turned"),
+    [(2, 2, 2, 8, 8), (1, 3, 1, 12, 12), (4, 1, 1, 16, 16), (2, 2, 1, 16, 8), (2, 1, 1, 12, 6), (1, 2, 2, 24, 2)],
+)
+def test_rotary_heads_are_written_to_the_same_places(groups, q, kv, dim, turned, dtype):
     tokens, pool = 6, 40
     fused = random(tokens, groups, q + 2 * kv, dim, dtype=dtype)
-    turns = blocks.rotary_table(64, dim, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
+    turns = blocks.rotary_table(64, turned, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
     slots = torch.tensor([3, 0, 39, 17, 8, 9])
     stores = [torch.zeros(pool, groups * kv, dim, dtype=dtype) for _ in range(4)]
     found = of_layers.place(fused, turns, slots, *stores[:2], q, kv)

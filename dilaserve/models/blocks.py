@@ -12,15 +12,21 @@ from dilaserve.models.spans import Kernels
 log = logging.getLogger(__name__)
 
 
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """cos + i sin of every position and frequency, complex64 [length, head_dim / 2] (RoFormer, section 3.4)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def rotary_table(length: int, rotary_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """cos + i sin of every position and frequency, complex64 [length, rotary_dim / 2] (RoFormer, section 3.4)."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32), theta**-exponents)
     return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Rotate x [tokens, …, head_dim], whose pairs lie side by side, by turns [tokens, head_dim / 2]; in float32."""
+    """Rotate the first rotary_dim of x [tokens, …, head_dim], whose pairs lie side by side, in float32.
+
+    `turns` are [tokens, rotary_dim / 2].
+    """
+    rotary_dim = 2 * turns.shape[1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat([rotate(x[..., :rotary_dim], turns), x[..., rotary_dim:]], -1)
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     turns = turns.view(turns.shape[0], *(1,) * (x.dim() - 2), turns.shape[1])
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
@@ -101,11 +107,13 @@ def has_kernels(device: torch.device) -> bool:
     return True
 
 
-def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+def interleaved(weight: torch.Tensor, head_dim: int, rotary_dim: int) -> torch.Tensor:
     """Rows of a q or k projection, its bias or norm, reordered from NeoX halves to neighbouring pairs, which `rotate`
-    wants.
+    wants; of each head the first `rotary_dim`.
 
     Attention scores do not change: q and k are reordered alike.
     """
-    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
+    heads = weight.view(-1, head_dim, *weight.shape[1:])
+    first, second = heads[:, :rotary_dim].chunk(2, dim=1)
+    pairs = torch.stack([first, second], 2).flatten(1, 2)
+    return torch.cat([pairs, heads[:, rotary_dim:]], 1).view(weight.shape)

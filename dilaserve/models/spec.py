@@ -59,6 +59,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     qk_norm: bool = False  # queries and keys are normed by head before the rotation
     qkv_bias: bool = False
+    rotary: int | None = None  # dimensions of a head that are rotated, the first ones; None: all
     experts: Experts | None = None
     schedule: Schedule = "even"  # how the steps rule divides a block's tokens among its steps
 
@@ -84,6 +85,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             routers = self.layers - len(self.experts.dense)
             whole += routers * self.experts.count * (self.hidden + self.experts.bias)
         return whole + -(-(self.parameters - whole) // size)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.head_dim if self.rotary is None else self.rotary
 
     @property
     def kv_elements(self) -> int:

@@ -48,7 +48,7 @@ class Model:
         self.kernels, self.multiply = kernels_for(device), None
         if spec.experts is not None:
             self.multiply = grouped_for(device, weights.norm.dtype, spec.hidden, spec.experts.width)
-        self.turns = rotary_table(spec.max_length, spec.head_dim, spec.rope_theta, device) if turns is None else turns
+        self.turns = rotary_table(spec.max_length, spec.rotary_dim, spec.rope_theta, device) if turns is None else turns
 
     @property
     def waits(self) -> bool:

@@ -28,6 +28,7 @@ class TensorNames(NamedTuple):
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
+    qkv: str | None = None  # one tensor of all q heads, all k heads and all v heads, in place of the three
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     out: str = "self_attn.o_proj"
@@ -62,6 +63,8 @@ def attention_tensors(spec: ModelSpec, names: TensorNames) -> dict[str, tuple[in
     """Names and shapes of one layer without its MLP."""
     d, q, kv = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     projections = {names.q: (q, d), names.k: (kv, d), names.v: (kv, d)}
+    if names.qkv is not None:
+        projections = {names.qkv: (q + 2 * kv, d)}
     weights: dict[str, tuple[int, ...]] = {names.attn_norm: (d,), names.ff_norm: (d,), names.out: (d, q), **projections}
     if spec.qk_norm:
         weights |= {names.q_norm: (spec.head_dim,), names.k_norm: (spec.head_dim,)}
@@ -168,8 +171,11 @@ class Reader:
         return tensor
 
     def part(self, name: str, dim: int = 0) -> torch.Tensor:
+        return self.mine(self.read(name), dim)
+
+    def mine(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The part of a tensor that the held shard has."""
-        return self.read(name).chunk(self.held.size, dim)[self.held.rank]
+        return tensor.chunk(self.held.size, dim)[self.held.rank]
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -197,11 +203,16 @@ class Reader:
         )
 
     def pairs(self, tensor: torch.Tensor) -> torch.Tensor:
-        return interleaved(tensor.to(self.device), self.spec.head_dim)
+        return interleaved(tensor.to(self.device), self.spec.head_dim, self.spec.rotary_dim)
 
     def qkv(self, prefix: str, kind: str) -> torch.Tensor:
         """The fused projection or its bias, by head group."""
-        q, k, v = (self.part(f"{prefix}{name}.{kind}") for name in (self.names.q, self.names.k, self.names.v))
+        spec, names = self.spec, self.names
+        if names.qkv is None:
+            q, k, v = (self.part(f"{prefix}{name}.{kind}") for name in (names.q, names.k, names.v))
+        else:
+            heads = [count * spec.head_dim for count in (spec.heads, spec.kv_heads, spec.kv_heads)]
+            q, k, v = map(self.mine, torch.split(self.read(f"{prefix}{names.qkv}.{kind}"), heads))
         return self.fused(self.pairs(q), self.pairs(k), v)
 
     def fused(self, *parts: torch.Tensor) -> torch.Tensor:
