@@ -12,22 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+MOE = dict(head_dim=8, intermediate_size=64, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 FAMILIES = {  # architecture: backbone, config, fields that its files have otherwise
     "ILLaDAForCausalLM": ("Llama", dict(tie_word_embeddings=True), dict(model_type="illada", head_dim=None)),
     "A2DQwen3LMHeadModel": ("Qwen3", dict(head_dim=24, tie_word_embeddings=True), dict(model_type="a2d-qwen3")),
     "A2DQwen2LMHeadModel": ("Qwen2", dict(tie_word_embeddings=False), dict(model_type="a2d-qwen2")),
     "LLaDAMoEModelLM": (
         "Qwen3Moe",
-        dict(
-            head_dim=8,
-            intermediate_size=64,
-            num_experts=8,
-            num_experts_per_tok=3,
-            moe_intermediate_size=24,
-            mlp_only_layers=[0],
-            norm_topk_prob=False,
-            tie_word_embeddings=False,
-        ),
+        MOE | dict(mlp_only_layers=[0], norm_topk_prob=False),
         dict(
             model_type="llada",
             num_experts=8,
@@ -48,6 +40,43 @@ FAMILIES = {  # architecture: backbone, config, fields that its files have other
     ),
     "A2DLlamaLMHeadModel": ("Llama", dict(tie_word_embeddings=False), dict(model_type="a2d-llama")),
 }
+UNSERVED = {  # the same for families whose layers there are, but not their decoding
+    "SDARForCausalLM": ("Qwen3", dict(head_dim=24), dict(model_type="sdar", mask_token_id=checkpoints.MASK)),
+    "SDARMoeForCausalLM": (
+        "Qwen3Moe",
+        MOE | dict(norm_topk_prob=True, mlp_only_layers=[0]),
+        dict(model_type="sdar_moe", num_experts=8, num_local_experts=None, mask_token_id=checkpoints.MASK),
+    ),
+    "LLaDA2MoeModelLM": (
+        "Glm4Moe",  # the same layers with other names
+        dict(
+            head_dim=16,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=24,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            first_k_dense_replace=1,
+            use_qk_norm=True,
+            rope_parameters=dict(rope_type="default", rope_theta=6e5, partial_rotary_factor=0.5),
+        ),
+        dict(
+            model_type="llada2_moe",
+            num_experts=16,
+            num_shared_experts=2,
+            n_routed_experts=None,
+            n_shared_experts=None,
+            moe_router_enable_expert_bias=True,
+            score_function="sigmoid",
+            router_dtype="fp32",
+            partial_rotary_factor=0.5,
+            rope_parameters=None,
+            rope_theta=6e5,
+        ),
+    ),
+}
 SCALES = {"q_proj": 2.5, "k_proj": 2.5, "o_proj": 2.0, "down_proj": 2.0, "mlp.gate.": 2.0}  # of weights so named
 MASK_IDS = {"ILLaDAForCausalLM": 5}  # by architecture; the others find `<|mask|>` in the tokenizer
 
@@ -57,8 +86,20 @@ def mask_id(architecture: str) -> int:
 
 
 def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -> Path:
-    """Write a checkpoint of two layers. Its weights are scaled so that masks differ and confidences spread."""
-    backbone, special, fields = FAMILIES[architecture]
+    """Write a checkpoint of two layers in the published format."""
+    backbone_of(architecture, seed, kv_heads).save_pretrained(directory)
+    fields = (FAMILIES | UNSERVED)[architecture][2]
+    written = json.loads((directory / "config.json").read_text()) | {"architectures": [architecture]} | fields
+    written = {name: value for name, value in written.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(written))
+    specials = [{"<|mdm_mask|>": "<|mask|>"}.get(token, token) for token in checkpoints.SPECIALS]
+    checkpoints.write_tokenizer(directory, specials=specials)
+    return directory
+
+
+def backbone_of(architecture: str, seed: int = 0, kv_heads: int = 2) -> transformers.PreTrainedModel:
+    """transformers' model with random weights, which are scaled so that masks differ and confidences spread."""
+    backbone, special, _ = (FAMILIES | UNSERVED)[architecture]
     torch.manual_seed(seed)
     sizes = dict(
         vocab_size=checkpoints.VOCAB,
@@ -81,6 +122,9 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
             else:
                 scale = next((scale for part, scale in SCALES.items() if part in name), 1.0)
                 tensor.normal_(0.0, scale * tensor.shape[-1] ** -0.5)
+        for name, tensor in model.named_buffers():
+            if name.endswith("correction_bias"):
+                tensor.uniform_(0.0, 0.3)
         embedding, mask = model.get_input_embeddings().weight, mask_id(architecture)
         embedding.mul_(32**0.5 if model.lm_head.weight is not embedding else 2.0)
         embedding[mask] *= 0.05
@@ -89,13 +133,7 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
             model.lm_head.weight[[mask, *range(checkpoints.EOS, checkpoints.VOCAB)]] = 0.0
         else:
             embedding[[*range(checkpoints.EOS, checkpoints.VOCAB)]] *= 0.05
-    model.save_pretrained(directory)
-    written = json.loads((directory / "config.json").read_text()) | {"architectures": [architecture]} | fields
-    written = {name: value for name, value in written.items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(written))
-    specials = [{"<|mdm_mask|>": "<|mask|>"}.get(token, token) for token in checkpoints.SPECIALS]
-    checkpoints.write_tokenizer(directory, specials=specials)
-    return directory
+    return model
 
 
 def backbone_logits(directory: Path, architecture: str, ids: list[int]) -> torch.Tensor:
@@ -106,6 +144,10 @@ def backbone_logits(directory: Path, architecture: str, ids: list[int]) -> torch
     model = getattr(transformers, f"{backbone}ForCausalLM").from_pretrained(
         directory, config=config, attn_implementation="eager"
     )
+    return open_logits(model, ids)
+
+
+def open_logits(model: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
     open_mask = torch.zeros(1, 1, len(ids), len(ids))
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), attention_mask=open_mask).logits[0]

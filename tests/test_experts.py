@@ -1,8 +1,6 @@
 """Mixture-of-experts layers: routers, grouped matrix products beside the loop, shards, and graphs on a fake GPU."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import family_checkpoints
 import msgspec
@@ -12,16 +10,13 @@ import torch
 from cuda_harness import GPU, Harness, fresh_device_caches  # noqa: F401 - a fixture
 from fake_cuda import fake_gpus
 from family_checkpoints import LlamaLike
-from runner_harness import CPU, shapes_of, weights_on
+from runner_harness import CPU, logits_of, shapes_of, weights_on
 from safetensors.torch import load_file, save_file
 
 from dilaserve.models import experts
 from dilaserve.models.blocks import gated
-from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.spans import Packed, PackedSpan, SpanGroup
 from dilaserve.models.spec import Experts, Shard
 from dilaserve.models.transformer import Model
-from dilaserve.types import PAGE
 from dilaserve.worker import memory
 from dilaserve.worker.forward_graphs import ForwardGraphs
 
@@ -139,29 +134,6 @@ def optional_parts(tmp_path):
             tensors[f"model.layers.{i}.shared_expert.{part}.weight"] = random(*shape, seed=i + 4, scale=0.3)
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
     return directory
-
-
-def logits_of(spec, weights, ids, size=1):
-    """Logits of ranks that run one after the other, as threads that meet at each sum."""
-    barrier, given = Barrier(size), {}
-
-    def ranked(rank):
-        def reduce(x):
-            given[rank] = x
-            barrier.wait()
-            total = sum(given[one] for one in range(size))
-            barrier.wait()
-            return total
-
-        shard = Shard(rank, size)
-        model = Model(spec, weights, shard, reduce)
-        pool = KVPool(spec, shard, torch.zeros((len(ids) + PAGE) * spec.kv_elements // size))
-        places = torch.arange(len(ids))
-        spans = [SpanGroup(PackedSpan(0, len(ids), 0, len(ids)), 1, None, None)]
-        return model.logits(model.hidden(Packed(torch.tensor(ids), places, places, spans, None, []), pool))
-
-    with ThreadPoolExecutor(size) as threads:
-        return torch.cat(list(threads.map(ranked, range(size))), 1)
 
 
 def test_a_router_bias_and_a_shared_expert_are_taken_into_account_on_any_number_of_ranks(tmp_path):

@@ -185,7 +185,7 @@ def test_nothing_outside_the_models_knows_a_family():
     """The server's own documentation and the simulator's built-in profile name models that people can download."""
     root, named = (
         Path(dilaserve.__file__).parent,
-        re.compile(r"\b(llada|illada|a2d|qwen|olmoe)\b|models\.(llada|llada_moe|illada|a2d)", re.I),
+        re.compile(r"\b(llada2?|illada|a2d|qwen|olmoe|sdar)\b|models\.(llada|llada_moe|llada2|illada|a2d|sdar)", re.I),
     )
     for file in sorted(root.rglob("*.py")):
         if file.parent.name in ("models", "sim") or "problems" in file.parts:

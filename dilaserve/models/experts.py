@@ -132,12 +132,14 @@ def grouped(
 ) -> torch.Tensor:
     """The same in two grouped matrix products."""
     fused = multiply(rows, weights.gate_up.transpose(1, 2), ends)
-    return multiply(gated(fused.view(len(rows), 1, 2, -1)), weights.down.transpose(1, 2), ends)
+    return multiply(gated(fused.view(len(rows), 1, 2, fused.shape[1] // 2)), weights.down.transpose(1, 2), ends)
 
 
 def summed(fed: torch.Tensor, rows: SortedRows, weights: torch.Tensor, spec: Experts, whole: bool) -> torch.Tensor:
     """Weigh and sum what the experts computed for each token, [tokens, hidden]; not `whole`: some are other ranks'."""
-    back = torch.empty_like(fed).index_copy_(0, rows.order, fed).view(*weights.shape, -1)  # [tokens, chosen, hidden]
+    back = (
+        torch.empty_like(fed).index_copy_(0, rows.order, fed).view(*weights.shape, fed.shape[1])
+    )  # [tokens, chosen, hidden]
     if not whole:
         back = back.masked_fill(~rows.mine[..., None], 0.0)
     if spec.float32_sum:

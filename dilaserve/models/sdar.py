@@ -1,5 +1,7 @@
 """SDAR 1.7B, 4B, 8B and 30B-A3B (JetAstra, 2025): the layers of Qwen3 and Qwen3-MoE. They are not served yet: their
 attention is block-causal.
+
+In bfloat16 the authors' norm multiplies by its weight before it rounds, ours after that, which may change the last bit.
 """
 
 from dilaserve.models.checkpoint import Checkpoint, shown
