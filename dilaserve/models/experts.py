@@ -59,12 +59,9 @@ def feed_forward(
     """
     routing = ascending(ROUTERS[spec.router](x, weights, spec))
     rows = sorted_rows(routing.experts, spec.count, first, len(weights.down))
-    taken = x[rows.order // spec.chosen]
-    fed = (
-        each_expert(taken, rows.ends, weights, gated)
-        if multiply is None
-        else grouped(taken, rows.ends, weights, gated, multiply)
-    )
+    if multiply is None:
+        return each_expert(x, rows, routing.weights, weights, spec, gated)
+    fed = grouped(x[rows.order // spec.chosen], rows.ends, weights, gated, multiply)
     return summed(fed, rows, routing.weights, spec, whole=len(weights.down) == spec.count)
 
 
@@ -117,34 +114,45 @@ def sorted_rows(experts: torch.Tensor, count: int, first: int, held: int) -> Sor
     return SortedRows(order, ends, local < held)
 
 
-def each_expert(rows: torch.Tensor, ends: torch.Tensor, weights: ExpertWeights, gated: Gated) -> torch.Tensor:
-    """One expert after the other, [rows, hidden]; it defines the result. Rows after the last end are undefined."""
-    out = torch.empty_like(rows)
-    for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+def each_expert(
+    x: torch.Tensor,
+    rows: SortedRows,
+    odds: torch.Tensor,
+    weights: ExpertWeights,
+    spec: Experts,
+    gated: Gated,
+) -> torch.Tensor:
+    """One expert after the other, each added to its tokens; it defines the result. `odds` weigh the choices."""
+    total = torch.zeros_like(x, dtype=torch.float32 if spec.float32_sum else x.dtype)
+    tokens, factors = rows.order // spec.chosen, odds.flatten()[rows.order, None].to(total.dtype)
+    for expert, (start, end) in enumerate(pairwise([0, *rows.ends.tolist()])):
         if start < end:
-            fused = F.linear(rows[start:end], weights.gate_up[expert])
-            out[start:end] = F.linear(gated(fused.view(end - start, 1, 2, -1)), weights.down[expert])
-    return out
+            mine = tokens[start:end]
+            fused = F.linear(x[mine], weights.gate_up[expert])
+            fed = F.linear(gated(fused.view(end - start, 1, 2, -1)), weights.down[expert])
+            total.index_add_(0, mine, fed * factors[start:end])
+    return total.to(x.dtype)
 
 
 def grouped(
     rows: torch.Tensor, ends: torch.Tensor, weights: ExpertWeights, gated: Gated, multiply: Multiply
 ) -> torch.Tensor:
-    """The same in two grouped matrix products."""
+    """What the experts compute for each row, [rows, hidden], in two grouped matrix products; undefined after the last
+    end.
+    """
     fused = multiply(rows, weights.gate_up.transpose(1, 2), ends)
     return multiply(gated(fused.view(len(rows), 1, 2, fused.shape[1] // 2)), weights.down.transpose(1, 2), ends)
 
 
-def summed(fed: torch.Tensor, rows: SortedRows, weights: torch.Tensor, spec: Experts, whole: bool) -> torch.Tensor:
+def summed(fed: torch.Tensor, rows: SortedRows, odds: torch.Tensor, spec: Experts, whole: bool) -> torch.Tensor:
     """Weigh and sum what the experts computed for each token, [tokens, hidden]; not `whole`: some are other ranks'."""
-    back = (
-        torch.empty_like(fed).index_copy_(0, rows.order, fed).view(*weights.shape, fed.shape[1])
-    )  # [tokens, chosen, hidden]
+    back = torch.empty_like(fed).index_copy_(0, rows.order, fed)
+    back = back.view(*odds.shape, fed.shape[1])  # [tokens, chosen, hidden]
     if not whole:
         back = back.masked_fill(~rows.mine[..., None], 0.0)
     if spec.float32_sum:
-        return (back.float() * weights[..., None]).sum(1).to(fed.dtype)
-    parts = (back * weights[..., None].to(fed.dtype)).unbind(1)
+        return (back.float() * odds[..., None]).sum(1).to(fed.dtype)
+    parts = (back * odds[..., None].to(fed.dtype)).unbind(1)
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
