@@ -1,7 +1,8 @@
 """Tiny random checkpoints of families whose layers transformers has, and a reference model of its own.
 
-The backbone and its published tensor names are transformers' own. The reference for cached decoding is `LlamaLike`,
-whose logits a test holds beside the backbone's with an open attention mask.
+The backbone and its published tensor names are transformers' own. Its modules are imported when they are wanted: they
+import Triton, which `test_kernels` must be the first to do. The reference for cached decoding is `LlamaLike`, whose
+logits a test holds beside the backbone's with an open attention mask.
 """
 
 import json
@@ -97,7 +98,7 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
     return directory
 
 
-def backbone_of(architecture: str, seed: int = 0, kv_heads: int = 2) -> transformers.PreTrainedModel:
+def backbone_of(architecture: str, seed: int = 0, kv_heads: int = 2) -> torch.nn.Module:
     """transformers' model with random weights, which are scaled so that masks differ and confidences spread."""
     backbone, special, _ = (FAMILIES | UNSERVED)[architecture]
     torch.manual_seed(seed)
@@ -147,7 +148,7 @@ def backbone_logits(directory: Path, architecture: str, ids: list[int]) -> torch
     return open_logits(model, ids)
 
 
-def open_logits(model: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
+def open_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     open_mask = torch.zeros(1, 1, len(ids), len(ids))
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), attention_mask=open_mask).logits[0]

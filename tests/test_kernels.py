@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoints
+import family_checkpoints
 import numpy as np
 import pytest
 import torch
@@ -196,6 +198,23 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     assert harness.model.kernels is of_layers.KERNELS
     assert len(harness.reuse.graphs) == 1
     assert ((found[0] == MASK) == (expected[0] == MASK)).all()
+    assert (found[0] == expected[0]).mean() > 0.95
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_graph_of_kernels_and_experts_does_what_plain_steps_do(tmp_path):
+    directory, shapes = family_checkpoints.make(tmp_path / "model", "LLaDAMoEModelLM"), shapes_of(1)
+    mask = checkpoints.MASK
+    with fake_gpus():
+        expected = Harness(directory, GPU).denoised(shapes, launches=2, most=2)
+    forget()
+    with fake_gpus(kernels=True):
+        harness = Harness(directory, GPU, rows=1)
+        found = harness.denoised(shapes, launches=2, most=2)
+    forget()
+    assert harness.model.kernels is of_layers.KERNELS
+    assert len(harness.reuse.graphs) == 1
+    assert ((found[0] == mask) == (expected[0] == mask)).all()
     assert (found[0] == expected[0]).mean() > 0.95
 
 
