@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoints
 import family_checkpoints
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ import torch
 from checkpoints import make
 from cuda_harness import GPU, Harness, forget
 from fake_cuda import fake_gpus
-from runner_harness import shapes_of
+from runner_harness import shapes_of, weights_on
 from triton_interpreter import mended
 
 from dilaserve.models import attention, blocks, spans
+from dilaserve.models.transformer import Model
 from dilaserve.worker import candidates, confidence, step_buffers, step_kernels
 from dilaserve.worker.step_arrays import active_blocks, columns_of
 
@@ -201,21 +201,17 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     assert (found[0] == expected[0]).mean() > 0.95
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_graph_of_kernels_and_experts_does_what_plain_steps_do(tmp_path):
-    directory, shapes = family_checkpoints.make(tmp_path / "model", "LLaDAMoEModelLM"), shapes_of(1)
-    mask = checkpoints.MASK
-    with fake_gpus():
-        expected = Harness(directory, GPU).denoised(shapes, launches=2, most=2)
-    forget()
-    with fake_gpus(kernels=True):
-        harness = Harness(directory, GPU, rows=1)
-        found = harness.denoised(shapes, launches=2, most=2)
-    forget()
-    assert harness.model.kernels is of_layers.KERNELS
-    assert len(harness.reuse.graphs) == 1
-    assert ((found[0] == mask) == (expected[0] == mask)).all()
-    assert (found[0] == expected[0]).mean() > 0.95
+def test_experts_gate_by_the_kernel(tmp_path):
+    directory, x = family_checkpoints.make(tmp_path / "model", "LLaDAMoEModelLM"), random(9, 32, dtype=torch.bfloat16)
+    found = []
+    for there in (False, True):
+        with fake_gpus(kernels=there):
+            model = Model(*weights_on(GPU, directory, torch.bfloat16))
+            assert (model.kernels is of_layers.KERNELS) == there
+            assert not model.waits
+            found.append(model.feed_forward(1, x.to(GPU)).cpu())
+        forget()
+    assert close(*found)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

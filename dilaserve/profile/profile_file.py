@@ -91,7 +91,8 @@ def whole_cost(law: StepCost) -> bool:
     """Every step costs something, one of a single row less than a day, and no coefficient is missing."""
     parts = weights_of(law).tolist()
     sane = 0.0 <= min(parts) <= max(parts) < DAY and law.fixed + law.token > 0.0
-    sane = sane and 0 <= law.experts.of_token <= law.experts.of_layer and law.expert >= 0.0
+    most, chosen = law.experts
+    sane = sane and 0 <= chosen <= most and (law.expert == 0.0 or (law.expert > 0.0 and chosen > 0))
     return len(law.bends) == len(law.knots) > 0 and sane and law.seconds(ROW) < DAY
 
 
