@@ -25,7 +25,7 @@ KERNELS = {
     of_logits.lay_out_row: ("*i64 *i64 *i64 *i64 *i64 *i32 *i32 i32 i32", {"WIDTH": 32, "DEPTH": 2}, 1, 1),
     of_logits.unmask_row: ("*i64 *fp64 *i32 *fp32 *i64 *i64 *fp32 i32 i32 i32 i32", {"WIDTH": 32}, 1, 1),
     of_layers.add_norm_rows: ("* * * * * i32 fp32", {"BLOCK": 4096}, 8, 1),
-    of_layers.place_heads: ("* *fp32 *i64 * * * i32", {"Q": 4, "KV": 4, "DIM": 128, "HALF": 64}, 1, 1),
+    of_layers.place_heads: ("* *fp32 *i64 * * * i32", {"Q": 4, "KV": 4, "DIM": 128, "TURNED": 64, "HALF": 64}, 1, 1),
     of_layers.gate_rows: ("* * i32 i32", {"BLOCK": 2048}, 4, 1),
     of_layers.attend_row: (
         "*16 *16 *16 *i32 *i32 *16 *fp32 *fp32 i32 i32 i32 fp32",

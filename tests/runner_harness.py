@@ -1,11 +1,15 @@
 """A model runner with its own request table and K/V pool, and steps for it."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import torch
 
 from dilaserve import models
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import Packed, PackedSpan, SpanGroup
 from dilaserve.models.spec import Shard
 from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import RequestTable
@@ -53,6 +57,29 @@ class Harness:
         for row, (prompt, _, length) in enumerate(shapes):
             ids = rng.integers(0, 256, prompt).astype(np.int32)
             self.table.fill(row, ids, prompt + length, self.spec.mask_id, Decoding(**RULES[row % 3]))
+
+
+def logits_of(spec, weights, ids, size=1):
+    """Logits of ranks that run one after the other, as threads that meet at each sum."""
+    barrier, given = Barrier(size), {}
+
+    def ranked(rank):
+        def reduce(x):
+            given[rank] = x
+            barrier.wait()
+            total = sum(given[one] for one in range(size))
+            barrier.wait()
+            return total
+
+        shard = Shard(rank, size)
+        model = Model(spec, weights, shard, reduce)
+        pool = KVPool(spec, shard, torch.zeros((len(ids) + PAGE) * spec.kv_elements // size))
+        places = torch.arange(len(ids))
+        spans = [SpanGroup(PackedSpan(0, len(ids), 0, len(ids)), 1, None, None)]
+        return model.logits(model.hidden(Packed(torch.tensor(ids), places, places, spans, None, []), pool))
+
+    with ThreadPoolExecutor(size) as threads:
+        return torch.cat(list(threads.map(ranked, range(size))), 1)
 
 
 def shapes_of(count):

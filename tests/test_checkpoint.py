@@ -82,7 +82,7 @@ def test_the_published_configuration_is_understood(tmp_path):
     spec = models.llada.describe(Checkpoint(tmp_path))
     assert (spec.layers, spec.hidden, spec.head_dim, spec.groups, spec.mlp) == (32, 4096, 128, 8, 12288)
     assert (spec.mask_id, spec.stop_ids, spec.kv_elements) == (126336, (126081,), 262144)
-    shapes = models.transformer.tensors(spec, models.llada.NAMES)
+    shapes = models.weights.tensors(spec, models.llada.NAMES)
     assert len(shapes) == 3 + 32 * 9
     assert shapes["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
     assert shapes["model.transformer.ff_out.weight"] == (126464, 4096)
@@ -196,14 +196,24 @@ def test_broken_json_is_named(model):
 
 
 def test_too_little_memory_is_said_with_both_figures():
-    fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
+    fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {
+        "architecture": "x",
+        "stop_ids": (),
+        "tied": False,
+        "experts": None,
+    }
     spec = ModelSpec(**fields | {"parameters": 10**15})
     with pytest.raises(CheckpointError, match=r"needs 3725290\.3 GiB .* in float32 and cpu has .* GiB"):
         memory.check_weights(spec, torch.device("cpu"), torch.float32, memory.Claim())
 
 
 def test_a_pool_or_a_table_that_does_not_fit_is_said_with_its_flag():
-    fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {"architecture": "x", "stop_ids": (), "tied": False}
+    fields = dict.fromkeys(ModelSpec.__struct_fields__, 1) | {
+        "architecture": "x",
+        "stop_ids": (),
+        "tied": False,
+        "experts": None,
+    }
     for tokens, pattern in ((10**15, r"takes 7450580\.6 GiB and cpu has .* lower it"), (1, "less than a page")):
         with pytest.raises(CheckpointError, match=f"--kv-cache-tokens {tokens} {pattern}|{pattern}"):
             memory.check_pool(ModelSpec(**fields), torch.device("cpu"), torch.float32, memory.Claim(), tokens)
@@ -228,8 +238,8 @@ def test_a_shard_of_any_degree_is_a_view_of_the_full_weights(model):
         parts = [models.transformer.Model(spec, weights, Shard(rank, size)) for rank in range(size)]
         split = [part.project(part.blocks[0], x) for part in parts]
         assert torch.allclose(torch.cat(split, 1), whole.project(block, x), atol=1e-5)
-        summed = sum(part.feed_forward(part.blocks[0], x) for part in parts)
-        assert torch.allclose(summed, whole.feed_forward(block, x), atol=1e-4)
+        summed = sum(part.feed_forward(0, x) for part in parts)
+        assert torch.allclose(summed, whole.feed_forward(0, x), atol=1e-4)
         storages = {part.blocks[0].qkv.untyped_storage().data_ptr() for part in parts}
         assert storages == {block.qkv.untyped_storage().data_ptr()}
 

@@ -133,13 +133,14 @@ def test_missing_and_misshapen_tensors_are_named(architecture, tmp_path):
     directory = family_checkpoints.make(tmp_path, architecture)
     file = directory / "model.safetensors"
     whole = load_file(file)
-    name = next(name for name in sorted(whole) if name.endswith(("bias", "q_norm.weight", "o_proj.weight")))
-    save_file({one: tensor for one, tensor in whole.items() if one != name}, file)
-    with pytest.raises(CheckpointError, match=f"lacks the tensor {re.escape(name)}"):
-        models.describe(Checkpoint(directory))
-    save_file(whole | {name: whole[name][:-1].clone()}, file)
-    with pytest.raises(CheckpointError, match=f"{re.escape(name)} in .* has shape"):
-        models.describe(Checkpoint(directory))
+    for kind in (("bias", "q_norm.weight", "o_proj.weight"), ("mlp.gate.weight",), ("experts.7.down_proj.weight",)):
+        for name in [name for name in sorted(whole) if name.endswith(kind)][:1]:
+            save_file({one: tensor for one, tensor in whole.items() if one != name}, file)
+            with pytest.raises(CheckpointError, match=f"lacks the tensor {re.escape(name)}"):
+                models.describe(Checkpoint(directory))
+            save_file(whole | {name: whole[name][:-1].clone()}, file)
+            with pytest.raises(CheckpointError, match=f"{re.escape(name)} in .* has shape"):
+                models.describe(Checkpoint(directory))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,14 @@ def test_missing_and_misshapen_tensors_are_named(architecture, tmp_path):
         ("A2DQwen3LMHeadModel", {"head_dim": 7}, "head_dim 7 do not go together"),
         ("A2DLlamaLMHeadModel", {"mask_token_id": 272}, "the mask token 272 does not lie between 0 and 271"),
         ("A2DLlamaLMHeadModel", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ("LLaDAMoEModelLM", {"num_experts": 0}, "num_experts 0 does not lie between 1 and 1024"),
+        ("LLaDAMoEModelLM", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 does not lie between 1 and 8"),
+        ("LLaDAMoEModelLM", {"moe_layer_freq": [1]}, "moe_layer_freq must be a list of a 0 or 1 for each layer"),
+        ("LLaDAMoEModelLM", {"moe_layer_freq": [2, 1]}, "moe_layer_freq must be a list of a 0 or 1 for each layer"),
+        ("LLaDAMoEModelLM", {"moe_router_score_function": "sigmoid"}, "'sigmoid' is not supported, only 'softmax'"),
+        ("LLaDAMoEModelLM", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported, only None"),
+        ("LLaDAMoEModelLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ("LLaDAMoEModelLM", {"expert_intermediate_size": 0}, "expert_intermediate_size 0 does not lie"),
     ],
 )
 def test_a_configuration_that_would_change_the_arithmetic_is_named(architecture, fields, words, tmp_path):
@@ -176,7 +185,7 @@ def test_nothing_outside_the_models_knows_a_family():
     """The server's own documentation and the simulator's built-in profile name models that people can download."""
     root, named = (
         Path(dilaserve.__file__).parent,
-        re.compile(r"\b(llada|illada|a2d|qwen)\b|models\.(llada|illada|a2d)", re.I),
+        re.compile(r"\b(llada2?|illada|a2d|qwen|olmoe|sdar)\b|models\.(llada|llada_moe|llada2|illada|a2d|sdar)", re.I),
     )
     for file in sorted(root.rglob("*.py")):
         if file.parent.name in ("models", "sim") or "problems" in file.parts:

@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import family_checkpoints
 import numpy as np
 import pytest
 import torch
 from checkpoints import make
 from cuda_harness import GPU, Harness, forget
 from fake_cuda import fake_gpus
-from runner_harness import shapes_of
+from runner_harness import shapes_of, weights_on
 from triton_interpreter import mended
 
 from dilaserve.models import attention, blocks, spans
+from dilaserve.models.transformer import Model
 from dilaserve.worker import candidates, confidence, step_buffers, step_kernels
 from dilaserve.worker.step_arrays import active_blocks, columns_of
 
@@ -95,11 +97,14 @@ def test_sum_and_norm_agree(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "q", "kv", "dim"), [(2, 2, 2, 8), (1, 3, 1, 12), (4, 1, 1, 16)])
-def test_rotary_heads_are_written_to_the_same_places(groups, q, kv, dim, dtype):
+@pytest.mark.parametrize(
+    ("groups", "q", "kv", "dim", "turned"),
+    [(2, 2, 2, 8, 8), (1, 3, 1, 12, 12), (4, 1, 1, 16, 16), (2, 2, 1, 16, 8), (2, 1, 1, 12, 6), (1, 2, 2, 24, 2)],
+)
+def test_rotary_heads_are_written_to_the_same_places(groups, q, kv, dim, turned, dtype):
     tokens, pool = 6, 40
     fused = random(tokens, groups, q + 2 * kv, dim, dtype=dtype)
-    turns = blocks.rotary_table(64, dim, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
+    turns = blocks.rotary_table(64, turned, 1e4, torch.device("cpu"))[torch.arange(tokens) * 3]
     slots = torch.tensor([3, 0, 39, 17, 8, 9])
     stores = [torch.zeros(pool, groups * kv, dim, dtype=dtype) for _ in range(4)]
     found = of_layers.place(fused, turns, slots, *stores[:2], q, kv)
@@ -194,6 +199,19 @@ def test_a_graph_of_kernels_does_what_plain_steps_do(tmp_path):
     assert len(harness.reuse.graphs) == 1
     assert ((found[0] == MASK) == (expected[0] == MASK)).all()
     assert (found[0] == expected[0]).mean() > 0.95
+
+
+def test_experts_gate_by_the_kernel(tmp_path):
+    directory, x = family_checkpoints.make(tmp_path / "model", "LLaDAMoEModelLM"), random(9, 32, dtype=torch.bfloat16)
+    found = []
+    for there in (False, True):
+        with fake_gpus(kernels=there):
+            model = Model(*weights_on(GPU, directory, torch.bfloat16))
+            assert (model.kernels is of_layers.KERNELS) == there
+            assert not model.waits
+            found.append(model.feed_forward(1, x.to(GPU)).cpu())
+        forget()
+    assert close(*found)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -13,7 +13,7 @@ from dilaserve.cli import main
 from dilaserve.errors import ConfigError
 from dilaserve.profile import profile_file
 from dilaserve.profile.block_chain import chain
-from dilaserve.profile.step_cost import Features
+from dilaserve.profile.step_cost import ExpertCounts, Features
 from dilaserve.sim import workload
 from dilaserve.sim.clock import Stalled, VirtualLoop
 from dilaserve.sim.h200 import STEPS, law_at, llada_8b_h200
@@ -162,6 +162,10 @@ def test_a_profile_with_missing_entries_is_damaged(tmp_path):
     (key, law), *_ = known.costs.items()
     nothing = msgspec.structs.replace(law, fixed=0.0, token=0.0)
     endless = [msgspec.structs.replace(law, **wrong) for wrong in ({"fixed": 1e300}, {"fixed": 86401.0}, {"key": 1e4})]
+    endless += [
+        msgspec.structs.replace(law, expert=expert, experts=ExpertCounts(*counts))
+        for expert, counts in ((1e-3, (0, 0)), (0.0, (8, 9)), (-1e-3, (8, 2)), (0.0, (8, -1)))
+    ]
     short = msgspec.structs.replace(known.quality, tasks={"any": msgspec.structs.replace(task, drop=(0.0,))})
     wrong_costs = [{"costs": {key: wrong}} for wrong in (nothing, *endless)]
     for changed in ({"costs": {}}, *wrong_costs, {"quality": short}):

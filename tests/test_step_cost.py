@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.errors import ConfigError
-from dilaserve.profile.step_cost import KNOTS, Features, Learner, Sample, StepCost, alike, fit
+from dilaserve.profile.step_cost import KNOTS, ExpertCounts, Features, Learner, Sample, StepCost, alike, derived, fit
 
 TRUE = StepCost(
     fixed=0.004,
@@ -47,6 +47,38 @@ def test_a_fit_predicts_steps_it_has_not_seen():
 def test_a_linear_step_cost_does_not_fit():
     bent, straight = fit(samples(150, noise=0.0)), fit(samples(150, noise=0.0), knots=(10**9,))
     assert bent.error < straight.error / 2
+
+
+MOE = msgspec.structs.replace(TRUE, expert=3e-5, experts=ExpertCounts(256, 8))
+
+
+def small_steps(count, seed):
+    """Reuse steps of few rows, which touch some of the experts only."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        rows, canvas, width = rng.randint(1, 8), rng.randint(64, 1024), rng.choice((4, 8, 32))
+        tokens = rows * width
+        yield Features(tokens, tokens * canvas, rows * canvas, rng.randint(1, tokens), rows)
+
+
+def test_the_experts_that_a_step_reads_are_part_of_its_cost():
+    counts = ExpertCounts(256, 8)
+    assert [round(counts.touched(tokens)) for tokens in (0, 1, 32, 128, 4096)] == [0, 8, 163, 252, 256]
+    seen = [Sample(point, MOE.seconds(point)) for point in [*small_steps(150, 1), *(one[0] for one in samples(100))]]
+    knowing, blind = fit(seen, experts=counts), fit(seen)
+    assert knowing.error < 0.005 < 0.02 < blind.error
+    assert knowing.expert == pytest.approx(MOE.expert, rel=0.02)
+    assert knowing.scaled(2.0).expert == 2 * knowing.expert
+    assert derived(knowing, 2).expert == knowing.expert / 2
+
+
+def test_the_cost_of_experts_is_learned_while_serving():
+    learner = Learner(msgspec.structs.replace(MOE, fixed=0.005, expert=0.0, token=3e-5, guess=True))
+    for point in small_steps(1000, 2):
+        learner.observe(point, False, MOE.seconds(point))
+    errors = [abs(learner.seconds(point, False) / MOE.seconds(point) - 1) for point in small_steps(50, 3)]
+    assert sum(errors) / len(errors) < 0.05
+    assert learner.law.expert > 0.5 * MOE.expert
 
 
 def test_too_few_samples_are_refused():

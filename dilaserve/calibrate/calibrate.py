@@ -34,15 +34,15 @@ async def calibrate(
     device = listed(config.device.devices)[0]
     async with Engine(config, quiet, unmeasured) as engine:
         measured_quality = await quality(engine, questions, seen)
-        limit, name = engine.model.max_model_len, engine.model.name
-    samples = await step_costs(config, limit, seen, unmeasured)
-    laws = {degree: fit(taken) for degree, taken in samples.items()}
+        model = engine.model
+    samples = await step_costs(config, model.max_model_len, seen, unmeasured)
+    laws = {degree: fit(taken, experts=model.experts) for degree, taken in samples.items()}
     costs: dict[str, StepCost] = {
         **(known.costs if known else {}),
         **{profile_file.cost_key(device, degree): law for degree, law in laws.items()},
     }
     profile = ModelProfile(
-        model=name,
+        model=model.name,
         made=datetime.date.today().isoformat(),
         machine=machine(),
         costs=costs,

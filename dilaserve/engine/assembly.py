@@ -23,7 +23,7 @@ from dilaserve.plans import parsed, uniform
 from dilaserve.profile import profile_file
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.profile_file import ModelProfile
-from dilaserve.profile.step_cost import StepCost
+from dilaserve.profile.step_cost import DENSE, ExpertCounts, StepCost
 from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.collectives_memory import Exchange
 from dilaserve.transport.devices import backend_for, dtype_for, listed, threads_for
@@ -44,6 +44,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     parameters: int
     root: str  # the directory
     traits: FamilyTraits = FamilyTraits()
+    experts: ExpertCounts = DENSE
 
 
 class Parts(NamedTuple):
@@ -93,6 +94,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         spec.parameters,
         str(directory),
         spec.traits,
+        ExpertCounts(spec.experts.count, spec.experts.chosen) if spec.experts else DENSE,
     )
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = ends(spec, text, directory)
@@ -106,7 +108,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     profile = profile_file.find(directory, config.scheduler.profile) if measured else None
     if profile and profile.model not in (card.name, directory.resolve().name):
         log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
-    laws, quality, note = known(profile, card.name, names[0], degrees)
+    laws, quality, note = known(profile, card, names[0], degrees)
     planner = PlannerProcess(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
     return Parts(
         card,
@@ -193,10 +195,11 @@ def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:
 
 
 def known(
-    profile: ModelProfile | None, name: str, device: str, degrees: tuple[int, ...]
+    profile: ModelProfile | None, card: ModelCard, device: str, degrees: tuple[int, ...]
 ) -> tuple[dict[int, StepCost], QualityProfile, str | None]:
     """Cost laws by degree and quality profile, and a note for the user if estimates replace measurements."""
-    assumed, least = profile_file.guessed(name, device), min(degrees)
+    name, least = card.name, min(degrees)
+    assumed = profile_file.guessed(name, device, card.experts)
     if profile is None:
         note = f"{name} has no profile yet and starts from a cautious guess; `dilaserve calibrate` measures one"
         return {least: assumed.costs[profile_file.cost_key(device)]}, assumed.quality, note

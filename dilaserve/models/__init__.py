@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 from dilaserve.errors import CheckpointError
-from dilaserve.models import a2d, dream, fast_dllm, illada, llada, nemotron, sdar, transformer
+from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, weights
 from dilaserve.models.checkpoint import Checkpoint, Tensors
 from dilaserve.models.spec import ModelSpec, Shard
-from dilaserve.models.transformer import TensorNames, Weights
+from dilaserve.models.weights import TensorNames, Weights
 
 
 class Family(NamedTuple):
@@ -21,14 +21,17 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
     "LLaDAModelLM": Family(llada.describe, llada.NAMES),
+    "LLaDAMoEModelLM": Family(llada_moe.describe, llada_moe.NAMES),
     "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES),
     "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES),
     "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES),
     "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES),
     "DreamModel": Family(dream.describe, dream.NAMES),
     "SDARForCausalLM": Family(sdar.describe, sdar.NAMES),
+    "SDARMoeForCausalLM": Family(sdar.describe, sdar.NAMES),
     "NemotronLabsDiffusionModel": Family(nemotron.describe, nemotron.NAMES),
     "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.describe, fast_dllm.NAMES),
+    "LLaDA2MoeModelLM": Family(llada2.describe, llada2.NAMES),
 }
 
 
@@ -44,7 +47,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
             f"this version serves {', '.join(FAMILIES)}"
         )
     spec = family.describe(checkpoint)
-    checkpoint.expect(transformer.tensors(spec, family.names))
+    checkpoint.expect(weights.tensors(spec, family.names))
     return spec
 
 
@@ -56,5 +59,5 @@ def load(
     placed: Callable[[int], None],
     held: Shard = Shard(),  # noqa: B008 - a frozen value
 ) -> Weights:
-    """The weights of a checkpoint on a device; see `transformer.load`."""
-    return transformer.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)
+    """The weights of a checkpoint on a device; see `weights.load`."""
+    return weights.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)

@@ -7,9 +7,9 @@ and tensors; nothing in a checkpoint tells them apart, and they would be served 
 import msgspec
 
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.config_fields import TOKEN_ID, llama_spec
+from dilaserve.models.config_fields import llama_spec, mask_token
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.transformer import TensorNames
+from dilaserve.models.weights import TensorNames
 from dilaserve.types import FamilyTraits
 
 NAMES = TensorNames()
@@ -20,10 +20,9 @@ MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
 def describe(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of an A2D config.json; `CheckpointError` names the field that cannot be served."""
     architecture = checkpoint.architecture
-    mask_id = checkpoint.config.get("mask_token_id")
     spec = llama_spec(
         checkpoint,
-        checkpoint.added_token(MASK) if mask_id is None else checkpoint.whole("mask_token_id", TOKEN_ID),
+        mask_token(checkpoint, MASK),
         qk_norm="Qwen3" in architecture,
         qkv_bias="Qwen2" in architecture,
     )

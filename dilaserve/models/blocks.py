@@ -15,29 +15,29 @@ log = logging.getLogger(__name__)
 
 
 def rotary_table(
-    length: int, head_dim: int, theta: float, device: torch.device, yarn: Yarn | None = None
+    length: int, rotary_dim: int, theta: float, device: torch.device, yarn: Yarn | None = None
 ) -> torch.Tensor:
-    """cos + i sin of every position and frequency, complex64 [length, head_dim / 2] (RoFormer, section 3.4)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    """cos + i sin of every position and frequency, complex64 [length, rotary_dim / 2] (RoFormer, section 3.4)."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     frequencies = theta**-exponents
     if yarn:
-        frequencies = stretched(frequencies, head_dim, theta, yarn)
+        frequencies = stretched(frequencies, rotary_dim, theta, yarn)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return torch.polar(torch.full_like(angles, yarn.magnitude if yarn else 1.0), angles).to(device)
 
 
-def stretched(frequencies: torch.Tensor, head_dim: int, theta: float, yarn: Yarn) -> torch.Tensor:
+def stretched(frequencies: torch.Tensor, rotary_dim: int, theta: float, yarn: Yarn) -> torch.Tensor:
     """YaRN: frequencies that turn often within the original length stay, slow ones are divided by the factor, and those
-    between are mixed; [head_dim / 2].
+    between are mixed; [rotary_dim / 2].
     """
 
     def dimension(turns: float) -> float:
         """Of the frequency that turns so often within the original length."""
-        return head_dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return rotary_dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(dimension(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension(yarn.beta_slow)), head_dim - 1)
-    place = torch.arange(head_dim // 2, dtype=torch.float32)
+    high = min(math.ceil(dimension(yarn.beta_slow)), rotary_dim - 1)
+    place = torch.arange(rotary_dim // 2, dtype=torch.float32)
     slow = ((place - low) / ((high - low) or 0.001)).clamp(0, 1)
     return frequencies * (1 - slow) + frequencies / yarn.factor * slow
 
@@ -49,7 +49,13 @@ def query_scales(length: int, scale: QueryScale, device: torch.device) -> torch.
 
 
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Rotate x [tokens, …, head_dim], whose pairs lie side by side, by turns [tokens, head_dim / 2]; in float32."""
+    """Rotate the first rotary_dim of x [tokens, …, head_dim], whose pairs lie side by side, in float32.
+
+    `turns` are [tokens, rotary_dim / 2].
+    """
+    rotary_dim = 2 * turns.shape[1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat([rotate(x[..., :rotary_dim], turns), x[..., rotary_dim:]], -1)
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     turns = turns.view(turns.shape[0], *(1,) * (x.dim() - 2), turns.shape[1])
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
@@ -130,11 +136,13 @@ def has_kernels(device: torch.device) -> bool:
     return True
 
 
-def interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+def interleaved(weight: torch.Tensor, head_dim: int, rotary_dim: int) -> torch.Tensor:
     """Rows of a q or k projection, its bias or norm, reordered from NeoX halves to neighbouring pairs, which `rotate`
-    wants.
+    wants; of each head the first `rotary_dim`.
 
     Attention scores do not change: q and k are reordered alike.
     """
-    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
+    heads = weight.view(-1, head_dim, *weight.shape[1:])
+    first, second = heads[:, :rotary_dim].chunk(2, dim=1)
+    pairs = torch.stack([first, second], 2).flatten(1, 2)
+    return torch.cat([pairs, heads[:, rotary_dim:]], 1).view(weight.shape)

@@ -3,7 +3,7 @@
 import math
 
 from dilaserve.models.checkpoint import Checkpoint, shown
-from dilaserve.models.spec import ModelSpec, QueryScale, Yarn
+from dilaserve.models.spec import Experts, ModelSpec, QueryScale, Yarn
 
 MAX_DEGREE = 8  # devices of a tensor-parallel group
 SIZE = (1, 2**24)  # of a dimension, in elements
@@ -11,6 +11,7 @@ LAYERS = (1, 1024)
 YARN = (1e-6, 1e6)  # of its numbers
 TOKEN_ID = (0, 2**24)
 BLOCK = (1, 1024)  # tokens
+EXPERTS = (1, 1024)  # of a layer
 LENGTH = (2, 2**24)  # of a canvas, in tokens
 ROPE_THETA = (1.0, 1e12)  # below, angles grow with the frequency's number until they overflow
 NORM_EPS = (1e-20, 1.0)  # below, a row of zeros may become NaN; above, it outweighs the row
@@ -24,7 +25,13 @@ SUPPORTED = {  # fields whose other values would change the arithmetic of `trans
 
 
 def llama_spec(
-    checkpoint: Checkpoint, mask_id: int, qk_norm: bool = False, qkv_bias: bool = False, yarn: bool = False
+    checkpoint: Checkpoint,
+    mask_id: int,
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+    yarn: bool = False,
+    experts: Experts | None = None,
+    mlp_field: str = "intermediate_size",
 ) -> ModelSpec:
     """The spec of a checkpoint with Llama's field names; `CheckpointError` names the field that cannot be served.
 
@@ -43,19 +50,21 @@ def llama_spec(
         raise checkpoint.wrong(
             f"num_attention_heads {heads}, num_key_value_heads {kv_heads}, head_dim {head_dim} do not go together"
         )
-    vocab, mlp = whole("vocab_size", SIZE), whole("intermediate_size", SIZE)
+    vocab = whole("vocab_size", SIZE)
+    layers = whole("num_hidden_layers", LAYERS)
+    mlp = whole(mlp_field, SIZE) if experts is None or experts.dense else 0
     if not 0 <= mask_id < vocab:
         raise checkpoint.wrong(f"the mask token {mask_id} does not lie between 0 and {vocab - 1}")
     return ModelSpec(
         architecture=checkpoint.architecture,
         vocab_size=vocab,
-        layers=whole("num_hidden_layers", LAYERS),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         mlp=mlp,
-        groups=math.gcd(kv_heads, mlp, MAX_DEGREE),
+        groups=math.gcd(kv_heads, mlp, *((experts.count, experts.shared) if experts else ()), MAX_DEGREE),
         rope_theta=rope_theta(checkpoint),
         norm_eps=number("rms_norm_eps", NORM_EPS, 1e-6),
         max_length=whole("max_position_embeddings", LENGTH),
@@ -67,7 +76,21 @@ def llama_spec(
         qkv_bias=qkv_bias,
         yarn=yarn_of(checkpoint) if yarn else None,
         query_scale=query_scale_of(checkpoint) if yarn else None,
+        experts=experts,
     )
+
+
+def expert_counts(checkpoint: Checkpoint, count: str = "num_experts") -> tuple[int, int]:
+    """Experts of a layer, and those of a token."""
+    experts = checkpoint.whole(count, EXPERTS)
+    return experts, checkpoint.whole("num_experts_per_tok", (1, experts))
+
+
+def mask_token(checkpoint: Checkpoint, text: str) -> int:
+    """`mask_token_id`, or where config.json has none the id of the token `text` that was added to the tokenizer."""
+    if checkpoint.config.get("mask_token_id") is None:
+        return checkpoint.added_token(text)
+    return checkpoint.whole("mask_token_id", TOKEN_ID)
 
 
 def rope_theta(checkpoint: Checkpoint) -> float:

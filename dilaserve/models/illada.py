@@ -3,7 +3,7 @@
 from dilaserve.models.checkpoint import Checkpoint, shown
 from dilaserve.models.config_fields import TOKEN_ID, llama_spec
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.transformer import TensorNames
+from dilaserve.models.weights import TensorNames
 
 NAMES = TensorNames()
 MASK_ID = 5  # `<[MASK]>`; neither config.json nor the tokenizer says so

@@ -43,9 +43,9 @@ def place(
     tokens, groups, _, head_dim = fused.shape
     out = torch.empty(tokens, groups * q, head_dim, dtype=fused.dtype, device=fused.device)
     if tokens:
-        half = triton.next_power_of_2(head_dim // 2)
+        sizes = q, kv, head_dim, 2 * turns.shape[1], triton.next_power_of_2(head_dim // 2)
         place_heads[(tokens, groups)](
-            fused, torch.view_as_real(turns), slots, keys, values, out, groups, q, kv, head_dim, half, num_warps=1
+            fused, torch.view_as_real(turns), slots, keys, values, out, groups, *sizes, num_warps=1
         )
     return out
 
@@ -126,13 +126,19 @@ def place_heads(  # type: ignore[no-untyped-def]
     Q: tl.constexpr,
     KV: tl.constexpr,
     DIM: tl.constexpr,
+    TURNED: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """One head group of one token: q turned to `out`, k turned and v as it is to their slot of the pool."""
+    """One head group of one token: q turned to `out`, k turned and v as it is to their slot of the pool.
+
+    The first TURNED of a head's DIM are turned; the turn of the others is 1.
+    """
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = 2 * tl.arange(0, HALF)[:, None] + tl.arange(0, 2)[None, :]  # pairs are moved whole
     there = place < DIM
-    cos, sin = tl.split(tl.load(turns + token * DIM + place, mask=there, other=0.0))
+    cos, sin = tl.split(tl.load(turns + token * TURNED + place, mask=place < TURNED, other=0.0))
+    if TURNED < DIM:
+        cos = tl.where(2 * tl.arange(0, HALF) < TURNED, cos, 1.0)
     slot = tl.load(slots + token)
     source = fused + (token * groups + group) * (Q + 2 * KV) * DIM
     kind = out.dtype.element_ty

@@ -5,7 +5,7 @@ import math
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import LAYERS, LENGTH, MAX_DEGREE, NORM_EPS, ROPE_THETA, SIZE
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.transformer import TensorNames
+from dilaserve.models.weights import TensorNames
 
 MLP_RATIO = (2**-10, 2**10)
 NAMES = TensorNames(

@@ -1,5 +1,7 @@
 """What the engine and the workers need to know of a model."""
 
+from typing import Literal
+
 import msgspec
 
 from dilaserve.types import FamilyTraits
@@ -40,8 +42,24 @@ class QueryScale(msgspec.Struct, frozen=True, kw_only=True):
     length: int
 
 
+class Experts(msgspec.Struct, frozen=True, kw_only=True):
+    """The experts of a mixture-of-experts model. Layers that are not `dense` have them in place of the MLP."""
+
+    count: int  # of a layer
+    chosen: int  # for each token
+    width: int  # of one expert's MLP
+    router: Literal["softmax", "softmax-renormalised", "sigmoid-groups"]
+    dense: tuple[int, ...] = ()  # layers
+    shared: int = 0  # width of the expert beside the others that takes every token
+    bias: bool = False  # the router adds one to the scores by which it chooses
+    groups: int = 1  # of experts
+    kept_groups: int = 1  # groups that a token's experts are chosen from
+    scale: float = 1.0  # of the sigmoid router's weights
+    float32_sum: bool = False  # weighted and summed in float32, not in the model's type
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes and special ids of one checkpoint. `groups` is the largest tensor-parallel degree its heads allow."""
+    """Sizes and special ids of one checkpoint. `groups` is the largest tensor-parallel degree it allows."""
 
     architecture: str
     vocab_size: int
@@ -63,18 +81,37 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool = False
     yarn: Yarn | None = None
     query_scale: QueryScale | None = None
+    rotary: int | None = None  # dimensions of a head that are rotated, the first ones; None: all
+    experts: Experts | None = None
     traits: FamilyTraits = FamilyTraits()
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """Tensor-parallel degrees that the heads allow."""
+        """Tensor-parallel degrees that heads, MLP and experts allow."""
         return tuple(degree for degree in (1, 2, 4, 8) if self.groups % degree == 0)
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of this layer; None where it is dense."""
+        return None if self.experts is None or layer in self.experts.dense else self.experts
+
+    def mlp_of(self, layer: int) -> int:
+        """Width of the MLP that every token of this layer goes through: the dense one or the shared expert."""
+        experts = self.experts_of(layer)
+        return self.mlp if experts is None else experts.shared
+
     def shard_parameters(self, size: int) -> int:
-        """Parameters that one of `size` shards holds: the embedding and the norms whole, of the rest its part."""
-        table = self.vocab_size * self.hidden
-        whole = table + self.hidden * (2 * self.layers + 1) + 2 * self.layers * self.head_dim * self.qk_norm
+        """Parameters that one of `size` shards holds: the embedding, norms and routers whole, of the rest its part."""
+        table, norms = self.vocab_size * self.hidden, self.hidden * (2 * self.layers + 1)
+        whole = table + norms + 2 * self.layers * self.head_dim * self.qk_norm
+        if self.experts is not None:
+            routers = self.layers - len(self.experts.dense)
+            whole += routers * self.experts.count * (self.hidden + self.experts.bias)
         return whole + -(-(self.parameters - whole) // size)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.head_dim if self.rotary is None else self.rotary
 
     @property
     def kv_elements(self) -> int:

@@ -109,7 +109,8 @@ def seconds(law: StepCost, kind: Kind, refreshing: float, reusing: float, block:
     tokens = refreshing * kind.canvas + reusing * block
     attention = refreshing * kind.canvas**2 + reusing * block * kind.canvas
     rows = refreshing + reusing
-    return law.fixed + law.marginal(tokens, attention, rows * kind.canvas, rows * (block + 1) / 2, rows)  # type: ignore[arg-type]
+    every = law.fixed + law.expert_seconds(tokens)
+    return every + law.marginal(tokens, attention, rows * kind.canvas, rows * (block + 1) / 2, rows)  # type: ignore[arg-type]
 
 
 def carried(

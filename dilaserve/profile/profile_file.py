@@ -14,7 +14,7 @@ import msgspec
 
 from dilaserve.errors import ConfigError
 from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, Laws, QualityProfile, TaskProfile
-from dilaserve.profile.step_cost import KNOTS, Features, StepCost, weights_of
+from dilaserve.profile.step_cost import DENSE, KNOTS, ExpertCounts, Features, StepCost, weights_of
 from dilaserve.system import files
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ def whole_cost(law: StepCost) -> bool:
     """Every step costs something, one of a single row less than a day, and no coefficient is missing."""
     parts = weights_of(law).tolist()
     sane = 0.0 <= min(parts) <= max(parts) < DAY and law.fixed + law.token > 0.0
+    most, chosen = law.experts
+    sane = sane and 0 <= chosen <= most and (law.expert == 0.0 or (law.expert > 0.0 and chosen > 0))
     return len(law.bends) == len(law.knots) > 0 and sane and law.seconds(ROW) < DAY
 
 
@@ -146,11 +148,13 @@ def indented(profile: ModelProfile) -> bytes:
     return msgspec.json.format(msgspec.json.encode(profile), indent=1)
 
 
-def guessed(model: str, device: str) -> ModelProfile:
+def guessed(model: str, device: str, experts: ExpertCounts = DENSE) -> ModelProfile:
     """A profile for a model that was never measured; the server learns the rest while it serves."""
     fixed, token = (0.005, 2e-4) if device == "cpu" else (0.006, 3e-5)
     bends = (0.0,) * len(KNOTS)
-    law = StepCost(fixed=fixed, token=token, bends=bends, attention=0.0, projection=0.0, row=0.0, guess=True)
+    law = StepCost(
+        fixed=fixed, token=token, bends=bends, attention=0.0, projection=0.0, row=0.0, experts=experts, guess=True
+    )
     laws = tuple((pace(tokens),) * PARTS for tokens in UNKNOWN_PACES)
     task = TaskProfile(laws=laws, drop=UNKNOWN_DROPS, mean_drop=UNKNOWN_DROPS)
     quality = QualityProfile(tasks={ANY: task})

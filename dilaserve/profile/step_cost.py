@@ -7,7 +7,7 @@ off by 10 %.
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -27,6 +27,9 @@ LEAST = 1e-6  # seconds that any step takes, so that what was fitted never says 
 ALIKE = 0.05  # relative difference of laws that makes no difference
 
 
+Count = TypeVar("Count", float, np.ndarray[Any, np.dtype[np.float64]])
+
+
 class Features(NamedTuple):
     """What one step, or one row's part of it, computes."""
 
@@ -37,6 +40,21 @@ class Features(NamedTuple):
     rows: int
 
 
+class ExpertCounts(NamedTuple):
+    """The experts of a mixture-of-experts layer; none where all layers are dense."""
+
+    of_layer: int = 0
+    of_token: int = 0
+
+    def touched(self, tokens: Count) -> Count:
+        """Experts of a layer whose weights a step of so many tokens reads, if tokens chose at random and evenly."""
+        missed: Count = (1.0 - self.of_token / self.of_layer) ** tokens
+        return self.of_layer * (1.0 - missed)
+
+
+DENSE = ExpertCounts()
+
+
 class Sample(NamedTuple):
     """A measured step."""
 
@@ -45,8 +63,11 @@ class Sample(NamedTuple):
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
-    """t = fixed + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + key·K + projection·V + row·n; nothing is
-    negative, and knots ascend.
+    """t = fixed + expert·E(T) + token·T + Σ_k bend_k·max(0, T - knot_k) + attention·A + key·K + projection·V + row·n;
+    nothing is negative, and knots ascend.
+
+    E are the experts whose weights are read: most of them for the first row already, so that rows share them. What the
+    experts compute is part of the time of a token.
 
     `error` is the mean absolute relative error on samples that were not fitted, `samples` how many were. A `guess` says
     nothing about the device at hand; nobody is turned away because of it.
@@ -59,16 +80,22 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
     key: float = 0.0
     projection: float
     row: float
+    expert: float = 0.0
+    experts: ExpertCounts = DENSE
     knots: tuple[int, ...] = KNOTS
     error: float = 0.0
     samples: int = 0
     guess: bool = False
 
     def seconds(self, features: Features) -> float:
-        return self.fixed + self.marginal(*features)
+        return self.fixed + self.expert_seconds(features.tokens) + self.marginal(*features)
+
+    def expert_seconds(self, tokens: float) -> float:
+        """The time to read the experts that a step of so many tokens touches."""
+        return self.expert * self.experts.touched(tokens) if self.expert else 0.0
 
     def marginal(self, tokens: int, attention: int, keys: int, projected: int, rows: int) -> float:
-        """The part that grows with the batch."""
+        """The part that grows with the batch, without the experts, which its rows share."""
         total = self.token * tokens + self.attention * attention + self.key * keys
         total += self.projection * projected + self.row * rows
         if tokens > self.knots[0]:
@@ -82,7 +109,7 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
 
     def scaled(self, factor: float) -> "StepCost":
         """The same law on a device that takes `factor` times as long."""
-        fields = ("fixed", "token", "attention", "key", "projection", "row")
+        fields = ("fixed", "token", "attention", "key", "projection", "row", "expert")
         changed = {name: getattr(self, name) * factor for name in fields}
         return msgspec.structs.replace(self, bends=tuple(bend * factor for bend in self.bends), **changed)
 
@@ -107,10 +134,16 @@ def derived(law: StepCost, degree: int) -> StepCost:
     return msgspec.structs.replace(shared, fixed=law.fixed, row=law.row, samples=0, guess=True)
 
 
-def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 0.0, samples: int = 0) -> StepCost:
+def from_weights(
+    weights: Sequence[float],
+    knots: Sequence[int],
+    experts: ExpertCounts = DENSE,
+    error: float = 0.0,
+    samples: int = 0,
+) -> StepCost:
     bends = len(knots)
     fixed, token, *rest = (float(weight) for weight in weights)
-    attention, key, projection, row = rest[bends:]
+    attention, key, projection, row, *expert = rest[bends:]
     return StepCost(
         fixed=max(fixed, LEAST),
         token=token,
@@ -119,6 +152,8 @@ def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 
         key=key,
         projection=projection,
         row=row,
+        expert=sum(expert),
+        experts=experts,
         knots=tuple(knots),
         error=error,
         samples=samples,
@@ -127,31 +162,32 @@ def from_weights(weights: Sequence[float], knots: Sequence[int], error: float = 
 
 def weights_of(law: StepCost) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What `from_weights` makes the law of. [coefficients]"""
-    return np.array([law.fixed, law.token, *law.bends, law.attention, law.key, law.projection, law.row])
+    expert = [law.expert] if law.experts.of_layer else []
+    return np.array([law.fixed, law.token, *law.bends, law.attention, law.key, law.projection, law.row, *expert])
 
 
-def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS) -> StepCost:
+def fit(samples: Sequence[Sample], knots: Sequence[int] = KNOTS, experts: ExpertCounts = DENSE) -> StepCost:
     """Least squares on relative errors with coefficients of at least 0 (scipy.optimize.nnls).
 
     For `error` a fifth of the samples is held out at a time, each once; the law itself is then fitted to all. Raises
     `ConfigError` for fewer samples than coefficients.
     """
-    if len(samples) < len(knots) + 6:
+    if len(samples) < len(knots) + 6 + (experts != DENSE):
         raise ConfigError(f"a step cost cannot be fitted to {len(samples)} samples")
     errors = []
     for fold in range(FOLDS):
-        trial = solved([sample for i, sample in enumerate(samples) if i % FOLDS != fold], knots)
+        trial = solved([sample for i, sample in enumerate(samples) if i % FOLDS != fold], knots, experts)
         errors += [abs(trial.seconds(features) / seconds - 1) for features, seconds in samples[fold::FOLDS]]
-    law = solved(samples, knots)
+    law = solved(samples, knots, experts)
     return msgspec.structs.replace(law, error=float(np.mean(errors)), samples=len(samples))
 
 
-def solved(samples: Sequence[Sample], knots: Sequence[int]) -> StepCost:
-    rows = weighed(numbers(samples), knots)
+def solved(samples: Sequence[Sample], knots: Sequence[int], experts: ExpertCounts) -> StepCost:
+    rows = weighed(numbers(samples), knots, experts)
     scale = rows.max(0)
     scale[scale == 0] = 1.0
     weights, _ = nnls(rows / scale, np.ones(len(rows)))
-    return from_weights(weights / scale, knots)
+    return from_weights(weights / scale, knots, experts)
 
 
 def numbers(samples: Sequence[Sample]) -> "array[float]":
@@ -159,11 +195,15 @@ def numbers(samples: Sequence[Sample]) -> "array[float]":
     return array("d", [number for features, seconds in samples for number in (*features, seconds)])
 
 
-def weighed(samples: "array[float]", knots: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def weighed(
+    samples: "array[float]", knots: Sequence[int], experts: ExpertCounts = DENSE
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What each coefficient is multiplied by, over the seconds: residuals are relative. [samples, coefficients]"""
     tokens, *rest, seconds = np.array(samples).reshape(-1, len(Features._fields) + 1).T
     bends = [np.maximum(0.0, tokens - knot) for knot in knots]
-    rows: np.ndarray[Any, np.dtype[np.float64]] = np.stack([np.ones_like(tokens), tokens, *bends, *rest], axis=1)
+    touched = [experts.touched(tokens)] if experts.of_layer else []
+    columns = [np.ones_like(tokens), tokens, *bends, *rest, *touched]
+    rows: np.ndarray[Any, np.dtype[np.float64]] = np.stack(columns, axis=1)
     rows /= seconds[:, None]
     return rows
 
@@ -196,7 +236,7 @@ class Learner:
             for canvas in (64, 256, 1024, 4096)
         ]
         samples = [Sample(point, max(self.law.seconds(point), 1e-9)) for point in points]
-        rows = weighed(numbers(samples), self.law.knots)
+        rows = weighed(numbers(samples), self.law.knots, self.law.experts)
         gram, moment = rows.T @ rows / len(rows), rows.mean(0)
         self.first, self.kept = weights_of(self.law), (KEPT * gram, KEPT * moment)
         self.gram, self.moment = (weight - KEPT) * gram, (weight - KEPT) * moment
@@ -225,7 +265,7 @@ class Learner:
 
     def relearn(self) -> None:
         """min |A w - 1|² from AᵀA and Aᵀ1 alone: with AᵀA = L Lᵀ it is nnls(Lᵀ, L⁻¹ Aᵀ1)."""
-        rows = weighed(self.news, self.law.knots)
+        rows = weighed(self.news, self.law.knots, self.law.experts)
         weights = FORGET ** np.arange(len(rows) - 1, -1, -1)
         faded = FORGET ** len(rows)
         slower = math.exp(sum(self.corrections.values()) / 2)
@@ -240,7 +280,7 @@ class Learner:
         lower = np.linalg.cholesky(gram / np.outer(scale, scale) + 1e-9 * np.eye(len(scale)))
         solution, _ = nnls(lower.T, np.linalg.solve(lower, moment / scale))
         guess = self.law.guess and self.steps < FIRST_FITS[-1]
-        law = from_weights(solution / scale, self.law.knots, self.law.error, self.law.samples)
+        law = from_weights(solution / scale, self.law.knots, self.law.experts, self.law.error, self.law.samples)
         self.law = msgspec.structs.replace(law, guess=guess)
         for kind, value in self.corrections.items():
             self.correct(kind, value / 2)

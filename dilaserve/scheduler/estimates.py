@@ -31,7 +31,12 @@ class StepClock:
 
     @property
     def fixed(self) -> float:
-        """Seconds that every step takes, whichever rows are in it."""
+        """Seconds that every step takes, whichever rows are in it; a few rows touch most experts."""
+        law = self.learner.law
+        return self.without_experts + law.expert * law.experts.of_layer * self.learner.factors[False]
+
+    @property
+    def without_experts(self) -> float:
         return self.learner.law.fixed * self.learner.factors[False] + self.overhead
 
     def refresh_seconds(self, state: RequestState) -> float:
@@ -94,7 +99,7 @@ class Estimates:
         What a step costs outside the worker counts as part of it.
         """
         laws = {
-            degree: msgspec.structs.replace(pace.learner.law, fixed=pace.fixed)
+            degree: msgspec.structs.replace(pace.learner.law, fixed=pace.without_experts)
             for degree, pace in self.paces.items()
             if pace.sure
         }

@@ -18,7 +18,8 @@ from dilaserve.models.attention import varlen_for
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spec import ModelSpec, Shard
-from dilaserve.models.transformer import Model, Weights
+from dilaserve.models.transformer import Model
+from dilaserve.models.weights import Weights
 from dilaserve.system.shared_memory import SharedBytes
 from dilaserve.transport import frames
 from dilaserve.transport.collectives_memory import Exchange
@@ -130,7 +131,8 @@ class Worker:
         """Steps on fixed buffers, once: whenever the device is alone they read the same memory. Not where they would
         not pay.
         """
-        if self.reuse is None and varlen_for(self.flat.device, self.flat.dtype, self.spec.head_dim):
+        varlen = varlen_for(self.flat.device, self.flat.dtype, self.spec.head_dim)
+        if self.reuse is None and varlen and not model.waits:
             self.reuse = ReuseSteps(self.spec, model, pool, self.job.max_rows, self.job.eager)
             self.forward = ForwardGraphs(self.spec, model, pool, self.job.batched_tokens, self.job.eager)
 

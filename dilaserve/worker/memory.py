@@ -90,6 +90,11 @@ def kv_tokens(spec: ModelSpec, device: torch.device, dtype: torch.dtype, claim: 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
     """An upper bound of what one step of `tokens` packed tokens allocates."""
     layer = tokens * (8 * spec.hidden + 4 * spec.mlp) * dtype.itemsize
+    if spec.experts is not None:
+        copies = 4 * spec.hidden + 3 * spec.experts.width  # of each choice: row, result, its place, weighed; gate, up
+        wide = spec.hidden * spec.experts.float32_sum * 8  # bytes of each choice in float32, twice
+        layer += tokens * spec.experts.chosen * (copies * dtype.itemsize + wide)
+        layer += tokens * (4 * spec.experts.shared * dtype.itemsize + 16 * spec.experts.count)
     return layer + min(LOGITS_BYTES, LOGITS_COPIES * 4 * tokens * spec.vocab_size)
 
 

@@ -38,7 +38,7 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     refresh = peak(device, lambda: refreshed(spec, model, pool, tokens, rows))
     reuse = graphs = 0
     alone = model.weights.held.size == 1  # else no instance is of this device alone, and no step is on fixed buffers
-    if alone and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
+    if alone and not model.waits and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
         steps = ReuseSteps(spec, model, pool, rows, eager=True)
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
         sizes = steps.graphs.sizes
