@@ -3,7 +3,9 @@
 Each pass computes everything again under an explicit mask: nothing is kept between passes, so that it is plain which
 token sees which. A pass over a cache is one over old and new tokens together, in which the old ones do not see the new.
 
-Each loop returns (tokens, passes): the passes are those whose logits unmask a token.
+Each loop returns (tokens, passes): the passes are those whose logits unmask a token while one of the wanted tokens is
+masked. What lies behind them in the last block is not wanted. `limit` cuts the last block, in tokens of the canvas; the
+authors' code has no such limit.
 """
 
 import itertools
@@ -113,17 +115,19 @@ def dream_blocks(model, prompt, gen_length, block_length, cache, threshold=None,
     return x[len(prompt) :], passes
 
 
-def sdar(model, prompt, gen_length, block_length, strategy, denoising_steps, threshold=None, stop_ids=()):
+def sdar(model, prompt, gen_length, block_length, strategy, denoising_steps, threshold=None, stop_ids=(), limit=10**9):
     """SDAR's generate.py, greedy as its evaluation code is, and with prompt tokens protected as there."""
     begin, b, passes = len(prompt), block_length, 0
-    end = -(-(begin + gen_length) // b) * b
-    x = list(prompt) + [model.mask_id] * (end - begin)
+    end = min(-(-(begin + gen_length) // b) * b, limit)
+    x, wanted = list(prompt) + [model.mask_id] * (end - begin), begin + gen_length
     for start in range(begin // b * b, end, b):
-        masked, visible = set(range(max(start, begin), start + b)), block_causal(start + b, b)
-        for quota in even(b, denoising_steps):
+        stop = min(start + b, end)
+        masked, visible = set(range(max(start, begin), stop)), block_causal(stop, b)
+        for quota in even(stop - start, denoising_steps):
             if not masked:
                 break
-            logits = model.logits(x[: start + b], visible)
+            passes += min(masked) < wanted
+            logits = model.logits(x[:stop], visible)
             found = ranked({p: logits[p] for p in sorted(masked)})
             above = [one for one in found if threshold is not None and one[0] > threshold]
             if strategy == "sequential":
@@ -134,31 +138,30 @@ def sdar(model, prompt, gen_length, block_length, strategy, denoising_steps, thr
                 chosen = found[:quota]
             put(x, chosen)
             masked -= {p for _, p, _ in chosen}
-            passes += 1
-        if set(stop_ids) & set(x[begin : start + b]):
-            end = start + b
+        if set(stop_ids) & set(x[begin:stop]):
+            end = stop
             break
     return x[begin:end][:gen_length], passes
 
 
-def nemotron(model, prompt, gen_length, block_length, threshold=None, steps=None, eos=None):
+def nemotron(model, prompt, gen_length, block_length, threshold=None, steps=None, eos=None, limit=10**9):
     """Nemotron's generate with causal context; `steps` are those of a block, by default as many as its tokens."""
-    x, passes = list(prompt), 0
+    x, wanted, passes = list(prompt), len(prompt) + gen_length, 0
     for _ in range(-(-gen_length // block_length)):
         start = len(x)
         x.append(int(model.logits(x, open_at(start, start))[-1].argmax()))
-        x += [model.mask_id] * (block_length - 1)
-        masked, quotas = set(range(start + 1, len(x))), even(block_length - 1, steps or block_length)
+        x += [model.mask_id] * (min(start + block_length, limit) - len(x))
+        masked, quotas = set(range(start + 1, len(x))), even(len(x) - start - 1, steps or block_length)
         passes += 1
         for quota in quotas:
             if not masked:
                 break
+            passes += min(masked) < wanted
             logits = model.logits(x, open_at(len(x), start))
             found = ranked({p: logits[p] for p in sorted(masked)})
             chosen = found[:quota] if threshold is None else at_least_one(found, lambda c: c >= threshold)
             put(x, chosen)
             masked -= {p for _, p, _ in chosen}
-            passes += 1
             if eos in x[start:] and min(masked, default=len(x)) > start + x[start:].index(eos):
                 break
         if eos in x[len(prompt) :]:
@@ -166,9 +169,9 @@ def nemotron(model, prompt, gen_length, block_length, threshold=None, steps=None
     return x[len(prompt) :], passes
 
 
-def fast_dllm(model, prompt, gen_length, threshold=1.0, part=8, block_length=32, stop=None):
+def fast_dllm(model, prompt, gen_length, threshold=1.0, part=8, block_length=32, stop=None, limit=10**9):
     """Fast-dLLM v2's generate, with a prompt of exactly one block prefilled too; as many blocks as the answer needs."""
-    x, begin, passes = list(prompt), len(prompt), 0
+    x, begin, wanted, passes = list(prompt), len(prompt), len(prompt) + gen_length, 0
 
     def next_token():
         return int(model.logits(x, block_causal(len(x), block_length))[-1].argmax())
@@ -179,22 +182,22 @@ def fast_dllm(model, prompt, gen_length, threshold=1.0, part=8, block_length=32,
     if begin % block_length == 0:
         x.append(next_token())
         passes += 1
-    while len(x) < begin + gen_length and stop not in x[begin:]:
+    while len(x) < wanted and stop not in x[begin:]:
         start = len(x) // block_length * block_length
-        masked = set(range(len(x), start + block_length))
+        masked = set(range(len(x), min(start + block_length, limit)))
         x += [model.mask_id] * len(masked)
         visible = block_causal(len(x), block_length)
         for first in range(start, start + block_length, part):
             while (mine := masked & set(range(first, first + part))) and not ended(masked):
+                passes += min(masked) < wanted
                 logits = model.logits(x, visible)
                 found = ranked({p: logits[p - 1] for p in sorted(mine)})
                 chosen = at_least_one(found, lambda confidence: confidence > threshold)
                 put(x, chosen)
                 masked -= {p for _, p, _ in chosen}
-                passes += 1
         if ended(masked):
             break
-        if len(x) < begin + gen_length:
+        if len(x) < wanted:
             x.append(next_token())
             passes += 1
     answer = x[begin:][:gen_length]
