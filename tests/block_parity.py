@@ -8,6 +8,7 @@ from pathlib import Path
 
 import block_loops
 import checkpoints
+from worker_waits import until
 
 from dilaserve import Options
 
@@ -110,6 +111,8 @@ def some_requests(architecture, count, seed):
         answer = rng.choice((1, block, block + 3, 2 * block, rng.randint(1, 48)))
         if loop.startswith("dream"):
             answer = max(1, answer // block) * block
+        if loop == "dream_blocks" and "steps" in how:
+            how["steps"] *= answer // block
         found.append((loop, dict(prompt=prompt, gen_length=answer, **how)))
     return found
 
@@ -119,8 +122,10 @@ def of_dream(rng, i):
     alg = rng.choice(list(DREAM_RULES))
     if i % 2:
         return "dream", 16, dict(steps=steps, alg=alg)
-    how = dict(threshold=rng.choice((0.5, 0.7, 0.9)))
     block = rng.choice((4, 8, 16))
+    how = dict(threshold=rng.choice((0.5, 0.7, 0.9)))
+    if i % 4 == 2:
+        how = dict(steps=rng.choice((2, 3, block, block + 4)), alg=rng.choice(list(DREAM_RULES)))
     return "dream_blocks", block, dict(block_length=block, cache=rng.choice(("prefix", "dual")), **how)
 
 
@@ -161,6 +166,13 @@ async def answers(engine, requests, stagger=False):
         return await engine.generate(asked["prompt"], options(loop, **asked))
 
     return await asyncio.gather(*(one(i, *request) for i, request in enumerate(requests)))
+
+
+async def under_way(engine, requests):
+    """The answers to come, after a few steps."""
+    load, steps = asyncio.ensure_future(answers(engine, requests)), engine.profile.steps + 4
+    await until(lambda: engine.profile.steps >= steps)
+    return load
 
 
 def expect(model, requests, completions, steps=True):

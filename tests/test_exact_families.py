@@ -10,18 +10,21 @@ import checkpoints
 import pytest
 import pytest_asyncio
 from block_models import Masked
-from block_parity import answers, ending, expect, expected, options, some_requests
+from block_parity import answers, ending, expect, expected, options, some_requests, under_way
 from worker_faults import wait_for_plan
-from worker_waits import until
 
 from dilaserve import BadRequest, Config, Engine, Options, Plan
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-FAMILIES = ["SDARForCausalLM", "NemotronLabsDiffusionModel", "Fast_dLLM_QwenForCausalLM"]
+DEFAULTS = {
+    "SDARForCausalLM": ("sdar", dict(block_length=4, strategy="threshold", threshold=0.95, denoising_steps=4)),
+    "NemotronLabsDiffusionModel": ("nemotron", dict(block_length=32, threshold=0.9)),
+    "Fast_dLLM_QwenForCausalLM": ("fast_dllm", dict(block_length=32, threshold=0.9)),
+}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=list(DEFAULTS))
 def family(request, tmp_path_factory):
     """An architecture, and a checkpoint of it that likes to end."""
     directory = block_checkpoints.make(tmp_path_factory.mktemp("models") / request.param, request.param)
@@ -58,6 +61,14 @@ async def test_mask_and_end_tokens_in_the_prompt_are_left_alone(family, engine, 
     expect(reference, requests[4:], completions[4:], steps=False)
 
 
+async def test_without_options_a_family_decodes_as_its_authors_publish(family, engine, reference):
+    loop, how = DEFAULTS[family[0]]
+    requests = [(loop, dict(prompt=[9] * length, gen_length=40, **how)) for length in (1, 33)]
+    plain = Options(max_tokens=40, ignore_eos=True)
+    completions = [await engine.generate(asked["prompt"], plain) for _, asked in requests]
+    expect(reference, requests, completions)
+
+
 async def test_an_answer_ends_with_its_first_stop_token(family, engine, reference):
     requests = [ending(*request, checkpoints.EOS) for request in some_requests(family[0], 24, seed=3)]
     completions = await answers(engine, requests)
@@ -69,9 +80,11 @@ async def test_an_answer_ends_with_its_first_stop_token(family, engine, referenc
         assert (answer.finish_reason == "stop") == (answer.token_ids[-1] == checkpoints.EOS)
 
 
-async def test_few_rows_and_steps_of_few_tokens_change_nothing(family, reference):
+async def test_few_rows_small_steps_and_a_small_pool_change_nothing(family, reference):
     requests = some_requests(family[0], 12, seed=4)
-    config = Config.of(model=str(family[1]), devices="cpu", max_num_seqs=3, max_num_batched_tokens=40)
+    config = Config.of(
+        model=str(family[1]), devices="cpu", max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256
+    )
     async with Engine(config) as engine:
         completions = await answers(engine, requests)
     expect(reference, requests, completions)
@@ -95,21 +108,14 @@ async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(f
     requests = some_requests(family[0], 12, seed=6)
     async with Engine(Config.of(model=str(family[1]), devices="cpu,cpu", plan="1x2")) as engine:
         expect(reference, requests, await answers(engine, requests))
+        sharded = await under_way(engine, requests)
+        os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
+        expect(reference, requests, await sharded, steps=False)
+        await wait_for_plan(engine)
         changing = await under_way(engine, requests)
         await engine.replan(Plan(((0,), (1,))))
         expect(reference, requests, await changing, steps=False)
-        apart = await under_way(engine, requests)
-        os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
-        expect(reference, requests, await apart, steps=False)
-        await wait_for_plan(engine)
         expect(reference, requests, await answers(engine, requests))
-
-
-async def under_way(engine, requests):
-    """The answers to come, after a few steps."""
-    load, steps = asyncio.ensure_future(answers(engine, requests)), engine.profile.steps + 4
-    await until(lambda: engine.profile.steps >= steps)
-    return load
 
 
 async def test_answers_over_http_say_how_they_ended(family, engine, reference):
