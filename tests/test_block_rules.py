@@ -6,11 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dilaserve.models.attention import by_grain
+from dilaserve.models.spans import PackedSpan
 from dilaserve.scheduler.request_state import quotas_of
 from dilaserve.scheduler.rules.blocks import Part, parts
 from dilaserve.scheduler.rules.quotas import dream_shares, even, falling_times, mdlm, steps_per_block
 from dilaserve.scheduler.rules.step_kind import View, Work, work
-from dilaserve.types import Decoding, FamilyTraits, Request
+from dilaserve.types import Decoding, FamilyTraits, Request, Span
+from dilaserve.worker.step_arrays import columns_of, visible_keys
 
 FULL, BLOCK, CAUSAL = FamilyTraits(), FamilyTraits(attention="block"), FamilyTraits(attention="causal")
 FRESH, STALE = View(100, 40, 72, 100), View(100, 40, 72, 0)
@@ -76,7 +79,7 @@ def request(prompt, answer, **decoding):
     ("prompt", "answer", "traits", "expected"),
     [
         (5, 8, dict(), [(5, 9, 5, 9, 0), (9, 13, 9, 13, 1)]),
-        (5, 4, dict(grid="start"), [(4, 8, 4, 8, 0), (8, 12, 8, 12, 1)]),
+        (5, 4, dict(grid="start"), [(5, 8, 4, 8, 0), (8, 12, 8, 12, 1)]),
         (4, 4, dict(grid="start"), [(4, 8, 4, 8, 0)]),
         (
             5,
@@ -113,9 +116,8 @@ def test_the_parts_hold_each_mask_once_from_left_to_right(prompt, answer, length
     wanted = request(prompt, answer, block_length=length, traits=traits)
     found, at = parts(wanted), prompt
     for part in found:
-        assert max(part.start, prompt) == at
+        assert part.start == at
         assert part.block_start <= part.start < part.end <= part.block_end
-        assert part.masks(prompt) >= 1
         at = part.end
     assert at == wanted.canvas_tokens
     assert [part.block for part in found] == sorted(part.block for part in found)
@@ -126,7 +128,7 @@ def test_the_rules_that_count_fill_each_part(prompt, answer, length, steps, trai
     wanted = request(prompt, answer, block_length=length, traits=traits, rule="steps", num_denoising_steps=steps)
     found = parts(wanted)
     for part, shares in zip(found, quotas_of(wanted, found), strict=True):
-        assert sum(shares) == part.masks(prompt)
+        assert sum(shares) == part.masks
         assert min(shares) >= 1
 
 
@@ -177,3 +179,19 @@ def test_every_block_gets_a_step(steps, blocks):
 @pytest.mark.parametrize("steps", [1, 2, 5, 64, 333])
 def test_the_times_of_dreams_schedule_are_those_of_torch(steps):
     assert np.array_equal(falling_times(steps), torch.linspace(1, 1e-3, steps + 1).numpy())
+
+
+@given(st.integers(0, 20), st.integers(0, 30), st.integers(0, 12), st.integers(1, 8))
+def test_queries_before_the_open_block_see_their_own_run_and_those_in_it_see_all(start, before, block, grain):
+    """As an attention mask, and as the runs of a call that takes several."""
+    origin, length = start + before, max(1, before + block)
+    end = start + length
+    seen = []
+    for query in range(start, end):
+        run_end = origin - (origin - query - 1) // grain * grain
+        seen.append(end if query >= origin else min(run_end, end))
+    expected = torch.arange(end) < torch.tensor(seen)[:, None]
+    hidden = by_grain(PackedSpan(0, length, 0, end, grain, start - origin), torch.device("cpu"))
+    _, lengths, keys = visible_keys(columns_of([Span(0, 0, 0, start, length, end, origin, end, 0, 0, grain, origin)]))
+    assert torch.equal(hidden[0, 0] == 0, expected)
+    assert np.repeat(keys, lengths).tolist() == seen

@@ -130,7 +130,8 @@ def group(run: list[PackedSpan], device: torch.device) -> SpanGroup:
 def by_grain(span: PackedSpan, device: torch.device) -> torch.Tensor:
     """-inf where a query does not see a key, else 0, [1, 1, length, keys]; the last query is that of the last key."""
     behind = torch.arange(span.length, device=device) + span.past
-    ends = torch.div(behind, span.grain, rounding_mode="floor").add_(1).mul_(span.grain)  # from the first run's start
+    ends = torch.div(behind, span.grain, rounding_mode="floor").add_(1).mul_(span.grain)  # from the origin
+    ends.masked_fill_(behind >= 0, span.length + span.past)
     key = torch.arange(span.keys, device=device) - (span.keys - span.length - span.past)
     hidden = torch.zeros(span.length, span.keys, device=device)
     return hidden.masked_fill_(key >= ends[:, None], -torch.inf)[None, None]

@@ -9,8 +9,8 @@ import torch
 class PackedSpan(NamedTuple):
     """Queries `[offset, offset + length)` of the packed tokens see the pool's tokens `[kv_start, kv_start + keys)`.
 
-    With a `grain` a query sees no further than the end of its own run of so many tokens; the first query lies `past`
-    tokens behind the beginning of some run (see `types.Span`).
+    With a `grain` a query before the origin sees no further than the end of its own run of so many tokens; the first
+    query lies `past` tokens behind the origin, before it if that is negative (see `types.Span`).
     """
 
     offset: int

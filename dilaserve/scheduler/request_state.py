@@ -145,7 +145,7 @@ class RequestState:
         self.deepest = 0  # level of a step so far; what is left for it is in doubt, so its drop is that of the answer
         self.started_at: float | None = None
         self.stepped_at = request.arrived_at  # end of the last step
-        self.masks = self.part.masks(request.prompt_tokens)
+        self.masks = self.part.masks
         self.quotas = quotas_of(request, self.parts)
 
     def did(self, what: Transition) -> None:
@@ -302,7 +302,7 @@ class RequestState:
     def next_part(self) -> None:
         before = self.part
         self.place += 1
-        self.part_step, self.masks = 0, self.part.masks(self.request.prompt_tokens)
+        self.part_step, self.masks = 0, self.part.masks
         if self.part.block != before.block and not self.request.decoding.traits.exact:
             self.cached = 0  # K/V are good enough for one block
 
@@ -338,5 +338,5 @@ def quotas_of(request: Request, parts: list[Part]) -> list[list[int]]:
     blocks: dict[int, BlockMasks] = {}
     for part in parts:
         block = BlockMasks(part.block_end - part.block_start, [], part.first)
-        blocks.setdefault(part.block, block).masks.append(part.masks(request.prompt_tokens))
+        blocks.setdefault(part.block, block).masks.append(part.masks)
     return quotas(request.decoding, list(blocks.values()))

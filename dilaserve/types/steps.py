@@ -9,10 +9,11 @@ class Span(NamedTuple):
     """One row's part of a step; positions count from the start of its canvas.
 
     Queries are positions `[start, start + length)`; they see the row's first `keys` positions, whose K/V lie in the
-    pool from token `kv_start` on. With a `grain` a query sees no further than the end of its own run of so many
-    positions, which are counted from `origin` (1: causal). Masks are filled in `[block_start, block_end)` only, each
-    by the logits of the position `shift` before it. `quota` is the number of tokens to unmask under the rules that
-    count; `step` numbers the row's steps, for its random stream.
+    pool from token `kv_start` on. With a `grain` a query before `origin` sees no further than the end of its own run
+    of so many positions, which are counted from there (1: causal); those from `origin` on, the open block's, see all
+    keys. Masks are filled in `[block_start, block_end)` only, each by the logits of the position `shift` before it.
+    `quota` is the number of tokens to unmask under the rules that count; `step` numbers the row's steps, for its random
+    stream.
     """
 
     row: int

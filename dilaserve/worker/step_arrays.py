@@ -66,7 +66,7 @@ def kept_tokens(columns: Columns) -> Array:
 def visible_keys(columns: Columns) -> tuple[Array, Array, Array]:
     """Query runs that see alike, in the order of the packed tokens: the row, queries and keys of each.
 
-    A span is one run without a `grain`, else one for each grain that its queries begin in.
+    A span is one run without a `grain`, else one for each grain before its origin, and one from there on.
     """
     if not columns.grain.any():
         return np.arange(len(columns.row)), columns.length, columns.keys
@@ -76,10 +76,11 @@ def visible_keys(columns: Columns) -> tuple[Array, Array, Array]:
     ):
         first, last = start, start + length
         while first < last:
-            stop = min(last, first + grain - (first - origin) % grain) if grain else last
+            grained = grain and first < origin
+            stop = min(last, first + grain - (first - origin) % grain) if grained else last
             rows.append(row)
             lengths.append(stop - first)
-            keys.append(min(stop, end) if grain else end)
+            keys.append(min(stop, end) if grained else end)
             first = stop
     return np.array(rows), np.array(lengths), np.array(keys)
 

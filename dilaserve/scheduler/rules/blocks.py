@@ -9,7 +9,8 @@ from dilaserve.types import Request
 class Part(NamedTuple):
     """Positions `[start, end)`, unmasked together, of the block `[block_start, block_end)`; `block` numbers it.
 
-    `first`: the first token of the block alone, which comes from the logits of the position before the block.
+    None of them is of the prompt, as a mask token there is the client's own; the block may begin in it. `first`: the
+    first token of the block alone, which comes from the logits of the position before the block.
     """
 
     start: int
@@ -19,12 +20,10 @@ class Part(NamedTuple):
     block: int
     first: bool = False
 
-    def masks(self, prompt_tokens: int) -> int:
-        """Masks of the part before its first step; the others are of the prompt."""
-        return self.end - max(self.start, prompt_tokens)
-
-    def block_masks(self, prompt_tokens: int) -> int:
-        return self.block_end - max(self.block_start, prompt_tokens)
+    @property
+    def masks(self) -> int:
+        """Masks of the part before its first step."""
+        return self.end - self.start
 
 
 def parts(request: Request) -> list[Part]:
@@ -38,7 +37,7 @@ def parts(request: Request) -> list[Part]:
         for first, last in pairwise(cuts):
             if last > prompt:
                 alone = takes_first(request, start) and first == start
-                found.append(Part(first, last, start, end, block, alone))
+                found.append(Part(max(first, prompt), last, start, end, block, alone))
     return found
 
 

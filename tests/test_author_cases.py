@@ -1,0 +1,69 @@
+"""The engine against runs of the authors' own decoders of Dream, SDAR and Nemotron: alone and all at once."""
+
+import asyncio
+import itertools
+import json
+
+import pytest
+import torch
+from block_parity import FIXTURES, arguments, cases, options, served
+from runner_harness import CPU, weights_on
+
+from dilaserve import Config, Engine
+from dilaserve.models.attention import grouped
+from dilaserve.models.kv_pool import KVPool
+from dilaserve.models.spans import Packed, PackedSpan
+from dilaserve.models.spec import Shard
+from dilaserve.models.transformer import Model
+
+
+def answer_of(engine, case):
+    loop, asked = arguments(case)
+    return engine.generate(case["prompt"], options(loop, **asked))
+
+
+@pytest.mark.parametrize("folder", ["dream", "sdar", "nemotron"])
+async def test_the_authors_cases_one_by_one_and_all_at_once(folder, tmp_path):
+    asked = [case for case in cases(folder) if "rope_override" not in case]
+    async with Engine(Config.of(model=str(served(folder, tmp_path / folder)), devices="cpu")) as engine:
+        alone = [await answer_of(engine, case) for case in asked]
+        together = await asyncio.gather(*(answer_of(engine, case) for case in asked))
+    assert [list(answer.token_ids) for answer in alone] == [case["expected"] for case in asked]
+    assert [list(answer.token_ids) for answer in together] == [case["expected"] for case in asked]
+    counted = [(answer.usage.steps, case["nfe"]) for answer, case in zip(alone, asked, strict=True) if "nfe" in case]
+    assert all(steps == nfe for steps, nfe in counted)
+
+
+async def test_the_authors_cases_with_other_rotations(tmp_path):
+    turned = [case for case in cases("nemotron") if "rope_override" in case]
+    groups = itertools.groupby(turned, key=lambda case: json.dumps(case["rope_override"]))
+    for i, (override, asked) in enumerate(groups):
+        directory = served("nemotron", tmp_path / str(i), json.loads(override))
+        async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
+            for case in asked:
+                assert list((await answer_of(engine, case)).token_ids) == case["expected"]
+
+
+def logits_of(directory, ids, grain):
+    """Logits of all tokens in one pass; with a grain of 1 each sees those before it, with 0 all."""
+    spec, weights = weights_on(CPU, directory, torch.float32)
+    pool = KVPool(spec, Shard(), torch.zeros(len(ids) * spec.kv_elements))
+    at, groups = torch.arange(len(ids)), grouped([PackedSpan(0, len(ids), 0, len(ids), grain)], CPU)
+    model = Model(spec, weights)
+    return model.logits(model.hidden(Packed(torch.tensor(ids), at, at, groups, None, groups), pool))
+
+
+RECORDED = [
+    case
+    for case in json.loads((FIXTURES / "nemotron" / "cases.json").read_text())
+    if case["decoder"] == "nemotron_logits"
+]
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["attention"])
+def test_the_authors_logits(case, tmp_path):
+    directory = served("nemotron", tmp_path / "model", case.get("rope_override"))
+    logits = logits_of(directory, case["prompt"], grain=0 if case["attention"] == "bidirectional" else 1)
+    assert logits.argmax(-1).tolist() == case["argmax"]
+    found = logits[case["rows"]][:, case["ids"]]
+    torch.testing.assert_close(found, torch.tensor(case["logits"]), rtol=1e-4, atol=1e-4)

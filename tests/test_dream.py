@@ -1,0 +1,129 @@
+"""Dream against its own loop and Fast-dLLM's block sampler, token for token and pass for pass."""
+
+import asyncio
+import os
+import signal
+
+import aiohttp
+import block_checkpoints
+import checkpoints
+import pytest
+import pytest_asyncio
+from block_models import Masked
+from block_parity import answers, expect, expected, options, some_requests, under_way
+from worker_faults import wait_for_plan
+
+from dilaserve import BadRequest, Config, Engine, Options, Plan
+from dilaserve.server.app import running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+ARCHITECTURE = "DreamModel"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A checkpoint that likes to end."""
+    directory = block_checkpoints.make(tmp_path_factory.mktemp("models") / "dream", ARCHITECTURE)
+    block_checkpoints.teach_an_end(directory, factor=2.5)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reference(directory):
+    return Masked(directory)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(directory):
+    """Of one worker; no test changes it."""
+    async with Engine(Config.of(model=str(directory), devices="cpu", port=0)) as engine:
+        yield engine
+
+
+async def test_mixed_requests_get_the_reference_answers_alone_and_together(engine, reference):
+    requests = some_requests(ARCHITECTURE, 40, seed=1)
+    alone = [(await answers(engine, [request]))[0] for request in requests[:8]]
+    together = await answers(engine, requests, stagger=True)
+    expect(reference, requests[:8], alone)
+    expect(reference, requests, together)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 31, 32, 33, 200])
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+async def test_any_number_of_steps_follows_the_schedule(engine, reference, alg, steps):
+    """Steps in which the schedule unmasks nothing are not computed."""
+    requests = [("dream", dict(prompt=[7, 8, 9], gen_length=32, steps=steps, alg=alg))]
+    completions = await answers(engine, requests)
+    expect(reference, requests, completions)
+    assert completions[0].usage.steps <= min(steps, 32)
+
+
+async def test_mask_and_end_tokens_in_the_prompt_are_left_alone(engine, reference):
+    prompt = [5, checkpoints.MASK, 70, checkpoints.EOS, checkpoints.MASK]
+    requests = [(loop, asked | dict(prompt=prompt)) for loop, asked in some_requests(ARCHITECTURE, 8, seed=2)]
+    expect(reference, requests, await answers(engine, requests))
+
+
+async def test_few_rows_small_steps_and_a_small_pool_change_nothing(directory, reference):
+    requests = some_requests(ARCHITECTURE, 12, seed=4)
+    config = Config.of(
+        model=str(directory), devices="cpu", max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256
+    )
+    async with Engine(config) as engine:
+        completions = await answers(engine, requests)
+    expect(reference, requests, completions)
+
+
+async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(directory, reference):
+    """Under way only without a cache: kept K/V are approximate, and a refresh in a block gives other tokens."""
+    requests = some_requests(ARCHITECTURE, 16, seed=6)
+    plain = [request for request in requests if request[0] == "dream"]
+    async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2")) as engine:
+        expect(reference, requests, await answers(engine, requests))
+        changing = await under_way(engine, plain)
+        await engine.replan(Plan(((0,), (1,))))
+        expect(reference, plain, await changing, steps=False)
+        apart = await under_way(engine, plain)
+        os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
+        expect(reference, plain, await apart, steps=False)
+        await wait_for_plan(engine)
+        expect(reference, requests, await answers(engine, requests))
+
+
+async def test_an_answer_over_http_ends_where_the_whole_canvas_has_its_first_end_token(engine, reference):
+    requests = [request for request in some_requests(ARCHITECTURE, 16, seed=7) if request[1]["gen_length"] >= 16]
+    ended = 0
+    async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
+
+        async def posted(loop, asked):
+            found = options(loop, **asked)
+            names = ("max_tokens", "block_length", "decode", "num_denoising_steps", "confidence_threshold", "cache")
+            fields = {name: value for name in names if (value := getattr(found, name)) is not None}
+            async with client.post("/v1/completions", json=dict(prompt=asked["prompt"]) | fields) as response:
+                return response.status, await response.json()
+
+        found = await asyncio.gather(*(posted(*request) for request in requests))
+    for (status, answer), (loop, asked) in zip(found, requests, strict=True):
+        assert status == 200, answer
+        tokens, _ = expected(reference, loop, **asked)
+        end = tokens.index(checkpoints.EOS) if checkpoints.EOS in tokens else len(tokens)
+        (choice,) = answer["choices"]
+        assert choice["text"] == engine.detokenize(tokens[:end])
+        assert choice["finish_reason"] == ("stop" if end < len(tokens) else "length")
+        ended += end < len(tokens)
+    assert ended >= 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(cache="exact"), "it knows 'none', 'prefix' and 'dual': its K/V change"),
+        (dict(decode="entropy"), "decode 'entropy' needs num_denoising_steps"),
+        (dict(decode="margin", confidence_threshold=0.5), "confidence_threshold has no meaning under decode 'margin'"),
+        (dict(factor=1.0, num_denoising_steps=8), "belong to different decode rules"),
+        (dict(max_tokens=64, block_length=8, num_denoising_steps=7), "num_denoising_steps must be at least 8"),
+    ],
+)
+async def test_options_without_a_meaning_are_refused_with_a_reason(engine, fields, words):
+    with pytest.raises(BadRequest, match=words):
+        await engine.generate([1, 2, 3], Options(**fields))
