@@ -1,4 +1,4 @@
-"""LLaDA2.0 and 2.1, mini and flash (inclusionAI, 2025): a block sees itself and those before; the first is at position 0.
+"""LLaDA2.0 and 2.1, mini and flash (inclusionAI, 2025): a block sees itself and those before, counted from position 0.
 
 A fused q, k and v projection; the first dimensions of a head are rotated; a sigmoid router over groups of experts.
 """
