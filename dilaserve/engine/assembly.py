@@ -78,7 +78,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     text = Text(directory, template_file(config))
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(
-            f"tokenizer.json in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
+            f"the tokenizer in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
             "is it another model's?"
         )
     limit = config.model.max_model_len or spec.max_length

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dilaserve.errors import CheckpointError
 from dilaserve.system import files
 from dilaserve.system.files import read_json, read_json_if_present
+from dilaserve.tokenizer import byte_level_bpe
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
@@ -138,10 +139,19 @@ class Checkpoint:
 
     def added_token(self, text: str) -> int:
         """The id of a token that was added to the tokenizer; raises `CheckpointError` where there is none."""
-        for token in read_json(self.directory / TOKENIZER, files.MOST_TABLE).get("added_tokens") or ():
-            if isinstance(token, dict) and token.get("content") == text and type(token.get("id")) is int:
-                return int(token["id"])
-        raise self.wrong(f"no token {text} was added to the tokenizer, and config.json has no mask_token_id", TOKENIZER)
+        for token, id in self.added_tokens():
+            if token == text:
+                return id
+        raise self.wrong(f"it has no mask_token_id, and no token {text} was added to the tokenizer")
+
+    def added_tokens(self) -> list[tuple[str, int]]:
+        """Tokens that were added to the tokenizer, by tokenizer.json or by the files that stand in its place."""
+        file = self.directory / TOKENIZER
+        if byte_level_bpe.present(self.directory) and not files.present(file):
+            return [(token.content, id) for id, token in byte_level_bpe.added_tokens(self.directory).items()]
+        table = read_json(file, files.MOST_TABLE).get("added_tokens") or ()
+        found = [(one.get("content"), one.get("id")) for one in table if isinstance(one, dict)]
+        return [(token, id) for token, id in found if isinstance(token, str) and type(id) is int]
 
     def wrong(self, reason: str, file: str = "config.json") -> CheckpointError:
         return CheckpointError(f"{self.directory / file}: {reason}")

@@ -14,10 +14,11 @@ import msgspec
 
 from dilaserve.errors import CheckpointError, Unavailable
 from dilaserve.system import child_processes, files
-from dilaserve.tokenizer import template_process
+from dilaserve.tokenizer import byte_level_bpe, template_process
 from dilaserve.tokenizer.template_process import TOO_SLOW, Reply, Source
 
 READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")  # by transformers
+TOKENIZER = "tokenizer.json"
 FOLDER, FILE, DEFAULT = "additional_chat_templates", "chat_template.jinja", "default"
 PATIENCE = 30.0  # seconds of the clock that a rendering gets; a busy machine may give its process little of them
 ATTEMPTS = 2  # a process that was killed from outside is no fault of the template
@@ -68,7 +69,10 @@ def loaded(directory: Path) -> Any:
 
     chatter.set_verbosity_error()
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        built = {} if files.present(directory / TOKENIZER) else {"tokenizer_object": byte_level_bpe.read(directory)}
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **built)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged tokenizer_config.json leads to
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the chat template in {directory} cannot be read: {reason}") from error

@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
 from dilaserve.system import files
+from dilaserve.tokenizer import byte_level_bpe
 from dilaserve.tokenizer.chat_template import ChatTemplate, find
 from dilaserve.tokenizer.panics import contained
 from dilaserve.tokenizer.template_process import Reply
@@ -177,23 +178,30 @@ def accepted(reply: Reply) -> str:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of tokenizer.json, without what was set in it for training alone. Raises `CheckpointError`."""
+    """The tokenizer of a model directory, without what was set in it for training alone. Raises `CheckpointError`."""
     file = directory / "tokenizer.json"
     try:
-        if not files.present(file):
-            raise CheckpointError(f"{directory} holds no tokenizer.json")
-        files.size(file, files.MOST_TABLE)
-        with contained():
-            tokenizer = Tokenizer.from_file(str(file))
-    except CheckpointError:
-        raise
+        if files.present(file):
+            tokenizer = from_file(file)
+        elif byte_level_bpe.present(directory):
+            tokenizer = byte_level_bpe.read(directory)
+        else:
+            raise CheckpointError(f"{directory} holds no tokenizer.json, nor vocab.json and merges.txt in its place")
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{error.filename or file} cannot be read: {error.strerror}") from error
     tokenizer.no_truncation()  # as transformers does with both at every call
     tokenizer.no_padding()
     return tokenizer
+
+
+def from_file(file: Path) -> Tokenizer:
+    """Raises `CheckpointError`, and `OSError` for a file that cannot be read."""
+    files.size(file, files.MOST_TABLE)
+    try:
+        with contained():
+            return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def end_tokens(directory: Path) -> list[str]:
