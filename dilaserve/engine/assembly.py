@@ -15,7 +15,7 @@ from dilaserve.config import BUNDLED, Config, DeviceConfig
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.executor.executor import Executor, Progress
 from dilaserve.executor.worker_processes import ProcessExecutor
-from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models.checkpoint import Checkpoint, locate, told
 from dilaserve.models.spec import ModelSpec
 from dilaserve.planner.planner import PlannerPort, Setup
 from dilaserve.planner.process import PlannerProcess
@@ -75,6 +75,8 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
+    if checkpoint.unused:
+        log.warning("%s %s that the model has no part for", directory, told("holds", checkpoint.unused))
     text = Text(directory, template_file(config))
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(

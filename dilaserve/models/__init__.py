@@ -1,8 +1,10 @@
 """Model families. Each module knows the fields and tensor names of one; nothing outside this package knows any."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from dilaserve.errors import CheckpointError
@@ -11,12 +13,19 @@ from dilaserve.models.checkpoint import Checkpoint, Tensors
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.transformer import TensorNames, Weights
 
+IGNORED = (
+    "*.rotary_emb.inv_freq",  # computed from config.json
+    "*.self_attn.k_scale",  # of K/V in FP8, which ours are not
+    "*.self_attn.v_scale",
+)
+
 
 class Family(NamedTuple):
     """What a family's module gives: how to read its config.json, and what its tensors are called."""
 
     describe: Callable[[Checkpoint], ModelSpec]
     names: TensorNames
+    ignored: tuple[str, ...] = IGNORED  # patterns of stored tensors that the model does without
 
 
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
@@ -29,9 +38,9 @@ FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
 
 
 def describe(checkpoint: Checkpoint) -> ModelSpec:
-    """What the checkpoint is, after checking that its tensors are all there with the right shapes.
+    """What the checkpoint is, after checking that its tensors are all there with the right shapes, and no others.
 
-    Reads headers only. Raises `CheckpointError`.
+    A head that is stored although it is tied to the embedding is not read. Only headers are. Raises `CheckpointError`.
     """
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
@@ -40,8 +49,10 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
             f"this version serves {', '.join(FAMILIES)}"
         )
     spec = family.describe(checkpoint)
-    checkpoint.expect(transformer.tensors(spec, family.names))
-    return spec
+    names, tensors = family.names, transformer.tensors(spec, family.names)
+    ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
+    checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
+    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
 
 
 def load(

@@ -3,7 +3,8 @@
 No code that lies in the directory is ever run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
+MOST_NAMED = 10  # tensors of a kind that an error names
 MOST_SHOWN = 100  # characters of a wrong value that an error repeats
 Bounds = tuple[float, float]
 Number = TypeVar("Number", int, float)
@@ -70,15 +72,13 @@ class Checkpoint:
         self.files = shards(directory)
         headers = {file: header(file) for file in set(self.files.values())}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.itemsize = 0
+        self.types: dict[str, str] = {}
+        self.unused: list[str] = []  # tensors that the model has no part for; known after `expect`
         for name, file in self.files.items():
             if name not in headers[file]:
                 raise CheckpointError(f"{file} does not hold the tensor {name} that {INDEX} places there")
             entry = headers[file][name]
-            if entry.dtype not in SIZES:
-                raise CheckpointError(f"{name} in {file} has the type {entry.dtype}; expected one of {list(SIZES)}")
-            self.shapes[name] = entry.shape
-            self.itemsize = max(self.itemsize, SIZES[entry.dtype])
+            self.shapes[name], self.types[name] = entry.shape, entry.dtype
 
     @property
     def architecture(self) -> str:
@@ -156,17 +156,51 @@ class Checkpoint:
     def wrong(self, reason: str, file: str = "config.json") -> CheckpointError:
         return CheckpointError(f"{self.directory / file}: {reason}")
 
-    def expect(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """Every tensor is there in its shape, or `CheckpointError` for the first that is not."""
-        for name, shape in tensors.items():
-            if name not in self.shapes:
-                raise CheckpointError(f"{self.directory} lacks the tensor {name}; is a shard or its index missing?")
-            if self.shapes[name] != shape:
-                found, wanted = list(self.shapes[name]), list(shape)
-                raise CheckpointError(f"{name} in {self.directory} has shape {found}; config.json asks for {wanted}")
+    def expect(self, tensors: Mapping[str, tuple[int, ...]], layers: str, ignored: Iterable[str] = ()) -> None:
+        """Check that `tensors` are all there in their shapes, and that no others are part of the same computation.
+
+        A tensor that is left over is an error in a layer (names that begin with `layers`), or where a module of it is
+        expected: a bias, a norm of queries or one layer more changes the arithmetic, and without it answers would be
+        wrong while nothing says so. Others, such as a head for another task, are never reached: `unused` names them.
+        Those that match a pattern of `ignored` do not count. `CheckpointError` names up to ten tensors of each kind.
+        """
+        left = [name for name in self.shapes if name not in tensors and not any(fnmatch(name, one) for one in ignored)]
+        modules = {name.rpartition(".")[0] for name in tensors}
+        unknown = [name for name in left if name.startswith(layers) or name.rpartition(".")[0] in modules]
+        self.unused = sorted(set(left) - set(unknown))
+        there = [name for name in tensors if name in self.shapes]
+        reasons = [
+            told("lacks", [name for name in tensors if name not in self.shapes], "; is a shard or its index missing?"),
+            told(
+                "holds", [self.misshapen(name, tensors[name]) for name in there if self.shapes[name] != tensors[name]]
+            ),
+            told(
+                "holds", [f"{name} of the type {self.types[name]}" for name in there if self.types[name] not in SIZES]
+            ),
+            told("holds", unknown, f" that {self.architecture} with this config.json does not have"),
+        ]
+        if found := [reason for reason in reasons if reason]:
+            raise CheckpointError(f"{self.directory} {', and it '.join(found)}")
+
+    def misshapen(self, name: str, shape: tuple[int, ...]) -> str:
+        return f"{name} of shape {list(self.shapes[name])}, where config.json asks for {list(shape)}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element, in the widest type of the tensors that can be read."""
+        return max((SIZES.get(kind, 0) for kind in self.types.values()), default=0)
 
     def tensors(self) -> Tensors:
         return Tensors(self.files)
+
+
+def told(verb: str, tensors: list[str], rest: str = "") -> str:
+    """What is wrong with so many tensors, the first of which are named; nothing where there are none."""
+    if not tensors:
+        return ""
+    more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
+    count = "the tensor" if len(tensors) == 1 else f"{len(tensors)} tensors:"
+    return f"{verb} {count} {', '.join(tensors[:MOST_NAMED])}{more}{rest}"
 
 
 def shards(directory: Path) -> dict[str, Path]:
