@@ -111,7 +111,9 @@ def serve(settings: Config, extras: argparse.Namespace) -> int:
 
     def assemble() -> "Assemble":
         from dilaserve.engine.assembly import real
+        from dilaserve.models import hub
 
+        hub.directory_of(settings.model.model, settings.model.revision)  # before any other progress is shown
         return real
 
     return listen(settings, assemble)
@@ -213,11 +215,12 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     quiet()
     from dilaserve.calibrate.calibrate import calibrate as measure
     from dilaserve.display import counting
-    from dilaserve.models.checkpoint import locate
+    from dilaserve.models import hub
     from dilaserve.profile import profile_file
 
     signals.raise_keyboard_interrupt()
-    directory, given = locate(settings.model.model), settings.scheduler.profile
+    directory = hub.directory_of(settings.model.model, settings.model.revision)
+    given = settings.scheduler.profile
     if given:
         profile_file.check_writable(Path(given))
     known = replaced(directory, given)

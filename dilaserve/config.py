@@ -37,7 +37,15 @@ Patience = Annotated[float, Meta(gt=0.0, le=1e9)]
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Model"""
 
-    model: Annotated[Words, Meta(description="checkpoint directory, or the bundled model's name")] = BUNDLED
+    model: Annotated[
+        Words,
+        Meta(
+            description="checkpoint directory, the bundled model's name, or org/name[@revision] on Hugging Face's hub"
+        ),
+    ] = BUNDLED
+    revision: Annotated[
+        Words | None, Meta(description="branch, tag or commit of a model on the hub (default: main)")
+    ] = None
     served_model_name: Annotated[Words | None, Meta(description="name in the API (default: the directory's name)")] = (
         None
     )

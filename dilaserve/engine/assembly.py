@@ -15,7 +15,8 @@ from dilaserve.config import BUNDLED, Config, DeviceConfig
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.executor.executor import Executor, Progress
 from dilaserve.executor.worker_processes import ProcessExecutor
-from dilaserve.models.checkpoint import Checkpoint, locate, told
+from dilaserve.models import hub
+from dilaserve.models.checkpoint import Checkpoint, told
 from dilaserve.models.spec import ModelSpec
 from dilaserve.planner.planner import PlannerPort, Setup
 from dilaserve.planner.process import PlannerProcess
@@ -71,7 +72,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
 
     Not `measured`: no profile is read, so that it does not matter what is wrong with it.
     """
-    directory = locate(config.model.model)
+    directory = hub.directory_of(config.model.model, config.model.revision)
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)

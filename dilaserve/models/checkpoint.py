@@ -67,7 +67,9 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"cannot read the model directory {directory}: {error.strerror}") from error
         if not there:
-            raise CheckpointError(f"there is no model directory {directory}; --model takes one")
+            raise CheckpointError(
+                f"there is no model directory {directory}; --model takes one, or org/name of a model on the hub"
+            )
         self.config = read_json(directory / "config.json")
         self.files = shards(directory)
         headers = {file: header(file) for file in set(self.files.values())}
