@@ -7,39 +7,45 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import checkpoints
 import fake_hub
 import pytest
-from command_line import ask, failed, run
+from command_line import ask, failed
 from fake_hub import SHA
+from huggingface_hub import close_session, constants
 
-from dilaserve.errors import CheckpointError, ConfigError
+from dilaserve.errors import CheckpointError, ConfigError, DilaserveError
 from dilaserve.models import hub
 
-FIND = """
-import json, sys, time
-from dilaserve.errors import DilaserveError
-from dilaserve.models import hub
-for model, *revision in json.loads(sys.argv[1]):
-    began = time.monotonic()
-    try:
-        found = str(hub.directory_of(model, *revision))
-    except DilaserveError as error:
-        found = f"{type(error).__name__}: {error.message}"
-    print(json.dumps([found, time.monotonic() - began]))
-"""
 
+@pytest.fixture
+def find(monkeypatch, tmp_path):
+    """What becomes of each model and revision, and the seconds that it takes. Of its variables the library reads most
+    once, when it is imported; a test with a server of its own sets the variables themselves.
+    """
 
-def find(*asked, cwd=None, **environ):
-    """What becomes of each model and revision, and the seconds that it takes; the library reads its variables once."""
-    known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    known |= {"PYTHONPATH": str(Path(hub.__file__).parents[2]), **{name: str(value) for name, value in environ.items()}}
-    words = [sys.executable, "-c", FIND, json.dumps([[one] if isinstance(one, str) else one for one in asked])]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=known, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    def found(model, revision=None):
+        began = time.monotonic()
+        try:
+            return str(hub.directory_of(model, revision)), time.monotonic() - began
+        except DilaserveError as error:
+            return f"{type(error).__name__}: {error.message}", time.monotonic() - began
+
+    def find_all(*asked, address, offline=False):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        close_session()  # it keeps whether it is offline
+        return [found(*([one] if isinstance(one, str) else one)) for one in asked]
+
+    yield find_all
+    close_session()
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +64,8 @@ def served(published):
         yield it
 
 
-def test_a_model_is_downloaded_once_and_only_what_is_served_from(served, published, tmp_path):
-    (first, _), (again, _) = find("org/tiny", "org/tiny", HF_ENDPOINT=served.address, HF_HOME=tmp_path)
+def test_a_model_is_downloaded_once_and_only_what_is_served_from(find, served, published, tmp_path):
+    (first, _), (again, _) = find("org/tiny", "org/tiny", address=served.address)
     assert first == again == str(tmp_path / "hub" / "models--org--tiny" / "snapshots" / SHA)
     expected = {file.name for file in published.glob("*") if file.suffix in (".json", ".safetensors")}
     assert {str(file.relative_to(first)) for file in Path(first).rglob("*")} == expected - {"consolidated.safetensors"}
@@ -70,9 +76,8 @@ def test_a_model_is_downloaded_once_and_only_what_is_served_from(served, publish
         "org/tiny@main",
         ("org/tiny", SHA),
         "org/tiny@v2",
-        HF_HUB_OFFLINE=1,
-        HF_ENDPOINT=served.address,
-        HF_HOME=tmp_path,
+        address=served.address,
+        offline=True,
     )
     assert [one for one, _ in found[:3]] == [first] * 3
     assert f"HF_HUB_OFFLINE is set, and the cache {tmp_path}/hub does not hold it whole" in found[3][0]
@@ -80,26 +85,26 @@ def test_a_model_is_downloaded_once_and_only_what_is_served_from(served, publish
     assert len(served.asked) == many
 
 
-def test_a_download_that_was_cut_short_is_made_whole(served, tmp_path):
-    ((first, _),) = find("org/tiny@v1", HF_ENDPOINT=served.address, HF_HOME=tmp_path)
+def test_a_download_that_was_cut_short_is_made_whole(find, served, tmp_path):
+    ((first, _),) = find("org/tiny@v1", address=served.address)
     lost = Path(first) / "model-00002-of-00002.safetensors"
     lost.resolve().unlink()
     lost.unlink()
-    ((offline, _),) = find("org/tiny@v1", HF_ENDPOINT=served.address, HF_HOME=tmp_path, HF_HUB_OFFLINE=1)
+    ((offline, _),) = find("org/tiny@v1", address=served.address, offline=True)
     assert "does not hold it whole" in offline
-    ((again, _),) = find(("org/tiny", "v1"), HF_ENDPOINT=served.address, HF_HOME=tmp_path)
+    ((again, _),) = find(("org/tiny", "v1"), address=served.address)
     assert (again, lost.exists()) == (first, True)
 
 
-def test_models_that_cannot_be_had_are_one_sentence_each_and_soon(served, tmp_path):
+def test_models_that_cannot_be_had_are_one_sentence_each_and_soon(find, served, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT", 1.0)
     unknown, revision, odd, gated, silent = find(
         "org/nothing",
         "org/tiny@v9",
         "org/a--b",
         "org/gated",
         "org/silent",
-        HF_ENDPOINT=served.address,
-        HF_HOME=tmp_path,
+        address=served.address,
     )
     assert unknown[0] == (
         f"CheckpointError: there is no model directory org/nothing, and {served.address} has no model of that name, or "
@@ -114,7 +119,8 @@ def test_models_that_cannot_be_had_are_one_sentence_each_and_soon(served, tmp_pa
         assert len(found.splitlines()) == 1
         assert len(found) < 600
         assert seconds < 30
-    ((got, _),) = find("org/gated", HF_ENDPOINT=served.address, HF_HOME=tmp_path, HF_TOKEN="secret")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    ((got, _),) = find("org/gated", address=served.address)
     assert Path(got).is_dir()
 
 
@@ -124,23 +130,21 @@ def closed_port() -> int:
         return one.getsockname()[1]
 
 
-def test_a_hub_that_cannot_be_reached_is_said_once_with_what_to_do(tmp_path):
+def test_a_hub_that_cannot_be_reached_is_said_once_with_what_to_do(find, run_main):
     address = f"http://127.0.0.1:{closed_port()}"
-    code, out, err = (
-        (done := run("--model", "org/tiny", HF_ENDPOINT=address, HF_HOME=str(tmp_path))).returncode,
-        done.stdout,
-        done.stderr,
-    )
-    assert f"it could not be downloaded from {address} (ConnectError: " in failed(code, out, err)
+    assert find("org/tiny", address=address)[0][1] < 30
+    err = failed(*run_main("--model", "org/tiny", "--port", "0"))
+    assert f"it could not be downloaded from {address} (ConnectError: " in err
     assert "start with --model DIR" in err
-    done = run("calibrate", "--model", "org/tiny", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert "HF_HUB_OFFLINE is set" in failed(done.returncode, done.stdout, done.stderr)
+    find(address=address, offline=True)
+    assert "HF_HUB_OFFLINE is set" in failed(*run_main("calibrate", "--model", "org/tiny"))
 
 
-def test_a_local_directory_of_that_name_wins(served, published, tmp_path):
+def test_a_local_directory_of_that_name_wins(find, served, published, tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "tiny").symlink_to(published)
-    ((found, _),) = find("org/tiny", cwd=tmp_path, HF_ENDPOINT=served.address, HF_HOME=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ((found, _),) = find("org/tiny", address=served.address)
     assert (found, served.asked) == (str(tmp_path / "org" / "tiny"), [])
 
 
