@@ -134,10 +134,7 @@ def named(directory: Path) -> str:
     a cache of Hugging Face's hub has the name of its repository.
     """
     given = Path(os.path.abspath(directory))
-    repository = given.parent.parent.name
-    if given.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return given.name
+    return hub.repository(given) or given.name
 
 
 def template_file(config: Config) -> Path | None:

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
 
+from dilaserve.config import CacheKind
 from dilaserve.errors import CheckpointError
 from dilaserve.models import a2d, illada, llada, transformer
-from dilaserve.models.checkpoint import Checkpoint, Tensors
+from dilaserve.models.checkpoint import Checkpoint, Tensors, first_architecture
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.transformer import TensorNames, Weights
+from dilaserve.system.files import read_json
 
 IGNORED = (
     "*.rotary_emb.inv_freq",  # computed from config.json
@@ -26,15 +29,23 @@ class Family(NamedTuple):
     describe: Callable[[Checkpoint], ModelSpec]
     names: TensorNames
     ignored: tuple[str, ...] = IGNORED  # patterns of stored tensors that the model does without
+    title: str = ""  # the family's name, as people call it
+    examples: tuple[str, ...] = ()  # names of its models on the hub
+    caches: tuple[CacheKind, ...] = ("none", "prefix", "dual")  # kinds of K/V reuse that make sense
 
 
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
-    "LLaDAModelLM": Family(llada.describe, llada.NAMES),
-    "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES),
-    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES),
-    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES),
-    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES),
+    "LLaDAModelLM": Family(llada.describe, llada.NAMES, title="LLaDA", examples=llada.EXAMPLES),
+    "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES, title="iLLaDA", examples=illada.EXAMPLES),
+    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)", examples=a2d.EXAMPLES),
+    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)"),
+    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)"),
 }
+
+
+def architecture_of(directory: Path) -> str:
+    """What config.json names first; nothing else is read. Raises `CheckpointError`."""
+    return first_architecture(directory / "config.json", read_json(directory / "config.json"))
 
 
 def describe(checkpoint: Checkpoint) -> ModelSpec:

@@ -11,6 +11,7 @@ from dilaserve.models.config_fields import llama_spec
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import TensorNames
 
+EXAMPLES = ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",)
 NAMES = TensorNames()
 MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
 

@@ -84,10 +84,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures")
-        if not isinstance(names, list) or not names or not isinstance(names[0], str):
-            raise CheckpointError(f"{self.directory / 'config.json'} names no architectures; is it a model?")
-        return names[0]
+        return first_architecture(self.directory / "config.json", self.config)
 
     def field(self, name: str, kind: type, default: Any = None) -> Any:
         """A field of config.json; without a default it must be there. JSON's null counts as absent."""
@@ -194,6 +191,13 @@ class Checkpoint:
 
     def tensors(self) -> Tensors:
         return Tensors(self.files)
+
+
+def first_architecture(file: Path, config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{file} names no architectures; is it a model?")
+    return names[0]
 
 
 def told(verb: str, tensors: list[str], rest: str = "") -> str:

@@ -87,6 +87,42 @@ def cached(name: str, revision: str | None) -> Path | None:
     return found if whole(found) else None
 
 
+def cache() -> Path:
+    """The directory of the hub's cache, which need not exist."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def snapshots(cache: Path) -> list[tuple[str, Path]]:
+    """The snapshots of models in the cache, each under the name that --model takes."""
+    return [
+        (name if revision == "main" else f"{name}@{revision}", snapshot)
+        for snapshot in sorted(cache.glob("models--*/snapshots/*"))
+        if (name := repository(snapshot))
+        for revision in revisions(snapshot)
+    ]
+
+
+def revisions(snapshot: Path) -> list[str]:
+    """The branches and tags that a snapshot is of, `main` alone if it is one of them; its commit if there are none."""
+    refs = snapshot.parent.parent / "refs"
+    found = [
+        str(file.relative_to(refs))
+        for file in sorted(refs.rglob("*"))
+        if file.is_file() and file.read_text(errors="replace").strip() == snapshot.name
+    ]
+    return ["main"] if "main" in found else found or [snapshot.name]
+
+
+def repository(directory: Path) -> str | None:
+    """`org/name` of a snapshot in a cache of the hub; None for other directories."""
+    folder = directory.parent.parent.name
+    if directory.parent.name != "snapshots" or not folder.startswith("models--"):
+        return None
+    return folder.removeprefix("models--").replace("--", "/")
+
+
 def whole(snapshot: Path) -> bool:
     """Whether a snapshot holds a configuration, a tokenizer and all its weights: a download may have been cut short."""
     try:
