@@ -69,8 +69,8 @@ def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
     given = vars(found)
     file = given.pop("config", None)
     own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
-    found_settings = config.load(given, file=file) if COMMANDS[command].settings else Config()
-    return found_settings, argparse.Namespace(**own)
+    settings = config.load(given, file=file) if COMMANDS[command].settings else Config()
+    return settings, argparse.Namespace(**own)
 
 
 def flags(command: str = "serve") -> Parser:

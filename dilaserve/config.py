@@ -53,7 +53,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
     ] = None
     chat_template: Annotated[
-        Words | None, Meta(description="file with the Jinja template of chats (default: the model's own)")
+        Words | None,
+        Meta(
+            description="Jinja template of chats: a file, the text itself, or the name of one of the model's (default: "
+            "the model's own)"
+        ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: float32 on CPU, bfloat16 on CUDA")

@@ -78,7 +78,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     spec = models.describe(checkpoint)
     if checkpoint.unused:
         log.warning("%s %s that the model has no part for", directory, told("holds", checkpoint.unused))
-    text = Text(directory, template_file(config))
+    text = Text(directory, config.model.chat_template)
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
@@ -135,11 +135,6 @@ def named(directory: Path) -> str:
     """
     given = Path(os.path.abspath(directory))
     return hub.repository(given) or given.name
-
-
-def template_file(config: Config) -> Path | None:
-    """The file of --chat-template."""
-    return Path(config.model.chat_template) if config.model.chat_template else None
 
 
 def ends(spec: ModelSpec, text: Text, directory: Path) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 class Text:
     """A checkpoint's tokenizer and chat template. Encoding and decoding are safe from several threads."""
 
-    def __init__(self, directory: Path, chat_template: Path | None = None) -> None:
-        self.directory, self.given = directory, chat_template
+    def __init__(self, directory: Path, chat_template: str | Path | None = None) -> None:
+        self.directory, self.given = directory, chat_template  # what --chat-template says; see `chat_template.find`
         self.tokenizer = read_tokenizer(directory)
         self.longest = longest_token(self.tokenizer)
         self.template: ChatTemplate | None = None
@@ -60,9 +60,10 @@ class Text:
         reply = template.render([{"role": "user", "content": "Hello"}])
         if reply.text is not None:
             return
+        where = shortened(str(self.given or self.directory))
         if not reply.on_purpose:  # else the template may want other messages
-            raise CheckpointError(f"the chat template in {self.given or self.directory} is broken: {reply.reason}")
-        log.warning("the chat template in %s rejects a single message: %s", self.directory, reply.reason)
+            raise CheckpointError(f"the chat template in {where} is broken: {reply.reason}")
+        log.warning("the chat template in %s rejects a single message: %s", where, reply.reason)
 
     def close(self) -> None:
         """End what renders the chat template; blocks for a moment."""
