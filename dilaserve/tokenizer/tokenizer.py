@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
@@ -27,6 +27,9 @@ TURN_ENDS = (
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
 LONGEST = 2**18  # characters, or ids, that are encoded or decoded at once, if the canvas does not hold more
 DENSE = 64  # characters a token, more than texts have
+COMPOSED = (
+    4  # characters that NFC joins into one, at most: so many are in the longest canonical decomposition (UAX #15)
+)
 MARKS = 64  # characters that a message costs besides what it holds
 LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 
@@ -222,9 +225,11 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
     """Characters of text that one token stands for, at most; None where no such bound is known.
 
     There is one where every byte of a text comes out in some token: byte-level BPE that has all bytes, so that a token
-    is spelled with one letter a byte, behind nothing that drops, joins or swallows characters.
+    is spelled with one letter a byte, behind nothing that drops, joins or swallows characters. NFC does join some.
     """
-    model, normalizes, cuts = tokenizer.model, tokenizer.normalizer is not None, tokenizer.truncation is not None
+    model, cuts = tokenizer.model, tokenizer.truncation is not None
+    composes = isinstance(tokenizer.normalizer, normalizers.NFC)
+    normalizes = tokenizer.normalizer is not None and not composes
     if normalizes or cuts or not isinstance(model, models.BPE) or tokenizer.pre_tokenizer is None:
         return None
     if model.continuing_subword_prefix or model.end_of_word_suffix:
@@ -240,4 +245,4 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
     letters = pre_tokenizers.ByteLevel.alphabet()
     if any(token.lstrip or token.rstrip for token in added) or not tokenizer.get_vocab(False).keys() >= set(letters):
         return None
-    return max(map(len, tokenizer.get_vocab()))
+    return max(map(len, tokenizer.get_vocab())) * (COMPOSED if composes else 1)
