@@ -19,7 +19,9 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Page)
         self.models, self.gated, self.token = models, gated, token
         self.asked: list[str] = []
-        self.released = threading.Event()  # what a request for `org/silent` waits for
+        self.released = (
+            threading.Event()
+        )  # what requests for `org/silent` wait for, and those for the files of `org/stalled`
 
     @property
     def address(self) -> str:
@@ -43,7 +45,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         listing = parts[:2] == ["api", "models"]
         parts = parts[2:] if listing else parts
         name, rest = "/".join(parts[:2]), parts[2:]
-        if name == "org/silent":
+        if name == "org/silent" or (name == "org/stalled" and rest[:1] == ["tree"]):
             self.server.released.wait(60)
             self.close_connection = True
         elif name not in self.server.models:

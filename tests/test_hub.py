@@ -15,7 +15,7 @@ import fake_hub
 import pytest
 from command_line import ask, failed
 from fake_hub import SHA
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, get_session
 
 from dilaserve.errors import CheckpointError, ConfigError, DilaserveError
 from dilaserve.models import hub
@@ -122,6 +122,17 @@ def test_models_that_cannot_be_had_are_one_sentence_each_and_soon(find, served, 
     monkeypatch.setenv("HF_TOKEN", "secret")
     ((got, _),) = find("org/gated", address=served.address)
     assert Path(got).is_dir()
+
+
+def test_a_hub_that_falls_silent_later_is_given_up_too(find, served, published, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
+    served.models["org/stalled"] = published
+    hooks = dict(get_session().event_hooks)
+    ((found, seconds),) = find("org/stalled", address=served.address)
+    assert "could not be downloaded from" in found
+    assert seconds < 20
+    assert get_session().event_hooks == hooks
 
 
 def closed_port() -> int:

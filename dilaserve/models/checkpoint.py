@@ -167,22 +167,26 @@ class Checkpoint:
         modules = {name.rpartition(".")[0] for name in tensors}
         unknown = [name for name in left if name.startswith(layers) or name.rpartition(".")[0] in modules]
         self.unused = sorted(set(left) - set(unknown))
-        there = [name for name in tensors if name in self.shapes]
+        missing = [name for name in tensors if name not in self.shapes]
         reasons = [
-            told("lacks", [name for name in tensors if name not in self.shapes], "; is a shard or its index missing?"),
-            told(
-                "holds", [self.misshapen(name, tensors[name]) for name in there if self.shapes[name] != tensors[name]]
-            ),
-            told(
-                "holds", [f"{name} of the type {self.types[name]}" for name in there if self.types[name] not in SIZES]
-            ),
+            told("lacks", missing, "; is a shard or its index missing?"),
+            told("holds", self.misshapen(tensors)),
+            told("holds", self.unreadable(tensors), f", and only {', '.join(SIZES)} can be read"),
             told("holds", unknown, f" that {self.architecture} with this config.json does not have"),
         ]
         if found := [reason for reason in reasons if reason]:
             raise CheckpointError(f"{self.directory} {', and it '.join(found)}")
 
-    def misshapen(self, name: str, shape: tuple[int, ...]) -> str:
-        return f"{name} of shape {list(self.shapes[name])}, where config.json asks for {list(shape)}"
+    def misshapen(self, tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+        return [
+            f"{name} of shape {list(self.shapes[name])}, where config.json asks for {list(shape)}"
+            for name, shape in tensors.items()
+            if name in self.shapes and self.shapes[name] != shape
+        ]
+
+    def unreadable(self, tensors: Iterable[str]) -> list[str]:
+        kinds = {name: self.types[name] for name in tensors if name in self.types}
+        return [f"{name} of the type {kind}" for name, kind in kinds.items() if kind not in SIZES]
 
     @property
     def itemsize(self) -> int:

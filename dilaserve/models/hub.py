@@ -3,7 +3,9 @@
 The library reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from dilaserve.errors import CheckpointError, ConfigError
 from dilaserve.models.checkpoint import GENERATION, INDEX, SINGLE, locate, shards
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # org/name
-TIMEOUT = 10.0  # seconds in which the hub must answer whether it has a model
+TIMEOUT = 10.0  # seconds that the hub may be silent
 PATTERNS = [  # what is served from; of weights in other formats nothing is downloaded
     "config.json",
     GENERATION,
@@ -66,10 +68,29 @@ def snapshot(name: str, revision: str | None) -> Path:
     if found := cached(name, revision):
         return found
     try:
-        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)  # what follows has no bound of its own
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=FOLDERS))
+        with bounded():
+            HfApi().model_info(name, revision=revision, timeout=TIMEOUT)  # raises at once, where a download tries again
+            return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=FOLDERS))
     except Exception as error:  # of the HTTP library, the hub's or the file system
         raise CheckpointError(f"there is no model directory {name}, and {reason(error, name, revision)}") from error
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """No request of the library waits for ever: those without a limit, as for the list of files, get `TIMEOUT`."""
+    from huggingface_hub import get_session
+
+    def limit(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {kind: seconds or TIMEOUT for kind, seconds in limits.items()}
+
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
 
 
 def cached(name: str, revision: str | None) -> Path | None:
