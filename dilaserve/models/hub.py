@@ -4,7 +4,9 @@ The library reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOIN
 """
 
 import contextlib
+import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from dilaserve.errors import CheckpointError, ConfigError
 from dilaserve.models.checkpoint import GENERATION, INDEX, SINGLE, locate, shards
 
+log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # org/name
 TIMEOUT = 10.0  # seconds that the hub may be silent
 PATTERNS = [  # what is served from; of weights in other formats nothing is downloaded
@@ -63,16 +66,34 @@ def snapshot(name: str, revision: str | None) -> Path:
     """The snapshot of a model in the hub's cache, downloaded if it is not whole there; a bar on the terminal shows how
     far. Raises `CheckpointError`.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     if found := cached(name, revision):
         return found
     try:
         with bounded():
             HfApi().model_info(name, revision=revision, timeout=TIMEOUT)  # raises at once, where a download tries again
-            return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=FOLDERS))
+            log.info("downloading %s from %s", name, constants.ENDPOINT)
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=FOLDERS, tqdm_class=bar()
+                )
+            )
     except Exception as error:  # of the HTTP library, the hub's or the file system
         raise CheckpointError(f"there is no model directory {name}, and {reason(error, name, revision)}") from error
+
+
+def bar() -> Any:
+    """The class of the library's progress bars, on standard error, and nothing where nobody watches."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    shown: Any = tqdm
+
+    class Silent(shown):  # type: ignore[misc]
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more | {"disable": True})
+
+    return shown if sys.stderr.isatty() else Silent
 
 
 @contextlib.contextmanager
