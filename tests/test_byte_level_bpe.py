@@ -67,7 +67,11 @@ PARTS = st.sampled_from(
 )
 
 
-@given(st.lists(st.one_of(PARTS, st.text(max_size=8)), max_size=12).map("".join), st.data())
+# Python's NFC and the library's are of different releases of Unicode, which differ in characters that are new.
+ASSIGNED = st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=8)
+
+
+@given(st.lists(st.one_of(PARTS, ASSIGNED), max_size=12).map("".join), st.data())
 def test_any_text_has_the_ids_of_the_plain_loop_and_comes_back_however_it_is_cut(text, slow, written, data):
     ids = text.encode(written)
     assert ids == slow.encode(written)
