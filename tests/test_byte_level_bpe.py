@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -168,6 +169,8 @@ def test_a_file_that_is_none_is_named(directory, tmp_path):
     (changed / "merges.txt").unlink()
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json, nor vocab\.json and merges\.txt"):
         Text(changed)
+    with pytest.raises(CheckpointError, match=r"^there is no model directory /nowhere$"):
+        Text(Path("/nowhere"))
     (changed / "merges.txt").mkdir()
     with pytest.raises(CheckpointError, match=r"merges\.txt cannot be read: it is not a regular file"):
         Text(changed)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer, models
 
 from dilaserve.errors import CheckpointError, Unavailable, shortened
 from dilaserve.system import child_processes, files
-from dilaserve.tokenizer import byte_level_bpe, template_process
+from dilaserve.tokenizer import template_process
 from dilaserve.tokenizer.template_process import TOO_SLOW, Reply, Source
 
 READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")  # by transformers
@@ -85,16 +86,14 @@ def check_sizes(directory: Path) -> None:
 
 
 def loaded(directory: Path) -> Any:
-    """The tokenizer as transformers reads it."""
+    """The tokenizer as transformers reads it; without tokenizer.json its template and special tokens alone."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging as chatter
 
     chatter.set_verbosity_error()
     try:
-        built = {} if files.present(directory / TOKENIZER) else {"tokenizer_object": byte_level_bpe.read(directory)}
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **built)
-    except CheckpointError:
-        raise
+        stand_in = {} if files.present(directory / TOKENIZER) else {"tokenizer_object": Tokenizer(models.BPE())}
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **stand_in)
     except Exception as error:  # whatever a damaged tokenizer_config.json leads to
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the chat template in {directory} cannot be read: {reason}") from error

@@ -189,6 +189,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             tokenizer = from_file(file)
         elif byte_level_bpe.present(directory):
             tokenizer = byte_level_bpe.read(directory)
+        elif not files.present(directory):
+            raise CheckpointError(f"there is no model directory {directory}")
         else:
             raise CheckpointError(f"{directory} holds no tokenizer.json, nor vocab.json and merges.txt in its place")
     except OSError as error:
