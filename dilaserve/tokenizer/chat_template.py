@@ -39,7 +39,7 @@ def find(directory: Path, given: str | Path | None) -> Source | str:
         named = own if isinstance(own, dict) else {}
         template = read_given(given, named) if given else named.get(DEFAULT) if named else own
     except (OSError, ValueError) as error:  # ValueError: no text, or no file has such a name
-        reason = f"{shortened(str(getattr(error, 'filename', None) or given))}: {getattr(error, 'strerror', error)}"
+        reason = f"{getattr(error, 'filename', None) or shown(given)}: {getattr(error, 'strerror', error)}"
         raise CheckpointError(f"the chat template cannot be read from {reason}") from error
     if named and template is None:
         return f"its chat templates are {', '.join(named)} and none is the default; choose one with --chat-template"
@@ -62,6 +62,12 @@ def read_given(given: str | Path, named: Mapping[str, Any]) -> Any:
     if is_text and not is_file(Path(given)):
         return str(given).encode("latin-1", "backslashreplace").decode("unicode_escape")
     return files.read(Path(given), files.MOST_TEMPLATE).decode()
+
+
+def shown(given: str | Path | None) -> str:
+    """What --chat-template says, as an error repeats it: the name of a file whole, and the beginning of a text."""
+    text = str(given)
+    return shortened(text) if MARKS.intersection(text) else text
 
 
 def is_file(path: Path) -> bool:

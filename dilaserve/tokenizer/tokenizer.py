@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
 from dilaserve.system import files
 from dilaserve.tokenizer import byte_level_bpe
-from dilaserve.tokenizer.chat_template import ChatTemplate, find
+from dilaserve.tokenizer.chat_template import ChatTemplate, find, shown
 from dilaserve.tokenizer.panics import contained
 from dilaserve.tokenizer.template_process import Reply
 
@@ -63,7 +63,7 @@ class Text:
         reply = template.render([{"role": "user", "content": "Hello"}])
         if reply.text is not None:
             return
-        where = shortened(str(self.given or self.directory))
+        where = shown(self.given or self.directory)
         if not reply.on_purpose:  # else the template may want other messages
             raise CheckpointError(f"the chat template in {where} is broken: {reply.reason}")
         log.warning("the chat template in %s rejects a single message: %s", where, reply.reason)
