@@ -5,7 +5,11 @@ from typing import NoReturn
 
 from dilaserve.system import signals
 
-FINITE = {"simulate", "calibrate"}  # commands that are cut short when they are interrupted; a server just ends
+FINITE = {
+    "simulate",
+    "calibrate",
+    "models",
+}  # commands that are cut short when they are interrupted; a server just ends
 INTERRUPTED = 130
 
 

@@ -69,7 +69,8 @@ def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
     given = vars(found)
     file = given.pop("config", None)
     own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
-    return config.load(given, file=file), argparse.Namespace(**own)
+    settings = config.load(given, file=file) if COMMANDS[command].settings else Config()
+    return settings, argparse.Namespace(**own)
 
 
 def flags(command: str = "serve") -> Parser:
@@ -77,15 +78,16 @@ def flags(command: str = "serve") -> Parser:
         prog="dilaserve",
         usage=f"dilaserve {'[serve]' if command == 'serve' else command} [flags]",
         description=COMMANDS[command].about + (OTHERS if command == "serve" else ""),
-        epilog="Every setting can also be given as DILASERVE_NAME in the environment, or in the file of --config.",
+        epilog=SETTINGS if COMMANDS[command].settings else None,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dilaserve {__version__}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    if COMMANDS[command].settings:
+        parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
     COMMANDS[command].flags(parser)
     groups: dict[str, Any] = {}
-    for setting in config.settings().values():
+    for setting in config.settings().values() if COMMANDS[command].settings else ():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.heading)
         action = "append" if setting.name in config.REPEATABLE else "store"
@@ -111,7 +113,9 @@ def serve(settings: Config, extras: argparse.Namespace) -> int:
 
     def assemble() -> "Assemble":
         from dilaserve.engine.assembly import real
+        from dilaserve.models import hub
 
+        hub.directory_of(settings.model.model, settings.model.revision)  # before any other progress is shown
         return real
 
     return listen(settings, assemble)
@@ -213,11 +217,12 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     quiet()
     from dilaserve.calibrate.calibrate import calibrate as measure
     from dilaserve.display import counting
-    from dilaserve.models.checkpoint import locate
+    from dilaserve.models import hub
     from dilaserve.profile import profile_file
 
     signals.raise_keyboard_interrupt()
-    directory, given = locate(settings.model.model), settings.scheduler.profile
+    directory = hub.directory_of(settings.model.model, settings.model.revision)
+    given = settings.scheduler.profile
     if given:
         profile_file.check_writable(Path(given))
     known = replaced(directory, given)
@@ -300,6 +305,22 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
     return 0
 
 
+def listing_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", default=False, help="as JSON")
+
+
+def list_models(settings: Config, extras: argparse.Namespace) -> int:
+    """Print what can be served, and from where."""
+    quiet()
+    import msgspec
+
+    from dilaserve.models.catalogue import catalogue, lines
+
+    found = catalogue()
+    print(msgspec.json.format(msgspec.json.encode(found)).decode() if extras.json else "\n".join(lines(found)))
+    return 0
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
@@ -342,10 +363,12 @@ class Command(NamedTuple):
     flags: Callable[[argparse.ArgumentParser], None]
     about: str
     endless: bool = False  # being interrupted is how it ends
+    settings: bool = True  # whether it takes the settings
 
 
 PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
-OTHERS = " Other commands: simulate, emulate, calibrate."
+OTHERS = " Other commands: simulate, emulate, calibrate, models."
+SETTINGS = "Every setting can also be given as DILASERVE_NAME in the environment, or in the file of --config."
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP.", True),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
@@ -353,4 +376,10 @@ COMMANDS: dict[str, Command] = {
         emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text.", True
     ),
     "calibrate": Command(calibrate, calibration_flags, "Measure step costs and the price of lower thresholds."),
+    "models": Command(
+        list_models,
+        listing_flags,
+        "List the models that can be served: bundled, in the hub's cache, on the hub.",
+        settings=False,
+    ),
 }

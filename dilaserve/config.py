@@ -37,7 +37,15 @@ Patience = Annotated[float, Meta(gt=0.0, le=1e9)]
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Model"""
 
-    model: Annotated[Words, Meta(description="checkpoint directory, or the bundled model's name")] = BUNDLED
+    model: Annotated[
+        Words,
+        Meta(
+            description="checkpoint directory, the bundled model's name, or org/name[@revision] on Hugging Face's hub"
+        ),
+    ] = BUNDLED
+    revision: Annotated[
+        Words | None, Meta(description="branch, tag or commit of a model on the hub (default: main)")
+    ] = None
     served_model_name: Annotated[Words | None, Meta(description="name in the API (default: the directory's name)")] = (
         None
     )
@@ -45,7 +53,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
     ] = None
     chat_template: Annotated[
-        Words | None, Meta(description="file with the Jinja template of chats (default: the model's own)")
+        Words | None,
+        Meta(
+            description="Jinja template of chats: a file, the text itself, or the name of one of the model's (default: "
+            "the model's own)"
+        ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: float32 on CPU, bfloat16 on CUDA")

@@ -8,6 +8,7 @@ class Keywords(TypedDict, total=False):
 
     # model
     model: str
+    revision: str | None
     served_model_name: str | None
     max_model_len: int | None
     chat_template: str | None

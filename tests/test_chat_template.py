@@ -6,11 +6,17 @@ import os
 import re
 import signal
 import threading
+from pathlib import Path
 
+import aiohttp
 import checkpoints
 import pytest
 
+from dilaserve import Config, Engine
 from dilaserve.errors import BadRequest, CheckpointError, Unavailable
+from dilaserve.server.app import running
+from dilaserve.sim.h200 import llada_8b_h200
+from dilaserve.sim.run import pretended
 from dilaserve.tokenizer.chat_template import ChatTemplate, find, loaded
 from dilaserve.tokenizer.template_process import MEMORY, MOST_TEXT, Source
 from dilaserve.tokenizer.tokenizer import Text
@@ -217,6 +223,68 @@ def test_a_file_takes_the_place_of_the_models_own_template(model, tmp_path):
         find(model, mine)
     with pytest.raises(CheckpointError, match=r"cannot be read from /nowhere\.jinja: No such file"):
         find(model, model.__class__("/nowhere.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{{ messages[0].content }}, é漢\\nno", "Hello, é漢\nno"),
+        ("{% for m in messages %}\n{{ m.role }}{% endfor %}", "user"),
+        ("rag", "b"),
+        ("default", "c"),
+        ("{{ messages[0].content }}" + "." * 5000, "Hello" + "." * 5000),
+    ],
+)
+def test_a_template_may_be_given_as_text_or_by_its_name_in_the_model(model, given, expected):
+    configure(model, [{"name": name, "template": text} for name, text in (("rag", "b"), ("default", "c"))])
+    text = Text(model, given)
+    text.load_template()
+    assert text.render(HELLO) == expected
+    text.close()
+
+
+def test_a_file_goes_before_a_text_and_before_a_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configure(model, [{"name": "rag", "template": "b"}, {"name": "default", "template": "c"}])
+    for name in ("rag", "{{ x }}.jinja"):
+        Path(name).write_text("of a file")
+        assert find(model, name).template == "of a file"
+    for given, reason in (("tools", "tools: No such file"), ("\0", "null byte"), ("{{ '\\x' }}", "can't decode")):
+        with pytest.raises(CheckpointError, match=f"the chat template cannot be read from .*{reason}"):
+            find(model, given)
+    with pytest.raises(CheckpointError, match=r"^the chat template in {{ x.{95}… is broken: "):
+        Text(model, "{{ x" + "x" * 500).load_template()
+
+
+def test_a_file_of_its_own_goes_before_the_configurations_template(model):
+    configure(model, "of the configuration")
+    (model / "chat_template.jinja").write_text("of the file {{ messages[0].content }}")
+    assert find(model, None).template == loaded(model).chat_template == "of the file {{ messages[0].content }}"
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+)
+
+
+async def test_over_http_a_template_that_refuses_a_system_message_says_so_with_400(random_model):
+    assemble = pretended(llada_8b_h200(), 1, 256, text=Text(random_model, NO_SYSTEM))
+    system = {"role": "system", "content": "be brief"}
+    async with (
+        Engine(Config.of(), assemble=assemble) as engine,
+        running(engine, engine.config) as address,
+        aiohttp.ClientSession(address) as client,
+    ):
+        for messages in ([system, *HELLO], [{**system, "role": "developer"}, *HELLO]):
+            async with client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 8}) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["type"], error["param"]) == (400, "invalid_request_error", "messages")
+                assert error["message"] == "the chat template rejects these messages: System role not supported"
+        async with client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 8}) as response:
+            assert response.status == 200
+        async with client.post("/tokenize", json={"messages": HELLO}) as response:
+            assert (await response.json())["tokens"] == engine.text.encode("<user>Hello")
 
 
 def test_a_conversation_longer_than_any_canvas_is_not_rendered(model):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import checkpoints
+import family_checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -161,10 +162,63 @@ def test_missing_and_misshapen_tensors_are_named(model):
     tensors = load_file(model / "model.safetensors")
     name = "model.transformer.blocks.1.up_proj.weight"
     save_file({**tensors, name: torch.zeros(3, 3)}, model / "model.safetensors")
-    refuse(model, r"up_proj.* has shape \[3, 3\]; config\.json asks for \[64, 32\]")
+    refuse(model, r"the tensor .*up_proj.* of shape \[3, 3\], where config\.json asks for \[64, 32\]")
     del tensors[name]
     save_file(tensors, model / "model.safetensors")
     refuse(model, "lacks the tensor .*up_proj")
+
+
+def test_all_tensors_that_do_not_fit_are_named_and_the_first_ten_of_each_kind(tmp_path):
+    model = checkpoints.make(tmp_path / "model", layers=14)
+    tensors = load_file(model / "model.safetensors")
+    layer = "model.transformer.blocks.{}."
+    lacking = sorted(name for name in tensors if "k_proj" in name)
+    more = {layer.format(i) + "q_norm.weight": torch.ones(8) for i in range(2)} | {
+        "model.transformer.ln_f.bias": torch.ones(32),
+        layer.format(3) + "up_proj.weight": torch.zeros(3, 3),
+        layer.format(4) + "up_proj.weight": torch.zeros(64, 32, dtype=torch.int8),
+        "model.value_head.weight": torch.zeros(2, dtype=torch.int64),
+    }
+    save_file({name: tensors[name] for name in tensors if name not in lacking} | more, model / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        models.describe(Checkpoint(model))
+    message = caught.value.message
+    assert "lacks 14 tensors: " in message
+    assert sum(name in message for name in lacking) == 10
+    assert " and 4 more; is a shard or its index missing?" in message
+    assert f"holds the tensor {layer.format(3)}up_proj.weight of shape [3, 3], where config.json asks for" in message
+    assert f"holds the tensor {layer.format(4)}up_proj.weight of the type I8" in message
+    assert "holds 3 tensors: " in message
+    assert all(name in message for name in (*(layer.format(i) + "q_norm" for i in range(2)), "ln_f.bias"))
+    assert message.endswith(" that LLaDAModelLM with this config.json does not have")
+    assert "value_head" not in message
+    assert len(message.splitlines()) == 1
+
+
+def test_tensors_beside_the_model_are_left_alone_and_named_in_the_log(model, caplog):
+    tensors, whole = load_file(model / "model.safetensors"), models.describe(Checkpoint(model))
+    buffers = {"model.transformer.blocks.0.rotary_emb.inv_freq": torch.ones(4)}
+    heads = {"value_head.weight": torch.zeros(2, dtype=torch.int64)}
+    save_file(tensors | buffers | heads, model / "model.safetensors")
+    assert models.describe(Checkpoint(model)) == whole
+    real(Config.of(model=str(model), devices="cpu"), lambda device, done, total: None)
+    assert f"{model} holds the tensor value_head.weight that the model has no part for" in caplog.text
+    assert "inv_freq" not in caplog.text
+
+
+def test_a_layer_more_than_config_json_says_is_an_error(model):
+    change(model, n_layers=1)
+    refuse(model, r"holds 9 tensors: model\.transformer\.blocks\.1\.\S+, .* does not have")
+
+
+def test_a_head_that_is_stored_although_it_is_tied_is_not_read(tmp_path):
+    model = family_checkpoints.make(tmp_path / "tied", "ILLaDAForCausalLM")
+    tensors, whole = load_file(model / "model.safetensors"), models.describe(Checkpoint(model))
+    assert "lm_head.weight" not in tensors
+    save_file(tensors | {"lm_head.weight": torch.zeros(7)}, model / "model.safetensors")
+    found = Checkpoint(model)
+    assert models.describe(found) == whole
+    assert found.unused == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import unicodedata
 
 import checkpoints
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from dilaserve.errors import BadRequest, CheckpointError
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.stop_strings import StopStrings
-from dilaserve.tokenizer.tokenizer import LONG, LONGEST, Text, longest_token
+from dilaserve.tokenizer.tokenizer import COMPOSED, LONG, LONGEST, Text, longest_token
 
 UNICODE = "plain, ümläut, 漢字, 👩‍👩‍👧, é"
 
@@ -166,11 +167,27 @@ def test_no_token_stands_for_more_characters_than_the_longest(written):
     assert len(written) <= 2 * len(tokenizer.encode(written).ids)
 
 
+def test_nfc_joins_four_characters_at_most():
+    """Each character of a text gives one or more of NFD, and each of NFC is four of those or fewer."""
+    assert max(len(unicodedata.normalize("NFD", chr(code))) for code in range(sys.maxunicode + 1)) == COMPOSED
+    tokenizer = byte_level(normalizer=normalizers.NFC())
+    assert longest_token(tokenizer) == 2 * COMPOSED
+    greek = "\u03b1\u0313\u0300\u0345" * 10
+    assert len(tokenizer.encode(greek).ids) == 30
+    assert len(greek) <= 2 * COMPOSED * 30
+
+
+@given(st.text(st.sampled_from("aé\u0301\u0323\u1100\u1161\u11a8漢Å"), max_size=40))
+def test_no_token_stands_for_more_than_the_longest_behind_nfc(written):
+    tokenizer = byte_level(normalizer=normalizers.NFC())
+    assert len(written) <= 2 * COMPOSED * len(tokenizer.encode(written).ids)
+
+
 def test_tokenizers_that_swallow_text_have_no_longest_token():
     stages = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()]
     assert longest_token(byte_level(pre_tokenizer=pre_tokenizers.Sequence(stages))) is None
     assert longest_token(byte_level(pre_tokenizer=pre_tokenizers.Whitespace())) is None
-    assert longest_token(byte_level(normalizer=normalizers.NFC())) is None
+    assert longest_token(byte_level(normalizer=normalizers.NFKC())) is None
     assert longest_token(byte_level(model=models.BPE(vocab={"a": 0}, merges=[]))) is None
     assert longest_token(byte_level(model=models.WordLevel(vocab={"a": 0}, unk_token="a"))) is None
     cut, swallowing = byte_level(), byte_level()

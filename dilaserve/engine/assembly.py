@@ -15,7 +15,8 @@ from dilaserve.config import BUNDLED, Config, DeviceConfig
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.executor.executor import Executor, Progress
 from dilaserve.executor.worker_processes import ProcessExecutor
-from dilaserve.models.checkpoint import Checkpoint, locate
+from dilaserve.models import hub
+from dilaserve.models.checkpoint import Checkpoint, told
 from dilaserve.models.spec import ModelSpec
 from dilaserve.planner.planner import PlannerPort, Setup
 from dilaserve.planner.process import PlannerProcess
@@ -72,14 +73,16 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
 
     Not `measured`: no profile is read, so that it does not matter what is wrong with it.
     """
-    directory = locate(config.model.model)
+    directory = hub.directory_of(config.model.model, config.model.revision)
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
     spec = models.describe(checkpoint)
-    text = Text(directory, template_file(config))
+    if checkpoint.unused:
+        log.warning("%s %s that the model has no part for", directory, told("holds", checkpoint.unused))
+    text = Text(directory, config.model.chat_template)
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(
-            f"tokenizer.json in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
+            f"the tokenizer in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "
             "is it another model's?"
         )
     limit = config.model.max_model_len or spec.max_length
@@ -133,15 +136,7 @@ def named(directory: Path) -> str:
     a cache of Hugging Face's hub has the name of its repository.
     """
     given = Path(os.path.abspath(directory))
-    repository = given.parent.parent.name
-    if given.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return given.name
-
-
-def template_file(config: Config) -> Path | None:
-    """The file of --chat-template."""
-    return Path(config.model.chat_template) if config.model.chat_template else None
+    return hub.repository(given) or given.name
 
 
 def ends(spec: ModelSpec, text: Text, directory: Path) -> tuple[int, ...]:

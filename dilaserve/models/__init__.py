@@ -1,15 +1,27 @@
 """Model families. Each module knows the fields and tensor names of one; nothing outside this package knows any."""
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import torch
 
+from dilaserve.config import CacheKind
 from dilaserve.errors import CheckpointError
 from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, weights
-from dilaserve.models.checkpoint import Checkpoint, Tensors
+from dilaserve.models.checkpoint import Checkpoint, Tensors, first_architecture
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.weights import TensorNames, Weights
+from dilaserve.system.files import read_json
+
+EXACT: tuple[CacheKind, ...] = ("exact",)
+IGNORED = (
+    "*.rotary_emb.inv_freq",  # computed from config.json
+    "*.self_attn.k_scale",  # of K/V in FP8, which ours are not
+    "*.self_attn.v_scale",
+)
 
 
 class Family(NamedTuple):
@@ -17,28 +29,45 @@ class Family(NamedTuple):
 
     describe: Callable[[Checkpoint], ModelSpec]
     names: TensorNames
+    ignored: tuple[str, ...] = IGNORED  # patterns of stored tensors that the model does without
+    title: str = ""  # the family's name, as people call it
+    examples: tuple[str, ...] = ()  # names of its models on the hub
+    caches: tuple[CacheKind, ...] = ("none", "prefix", "dual")  # kinds of K/V reuse that make sense
 
 
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
-    "LLaDAModelLM": Family(llada.describe, llada.NAMES),
-    "LLaDAMoEModelLM": Family(llada_moe.describe, llada_moe.NAMES),
-    "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES),
-    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES),
-    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES),
-    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES),
-    "DreamModel": Family(dream.describe, dream.NAMES),
-    "SDARForCausalLM": Family(sdar.describe, sdar.NAMES),
-    "SDARMoeForCausalLM": Family(sdar.describe, sdar.NAMES),
-    "NemotronLabsDiffusionModel": Family(nemotron.describe, nemotron.NAMES),
-    "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.describe, fast_dllm.NAMES),
-    "LLaDA2MoeModelLM": Family(llada2.describe, llada2.NAMES),
+    "LLaDAModelLM": Family(llada.describe, llada.NAMES, title="LLaDA", examples=llada.EXAMPLES),
+    "LLaDAMoEModelLM": Family(llada_moe.describe, llada_moe.NAMES, title="LLaDA-MoE", examples=llada_moe.EXAMPLES),
+    "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES, title="iLLaDA", examples=illada.EXAMPLES),
+    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)", examples=a2d.EXAMPLES),
+    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)"),
+    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)"),
+    "DreamModel": Family(dream.describe, dream.NAMES, title="Dream", examples=dream.EXAMPLES),
+    "SDARForCausalLM": Family(sdar.describe, sdar.NAMES, title="SDAR", examples=sdar.EXAMPLES, caches=EXACT),
+    "SDARMoeForCausalLM": Family(sdar.describe, sdar.NAMES, title="SDAR-MoE", examples=sdar.MOE_EXAMPLES, caches=EXACT),
+    "NemotronLabsDiffusionModel": Family(
+        nemotron.describe,
+        nemotron.NAMES,
+        title="Nemotron-Labs-Diffusion",
+        examples=nemotron.EXAMPLES,
+        caches=EXACT,
+    ),
+    "Fast_dLLM_QwenForCausalLM": Family(
+        fast_dllm.describe, fast_dllm.NAMES, title="Fast-dLLM v2", examples=fast_dllm.EXAMPLES, caches=EXACT
+    ),
+    "LLaDA2MoeModelLM": Family(llada2.describe, llada2.NAMES, title="LLaDA2.0", examples=llada2.EXAMPLES, caches=EXACT),
 }
 
 
-def describe(checkpoint: Checkpoint) -> ModelSpec:
-    """What the checkpoint is, after checking that its tensors are all there with the right shapes.
+def architecture_of(directory: Path) -> str:
+    """What config.json names first; nothing else is read. Raises `CheckpointError`."""
+    return first_architecture(directory / "config.json", read_json(directory / "config.json"))
 
-    Reads headers only. Raises `CheckpointError`.
+
+def describe(checkpoint: Checkpoint) -> ModelSpec:
+    """What the checkpoint is, after checking that its tensors are all there with the right shapes, and no others.
+
+    A head that is stored although it is tied to the embedding is not read. Only headers are. Raises `CheckpointError`.
     """
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
@@ -47,8 +76,10 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
             f"this version serves {', '.join(FAMILIES)}"
         )
     spec = family.describe(checkpoint)
-    checkpoint.expect(weights.tensors(spec, family.names))
-    return spec
+    names, tensors = family.names, weights.tensors(spec, family.names)
+    ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
+    checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
+    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
 
 
 def load(

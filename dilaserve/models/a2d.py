@@ -12,6 +12,7 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 from dilaserve.types import FamilyTraits
 
+EXAMPLES = ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",)
 NAMES = TensorNames()
 TRAITS = FamilyTraits(schedule="mdlm")
 MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer

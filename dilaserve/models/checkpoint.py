@@ -4,7 +4,8 @@ No code that lies in the directory is ever run.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from dilaserve.errors import CheckpointError
 from dilaserve.system import files
 from dilaserve.system.files import read_json, read_json_if_present
+from dilaserve.tokenizer import byte_level_bpe
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
+MOST_NAMED = 10  # tensors of a kind that an error names
 MOST_SHOWN = 100  # characters of a wrong value that an error repeats
 Bounds = tuple[float, float]
 Number = TypeVar("Number", int, float)
@@ -65,27 +68,24 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"cannot read the model directory {directory}: {error.strerror}") from error
         if not there:
-            raise CheckpointError(f"there is no model directory {directory}; --model takes one")
+            raise CheckpointError(
+                f"there is no model directory {directory}; --model takes one, or org/name of a model on the hub"
+            )
         self.config = read_json(directory / "config.json")
         self.files = shards(directory)
         headers = {file: header(file) for file in set(self.files.values())}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.itemsize = 0
+        self.types: dict[str, str] = {}
+        self.unused: list[str] = []  # tensors that the model has no part for; known after `expect`
         for name, file in self.files.items():
             if name not in headers[file]:
                 raise CheckpointError(f"{file} does not hold the tensor {name} that {INDEX} places there")
             entry = headers[file][name]
-            if entry.dtype not in SIZES:
-                raise CheckpointError(f"{name} in {file} has the type {entry.dtype}; expected one of {list(SIZES)}")
-            self.shapes[name] = entry.shape
-            self.itemsize = max(self.itemsize, SIZES[entry.dtype])
+            self.shapes[name], self.types[name] = entry.shape, entry.dtype
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures")
-        if not isinstance(names, list) or not names or not isinstance(names[0], str):
-            raise CheckpointError(f"{self.directory / 'config.json'} names no architectures; is it a model?")
-        return names[0]
+        return first_architecture(self.directory / "config.json", self.config)
 
     def field(self, name: str, kind: type, default: Any = None) -> Any:
         """A field of config.json; without a default it must be there. JSON's null counts as absent."""
@@ -145,25 +145,79 @@ class Checkpoint:
 
     def added_token(self, text: str) -> int:
         """The id of a token that was added to the tokenizer; raises `CheckpointError` where there is none."""
-        for token in read_json(self.directory / TOKENIZER, files.MOST_TABLE).get("added_tokens") or ():
-            if isinstance(token, dict) and token.get("content") == text and type(token.get("id")) is int:
-                return int(token["id"])
-        raise self.wrong(f"no token {text} was added to the tokenizer, and config.json has no mask_token_id", TOKENIZER)
+        for token, id in self.added_tokens():
+            if token == text:
+                return id
+        raise self.wrong(f"it has no mask_token_id, and no token {text} was added to the tokenizer")
+
+    def added_tokens(self) -> list[tuple[str, int]]:
+        """Tokens that were added to the tokenizer, by tokenizer.json or by the files that stand in its place."""
+        file = self.directory / TOKENIZER
+        if byte_level_bpe.present(self.directory) and not files.present(file):
+            return [(token.content, id) for id, token in byte_level_bpe.added_tokens(self.directory).items()]
+        table = read_json(file, files.MOST_TABLE).get("added_tokens") or ()
+        found = [(one.get("content"), one.get("id")) for one in table if isinstance(one, dict)]
+        return [(token, id) for token, id in found if isinstance(token, str) and type(id) is int]
 
     def wrong(self, reason: str, file: str = "config.json") -> CheckpointError:
         return CheckpointError(f"{self.directory / file}: {reason}")
 
-    def expect(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """Every tensor is there in its shape, or `CheckpointError` for the first that is not."""
-        for name, shape in tensors.items():
-            if name not in self.shapes:
-                raise CheckpointError(f"{self.directory} lacks the tensor {name}; is a shard or its index missing?")
-            if self.shapes[name] != shape:
-                found, wanted = list(self.shapes[name]), list(shape)
-                raise CheckpointError(f"{name} in {self.directory} has shape {found}; config.json asks for {wanted}")
+    def expect(self, tensors: Mapping[str, tuple[int, ...]], layers: str, ignored: Iterable[str] = ()) -> None:
+        """Check that `tensors` are all there in their shapes, and that no others are part of the same computation.
+
+        A tensor that is left over is an error in a layer (names that begin with `layers`), or where a module of it is
+        expected: a bias, a norm of queries or one layer more changes the arithmetic, and without it answers would be
+        wrong while nothing says so. Others, such as a head for another task, are never reached: `unused` names them.
+        Those that match a pattern of `ignored` do not count. `CheckpointError` names up to ten tensors of each kind.
+        """
+        left = [name for name in self.shapes if name not in tensors and not any(fnmatch(name, one) for one in ignored)]
+        modules = {name.rpartition(".")[0] for name in tensors}
+        unknown = [name for name in left if name.startswith(layers) or name.rpartition(".")[0] in modules]
+        self.unused = sorted(set(left) - set(unknown))
+        missing = [name for name in tensors if name not in self.shapes]
+        reasons = [
+            told("lacks", missing, "; is a shard or its index missing?"),
+            told("holds", self.misshapen(tensors)),
+            told("holds", self.unreadable(tensors), f", and only {', '.join(SIZES)} can be read"),
+            told("holds", unknown, f" that {self.architecture} with this config.json does not have"),
+        ]
+        if found := [reason for reason in reasons if reason]:
+            raise CheckpointError(f"{self.directory} {', and it '.join(found)}")
+
+    def misshapen(self, tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+        return [
+            f"{name} of shape {list(self.shapes[name])}, where config.json asks for {list(shape)}"
+            for name, shape in tensors.items()
+            if name in self.shapes and self.shapes[name] != shape
+        ]
+
+    def unreadable(self, tensors: Iterable[str]) -> list[str]:
+        kinds = {name: self.types[name] for name in tensors if name in self.types}
+        return [f"{name} of the type {kind}" for name, kind in kinds.items() if kind not in SIZES]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element, in the widest type of the tensors that can be read."""
+        return max((SIZES.get(kind, 0) for kind in self.types.values()), default=0)
 
     def tensors(self) -> Tensors:
         return Tensors(self.files)
+
+
+def first_architecture(file: Path, config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{file} names no architectures; is it a model?")
+    return names[0]
+
+
+def told(verb: str, tensors: list[str], rest: str = "") -> str:
+    """What is wrong with so many tensors, the first of which are named; nothing where there are none."""
+    if not tensors:
+        return ""
+    more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
+    count = "the tensor" if len(tensors) == 1 else f"{len(tensors)} tensors:"
+    return f"{verb} {count} {', '.join(tensors[:MOST_NAMED])}{more}{rest}"
 
 
 def shards(directory: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 from dilaserve.types import FamilyTraits
 
+EXAMPLES = ("Dream-org/Dream-v0-Instruct-7B", "Dream-org/Dream-Coder-v0-Instruct-7B", "apple/DiffuCoder-7B-Instruct")
 NAMES = TensorNames()
 TRAITS = FamilyTraits(
     logit_shift=1,

@@ -12,6 +12,7 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 from dilaserve.types import CONFIDENCE_RULES, FamilyTraits
 
+EXAMPLES = ("Efficient-Large-Model/Fast_dLLM_v2_1.5B", "Efficient-Large-Model/Fast_dLLM_v2_7B")
 NAMES = TensorNames()
 MASK_ID = 151665  # `|<MASK>|`; the authors' code has it as a default argument
 BLOCK_LENGTH, PART_LENGTH = 32, 8

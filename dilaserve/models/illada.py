@@ -5,6 +5,7 @@ from dilaserve.models.config_fields import TOKEN_ID, llama_spec
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 
+EXAMPLES = ("GSAI-ML/iLLaDA-8B-Instruct", "GSAI-ML/iLLaDA-8B-Base")
 NAMES = TensorNames()
 MASK_ID = 5  # `<[MASK]>`; neither config.json nor the tokenizer says so
 

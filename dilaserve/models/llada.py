@@ -7,6 +7,7 @@ from dilaserve.models.config_fields import LAYERS, LENGTH, MAX_DEGREE, NORM_EPS,
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 
+EXAMPLES = ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-1.5")
 MLP_RATIO = (2**-10, 2**10)
 NAMES = TensorNames(
     embedding="model.transformer.wte",

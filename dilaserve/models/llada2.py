@@ -11,6 +11,7 @@ from dilaserve.models.spec import Experts, ModelSpec
 from dilaserve.models.weights import TensorNames
 from dilaserve.types import FamilyTraits
 
+EXAMPLES = ("inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.0-flash")
 NAMES = TensorNames(
     embedding="model.word_embeddings",
     qkv="attention.query_key_value",

@@ -8,6 +8,7 @@ from dilaserve.models.config_fields import LAYERS, SIZE, expert_counts, llama_sp
 from dilaserve.models.spec import Experts, ModelSpec
 from dilaserve.models.weights import TensorNames
 
+EXAMPLES = ("inclusionAI/LLaDA-MoE-7B-A1B-Instruct", "inclusionAI/LLaDA-MoE-7B-A1B-Base")
 NAMES = TensorNames(expert_bias="mlp.expert_bias", shared="shared_expert.")
 MASK = "<|mask|>"
 SUPPORTED = {  # fields whose other values would change the arithmetic

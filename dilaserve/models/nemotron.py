@@ -11,6 +11,11 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
 from dilaserve.types import CONFIDENCE_RULES, FamilyTraits
 
+EXAMPLES = (
+    "nvidia/Nemotron-Labs-Diffusion-3B",
+    "nvidia/Nemotron-Labs-Diffusion-8B",
+    "nvidia/Nemotron-Labs-Diffusion-14B",
+)
 NAMES = TensorNames(
     embedding="encoder.embed_tokens", norm="encoder.norm", head="diffusion_head", layer="encoder.layers.{}."
 )

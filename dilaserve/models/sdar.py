@@ -12,6 +12,8 @@ from dilaserve.models.spec import Experts, ModelSpec
 from dilaserve.models.weights import TensorNames
 from dilaserve.types import FamilyTraits
 
+EXAMPLES = ("JetLM/SDAR-1.7B-Chat", "JetLM/SDAR-4B-Chat", "JetLM/SDAR-8B-Chat")
+MOE_EXAMPLES = ("JetLM/SDAR-30B-A3B-Chat",)
 NAMES = TensorNames()
 MASK_ID = 151669  # the tokenizer's files call it by different names
 MOE = "SDARMoeForCausalLM"  # the architecture with experts; the other is SDARForCausalLM

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from dilaserve.config import Config
-from dilaserve.engine.assembly import Assemble, template_file
+from dilaserve.engine.assembly import Assemble
 from dilaserve.errors import ConfigError
 from dilaserve.models.checkpoint import locate
 from dilaserve.planner.process import PlannerProcess
@@ -53,7 +53,7 @@ def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, 
 
 def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
     """Pretended devices behind the model's own tokenizer."""
-    text = Text(locate(settings.model.model), template_file(settings))
+    text = Text(locate(settings.model.model), settings.model.chat_template)
     limit = settings.model.max_model_len or 4096
     return pretended(
         costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, planner_port=PlannerProcess

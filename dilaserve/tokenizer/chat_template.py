@@ -11,40 +11,70 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer, models
 
-from dilaserve.errors import CheckpointError, Unavailable
+from dilaserve.errors import CheckpointError, Unavailable, shortened
 from dilaserve.system import child_processes, files
 from dilaserve.tokenizer import template_process
 from dilaserve.tokenizer.template_process import TOO_SLOW, Reply, Source
 
 READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")  # by transformers
+TOKENIZER = "tokenizer.json"
 FOLDER, FILE, DEFAULT = "additional_chat_templates", "chat_template.jinja", "default"
+MARKS = {"{", "}", "\n"}  # what makes a template of what could be the name of a file
 PATIENCE = 30.0  # seconds of the clock that a rendering gets; a busy machine may give its process little of them
 ATTEMPTS = 2  # a process that was killed from outside is no fault of the template
 
 
-def find(directory: Path, given: Path | None) -> Source | str:
-    """The template of a directory, or the `given` one in its place; or why there is none.
+def find(directory: Path, given: str | Path | None) -> Source | str:
+    """The template of a directory, or the `given` one in its place (see `read_given`); or why there is none.
 
     Takes a second, because transformers is imported here, which knows all the places where a template may be.
     Raises `CheckpointError`.
     """
     try:
         check_sizes(directory)
-        source = files.read(given, files.MOST_TEMPLATE).decode() if given else None
+        tokenizer = loaded(directory)
+        own = tokenizer.chat_template
+        named = own if isinstance(own, dict) else {}
+        template = read_given(given, named) if given else named.get(DEFAULT) if named else own
     except (OSError, ValueError) as error:  # ValueError: no text, or no file has such a name
-        reason = f"{getattr(error, 'filename', None) or given}: {getattr(error, 'strerror', error)}"
+        reason = f"{getattr(error, 'filename', None) or shown(given)}: {getattr(error, 'strerror', error)}"
         raise CheckpointError(f"the chat template cannot be read from {reason}") from error
-    tokenizer = loaded(directory)
-    found = source if given else tokenizer.chat_template
-    if isinstance(found, dict) and DEFAULT not in found:
-        return f"its chat templates are {', '.join(found)} and none is the default; choose one with --chat-template"
-    template = found[DEFAULT] if isinstance(found, dict) else found
+    if named and template is None:
+        return f"its chat templates are {', '.join(named)} and none is the default; choose one with --chat-template"
     if not template:
         return "it has no chat template; give it one with --chat-template"
     if not isinstance(template, str):
         raise CheckpointError(f"the chat template in {directory} is no text, but {type(template).__name__}")
     return Source(template, {name: plain(token) for name, token in tokenizer.special_tokens_map.items()})
+
+
+def read_given(given: str | Path, named: Mapping[str, Any]) -> Any:
+    """The template that --chat-template means: that of a file, the model's own of that name, or the text itself.
+
+    In a text, which has braces or several lines, escapes such as \\n count, as shells pass none. Raises `OSError` and
+    `ValueError`.
+    """
+    is_text = bool(MARKS.intersection(str(given)))
+    if not is_text and not files.present(Path(given)) and given in named:
+        return named[str(given)]
+    if is_text and not is_file(Path(given)):
+        return str(given).encode("latin-1", "backslashreplace").decode("unicode_escape")
+    return files.read(Path(given), files.MOST_TEMPLATE).decode()
+
+
+def shown(given: str | Path | None) -> str:
+    """What --chat-template says, as an error repeats it: the name of a file whole, and the beginning of a text."""
+    text = str(given)
+    return shortened(text) if MARKS.intersection(text) else text
+
+
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long to be a name, for one
+        return False
 
 
 def plain(token: Any) -> str | list[str]:
@@ -62,13 +92,14 @@ def check_sizes(directory: Path) -> None:
 
 
 def loaded(directory: Path) -> Any:
-    """The tokenizer as transformers reads it."""
+    """The tokenizer as transformers reads it; without tokenizer.json its template and special tokens alone."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging as chatter
 
     chatter.set_verbosity_error()
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        stand_in = {} if files.present(directory / TOKENIZER) else {"tokenizer_object": Tokenizer(models.BPE())}
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **stand_in)
     except Exception as error:  # whatever a damaged tokenizer_config.json leads to
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the chat template in {directory} cannot be read: {reason}") from error

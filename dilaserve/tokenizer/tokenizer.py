@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from dilaserve.errors import BadRequest, CheckpointError, DilaserveError, RequestFailed, shortened
 from dilaserve.system import files
-from dilaserve.tokenizer.chat_template import ChatTemplate, find
+from dilaserve.tokenizer import byte_level_bpe
+from dilaserve.tokenizer.chat_template import ChatTemplate, find, shown
 from dilaserve.tokenizer.panics import contained
 from dilaserve.tokenizer.template_process import Reply
 
@@ -26,6 +27,9 @@ TURN_ENDS = (
 UNFINISHED = "\ufffd"  # what a decoder shows for part of a character
 LONGEST = 2**18  # characters, or ids, that are encoded or decoded at once, if the canvas does not hold more
 DENSE = 64  # characters a token, more than texts have
+COMPOSED = (
+    4  # characters that NFC joins into one, at most: so many are in the longest canonical decomposition (UAX #15)
+)
 MARKS = 64  # characters that a message costs besides what it holds
 LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 
@@ -33,8 +37,8 @@ LONG = 16384  # characters, or ids, from which the interpreter's lock is let go
 class Text:
     """A checkpoint's tokenizer and chat template. Encoding and decoding are safe from several threads."""
 
-    def __init__(self, directory: Path, chat_template: Path | None = None) -> None:
-        self.directory, self.given = directory, chat_template
+    def __init__(self, directory: Path, chat_template: str | Path | None = None) -> None:
+        self.directory, self.given = directory, chat_template  # what --chat-template says; see `chat_template.find`
         self.tokenizer = read_tokenizer(directory)
         self.longest = longest_token(self.tokenizer)
         self.template: ChatTemplate | None = None
@@ -59,9 +63,10 @@ class Text:
         reply = template.render([{"role": "user", "content": "Hello"}])
         if reply.text is not None:
             return
+        where = shown(self.given or self.directory)
         if not reply.on_purpose:  # else the template may want other messages
-            raise CheckpointError(f"the chat template in {self.given or self.directory} is broken: {reply.reason}")
-        log.warning("the chat template in %s rejects a single message: %s", self.directory, reply.reason)
+            raise CheckpointError(f"the chat template in {where} is broken: {reply.reason}")
+        log.warning("the chat template in %s rejects a single message: %s", where, reply.reason)
 
     def close(self) -> None:
         """End what renders the chat template; blocks for a moment."""
@@ -177,23 +182,32 @@ def accepted(reply: Reply) -> str:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of tokenizer.json, without what was set in it for training alone. Raises `CheckpointError`."""
+    """The tokenizer of a model directory, without what was set in it for training alone. Raises `CheckpointError`."""
     file = directory / "tokenizer.json"
     try:
-        if not files.present(file):
-            raise CheckpointError(f"{directory} holds no tokenizer.json")
-        files.size(file, files.MOST_TABLE)
-        with contained():
-            tokenizer = Tokenizer.from_file(str(file))
-    except CheckpointError:
-        raise
+        if files.present(file):
+            tokenizer = from_file(file)
+        elif byte_level_bpe.present(directory):
+            tokenizer = byte_level_bpe.read(directory)
+        elif not files.present(directory):
+            raise CheckpointError(f"there is no model directory {directory}")
+        else:
+            raise CheckpointError(f"{directory} holds no tokenizer.json, nor vocab.json and merges.txt in its place")
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{error.filename or file} cannot be read: {error.strerror}") from error
     tokenizer.no_truncation()  # as transformers does with both at every call
     tokenizer.no_padding()
     return tokenizer
+
+
+def from_file(file: Path) -> Tokenizer:
+    """Raises `CheckpointError`, and `OSError` for a file that cannot be read."""
+    files.size(file, files.MOST_TABLE)
+    try:
+        with contained():
+            return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def end_tokens(directory: Path) -> list[str]:
@@ -213,9 +227,11 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
     """Characters of text that one token stands for, at most; None where no such bound is known.
 
     There is one where every byte of a text comes out in some token: byte-level BPE that has all bytes, so that a token
-    is spelled with one letter a byte, behind nothing that drops, joins or swallows characters.
+    is spelled with one letter a byte, behind nothing that drops, joins or swallows characters. NFC does join some.
     """
-    model, normalizes, cuts = tokenizer.model, tokenizer.normalizer is not None, tokenizer.truncation is not None
+    model, cuts = tokenizer.model, tokenizer.truncation is not None
+    composes = isinstance(tokenizer.normalizer, normalizers.NFC)
+    normalizes = tokenizer.normalizer is not None and not composes
     if normalizes or cuts or not isinstance(model, models.BPE) or tokenizer.pre_tokenizer is None:
         return None
     if model.continuing_subword_prefix or model.end_of_word_suffix:
@@ -231,4 +247,4 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
     letters = pre_tokenizers.ByteLevel.alphabet()
     if any(token.lstrip or token.rstrip for token in added) or not tokenizer.get_vocab(False).keys() >= set(letters):
         return None
-    return max(map(len, tokenizer.get_vocab()))
+    return max(map(len, tokenizer.get_vocab())) * (COMPOSED if composes else 1)
