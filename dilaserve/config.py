@@ -106,6 +106,10 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[float, Meta(ge=0.0, le=1.0)] | None,
         Meta(description="confidence at which a token is unmasked (default: the model family's, mostly 0.9)"),
     ] = None
+    editing_threshold: Annotated[
+        Annotated[float, Meta(ge=0.0, le=1.0)] | None,
+        Meta(description="confidence at which an unmasked token of the open block is replaced (default: never)"),
+    ] = None
     cache: Annotated[
         CacheKind | None,
         Meta(description="K/V reuse: none, prefix or dual between refreshes (default: dual), exact where it is so"),

@@ -26,6 +26,7 @@ class Keywords(TypedDict, total=False):
     enforce_eager: Literal["on", "off"]
     cpu_threads: int | None
     # decoding
+    editing_threshold: float
     block_length: int
     confidence_threshold: float
     cache: Literal["none", "prefix", "dual"]

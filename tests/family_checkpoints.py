@@ -11,7 +11,7 @@ from pathlib import Path
 import checkpoints
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 MOE = dict(head_dim=8, intermediate_size=64, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 FAMILIES = {  # architecture: backbone, config, fields that its files have otherwise
@@ -41,7 +41,7 @@ FAMILIES = {  # architecture: backbone, config, fields that its files have other
     ),
     "A2DLlamaLMHeadModel": ("Llama", dict(tie_word_embeddings=False), dict(model_type="a2d-llama")),
 }
-UNSERVED = {  # the same for families whose layers there are, but not their decoding
+BLOCKWISE = {  # the same for families whose attention is block-causal
     "SDARForCausalLM": ("Qwen3", dict(head_dim=24), dict(model_type="sdar", mask_token_id=checkpoints.MASK)),
     "SDARMoeForCausalLM": (
         "Qwen3Moe",
@@ -78,6 +78,13 @@ UNSERVED = {  # the same for families whose layers there are, but not their deco
         ),
     ),
 }
+RENAMED = {  # parts of names of Glm4Moe, and what LLaDA2 calls them
+    "embed_tokens": "word_embeddings",
+    "self_attn.o_proj": "attention.dense",
+    "self_attn.q_norm": "attention.query_layernorm",
+    "self_attn.k_norm": "attention.key_layernorm",
+    "gate.e_score_correction_bias": "gate.expert_bias",
+}
 SCALES = {"q_proj": 2.5, "k_proj": 2.5, "o_proj": 2.0, "down_proj": 2.0, "mlp.gate.": 2.0}  # of weights so named
 MASK_IDS = {"ILLaDAForCausalLM": 5}  # by architecture; the others find `<|mask|>` in the tokenizer
 
@@ -89,7 +96,7 @@ def mask_id(architecture: str) -> int:
 def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -> Path:
     """Write a checkpoint of two layers in the published format."""
     backbone_of(architecture, seed, kv_heads).save_pretrained(directory)
-    fields = (FAMILIES | UNSERVED)[architecture][2]
+    fields = (FAMILIES | BLOCKWISE)[architecture][2]
     written = json.loads((directory / "config.json").read_text()) | {"architectures": [architecture]} | fields
     written = {name: value for name, value in written.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(written))
@@ -100,7 +107,7 @@ def make(directory: Path, architecture: str, seed: int = 0, kv_heads: int = 2) -
 
 def backbone_of(architecture: str, seed: int = 0, kv_heads: int = 2) -> torch.nn.Module:
     """transformers' model with random weights, which are scaled so that masks differ and confidences spread."""
-    backbone, special, _ = (FAMILIES | UNSERVED)[architecture]
+    backbone, special, _ = (FAMILIES | BLOCKWISE)[architecture]
     torch.manual_seed(seed)
     sizes = dict(
         vocab_size=checkpoints.VOCAB,
@@ -135,6 +142,21 @@ def backbone_of(architecture: str, seed: int = 0, kv_heads: int = 2) -> torch.nn
         else:
             embedding[[*range(checkpoints.EOS, checkpoints.VOCAB)]] *= 0.05
     return model
+
+
+def published(directory, architecture):
+    """A checkpoint in the format of its family."""
+    make(directory, architecture)
+    if architecture != "LLaDA2MoeModelLM":
+        return directory
+    tensors = load_file(directory / "model.safetensors")
+    for i in range(2):
+        parts = [tensors.pop(f"model.layers.{i}.self_attn.{part}_proj.weight") for part in "qkv"]
+        tensors[f"model.layers.{i}.attention.query_key_value.weight"] = torch.cat(parts)
+    for old, new in RENAMED.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 def backbone_logits(directory: Path, architecture: str, ids: list[int]) -> torch.Tensor:

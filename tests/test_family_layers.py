@@ -1,16 +1,14 @@
-"""Layers of families that are not served yet, with full attention, against transformers' own."""
+"""Layers of families with exact K/V, here with full attention, against transformers' own."""
 
 import json
 
 import checkpoints
-import family_checkpoints
 import pytest
 import torch
-from family_checkpoints import backbone_of, open_logits
+from family_checkpoints import backbone_of, open_logits, published
 from runner_harness import CPU, logits_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dilaserve import models
 from dilaserve.errors import CheckpointError
 from dilaserve.models import blocks, llada2, sdar, weights
 from dilaserve.models.checkpoint import Checkpoint
@@ -19,28 +17,6 @@ from dilaserve.models.transformer import Model
 
 FAMILY = {"SDARForCausalLM": sdar, "SDARMoeForCausalLM": sdar, "LLaDA2MoeModelLM": llada2}
 IDS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist() + [checkpoints.MASK] * 8
-RENAMED = {  # parts of names of Glm4Moe, and what LLaDA2 calls them
-    "embed_tokens": "word_embeddings",
-    "self_attn.o_proj": "attention.dense",
-    "self_attn.q_norm": "attention.query_layernorm",
-    "self_attn.k_norm": "attention.key_layernorm",
-    "gate.e_score_correction_bias": "gate.expert_bias",
-}
-
-
-def published(directory, architecture):
-    """A checkpoint in the format of its family."""
-    family_checkpoints.make(directory, architecture)
-    if architecture != "LLaDA2MoeModelLM":
-        return directory
-    tensors = load_file(directory / "model.safetensors")
-    for i in range(2):
-        parts = [tensors.pop(f"model.layers.{i}.self_attn.{part}_proj.weight") for part in "qkv"]
-        tensors[f"model.layers.{i}.attention.query_key_value.weight"] = torch.cat(parts)
-    for old, new in RENAMED.items():
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    save_file(tensors, directory / "model.safetensors")
-    return directory
 
 
 def read(directory, architecture, shard=Shard(), dtype=torch.float32):  # noqa: B008 - a frozen value
@@ -92,12 +68,6 @@ def test_only_the_first_dimensions_of_a_head_are_rotated():
     rows = torch.arange(32.0).view(32, 1)
     assert blocks.interleaved(rows, 16, 6)[:8, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
     assert blocks.interleaved(rows, 16, 6)[16:24, 0].tolist() == [16, 19, 17, 20, 18, 21, 22, 23]
-
-
-@pytest.mark.parametrize("architecture", FAMILY)
-def test_they_are_not_served_with_the_wrong_attention(architecture, tmp_path):
-    with pytest.raises(CheckpointError, match=f"has the architecture '{architecture}'; this version serves"):
-        models.describe(Checkpoint(published(tmp_path / "model", architecture)))
 
 
 @pytest.mark.parametrize(

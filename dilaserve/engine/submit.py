@@ -35,7 +35,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     `num_denoising_steps` (a fixed number of steps over the whole canvas, or in each block where the family's authors
     count so), both (`dynamic`: what reaches the threshold, but no fewer than the steps ask for) or `factor`
     (Fast-dLLM's rule). `sequential`, `entropy` and `margin` go by the number of steps and unmask the leftmost, the
-    least entropy or the largest lead first. The model's family says which rules it knows.
+    least entropy or the largest lead first. The model's family says which rules it knows. `editing_threshold`, for
+    families that were trained to correct themselves: tokens of the open block are replaced by others that are at least
+    so probable.
 
     At a temperature above 0 the token is drawn from the `top_k` most probable ones (0 or -1: all), of those only from
     the smallest set that has the probability `top_p`, and never from those less probable than `min_p` times the best.
@@ -68,6 +70,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     confidence_threshold: float | None = None
     num_denoising_steps: int | None = None
     factor: float | None = None
+    editing_threshold: float | None = None
     block_length: int | None = None
     cache: CacheKind | None = None
     refresh_interval: int = 0
@@ -130,7 +133,14 @@ def resolve(
         block_length = min(block_length, canvas_tokens - prompt_tokens)
     steps = steps_of(options, rule, canvas_tokens - begin, block_length, traits)
     threshold = options.confidence_threshold
+    editing = defaults.editing_threshold if options.editing_threshold is None else options.editing_threshold
+    if editing is not None and not traits.edits:
+        raise BadRequest(
+            "this model's family does not replace tokens that are unmasked; leave editing_threshold out",
+            param="editing_threshold",
+        )
     decoding = Decoding(
+        editing_threshold=editing,
         rule=rule,
         confidence_threshold=default_threshold(defaults, traits) if threshold is None else threshold,
         num_denoising_steps=steps,
@@ -185,6 +195,7 @@ def check(options: Options) -> None:
     within("min_p", options.min_p, 0.0, 1.0)
     within("min_tokens", options.min_tokens, 0, 2**31 - 1)
     within("confidence_threshold", options.confidence_threshold, 0.0, 1.0)
+    within("editing_threshold", options.editing_threshold, 0.0, 1.0)
     within("factor", options.factor, 0.0, 1e6)
     within("seed", options.seed, -(2**63), 2**63 - 1)
     within("max_tokens", options.max_tokens, 1, 2**31)

@@ -27,6 +27,7 @@ TRAITS = FamilyTraits(
     exceeds=True,
     steps_per_block=True,
     schedule="block",
+    edits=True,  # of LLaDA2.1; the files of 2.0 look the same
     rules=("threshold", "steps", "dynamic"),
     confidence_threshold=0.95,
 )

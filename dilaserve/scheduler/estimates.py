@@ -176,7 +176,7 @@ class Estimates:
 
     def watched(self, state: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
         """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
-        if state.quotas or state.request.decoding.rule != "threshold":
+        if state.quotas or state.request.decoding.rule != "threshold" or not masks_before:
             return
         forecast, kind = self.forecast, state.kind
         level, part = forecast.level_of(state.table_threshold), part_of(block_before)

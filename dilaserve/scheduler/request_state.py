@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 GROWTH = 4 * PAGE  # tokens of K/V that a growing row takes beyond its block, so that it seldom has to grow
 
+MAX_CHECKS = 16  # steps in which tokens of a block without masks may still be replaced (LLaDA2.1's max_post_steps)
+
 
 class Status(IntEnum):
     WAITING = auto()  # in the queue, without K/V
@@ -138,6 +140,7 @@ class RequestState:
         self.cached = 0  # tokens from the canvas's start whose K/V may be reused
         self.cached_prompt_tokens = 0  # the part of them that came from another request
         self.room = 0  # tokens of its run in the pool
+        self.checks = 0  # steps of the block that began without a mask, where tokens may be replaced
         self.in_chunk = False  # its step in flight unmasks nothing
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = 0
@@ -239,7 +242,9 @@ class RequestState:
     def steady(self, most: int) -> int:
         """How many of its next steps may be of one launch, up to `most`, judged by the request alone."""
         decoding = self.request.decoding
-        if decoding.refresh_interval or decoding.temperature or (self.ready and self.ready.work.chunk):
+        if decoding.refresh_interval or decoding.temperature or decoding.editing_threshold is not None:
+            return 1
+        if self.ready and self.ready.work.chunk:
             return 1
         if not self.quotas:
             return most
@@ -284,8 +289,8 @@ class RequestState:
         """Whether K/V memory is taken block by block."""
         return self.request.decoding.traits.exact
 
-    def advance(self, result: RowResult) -> None:
-        """Take in what a step did."""
+    def advance(self, result: RowResult) -> RowResult:
+        """Take in what a step did; returns it without what may still be replaced."""
         self.suspect = False
         self.steps += 1
         self.part_step += 1
@@ -294,14 +299,27 @@ class RequestState:
         self.threshold_sum += self.table_threshold
         if self.level > self.deepest:
             self.deepest = self.level
-        self.prefix, self.masks = result.prefix, result.masks_left
+        masks, self.masks = self.masks, result.masks_left
         self.loads = None
-        if not result.masks_left and self.place + 1 < len(self.parts):
+        done = self.is_done(masks, result)
+        if not done and self.request.decoding.editing_threshold is not None:
+            result = msgspec.structs.replace(result, prefix=self.part.start, stop_at=-1)
+        self.prefix = result.prefix
+        if done and self.place + 1 < len(self.parts):
             self.next_part()
+        return result
+
+    def is_done(self, masks: int, result: RowResult) -> bool:
+        """Whether the part is done after a step that it began with so many masks."""
+        if result.masks_left or self.request.decoding.editing_threshold is None:
+            return not result.masks_left
+        self.checks += not masks
+        return not masks and (not result.edited or self.checks == MAX_CHECKS)
 
     def next_part(self) -> None:
         before = self.part
         self.place += 1
+        self.checks = 0
         self.part_step, self.masks = 0, self.part.masks
         if self.part.block != before.block and not self.request.decoding.traits.exact:
             self.cached = 0  # K/V are good enough for one block

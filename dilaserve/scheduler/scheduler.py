@@ -295,10 +295,10 @@ class Scheduler:
         masks, block = state.block_masks, state.block
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
-        state.advance(result)
+        result = state.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix
-        self.estimates.watched(state, masks, block, result.unmasked, stopped)
+        self.estimates.watched(state, masks, block, result.unmasked - result.edited, stopped)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)

@@ -88,7 +88,15 @@ def options(request: Common, choice: int) -> Options:
         "stop_token_ids": None if request.stop_token_ids is None else tuple(request.stop_token_ids),
     }
     own = ["top_k", "min_p", "min_tokens", "include_stop_str_in_output", "refresh_interval", "ignore_eos"]
-    own += ["decode", "confidence_threshold", "num_denoising_steps", "factor", "block_length", "cache"]
+    own += [
+        "decode",
+        "confidence_threshold",
+        "num_denoising_steps",
+        "factor",
+        "editing_threshold",
+        "block_length",
+        "cache",
+    ]
     given |= {name: getattr(request, name) for name in own} | deadlines(request)
     return Options(**{name: value for name, value in given.items() if value is not None})
 

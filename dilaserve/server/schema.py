@@ -67,6 +67,7 @@ class Common(msgspec.Struct, kw_only=True):
     confidence_threshold: float | None = None
     num_denoising_steps: int | None = None
     factor: float | None = None
+    editing_threshold: float | None = None
     block_length: int | None = None
     cache: CacheKind | None = None
     refresh_interval: int | None = None

@@ -35,6 +35,7 @@ COLUMNS = (
     Column("rule", "int32"),
     Column("threshold", "float64"),  # reached by what is unmasked
     Column("exceeds", "bool"),  # of a row whose confidences must be above its threshold, which is then the next number
+    Column("editing_threshold", "float64"),  # reached by what replaces a token; infinite where nothing does
     Column("factor", "float64"),
     Column("temperature", "float32"),
     Column("top_p", "float32"),
@@ -59,6 +60,7 @@ class RequestTable:
     rule: np.ndarray[Any, np.dtype[np.int32]]
     threshold: np.ndarray[Any, np.dtype[np.float64]]
     exceeds: np.ndarray[Any, np.dtype[np.bool_]]
+    editing_threshold: np.ndarray[Any, np.dtype[np.float64]]
     factor: np.ndarray[Any, np.dtype[np.float64]]
     temperature: np.ndarray[Any, np.dtype[np.float32]]
     top_p: np.ndarray[Any, np.dtype[np.float32]]
@@ -102,6 +104,8 @@ class RequestTable:
         self.rule[row] = RULES[decoding.rule]
         self.exceeds[row] = decoding.traits.exceeds
         self.set_threshold(row, decoding.confidence_threshold)
+        edits = decoding.editing_threshold
+        self.editing_threshold[row] = math.inf if edits is None else self.reached(row, edits)
         self.factor[row] = decoding.factor
         self.temperature[row] = decoding.temperature
         self.top_p[row] = decoding.top_p
@@ -116,7 +120,11 @@ class RequestTable:
 
     def set_threshold(self, row: int, threshold: float) -> None:
         """From its next step on the row unmasks what reaches the threshold, or exceeds it if its family wants that."""
-        self.threshold[row] = math.nextafter(threshold, math.inf) if self.exceeds[row] else threshold
+        self.threshold[row] = self.reached(row, threshold)
+
+    def reached(self, row: int, threshold: float) -> float:
+        """What confidences of the row have to reach, so that they exceed the threshold if its family wants that."""
+        return math.nextafter(threshold, math.inf) if self.exceeds[row] else threshold
 
     def unmask(
         self,

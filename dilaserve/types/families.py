@@ -26,7 +26,8 @@ class FamilyTraits(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `exceeds`: a confidence must be above the threshold, not only reach it. `schedule`: how the steps rule divides a
     block's tokens among its steps. `steps_per_block`: `num_denoising_steps` counts for each block, not for the answer.
-    `rules` are those that the family's authors use, `confidence_threshold` their default.
+    `edits`: unmasked tokens may be replaced until their block is done. `rules` are those that the family's authors use,
+    `confidence_threshold` their default.
     """
 
     attention: Literal["full", "block", "causal"] = "full"
@@ -38,6 +39,7 @@ class FamilyTraits(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     exceeds: bool = False
     schedule: Schedule = "even"
     steps_per_block: bool = False
+    edits: bool = False
     rules: tuple[DecodeRule, ...] = ("threshold", "steps", "factor")
     confidence_threshold: float = 0.9
 

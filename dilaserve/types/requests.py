@@ -22,14 +22,17 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     the leftmost first, those with the least entropy, or with the largest lead of the best token over the second;
     `factor` is Fast-dLLM's. One token at least, under all of them.
 
-    `block_length` is that of the grid. `refresh_interval` counts steps between refreshes inside a block; 0 refreshes
-    at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice at a temperature above 0.
+    `editing_threshold`: a token of the open block that is no mask any more is replaced by another of at least this
+    confidence; None: never. `block_length` is that of the grid. `refresh_interval` counts steps between refreshes
+    inside a block; 0 refreshes at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice at a
+    temperature above 0.
     """
 
     rule: DecodeRule = "threshold"
     confidence_threshold: float = 0.9
     num_denoising_steps: int = 0
     factor: float = 1.0
+    editing_threshold: float | None = None
     block_length: int = 32
     cache: CacheKind = "dual"
     refresh_interval: int = 0

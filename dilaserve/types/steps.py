@@ -45,6 +45,8 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token
     in the block (-1 if none counts), `confidence` the sum over the tokens unmasked.
 
+    `edited`: those of the unmasked tokens that were no masks before, where tokens may be replaced.
+
     `stage` says what the step was: the row's first span in the batch (0) or one that follows it (n + 1: the n-th of its
     `then`). `rested`: an earlier step of the batch has done the block, so that the row took no part.
     """
@@ -58,6 +60,7 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     confidence: float
     stage: int = 0
     rested: bool = False
+    edited: int = 0
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):

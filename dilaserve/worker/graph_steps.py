@@ -74,6 +74,7 @@ class ReuseSteps:
             and not (columns.shift.any() or columns.grain.any())
             and not table.temperature[columns.row].any()
             and (table.rule[columns.row] <= BY_CONFIDENCE).all()
+            and np.isinf(table.editing_threshold[columns.row]).all()
             and (columns.block_start >= table.may_end_at[columns.row]).all()
         )
 

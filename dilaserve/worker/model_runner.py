@@ -21,6 +21,7 @@ from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.multi_step import Courses
 from dilaserve.worker.sampler import (
     BY_CONFIDENCE,
+    Edits,
     Rules,
     Sampling,
     best_candidates,
@@ -171,12 +172,16 @@ class Runner:
         blocks = active_blocks(columns)
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
         masked = (canvas == self.spec.mask_id) & blocks.valid
-        wanted, where = np.flatnonzero(masked[blocks.valid]), np.flatnonzero(masked)
-        others = [wanted, where, *self.rules(columns), *self.sampling(columns, blocks, masked)]
+        editing = self.table.editing_threshold[columns.row]
+        edits = [masked, canvas.astype(np.int64), editing] if not np.isinf(editing).all() else []
+        open = masked | (blocks.valid & ~np.isinf(editing)[:, None])  # what a token is computed for
+        wanted, where = np.flatnonzero(open[blocks.valid]), np.flatnonzero(open)
+        others = [wanted, where, *self.rules(columns), *edits, *self.sampling(columns, blocks, open)]
         forward, (kept, places, *knobs) = self.prepared(columns, others)
         entered = time.perf_counter()
         hidden = forward()[kept]
-        rules, rest = Rules(*knobs[:RULE_KNOBS]), knobs[RULE_KNOBS:]
+        rules, rest = Rules(*knobs[:RULE_KNOBS]), knobs[RULE_KNOBS + len(edits) :]
+        edited = Edits(*knobs[RULE_KNOBS : RULE_KNOBS + len(edits)]) if edits else None
         orders = self.table.rule[columns.row] > BY_CONFIDENCE  # not by confidence
         score = None
         if orders.any():
@@ -184,13 +189,13 @@ class Runner:
         best = self.candidates(hidden, Sampling(*rest) if rest else None)
         if self.group.rank:
             return None
-        found = decided(best, places, masked.shape, rules, score).cpu().numpy()
+        found = decided(best, places, masked.shape, rules, score, edited).cpu().numpy()
         left = time.perf_counter()
         self.group.check()
         token, sure = found[:, 0], found[:, 1].view(np.float32)
         taken = token >= 0
         written, confidence = self.write(columns, blocks, taken, token, sure)
-        results = self.results(columns, blocks, written, confidence)
+        results = self.results(columns, blocks, written, confidence, edited=(written & ~masked).sum(1))
         return LaunchResult(results, time.perf_counter() - began, left - entered)
 
     def candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
@@ -313,6 +318,7 @@ class Runner:
         written: np.ndarray[Any, Any],
         confidence: np.ndarray[Any, Any],
         overlapped: bool = False,
+        edited: np.ndarray[Any, Any] | None = None,
     ) -> list[RowResult]:
         """What a step did, by row. `overlapped`: it was begun before the last one was read, so that blocks may have
         been done already. Those of other steps may be too, where a worker died before it could report; such a row has
@@ -326,7 +332,9 @@ class Runner:
         stop_at = np.where(stops.any(1), columns.block_start + stops.argmax(1), -1)
         unmasked, left = written.sum(1), masked.sum(1)
         rested = (unmasked + left == 0) & overlapped
-        fields = (columns.row, columns.generation, unmasked, left, prefix, stop_at, confidence, columns.stage, rested)
+        edited = np.zeros_like(unmasked) if edited is None else edited
+        counts = (unmasked, left, prefix, stop_at, confidence)
+        fields = (columns.row, columns.generation, *counts, columns.stage, rested, edited)
         return [RowResult(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
 
 

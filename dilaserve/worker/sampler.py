@@ -208,12 +208,21 @@ def scores(logits: torch.Tensor, rule: torch.Tensor) -> torch.Tensor:
     return torch.where(rule == RULES["margin"], best[:, 0] - best[:, 1], entropy)
 
 
+class Edits(NamedTuple):
+    """What replaces tokens that are no masks any more (LLaDA2.1, arXiv 2602.08676)."""
+
+    masked: torch.Tensor  # bool [rows, width]; candidates elsewhere are of tokens
+    current: torch.Tensor  # int64 [rows, width]
+    threshold: torch.Tensor  # float64 [rows]; infinite where nothing is replaced
+
+
 def decided(
     found: Candidates,
     where: torch.Tensor,
     shape: tuple[int, int],
     rules: Rules,
     score: torch.Tensor | None = None,
+    edits: Edits | None = None,
 ) -> torch.Tensor:
     """What each row's rule takes of the candidates, as `encoded` says it.
 
@@ -226,7 +235,11 @@ def decided(
     token = torch.zeros_like(odds, dtype=torch.int64).view(-1).index_copy_(0, where, found.token).view(shape)
     if score is not None:
         score = torch.zeros_like(odds).view(-1).index_copy_(0, where, score).view(shape)
-    return encoded(taken(odds, odds < torch.inf, rules, score), token, odds)
+    if edits is None:
+        return encoded(taken(odds, odds < torch.inf, rules, score), token, odds)
+    chosen = taken(odds.masked_fill(~edits.masked, torch.inf), edits.masked, rules, score)
+    sure = 1.0 / (1.0 + odds.double()) >= edits.threshold[:, None]
+    return encoded(chosen | (sure & ~edits.masked & (odds < torch.inf) & (token != edits.current)), token, odds)
 
 
 def encoded(chosen: torch.Tensor, token: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
