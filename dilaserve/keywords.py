@@ -26,10 +26,10 @@ class Keywords(TypedDict, total=False):
     enforce_eager: Literal["on", "off"]
     cpu_threads: int | None
     # decoding
-    editing_threshold: float
-    block_length: int
-    confidence_threshold: float
-    cache: Literal["none", "prefix", "dual"]
+    block_length: int | None
+    confidence_threshold: float | None
+    editing_threshold: float | None
+    cache: Literal["none", "prefix", "dual", "exact"] | None
     default_max_tokens: int
     # scheduling
     scheduling: Literal["fcfs", "edf", "least-slack", "composed"]

@@ -22,12 +22,12 @@ FRESH, STALE = View(100, 40, 72, 100), View(100, 40, 72, 0)
 @pytest.mark.parametrize(
     ("cache", "view", "expected"),
     [
-        ("none", FRESH, Work(0, 100, 100, True)),
-        ("none", STALE, Work(0, 100, 100, True)),
-        ("prefix", STALE, Work(0, 100, 100, True)),
-        ("prefix", FRESH, Work(40, 60, 100, False)),
-        ("dual", STALE, Work(0, 100, 100, True)),
-        ("dual", FRESH, Work(40, 32, 100, False)),
+        ("none", FRESH, Work(0, 100, 100, True, 100)),
+        ("none", STALE, Work(0, 100, 100, True, 100)),
+        ("prefix", STALE, Work(0, 100, 100, True, 100)),
+        ("prefix", FRESH, Work(40, 60, 100, False, 100)),
+        ("dual", STALE, Work(0, 100, 100, True, 100)),
+        ("dual", FRESH, Work(40, 32, 100, False, 100)),
     ],
 )
 def test_a_cache_kind_says_what_a_step_computes(cache, view, expected):
@@ -37,12 +37,18 @@ def test_a_cache_kind_says_what_a_step_computes(cache, view, expected):
 @pytest.mark.parametrize(
     ("traits", "view", "expected"),
     [
-        (BLOCK, View(100, 64, 96, 0), Work(0, 96, 96, True, 32, 64)),  # the prompt and the first block
-        (BLOCK, View(100, 64, 96, 32), Work(32, 64, 96, True, 32, 64)),  # a finished block and the next
-        (BLOCK, View(100, 64, 96, 64), Work(64, 32, 96, False)),
-        (BLOCK, View(100, 64, 96, 32, first=True), Work(32, 32, 64, True, 32, 64)),
-        (CAUSAL, View(100, 41, 73, 0, first=True), Work(0, 41, 41, True, 1, 41)),
-        (CAUSAL, View(100, 41, 73, 41), Work(41, 32, 73, False)),
+        (BLOCK, View(100, 64, 96, 0), Work(0, 96, 96, True, 64, 32, 64)),  # the prompt and the first block
+        (BLOCK, View(100, 64, 96, 32), Work(32, 64, 96, True, 64, 32, 64)),  # a finished block and the next
+        (BLOCK, View(100, 64, 96, 64), Work(64, 32, 96, False, 64)),
+        (BLOCK, View(100, 64, 96, 32, first=True), Work(32, 32, 64, True, 64, 32, 64)),
+        (CAUSAL, View(100, 41, 73, 0, first=True), Work(0, 41, 41, True, 41, 1, 41)),
+        (CAUSAL, View(100, 41, 73, 41), Work(41, 32, 73, False, 41)),
+        (BLOCK, View(200, 128, 160, 0, limit=70), Work(0, 64, 64, True, 64, 32, 128, chunk=True)),
+        (BLOCK, View(200, 128, 160, 64, limit=70), Work(64, 64, 128, True, 128, 32, 128, chunk=True)),
+        (BLOCK, View(200, 128, 160, 0, limit=8), Work(0, 32, 32, True, 32, 32, 128, chunk=True)),
+        (BLOCK, View(200, 128, 160, 96, limit=40), Work(96, 32, 128, True, 128, 32, 128, chunk=True)),
+        (CAUSAL, View(100, 41, 73, 0, first=True, limit=30), Work(0, 30, 30, True, 30, 1, 41, chunk=True)),
+        (CAUSAL, View(100, 41, 73, 30, first=True, limit=30), Work(30, 11, 41, True, 41, 1, 41)),
     ],
 )
 def test_exact_kv_are_written_on_the_way_into_the_next_block(traits, view, expected):

@@ -5,45 +5,47 @@ import json
 import checkpoints
 import pytest
 import torch
-from family_checkpoints import backbone_of, open_logits, published
+from family_checkpoints import BLOCKWISE, backbone_of, open_logits, published
 from runner_harness import CPU, logits_of
 from safetensors.torch import load_file
 
+from dilaserve import models
 from dilaserve.errors import CheckpointError
-from dilaserve.models import blocks, llada2, sdar, weights
+from dilaserve.models import blocks, sdar, weights
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.spec import Shard
 from dilaserve.models.transformer import Model
 
-FAMILY = {"SDARForCausalLM": sdar, "SDARMoeForCausalLM": sdar, "LLaDA2MoeModelLM": llada2}
+ARCHITECTURES = list(BLOCKWISE)
 IDS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist() + [checkpoints.MASK] * 8
 
 
-def read(directory, architecture, shard=Shard(), dtype=torch.float32):  # noqa: B008 - a frozen value
-    checkpoint, family = Checkpoint(directory), FAMILY[architecture]
-    spec = family.describe(checkpoint)
-    checkpoint.expect(weights.tensors(spec, family.NAMES))
-    return spec, weights.load(spec, family.NAMES, checkpoint.tensors(), CPU, dtype, lambda nbytes: None, shard)
+def read(directory, shard=Shard(), dtype=torch.float32):  # noqa: B008 - a frozen value
+    checkpoint = Checkpoint(directory)
+    spec = models.describe(checkpoint)
+    return spec, models.load(spec, checkpoint.tensors(), CPU, dtype, lambda nbytes: None, shard)
 
 
-@pytest.mark.parametrize("architecture", FAMILY)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_layers_have_the_logits_of_transformers_whole_and_on_two_ranks(architecture, tmp_path):
     directory = published(tmp_path / "model", architecture)
     expected = open_logits(backbone_of(architecture), IDS)
-    spec, loaded = read(directory, architecture)
+    spec, loaded = read(directory)
     assert (spec.degrees, spec.mask_id) == ((1, 2), checkpoints.MASK)
-    assert set(weights.tensors(spec, FAMILY[architecture].NAMES)) == set(load_file(directory / "model.safetensors"))
+    assert set(weights.tensors(spec, models.FAMILIES[architecture].names)) == set(
+        load_file(directory / "model.safetensors")
+    )
     for size in (1, 2):
         torch.testing.assert_close(logits_of(spec, loaded, IDS, size), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", FAMILY)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_worker_with_a_part_of_the_weights_has_the_shards_of_that_part(architecture, tmp_path):
     directory = published(tmp_path / "model", architecture)
-    spec, whole = read(directory, architecture)
+    spec, whole = read(directory)
     assert spec.shard_parameters(1) == spec.parameters
     for rank in range(2):
-        _, half = read(directory, architecture, Shard(rank, 2))
+        _, half = read(directory, Shard(rank, 2))
         held = sum(tensor.numel() for block in half.blocks for tensor in block.tensors())
         assert half.embedding.numel() + half.norm.numel() + half.head.numel() + held == spec.shard_parameters(2)
         one, other = Model(spec, whole, Shard(rank, 2)), Model(spec, half, Shard(rank, 2))
@@ -53,7 +55,7 @@ def test_a_worker_with_a_part_of_the_weights_has_the_shards_of_that_part(archite
 
 def test_a_router_bias_stays_in_float32(tmp_path):
     directory = published(tmp_path / "model", "LLaDA2MoeModelLM")
-    _, loaded = read(directory, "LLaDA2MoeModelLM", dtype=torch.bfloat16)
+    _, loaded = read(directory, dtype=torch.bfloat16)
     expected = load_file(directory / "model.safetensors")["model.layers.1.mlp.gate.expert_bias"]
     assert torch.equal(loaded.blocks[1].experts.bias, expected)
     assert loaded.blocks[1].experts.router.dtype == torch.bfloat16
@@ -92,7 +94,7 @@ def test_a_configuration_that_would_change_the_arithmetic_is_named(architecture,
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(CheckpointError, match=words):
-        FAMILY[architecture].describe(Checkpoint(directory))
+        models.describe(Checkpoint(directory))
 
 
 def test_layers_with_a_dense_mlp_are_those_that_the_configuration_says(tmp_path):

@@ -281,7 +281,7 @@ def within(name: str, value: float | None, least: float, most: float) -> None:
 
 def rule_of(options: Options, traits: FamilyTraits) -> DecodeRule:
     given = [knob for knob in KNOBS if getattr(options, knob) is not None]
-    rule = options.decode or implied(given)
+    rule = options.decode or implied(given, traits)
     for knob in given:
         if rule not in KNOBS[knob]:
             raise BadRequest(f"{knob} has no meaning under decode {rule!r}", param=knob)
@@ -293,12 +293,12 @@ def rule_of(options: Options, traits: FamilyTraits) -> DecodeRule:
     return rule
 
 
-def implied(given: Sequence[str]) -> DecodeRule:
+def implied(given: Sequence[str], traits: FamilyTraits) -> DecodeRule:
     """The rule that has a use for all these knobs. Raises `BadRequest`."""
     if not given:
         return "threshold"
     shared = [rule for rule in KNOBS[given[0]] if all(rule in KNOBS[knob] for knob in given)]
-    if not shared:
+    if len(given) > 1 and not set(shared) & set(traits.rules):
         raise BadRequest(f"{given[0]} and {given[-1]} belong to different decode rules; give one", param=given[-1])
     return shared[0]
 
