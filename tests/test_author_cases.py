@@ -37,11 +37,14 @@ async def test_the_authors_cases_one_by_one_and_all_at_once(folder, tmp_path):
 async def test_the_authors_cases_with_other_rotations(tmp_path):
     turned = [case for case in cases("nemotron") if "rope_override" in case]
     groups = itertools.groupby(turned, key=lambda case: json.dumps(case["rope_override"]))
-    for i, (override, asked) in enumerate(groups):
-        directory = served("nemotron", tmp_path / str(i), json.loads(override))
-        async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
+
+    async def check(override, asked, directory):
+        model = served("nemotron", directory, json.loads(override))
+        async with Engine(Config.of(model=str(model), devices="cpu")) as engine:
             for case in asked:
                 assert list((await answer_of(engine, case)).token_ids) == case["expected"]
+
+    await asyncio.gather(*(check(key, list(group), tmp_path / str(i)) for i, (key, group) in enumerate(groups)))
 
 
 def logits_of(directory, ids, grain):
