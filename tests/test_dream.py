@@ -36,7 +36,9 @@ def reference(directory):
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(directory):
     """Of two workers, which are one TP group before and after each test."""
-    async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2", port=0)) as engine:
+    async with Engine(
+        Config.of(model=str(directory), devices="cpu,cpu", plan="1x2", port=0, steps_per_launch=3)
+    ) as engine:
         yield engine
 
 

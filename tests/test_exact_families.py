@@ -81,13 +81,17 @@ async def test_an_answer_ends_with_its_first_stop_token(family, engine, referenc
 
 
 async def test_a_small_engine_changes_nothing_and_ends_a_long_answer_with_a_shorter_block(family, reference):
-    """Of three rows a step, a few tokens beside the first row, and a canvas that no block length divides."""
+    """Of three rows a step, a few tokens beside the first row, launches of several steps, and a canvas that no block
+    length divides.
+    """
     limit, some = 109, some_requests(family[0], 18, seed=4)
     requests = [request for request in some[:12] if len(request[1]["prompt"]) + request[1]["gen_length"] < limit - 32]
     for loop, asked in some[12:]:
         prompt = (asked["prompt"] * limit)[: limit - asked["gen_length"]]
         requests.append((loop, asked | dict(prompt=prompt, limit=limit)))
-    small = dict(max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256, max_model_len=limit)
+    small = dict(
+        max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256, max_model_len=limit, steps_per_launch=3
+    )
     async with Engine(Config.of(model=str(family[1]), devices="cpu", **small)) as engine:
         completions = await answers(engine, requests)
         longer = requests[-1][1]["gen_length"] + 1
