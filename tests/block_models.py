@@ -16,6 +16,7 @@ class Masked:
     """One checkpoint in float32; `logits` says what each token sees."""
 
     def __init__(self, directory: Path) -> None:
+        self.answers: dict[tuple[str, str], tuple[list[int], int]] = {}  # by loop and its arguments
         self.config = json.loads((directory / "config.json").read_text())
         self.weights = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
         self.mask_id = self.config.get("mask_token_id", 151665)

@@ -1,13 +1,16 @@
-"""The engine against runs of the authors' own decoders of Dream, SDAR and Nemotron: alone and all at once."""
+"""The engine and its runner against runs of the authors' own decoders of Dream, SDAR and Nemotron."""
 
 import asyncio
 import itertools
 import json
 
+import block_checkpoints
+import numpy as np
 import pytest
 import torch
-from block_parity import FIXTURES, arguments, cases, options, served
-from runner_harness import CPU, weights_on
+from block_models import Masked
+from block_parity import FIXTURES, arguments, cases, expected, options, served
+from runner_harness import CPU, Harness, weights_on
 
 from dilaserve import Config, Engine
 from dilaserve.models.attention import grouped
@@ -15,6 +18,7 @@ from dilaserve.models.kv_pool import KVPool
 from dilaserve.models.spans import Packed, PackedSpan
 from dilaserve.models.spec import Shard
 from dilaserve.models.transformer import Model
+from dilaserve.types import PAGE, Decoding, Span
 
 
 def answer_of(engine, case):
@@ -37,11 +41,14 @@ async def test_the_authors_cases_one_by_one_and_all_at_once(folder, tmp_path):
 async def test_the_authors_cases_with_other_rotations(tmp_path):
     turned = [case for case in cases("nemotron") if "rope_override" in case]
     groups = itertools.groupby(turned, key=lambda case: json.dumps(case["rope_override"]))
-    for i, (override, asked) in enumerate(groups):
-        directory = served("nemotron", tmp_path / str(i), json.loads(override))
-        async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
+
+    async def check(override, asked, directory):
+        model = served("nemotron", directory, json.loads(override))
+        async with Engine(Config.of(model=str(model), devices="cpu")) as engine:
             for case in asked:
                 assert list((await answer_of(engine, case)).token_ids) == case["expected"]
+
+    await asyncio.gather(*(check(key, list(group), tmp_path / str(i)) for i, (key, group) in enumerate(groups)))
 
 
 def logits_of(directory, ids, grain):
@@ -67,3 +74,27 @@ def test_the_authors_logits(case, tmp_path):
     assert logits.argmax(-1).tolist() == case["argmax"]
     found = logits[case["rows"]][:, case["ids"]]
     torch.testing.assert_close(found, torch.tensor(case["logits"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_on_fixed_buffers_unmasks_what_the_reference_does(tmp_path, static):
+    """As a GPU runs it: a block of SDAR by the dynamic rule, in a first step with the prompt and in others without."""
+    directory, length = block_checkpoints.make(tmp_path, "SDARForCausalLM"), 16
+    harness, prompts = Harness(directory, static), [[3] * 16, [4, 5] * 24, [6, 7, 8, 9] * 8]
+    asked = dict(block_length=length, strategy="low_confidence_dynamic", denoising_steps=8, threshold=0.6)
+    spans, kv_start = [], 0
+    for row, prompt in enumerate(prompts):
+        start, end = len(prompt), len(prompt) + length
+        how = Decoding(rule="dynamic", confidence_threshold=0.6, traits=harness.spec.traits)
+        harness.table.fill(row, np.array(prompt, dtype=np.int32), end, harness.spec.mask_id, how)
+        generation = int(harness.table.generation[row])
+        spans.append(Span(row, generation, kv_start, 0, end, end, start, end, 2, 0, length, start))
+        kv_start += -(-end // PAGE) * PAGE
+    list(harness.runner.steps(spans, 1))
+    open_blocks = [span._replace(start=span.block_start, length=length, grain=0, origin=0) for span in spans]
+    for _ in range(length // 2):
+        list(harness.runner.steps(open_blocks, 1))
+    reference = Masked(directory)
+    for row, prompt in enumerate(prompts):
+        tokens, _ = expected(reference, "sdar", prompt=prompt, gen_length=length, **asked)
+        assert harness.table.canvas[row, len(prompt) : len(prompt) + length].tolist() == tokens

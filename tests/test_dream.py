@@ -13,7 +13,7 @@ from block_models import Masked
 from block_parity import answers, expect, expected, options, some_requests, under_way
 from worker_faults import wait_for_plan
 
-from dilaserve import BadRequest, Config, Engine, Options, Plan
+from dilaserve import BadRequest, Config, Engine, Options
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -35,13 +35,15 @@ def reference(directory):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(directory):
-    """Of one worker; no test changes it."""
-    async with Engine(Config.of(model=str(directory), devices="cpu", port=0)) as engine:
+    """Of two workers, which are one TP group before and after each test."""
+    async with Engine(
+        Config.of(model=str(directory), devices="cpu,cpu", plan="1x2", port=0, steps_per_launch=3)
+    ) as engine:
         yield engine
 
 
 async def test_mixed_requests_get_the_reference_answers_alone_and_together(engine, reference):
-    requests = some_requests(ARCHITECTURE, 40, seed=1)
+    requests = some_requests(ARCHITECTURE, 28, seed=1)
     alone = [(await answers(engine, [request]))[0] for request in requests[:8]]
     together = await answers(engine, requests, stagger=True)
     expect(reference, requests[:8], alone)
@@ -64,29 +66,18 @@ async def test_mask_and_end_tokens_in_the_prompt_are_left_alone(engine, referenc
     expect(reference, requests, await answers(engine, requests))
 
 
-async def test_few_rows_small_steps_and_a_small_pool_change_nothing(directory, reference):
-    requests = some_requests(ARCHITECTURE, 12, seed=4)
-    config = Config.of(
-        model=str(directory), devices="cpu", max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256
-    )
-    async with Engine(config) as engine:
-        completions = await answers(engine, requests)
-    expect(reference, requests, completions)
-
-
-async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(directory, reference):
+async def test_changes_of_plan_and_a_killed_worker_change_nothing(engine, reference):
     """Under way only without a cache: kept K/V are approximate, and a refresh in a block gives other tokens."""
     requests = some_requests(ARCHITECTURE, 16, seed=6)
     plain = [request for request in requests if request[0] == "dream"]
-    async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2")) as engine:
-        expect(reference, requests, await answers(engine, requests))
+    sharded = await under_way(engine, plain)
+    os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
+    expect(reference, plain, await sharded, steps=False)
+    await wait_for_plan(engine)
+    for plan in ("2x1", "1x2"):
         changing = await under_way(engine, plain)
-        await engine.replan(Plan(((0,), (1,))))
+        await engine.replan(plan)
         expect(reference, plain, await changing, steps=False)
-        apart = await under_way(engine, plain)
-        os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
-        expect(reference, plain, await apart, steps=False)
-        await wait_for_plan(engine)
         expect(reference, requests, await answers(engine, requests))
 
 

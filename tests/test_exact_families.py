@@ -13,7 +13,7 @@ from block_models import Masked
 from block_parity import answers, ending, expect, expected, options, some_requests, under_way
 from worker_faults import wait_for_plan
 
-from dilaserve import BadRequest, Config, Engine, Options, Plan
+from dilaserve import BadRequest, Config, Engine, Options
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -39,13 +39,13 @@ def reference(family):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(family):
-    """Of one worker; no test changes it."""
-    async with Engine(Config.of(model=str(family[1]), devices="cpu", port=0)) as engine:
+    """Of two workers, which are one TP group before and after each test."""
+    async with Engine(Config.of(model=str(family[1]), devices="cpu,cpu", plan="1x2", port=0)) as engine:
         yield engine
 
 
 async def test_mixed_requests_get_the_reference_answers_alone_and_together(family, engine, reference):
-    requests = some_requests(family[0], 24, seed=1)
+    requests = some_requests(family[0], 16, seed=1)
     alone = await asyncio.gather(*(answers(engine, [request]) for request in requests[:6]))
     together = await answers(engine, requests, stagger=True)
     expect(reference, requests[:6], [answer for (answer,) in alone])
@@ -80,40 +80,35 @@ async def test_an_answer_ends_with_its_first_stop_token(family, engine, referenc
         assert (answer.finish_reason == "stop") == (answer.token_ids[-1] == checkpoints.EOS)
 
 
-async def test_few_rows_small_steps_and_a_small_pool_change_nothing(family, reference):
-    requests = some_requests(family[0], 12, seed=4)
-    config = Config.of(
-        model=str(family[1]), devices="cpu", max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256
+async def test_a_small_engine_changes_nothing_and_ends_a_long_answer_with_a_shorter_block(family, reference):
+    """Of three rows a step, a few tokens beside the first row, launches of several steps, and a canvas that no block
+    length divides.
+    """
+    limit, some = 109, some_requests(family[0], 18, seed=4)
+    requests = [request for request in some[:12] if len(request[1]["prompt"]) + request[1]["gen_length"] < limit - 32]
+    for loop, asked in some[12:]:
+        prompt = (asked["prompt"] * limit)[: limit - asked["gen_length"]]
+        requests.append((loop, asked | dict(prompt=prompt, limit=limit)))
+    small = dict(
+        max_num_seqs=3, max_num_batched_tokens=40, kv_cache_tokens=256, max_model_len=limit, steps_per_launch=3
     )
-    async with Engine(config) as engine:
+    async with Engine(Config.of(model=str(family[1]), devices="cpu", **small)) as engine:
         completions = await answers(engine, requests)
-    expect(reference, requests, completions)
-
-
-async def test_an_answer_up_to_the_maximum_length_has_a_shorter_last_block(family, reference):
-    limit = 109
-    requests = [
-        (loop, asked | dict(prompt=(asked["prompt"] * 40)[: limit - asked["gen_length"]], limit=limit))
-        for loop, asked in some_requests(family[0], 10, seed=5)
-    ]
-    async with Engine(Config.of(model=str(family[1]), devices="cpu", max_model_len=limit)) as engine:
-        completions = await answers(engine, requests)
-        prompt, longer = requests[0][1]["prompt"], requests[0][1]["gen_length"] + 1
+        longer = requests[-1][1]["gen_length"] + 1
         with pytest.raises(BadRequest, match=f"lower max_tokens to {longer - 1} or less"):
-            await engine.generate(prompt, Options(max_tokens=longer))
+            await engine.generate(requests[-1][1]["prompt"], Options(max_tokens=longer))
     expect(reference, requests, completions)
 
 
-async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(family, reference):
-    requests = some_requests(family[0], 12, seed=6)
-    async with Engine(Config.of(model=str(family[1]), devices="cpu,cpu", plan="1x2")) as engine:
-        expect(reference, requests, await answers(engine, requests))
-        sharded = await under_way(engine, requests)
-        os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
-        expect(reference, requests, await sharded, steps=False)
-        await wait_for_plan(engine)
+async def test_changes_of_plan_and_a_killed_worker_change_nothing(family, engine, reference):
+    requests = some_requests(family[0], 8, seed=6)
+    sharded = await under_way(engine, requests)
+    os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
+    expect(reference, requests, await sharded, steps=False)
+    await wait_for_plan(engine)
+    for plan in ("2x1", "1x2"):
         changing = await under_way(engine, requests)
-        await engine.replan(Plan(((0,), (1,))))
+        await engine.replan(plan)
         expect(reference, requests, await changing, steps=False)
         expect(reference, requests, await answers(engine, requests))
 
