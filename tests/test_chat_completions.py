@@ -33,7 +33,8 @@ async def test_a_chat_answer_has_openais_shape(client, engine):
     assert choice["message"] == {"role": "assistant", "content": known.text, "refusal": None}
     assert choice["finish_reason"] == "length"
     prompt = known.prompt_tokens
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 24, "total_tokens": prompt + 24}
+    counts = {"prompt_tokens": prompt, "completion_tokens": 24, "total_tokens": prompt + 24}
+    assert body["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert body["dilaserve"]["steps"] == known.usage.steps
     assert body["dilaserve"]["refreshes"] == 3
     fate = body["dilaserve"]

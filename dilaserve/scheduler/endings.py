@@ -76,6 +76,7 @@ class Endings:
             self.questions.traffic.ended(state.request.arrived_at, met, now)
         self.totals.ended(fate, met)
         self.totals.spent(state.device, state.wasted)
+        self.totals.prompt(state.request.prompt_tokens, state.cached_prompt_tokens)
 
     def release(self, state: RequestState) -> Release:
         """Take the row off its instance, if it is on one, and free it."""

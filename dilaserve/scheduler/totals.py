@@ -21,11 +21,16 @@ class Totals:
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = self.prompt_tokens = self.cached_prompt_tokens = 0
         self.fates: dict[str, int] = dict.fromkeys(FATES, 0)
         self.deadlines = dict.fromkeys(("met", "missed", *FATES), 0)
         del self.deadlines["answered"]
         self.device = self.wasted = 0.0
+
+    def prompt(self, tokens: int, cached: int) -> None:
+        """Count the prompt of a request that has ended, and the part whose K/V another request had computed."""
+        self.prompt_tokens += tokens
+        self.cached_prompt_tokens += cached
 
     def ended(self, fate: Fate, met: bool | None) -> None:
         """Count a request; `met`: whether it met its deadline; None: it has none."""

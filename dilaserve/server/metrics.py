@@ -47,6 +47,9 @@ class EngineCollector(Collector):
         yield counter("requests_received", "requests (choices, each counts), refused ones too", totals.received)
         yield by_fate("requests", "requests that have ended, each once, by fate", totals.fates)
         yield by_fate("deadlines", "those with a deadline; met and missed are answered ones", totals.deadlines)
+        yield counter("prompt_tokens", "prompt tokens of requests that have ended", totals.prompt_tokens)
+        about = "those whose K/V another request had computed"
+        yield counter("prefix_cached_tokens", about, totals.cached_prompt_tokens)
         spent = sum(bank.spent for bank in scheduler.deadlines.ledger.banks.values())
         served = sum(bank.served for bank in scheduler.deadlines.ledger.banks.values())
         yield gauge("accuracy_drop", "mean drop that the banks have counted, in points", spent / max(1, served))

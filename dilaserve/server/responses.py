@@ -4,7 +4,7 @@ import math
 import secrets
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dilaserve import __version__
@@ -74,8 +74,8 @@ class ResponseFormat:
             **self.warned,
         }
 
-    def counted(self, prompt_tokens: int, completion_tokens: int) -> Json:
-        return self.head(True) | {"choices": [], "usage": usage(prompt_tokens, completion_tokens)}
+    def counted(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+        return self.head(True) | {"choices": [], "usage": usage(prompt_tokens, completion_tokens, cached_tokens)}
 
     def piece(self, choice: Json) -> Json:
         return self.head(True) | {"choices": [choice]}
@@ -87,7 +87,7 @@ class ResponseFormat:
         spent = sum(completion.completion_tokens for completion in completions)
         return self.head(False) | {
             "choices": choices,
-            "usage": usage(prompt_tokens, spent),
+            "usage": usage(prompt_tokens, spent, cached(completion.usage for completion in completions)),
             "dilaserve": cost([completion.usage for completion in completions]),
             **self.warned,
         }
@@ -157,12 +157,18 @@ def spelled(token: str) -> list[int] | None:
     return None if UNFINISHED in token else list(token.encode())
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+
+
+def cached(usages: Iterable[Usage]) -> int:
+    """Prompt tokens whose K/V came from other requests. A prompt with several answers counts them once, as its own."""
+    return max((usage.cached_prompt_tokens for usage in usages), default=0)
 
 
 def cost(usages: Sequence[Usage]) -> Json:

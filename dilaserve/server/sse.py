@@ -10,7 +10,8 @@ from aiohttp import web
 from dilaserve.engine.engine import Chunk, Stream
 from dilaserve.errors import DilaserveError
 from dilaserve.server.connection import Connection
-from dilaserve.server.responses import ResponseFormat, failure
+from dilaserve.server.responses import ResponseFormat, cached, failure
+from dilaserve.types import Usage
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake
@@ -31,13 +32,14 @@ async def relay(
     """Write the streams as one event stream; errors after the first byte become an event."""
     response = web.StreamResponse(headers={**HEADERS, "x-request-id": request[REQUEST_ID]})
     await response.prepare(request)
-    spent = 0
+    spent, usages = 0, list[Usage]()
     try:
         await write(response, opening(form, len(streams), echoes))
         async for index, chunk in merged(request, response, streams):
             spent += len(chunk.token_ids)
+            usages += [chunk.usage] if chunk.usage else []
             await write(response, events(form, index, chunk))
-        ending = event(form.counted(prompt_tokens, spent)) if count else b""
+        ending = event(form.counted(prompt_tokens, spent, cached(usages))) if count else b""
         await write(response, ending + b"data: [DONE]\n\n")
     except DilaserveError as error:
         await write(response, event(failure(error)))
