@@ -46,6 +46,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     revision: Annotated[
         Words | None, Meta(description="branch, tag or commit of a model on the hub (default: main)")
     ] = None
+    attention: Annotated[
+        Literal["auto", "full", "block"],
+        Meta(description="that the model was trained with, where its files do not tell (A2D); auto: by its name"),
+    ] = "auto"
     served_model_name: Annotated[Words | None, Meta(description="name in the API (default: the directory's name)")] = (
         None
     )

@@ -9,6 +9,7 @@ class Keywords(TypedDict, total=False):
     # model
     model: str
     revision: str | None
+    attention: Literal["auto", "full", "block"]
     served_model_name: str | None
     max_model_len: int | None
     chat_template: str | None

@@ -40,8 +40,8 @@ def test_bundled_and_cached_models_are_described_under_the_name_that_model_takes
     assert (tiny.name, tiny.family, tiny.dtype, tiny.problem) == ("dilaserve-tiny", "LLaDA", "bfloat16", None)
     assert {model.name: (model.family, model.dtype, model.parameters) for model in found.cached} == {
         f"org/damaged@{SHAS[0]}": ("LLaDA", None, None),
-        "org/qwen": ("A2D (mdlm)", "float32", found.cached[1].parameters),
-        "org/qwen@pr/7": ("A2D (mdlm)", "float32", found.cached[1].parameters),
+        "org/qwen": ("A2D", "float32", found.cached[1].parameters),
+        "org/qwen@pr/7": ("A2D", "float32", found.cached[1].parameters),
     }
     assert "holds neither model.safetensors nor" in found.cached[0].problem
     assert found.cached[1].path == str(cache / "models--org--qwen" / "snapshots" / SHAS[0])
@@ -62,7 +62,7 @@ def test_the_command_prints_them_as_text_and_as_json(cache, run_main):
     code, out, err = run_main("models")
     assert (code, err) == (0, "")
     assert "  dilaserve-tiny  LLaDA  2.36 M parameters  bfloat16  /" in out
-    assert "  org/qwen  A2D (mdlm)  " in out
+    assert "  org/qwen  A2D  " in out
     assert f"  org/damaged@{SHAS[0]}  LLaDA  cannot be served: {cache}" in out
     assert "LLaDA: LLaDAModelLM; none, prefix, dual\n    --model GSAI-ML/LLaDA-8B-Instruct" in out
     code, out, err = run_main("models", "--json")

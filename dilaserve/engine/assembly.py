@@ -76,7 +76,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     directory = hub.directory_of(config.model.model, config.model.revision)
     names = listed(config.device.devices)
     checkpoint = Checkpoint(directory)
-    spec = models.describe(checkpoint)
+    spec = models.trained(models.describe(checkpoint), named(directory), config.model.attention)
     if checkpoint.unused:
         log.warning("%s %s that the model has no part for", directory, told("holds", checkpoint.unused))
     text = Text(directory, config.model.chat_template)

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
 from dilaserve.config import CacheKind
-from dilaserve.errors import CheckpointError
+from dilaserve.errors import CheckpointError, ConfigError
 from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, weights
 from dilaserve.models.checkpoint import Checkpoint, Tensors, first_architecture
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.weights import TensorNames, Weights
 from dilaserve.system.files import read_json
+from dilaserve.types import FamilyTraits
 
 EXACT: tuple[CacheKind, ...] = ("exact",)
 IGNORED = (
@@ -33,15 +34,18 @@ class Family(NamedTuple):
     title: str = ""  # the family's name, as people call it
     examples: tuple[str, ...] = ()  # names of its models on the hub
     caches: tuple[CacheKind, ...] = ("none", "prefix", "dual")  # kinds of K/V reuse that make sense
+    blockwise: FamilyTraits | None = None  # of its models with block-causal attention, whose files look the same
+    blockwise_name: str = ""  # what stands in their names
 
 
+A2D: Any = dict(caches=("none", "prefix", "dual", "exact"), blockwise=a2d.BD3LM, blockwise_name=a2d.BD3LM_NAME)
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
     "LLaDAModelLM": Family(llada.describe, llada.NAMES, title="LLaDA", examples=llada.EXAMPLES),
     "LLaDAMoEModelLM": Family(llada_moe.describe, llada_moe.NAMES, title="LLaDA-MoE", examples=llada_moe.EXAMPLES),
     "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES, title="iLLaDA", examples=illada.EXAMPLES),
-    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)", examples=a2d.EXAMPLES),
-    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)"),
-    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D (mdlm)"),
+    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D", examples=a2d.EXAMPLES, **A2D),
+    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D", **A2D),
+    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D", **A2D),
     "DreamModel": Family(dream.describe, dream.NAMES, title="Dream", examples=dream.EXAMPLES),
     "SDARForCausalLM": Family(sdar.describe, sdar.NAMES, title="SDAR", examples=sdar.EXAMPLES, caches=EXACT),
     "SDARMoeForCausalLM": Family(sdar.describe, sdar.NAMES, title="SDAR-MoE", examples=sdar.MOE_EXAMPLES, caches=EXACT),
@@ -80,6 +84,25 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
     checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
     return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
+
+
+def trained(spec: ModelSpec, name: str, attention: str) -> ModelSpec:
+    """The spec with the attention that the model was trained with, where its files do not tell; `auto`: by its name.
+
+    Raises `ConfigError`.
+    """
+    family = FAMILIES[spec.architecture]
+    own = "block" if spec.traits.exact else "full"
+    if attention == "auto":
+        attention = "block" if family.blockwise_name and family.blockwise_name in name.lower() else own
+    if attention == own:
+        return spec
+    if family.blockwise is None:
+        raise ConfigError(
+            f"--attention {attention}: all models of {family.title} have attention of the kind {own!r}; leave it out",
+            param="attention",
+        )
+    return msgspec.structs.replace(spec, traits=family.blockwise)
 
 
 def load(

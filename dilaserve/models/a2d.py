@@ -1,7 +1,7 @@
 """Autoregressive models turned into diffusion models by dllm's A2D recipe: Qwen3, Qwen2 and Llama without their masks.
 
-The checkpoints of its MDLM sampler are served. Those of BD3LM, whose attention is block-causal, have the same fields
-and tensors; nothing in a checkpoint tells them apart, and they would be served with full attention.
+Checkpoints of its MDLM sampler have full attention, those of BD3LM block-causal. Fields and tensors are the same: only
+the model's name tells them apart.
 """
 
 import msgspec
@@ -10,11 +10,15 @@ from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import llama_spec, mask_token
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.weights import TensorNames
-from dilaserve.types import FamilyTraits
+from dilaserve.types import CONFIDENCE_RULES, FamilyTraits
 
-EXAMPLES = ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",)
+EXAMPLES = ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1")
 NAMES = TensorNames()
 TRAITS = FamilyTraits(schedule="mdlm")
+BD3LM = FamilyTraits(  # the other sampler of the recipe; blocks are counted from the prompt's end, to both sides
+    attention="block", block_length=32, schedule="mdlm", rules=CONFIDENCE_RULES
+)
+BD3LM_NAME = "bd3lm"  # in the names of such models
 MASK = "<|mask|>"  # the token that the recipe adds to the tokenizer
 
 
