@@ -93,3 +93,18 @@ async def test_the_attention_of_a2d_can_be_stated(tmp_path):
     with pytest.raises(ConfigError, match="all models of iLLaDA have attention of the kind 'full'"):
         async with Engine(Config.of(model=str(other), devices="cpu", attention="block")):
             pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(cache="dual", attention="block"), "--cache dual: this model has no cache 'dual'; it knows 'exact' alone"),
+        (dict(cache="exact"), "--cache exact: this model has no cache 'exact'; it knows 'none', 'prefix' and 'dual'"),
+        (dict(editing_threshold=0.5), "--editing-threshold 0.5: this model's family does not replace tokens"),
+    ],
+)
+async def test_defaults_under_which_no_request_could_run_end_the_start(settings, words, tmp_path):
+    directory = family_checkpoints.make(tmp_path / "qwen", ARCHITECTURES[0])
+    with pytest.raises(ConfigError, match=words):
+        async with Engine(Config.of(model=str(directory), devices="cpu", **settings)):
+            pass

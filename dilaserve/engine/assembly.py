@@ -12,6 +12,7 @@ import torch
 
 from dilaserve import models
 from dilaserve.config import BUNDLED, Config, DeviceConfig
+from dilaserve.engine.submit import check_defaults
 from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.executor.executor import Executor, Progress
 from dilaserve.executor.worker_processes import ProcessExecutor
@@ -79,6 +80,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     spec = models.trained(models.describe(checkpoint), named(directory), config.model.attention)
     if checkpoint.unused:
         log.warning("%s %s that the model has no part for", directory, told("holds", checkpoint.unused))
+    check_defaults(config.decode, spec.traits)
     text = Text(directory, config.model.chat_template)
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(

@@ -25,6 +25,7 @@ KNOBS: dict[str, tuple[DecodeRule, ...]] = {  # the rules under which a knob has
     "num_denoising_steps": ("steps", "dynamic", "sequential", "entropy", "margin"),
     "factor": ("factor",),
 }
+NO_EDITS = "this model's family does not replace tokens that are unmasked; leave editing_threshold out"
 DEFAULT_BLOCK = 32  # tokens
 
 
@@ -135,10 +136,7 @@ def resolve(
     threshold = options.confidence_threshold
     editing = defaults.editing_threshold if options.editing_threshold is None else options.editing_threshold
     if editing is not None and not traits.edits:
-        raise BadRequest(
-            "this model's family does not replace tokens that are unmasked; leave editing_threshold out",
-            param="editing_threshold",
-        )
+        raise BadRequest(NO_EDITS, param="editing_threshold")
     decoding = Decoding(
         editing_threshold=editing,
         rule=rule,
@@ -310,10 +308,25 @@ def cache_of(options: Options, defaults: DecodeConfig, traits: FamilyTraits) -> 
     asked = options.cache or defaults.cache
     if asked is None:
         return "exact" if traits.exact else "dual"
-    if (asked == "exact") != traits.exact:
-        known = "'exact' alone: its K/V never change" if traits.exact else "'none', 'prefix' and 'dual': its K/V change"
-        raise BadRequest(f"this model has no cache {asked!r}; it knows {known}", param="cache")
+    if wrong := wrong_cache(asked, traits):
+        raise BadRequest(wrong, param="cache")
     return asked
+
+
+def wrong_cache(asked: CacheKind, traits: FamilyTraits) -> str | None:
+    """Why the family does not have this kind of cache, if it does not."""
+    if (asked == "exact") == traits.exact:
+        return None
+    known = "'exact' alone: its K/V never change" if traits.exact else "'none', 'prefix' and 'dual': its K/V change"
+    return f"this model has no cache {asked!r}; it knows {known}"
+
+
+def check_defaults(defaults: DecodeConfig, traits: FamilyTraits) -> None:
+    """Raise `ConfigError` for decoding defaults under which every request would be refused."""
+    if defaults.cache and (wrong := wrong_cache(defaults.cache, traits)):
+        raise ConfigError(f"--cache {defaults.cache}: {wrong}", param="cache")
+    if defaults.editing_threshold is not None and not traits.edits:
+        raise ConfigError(f"--editing-threshold {defaults.editing_threshold}: {NO_EDITS}", param="editing_threshold")
 
 
 def default_threshold(defaults: DecodeConfig, traits: FamilyTraits) -> float:
