@@ -19,6 +19,7 @@ from dilaserve.types import (
     Launch,
     Paused,
     Plan,
+    Refuse,
     Release,
     Replan,
     Reshard,
@@ -89,7 +90,7 @@ class World:
                     assert self.in_flight[batch.instance] == batch
                     assert batch.instance not in self.stopped_early
                     self.stopped_early.add(batch.instance)
-                case Finish(wanted) | Fail(wanted) | Decline(wanted):
+                case Finish(wanted) | Fail(wanted) | Decline(wanted) | Refuse(wanted):
                     self.told[type(command)] += 1
                     self.timed += wanted.slo.seconds is not None
                     assert wanted.id not in self.ended
@@ -123,7 +124,7 @@ class World:
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
         self.in_flight[batch.instance] = batch
         self.courses[batch.instance] = Courses(batch.spans, batch.then)
-        self.refreshed.update(span.row for span in batch.spans if span.length == span.keys)
+        self.refreshed.update(span.row for span in batch.spans if self.refreshes(span))
         self.steps[batch.instance] = 0
         self.stopped_early.discard(batch.instance)
         self.begun.discard(batch.instance)
@@ -131,10 +132,7 @@ class World:
     def act(self):
         choice = self.rng.random()
         if choice < 0.3:
-            prompt, answer = self.rng.randint(1, 60), self.rng.randint(1, 100)
-            cache = self.rng.choice(("none", "prefix", "dual"))
-            length = self.rng.choice((8, 32))
-            wanted = request(self.rows, prompt, answer, self.now, self.slo(), cache=cache, block_length=length)
+            wanted = self.request()
             self.alive.add(self.rows)
             self.rows += 1
             self.feed(Arrival(wanted))
@@ -152,6 +150,15 @@ class World:
             self.form(self.rng.choice(ready))
         elif self.in_flight:
             self.finish(self.rng.choice(sorted(self.in_flight)))
+
+    def request(self):
+        prompt, answer = self.rng.randint(1, 60), self.rng.randint(1, 100)
+        cache = self.rng.choice(("none", "prefix", "dual"))
+        length = self.rng.choice((8, 32))
+        return request(self.rows, prompt, answer, self.now, self.slo(), cache=cache, block_length=length)
+
+    def refreshes(self, span):
+        return span.length == span.keys
 
     def slo(self):
         seconds = self.rng.choice((None, None, 0.001, 1.0, 5.0, 100.0))
@@ -195,21 +202,27 @@ class World:
             self.machine.placement.replicas.get(instance) or self.machine.placement.closing[instance],
         )
         there = [progress.status is not Status.LEAVING for progress in replica.in_flight]
+        self.stepped(instance, spans)
         for span, stage, here in zip(spans, courses.stages, there, strict=True):
             key = (span.row, span.block_start)
             before = self.masks.get(key, span.block_end - span.block_start)
             left = self.masks[key] = max(0, before - self.rng.randint(1, 8))
-            stop_at = self.rng.randrange(span.block_start, span.block_end) if self.rng.random() < 0.1 else -1
+            chunk = span.block_start == span.block_end
+            stops = not chunk and self.rng.random() < 0.1
+            stop_at = self.rng.randrange(span.block_start, span.block_end) if stops else -1
             rested = not before and instance in self.begun
             results.append(result(span, left, span.block_end - left, stop_at, before - left, stage, rested))
-            if here and not rested:
+            if chunk:
+                del self.masks[key]
+            elif here and not rested:
                 self.taken[span.row] += 1
-                self.refreshed[span.row] += self.steps[instance] > 0 and span.length == span.keys
+                self.refreshed[span.row] += self.steps[instance] > 0 and self.refreshes(span)
+        self.reported(spans, results)
         self.steps[instance] += 1
         last = self.steps[instance] == batch.steps
         over = answered(results) or instance in self.stopped_early
         ends = over or not all(one.masks_left for one in results)
-        begins = not last and instance not in self.begun and all(span.start for span in spans)
+        begins = not last and instance not in self.begun and not any(map(self.refreshes, spans))
         if ends and begins and self.rng.random() < 0.5:
             self.begun.add(instance)
             self.feed(done(batch, results, last=False))
@@ -223,6 +236,12 @@ class World:
         self.feed(done(batch, results, last))
         if replica.batch is batch:  # the scheduler knows what its rows have done
             assert [known[3:8] for known in replica.spans] == [span[3:8] for span in spans]
+
+    def stepped(self, instance, spans):
+        """What a step has read and written, before what it unmasked is counted."""
+
+    def reported(self, spans, results):
+        """What a step has done, before the scheduler hears of it."""
 
     def settle(self):
         """Bring up every instance and let everything end."""

@@ -12,7 +12,7 @@ def take(state: RequestState, replica: InstanceState, watermark: bool = True) ->
     `watermark`: one page is left for each row of the instance that will want more.
     """
     grows = watermark and state.grows
-    spare = PAGE * sum(row.grows for row in replica.residents.values()) if grows else 0
+    spare = PAGE * sum(row.wants_more for row in replica.residents.values()) if grows else 0
     kv_start = replica.pages.take(state.kv_tokens, spare)
     if kv_start is None:
         return False
@@ -21,14 +21,18 @@ def take(state: RequestState, replica: InstanceState, watermark: bool = True) ->
 
 
 def reuse_prefix(state: RequestState, replica: InstanceState) -> None:
-    """Copy K/V of the prompt's beginning from another row's run, before the next step of the instance."""
+    """Copy K/V of the prompt's beginning from another row's run, before the next step of the instance.
+
+    Once the row has stepped that run may be what it left behind itself.
+    """
     part = state.part
     most = (part.block_start - part.first) // PAGE  # pages; the logits of the position before a first token are wanted
     hit = replica.pages.find(state.request.prefix_hashes[:most])
+    if state.started_at is None:
+        state.cached_prompt_tokens = hit.tokens if hit else 0
     if hit:
         replica.copies.append(Copy(hit.start, state.kv_start, hit.tokens))
-        state.cached = state.cached_prompt_tokens = hit.tokens
-        state.loads = state.ready = None
+        state.cached, state.loads, state.ready = hit.tokens, None, None
 
 
 def publish(state: RequestState) -> None:

@@ -40,8 +40,11 @@ class PagePool:
         need = rounded(tokens)
         if spare and self.unused < need + spare:
             return None
-        while (start := self._first_fit(need)) is None and self.kept:
-            self._drop()
+        start = self._first_fit(need)
+        if start is None and self.kept and self._could_fit(need):
+            while start is None:
+                self._drop()
+                start = self._first_fit(need)
         return start
 
     @property
@@ -67,20 +70,20 @@ class PagePool:
 
         K/V must then be moved there; both places may overlap.
         """
-        old, need = self.runs.pop(start), rounded(tokens)
+        old, need = self.runs[start], rounded(tokens)
+        if not self._could_fit(need, (start,)):
+            return None
+        del self.runs[start]
         hashes = self.published.get(start, ())
         before = self.free
         while True:
             self.free = coalesced(sorted([*before, (start, old)]))
             place = start if self._fits_at(start, need) else self._first_start(need)
-            if place is not None or not self.kept:
+            if place is not None:
                 break
             self.free = before
             self._drop()
             before = self.free
-        if place is None:
-            self.free, self.runs[start] = before, old
-            return None
         self._carve(place, need)
         if place != start and hashes:
             self._unpublish(start)
@@ -106,12 +109,16 @@ class PagePool:
 
     def fits_without(self, tokens: int, starts: Sequence[int]) -> bool:
         """Whether there is a run of at least `tokens` once the runs that begin at `starts` are given back."""
-        taken = [(start, self.runs[start]) for start in starts]
-        free = coalesced(sorted([*self.free, *self.kept.items(), *taken]))
-        return any(length >= rounded(tokens) for _, length in free)
+        return self._could_fit(rounded(tokens), starts)
 
     def ever_fits(self, tokens: int) -> bool:
         return rounded(tokens) <= self.capacity
+
+    def _could_fit(self, need: int, starts: Sequence[int] = ()) -> bool:
+        """Whether there is such a run once no run is kept, and those that begin at `starts` are given back."""
+        given = [(start, self.runs[start]) for start in starts]
+        free = coalesced(sorted([*self.free, *self.kept.items(), *given]))
+        return any(length >= need for _, length in free)
 
     def _first_start(self, need: int) -> int | None:
         return next((start for start, length in self.free if length >= need), None)

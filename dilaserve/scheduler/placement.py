@@ -224,29 +224,29 @@ class Placement:
         if self.held[tenant] or max(self.held.values(), default=0) < 2:
             return None
         for replica in self.replicas.values():
-            starts = [row.kv_start for row in self.surplus_rows(replica)]
-            if not replica.pages.fits_without(state.kv_tokens, starts):
+            rows = self.surplus(replica)
+            if not replica.pages.fits_without(state.kv_tokens, [row.kv_start for row in rows]):
                 continue
-            while victim := self.surplus(replica):
+            for victim in rows:
                 self.evict(victim, replica)
-                if kv_memory.take(state, replica):
+                if kv_memory.take(state, replica, watermark=False):
                     return replica
         return None
 
-    def surplus(self, replica: InstanceState) -> RequestState | None:
-        """The row that came last, of the tenant with most rows, if that has several."""
-        rows = self.surplus_rows(replica)
-        return max(rows, key=lambda row: (self.held[row.request.slo.tenant], ARRIVAL(row)), default=None)
+    def surplus(self, replica: InstanceState) -> list[RequestState]:
+        """Rows that may be evicted so that each tenant keeps one: of the tenant with most rows, the last to come first.
 
-    def surplus_rows(self, replica: InstanceState) -> list[RequestState]:
-        """Rows of tenants that have several, which may be evicted."""
-        return [
-            row
-            for row in replica.residents.values()
-            if row.status is Status.RESIDENT
-            and self.held[row.request.slo.tenant] > 1
-            and not (row.has_deadline and self.deadlines.admits)
-        ]
+        None has a deadline that was admitted.
+        """
+        lines: dict[str, list[RequestState]] = {}
+        for row in replica.residents.values():
+            if row.status is Status.RESIDENT and not (row.has_deadline and self.deadlines.admits):
+                lines.setdefault(row.request.slo.tenant, []).append(row)
+        found: list[tuple[int, RequestState]] = []  # rows of the tenant just before this one is evicted
+        for tenant, rows in lines.items():
+            rows.sort(key=ARRIVAL, reverse=True)
+            found += zip(range(self.held[tenant], 1, -1), rows, strict=False)
+        return [row for _, row in sorted(found, key=lambda one: (one[0], ARRIVAL(one[1])), reverse=True)]
 
     def evict(self, state: RequestState, replica: InstanceState) -> None:
         """The row waits again; its next step refreshes."""

@@ -289,6 +289,11 @@ class RequestState:
         """Whether K/V memory is taken block by block."""
         return self.request.decoding.traits.exact
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether the row's run does not hold its whole canvas yet."""
+        return self.room < self.request.canvas_tokens
+
     def advance(self, result: RowResult) -> RowResult:
         """Take in what a step did; returns it without what may still be replaced."""
         self.suspect = False
