@@ -156,3 +156,21 @@ def test_a_cancelled_row_in_its_first_step_leaves_nothing_to_be_reused():
     run.arrive(exact(1, 3 * PAGE, at=run.now, hashes=HASHES[:3]))
     assert run.launches[-1].copies == ()
     assert run.launches[-1].spans[0].start == 0
+
+
+def replica_of(run, row):
+    (state,) = [state for state in run.machine.requests.values() if state.request.row == row]
+    return state.replica
+
+
+def test_an_instance_that_holds_the_prompts_beginning_is_preferred_while_it_has_few_rows_more():
+    run = Run(4096)
+    run.take(feed(run.machine, InstanceReady(Instance(1, (1,), 4096))))
+    run.arrive(exact(0, prompt=100, hashes=HASHES[:3]))
+    holder = replica_of(run, 0)
+    run.step()
+    placed = []
+    for row in range(1, 6):
+        run.arrive(exact(row, prompt=100, hashes=HASHES[:3]))
+        placed.append(replica_of(run, row) is holder)
+    assert placed == [True, True, False, True, False]  # 1, 2, 3 and 3, 4 rows there, 0 and 1 elsewhere

@@ -5,6 +5,8 @@ from dilaserve.scheduler.kv_pages import rounded
 from dilaserve.scheduler.request_state import RequestState
 from dilaserve.types import PAGE, Copy
 
+MORE_ROWS = 2  # that an instance may have beyond another's, and still be preferred for the K/V that it holds
+
 
 def take(state: RequestState, replica: InstanceState, watermark: bool = True) -> bool:
     """Take K/V memory of the instance for the row, if there is enough.
@@ -33,6 +35,16 @@ def reuse_prefix(state: RequestState, replica: InstanceState) -> None:
     if hit:
         replica.copies.append(Copy(hit.start, state.kv_start, hit.tokens))
         state.cached, state.loads, state.ready = hit.tokens, None, None
+
+
+def longest_prefix_first(state: RequestState, replicas: list[InstanceState]) -> list[InstanceState]:
+    """Instances with K/V of the prompt's beginning before others, if they have few rows more than the first."""
+    hashes = state.request.prefix_hashes
+    if not hashes or len(replicas) < 2:
+        return replicas
+    most = len(replicas[0].residents) + MORE_ROWS
+    held = [one.pages.held(hashes) if len(one.residents) <= most else 0 for one in replicas]
+    return [replicas[place] for place in sorted(range(len(replicas)), key=lambda place: -held[place])]
 
 
 def publish(state: RequestState) -> None:

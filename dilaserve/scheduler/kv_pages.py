@@ -107,6 +107,10 @@ class PagePool:
                 return PrefixHit(start, count * PAGE)
         return None
 
+    def held(self, hashes: Sequence[int]) -> int:
+        """Pages of the prompt's beginning whose K/V some run holds."""
+        return next((count for count in range(len(hashes), 0, -1) if hashes[count - 1] in self.holders), 0)
+
     def fits_without(self, tokens: int, starts: Sequence[int]) -> bool:
         """Whether there is a run of at least `tokens` once the runs that begin at `starts` are given back."""
         return self._could_fit(rounded(tokens), starts)

@@ -272,16 +272,17 @@ class Placement:
         return any(holds(replica, state) for replica in self.replicas.values())
 
     def replica_for(self, state: RequestState) -> InstanceState | None:
-        """The emptiest instance with room for the canvas, whose pages are taken; a fast one may be fuller."""
+        """The emptiest instance with room, whose pages are taken; one that is fast or holds K/V of it may be fuller."""
         degrees = self.deadlines.degrees
         seconds = {degree: self.estimates.unloaded(state, degree) for degree in degrees} if len(degrees) > 1 else {}
         rooms = [
             Room(id, len(replica.residents), self.max_rows * replica.degree, seconds.get(replica.degree, 1.0))
             for id, replica in self.replicas.items()
         ]
-        for id in least_loaded(rooms):
-            if kv_memory.take(state, self.replicas[id]):
-                return self.replicas[id]
+        replicas = [self.replicas[id] for id in least_loaded(rooms)]
+        for replica in kv_memory.longest_prefix_first(state, replicas):
+            if kv_memory.take(state, replica):
+                return replica
         return None
 
     def make_room(self, replica: InstanceState, state: RequestState, now: float) -> bool:
