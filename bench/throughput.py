@@ -176,8 +176,7 @@ def report_families(rows: list[rounds.Row], args: argparse.Namespace) -> None:
     console = Console(width=140)
     console.print(
         f"{machine()}, torch {torch.__version__}; random weights, {args.size}; {args.requests} requests of "
-        f"{args.tokens} tokens, prompts of {rounds.PROMPT[0]} to {rounds.PROMPT[1]}; tokens/s, medians of {args.rounds} "
-        "rounds"
+        f"{args.tokens} tokens, prompts of {rounds.PROMPT[0]} to {rounds.PROMPT[1]}; medians of {args.rounds} rounds"
     )
     columns = ["family", "authors' loop", "threads", "tokens a pass", "tokens/s"]
     for concurrent in rounds.CONCURRENT:

@@ -70,7 +70,7 @@ def tensor_of(name: str, shape: tuple[int, ...], names: TensorNames, sizes: dict
 
 def scale_of(name: str, names: TensorNames) -> float:
     if name == f"{names.head}.weight":
-        return 16.0
+        return 12.0
     scales = {names.q: 2.5, names.k: 2.5, names.qkv: 2.0, names.out: 2.0, names.down: 2.0, names.router: 2.0}
     return next((scale for part, scale in scales.items() if part and name.endswith(f".{part}.weight")), 1.0)
 

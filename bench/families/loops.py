@@ -1,8 +1,8 @@
 """The decoding loops that the families' authors publish, at temperature 0, one prompt at a time, with their caches.
 
 Each takes a `Plain` model, a prompt [tokens], how many tokens are wanted, and its settings; it returns the answer and
-the forward passes. As published, no loop stops inside its last block. A mask is never a prediction: the loops of untrained
-weights would not end.
+the forward passes. As published, no loop stops inside its last block. A mask is never a prediction: the loops of
+untrained weights would not end.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 from families.layers import KV, Plain
 
-FLOAT64 = torch.float64  # of the softmax in LLaDA's and Fast-dLLM's loops; the others stay in the model's type
+FLOAT64 = torch.float64  # of the softmax in LLaDA's and Fast-dLLM's loops; most others stay in the model's type
 
 
 def guesses(model: Plain, logits: torch.Tensor, masked: torch.Tensor, dtype: torch.dtype | None = None):
@@ -86,7 +86,8 @@ def mdlm(model: Plain, prompt: torch.Tensor, answer: int, block: int, steps: int
     for start in range(len(prompt), len(x), block):
         for count in shares(block, math.ceil(steps / math.ceil(answer / block))):
             masked = x[start : start + block] == model.mask_id
-            token, confidence = guesses(model, model.forward(x)[0][start : start + block], masked)
+            logits = model.forward(x)[0][start : start + block]
+            token, confidence = guesses(model, logits, masked, FLOAT64)  # else several confidences may be 1
             unmask(x, start, best(confidence, count), token)
             passes += 1
     return x[len(prompt) :].tolist(), passes
