@@ -1,16 +1,21 @@
 """Tokens per second of the engine against what a user would run without it; same weights, same prompts, one run.
 
     python bench/throughput.py [--rounds 3] [--requests 32] [--json FILE]
+    python bench/throughput.py --family sdar|nemotron|…|all [--size 100m] [--rounds 3] [--requests 32] [--json FILE]
 
 (a) the reference loop without a cache, (b) the published dual-cache loop, both one prompt at a time, (c) lockstep
 static batches of 16 with the dual cache. Every system takes its turn in each round; figures are medians over rounds,
 and ratios are to the faster of the baseline's two thread counts. "full" denoises whole canvases everywhere; "answers"
 lets the engine stop at the end of an answer, as it does by default and the published loops do not.
+
+With --family a random checkpoint of the family is written, and the engine at 1 and at 16 concurrent is compared with
+the loops of the family's authors, one prompt at a time, with the caches and settings that they publish.
 """
 
 import argparse
 import asyncio
 import json
+import logging
 import random
 import statistics
 import time
@@ -22,6 +27,8 @@ import aiohttp
 import torch
 import uvloop
 from baselines import Plain, loop
+from families import rounds
+from families.checkpoints import ARCHITECTURES, SIZES
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -157,16 +164,50 @@ def report(figures: Figures, args: argparse.Namespace) -> None:
         )
 
 
+async def measure_families(args: argparse.Namespace) -> list[rounds.Row]:
+    found, names = [], list(ARCHITECTURES) if args.family == "all" else [args.family]
+    with Progress(console=Console(stderr=True)) as bar:
+        for family in bar.track(names, description="families"):
+            found += await rounds.measured(family, args.size, args.requests, args.tokens, args.rounds)
+    return found
+
+
+def report_families(rows: list[rounds.Row], args: argparse.Namespace) -> None:
+    console = Console(width=140)
+    console.print(
+        f"{machine()}, torch {torch.__version__}; random weights, {args.size}; {args.requests} requests of "
+        f"{args.tokens} tokens, prompts of {rounds.PROMPT[0]} to {rounds.PROMPT[1]}; medians of {args.rounds} rounds"
+    )
+    columns = ["family", "authors' loop", "threads", "tokens a pass", "tokens/s"]
+    for concurrent in rounds.CONCURRENT:
+        columns += [f"engine, {concurrent} concurrent", "ratio"]
+    table = Table(*columns, "same tokens")
+    for row in rows:
+        loop = [str(row.threads), f"{row.tokens_per_pass:.2f}", f"{row.loop_speed:.0f}"]
+        for speed in row.engine_speeds.values():
+            loop += [f"{speed:.0f}", f"{speed / row.loop_speed:.2f}"]
+        table.add_row(row.family, row.loop, *loop, f"{row.same} of {row.answers}")
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dilaserve-tiny")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="answer canvas of every request (default 64)")
+    parser.add_argument("--family", choices=[*ARCHITECTURES, "all"], help="compare with this family's own loops")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of the family's checkpoint (default tiny)")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     args = parser.parse_args()
-    figures = uvloop.run(measure(args))
-    report(figures, args)
+    if args.family:
+        logging.getLogger("dilaserve").setLevel(logging.ERROR)  # the checkpoints have no chat template
+        rows = uvloop.run(measure_families(args))
+        report_families(rows, args)
+        figures: object = [row._asdict() for row in rows]
+    else:
+        figures = uvloop.run(measure(args))
+        report(figures, args)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
