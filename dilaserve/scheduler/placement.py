@@ -326,12 +326,11 @@ class Placement:
             insort(replica.with_deadline, state, key=self.deadlines.rank)
 
     def grow_rows(self, replica: InstanceState) -> None:
-        """Take K/V memory for the next block of each row between two steps, in the order of service.
-
-        Where there is none, the row that is served last waits again, and computes its K/V anew later.
-        """
-        rest = [row for row in replica.residents.values() if not row.has_deadline]
-        order = [*replica.with_deadline, *sorted(rest, key=turn)]
+        """Take K/V memory for next blocks, in the order of service; where there is none, the last row waits again."""
+        rows = replica.residents.values()
+        if not any(row.wants_more and row.part.block_end > row.room for row in rows):
+            return
+        order = [*replica.with_deadline, *sorted([row for row in rows if not row.has_deadline], key=turn)]
         while order:
             state = order.pop(0)
             if state.status is not Status.RESIDENT or state.part.block_end <= state.room:
