@@ -99,9 +99,23 @@ def test_rows_are_unmasked_by_their_own_rules():
     ]
 
 
+@settings(max_examples=200)
+@given(
+    st.lists(st.lists(st.sampled_from([None, 0.2, 0.5, 0.7, 0.9, 0.9000001, 1.0]), min_size=6, max_size=6), min_size=1),
+    st.sampled_from([0.0, 0.5, 0.7, 0.9, 1.0]),
+)
+def test_rows_that_all_go_by_the_threshold_need_not_say_so(confidences, threshold):
+    """None stands for a position without a mask."""
+    masked = torch.tensor([[one is not None for one in row] for row in confidences])
+    found = guessed([one for row in confidences for one in row if one is not None])
+    named = rules(len(confidences), threshold=threshold)
+    assert torch.equal(accepted(found, masked, named._replace(rule=None)), accepted(found, masked, named))
+
+
 def test_a_row_without_masks_gets_nothing():
     masked = torch.tensor([[False, False], [True, False]])
     assert accepted(guessed([0.3]), masked, rules(2)).tolist() == [[False, False], [True, False]]
+    assert not accepted(guessed([0.3]), masked, rules(2)._replace(rule=None))[0].any()
     assert not accepted(guessed([]), torch.zeros(2, 2, dtype=torch.bool), rules(2)).any()
 
 

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from dilaserve import Config, Engine
+from dilaserve.system import host
 from families import checkpoints
 from families.cases import CASES, Case
 from families.layers import Plain
 
 CONCURRENT = (1, 16)
 PROMPT = (32, 96)  # tokens of the shortest and the longest prompt
+BLOCK = 32  # tokens of the longest block
 Tokens = list[list[int]]
 
 
@@ -64,7 +66,7 @@ async def measured(family: str, size: str, requests: int, answer: int, rounds: i
 async def compared(
     family: str, case: Case, directory: Path, model: Plain, prompts: Tokens, answer: int, rounds: int
 ) -> Row:
-    threads = better_threads(case, model, prompts[0], answer)
+    threads = better_threads(case, model, prompts[0])
     speeds: dict[int, list[float]] = {concurrent: [] for concurrent in (0, *CONCURRENT)}
     for _ in range(rounds):
         torch.set_num_threads(threads)
@@ -96,12 +98,12 @@ def looped(case: Case, model: Plain, prompts: Tokens, answer: int) -> tuple[floa
     return time.perf_counter() - began, tokens, passes
 
 
-def better_threads(case: Case, model: Plain, prompt: list[int], answer: int) -> int:
-    """One thread or all cores, whichever is faster for one prompt."""
+def better_threads(case: Case, model: Plain, prompt: list[int]) -> int:
+    """One thread or all cores, whichever is faster for one prompt and a block."""
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
-        looped(case, model, [prompt], answer)
-        return min(looped(case, model, [prompt], answer)[0] for _ in range(2))
+        return looped(case, model, [prompt], BLOCK)[0]
 
-    return min((1, torch.get_num_threads()), key=seconds)
+    seconds(1)  # the first run is slower
+    return min((1, host.cores()), key=seconds)

@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -128,10 +129,12 @@ def group(run: list[PackedSpan], device: torch.device) -> SpanGroup:
 
 
 def by_grain(span: PackedSpan, device: torch.device) -> torch.Tensor:
-    """-inf where a query does not see a key, else 0, [1, 1, length, keys]; the last query is that of the last key."""
-    behind = torch.arange(span.length, device=device) + span.past
-    ends = torch.div(behind, span.grain, rounding_mode="floor").add_(1).mul_(span.grain)  # from the origin
-    ends.masked_fill_(behind >= 0, span.length + span.past)
-    key = torch.arange(span.keys, device=device) - (span.keys - span.length - span.past)
-    hidden = torch.zeros(span.length, span.keys, device=device)
-    return hidden.masked_fill_(key >= ends[:, None], -torch.inf)[None, None]
+    """-inf where a query does not see a key, else 0, [1, 1, length, keys]; the last query is that of the last key.
+
+    On the host, in numpy: for the few queries of most spans each of torch's calls would take longer than its work.
+    """
+    behind = np.arange(span.length) + span.past
+    ends = np.where(behind < 0, (behind // span.grain + 1) * span.grain, span.length + span.past)  # from the origin
+    key = np.arange(span.keys) - (span.keys - span.length - span.past)
+    hidden = np.where(key >= ends[:, None], np.float32(-np.inf), np.float32(0.0))
+    return torch.from_numpy(hidden).to(device)[None, None]

@@ -182,9 +182,8 @@ class Runner:
         hidden = forward()[kept]
         rules, rest = Rules(*knobs[:RULE_KNOBS]), knobs[RULE_KNOBS + len(edits) :]
         edited = Edits(*knobs[RULE_KNOBS : RULE_KNOBS + len(edits)]) if edits else None
-        orders = self.table.rule[columns.row] > BY_CONFIDENCE  # not by confidence
         score = None
-        if orders.any():
+        if rules.rule is not None and (self.table.rule[columns.row] > BY_CONFIDENCE).any():
             score = self.scores(hidden, rules.rule[torch.div(places, masked.shape[1], rounding_mode="floor")])
         best = self.candidates(hidden, Sampling(*rest) if rest else None)
         if self.group.rank:
@@ -294,7 +293,8 @@ class Runner:
         table, row = self.table, columns.row
         rule = table.rule[row]
         factor = table.factor[row] if (rule == RULES["factor"]).any() else None
-        return [rule, table.threshold[row], factor, columns.quota]
+        by_threshold = not rule.any()
+        return [None if by_threshold else rule, table.threshold[row], factor, columns.quota]
 
     def write(
         self,

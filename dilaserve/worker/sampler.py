@@ -192,7 +192,7 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
 class Rules(NamedTuple):
     """Per-row knobs of the transfer, all [rows]; `factor` is None when no row goes by it."""
 
-    rule: torch.Tensor  # int, see table.RULES
+    rule: torch.Tensor | None  # int, see table.RULES; None when all go by the threshold
     threshold: torch.Tensor  # float64
     factor: torch.Tensor | None  # float64
     quota: torch.Tensor  # int
@@ -255,6 +255,8 @@ def taken(odds: torch.Tensor, masked: torch.Tensor, rules: Rules, score: torch.T
     others (Fast-dLLM, arXiv 2505.22618, section 3.3). With `score` [rows, width] rows may have a rule that orders
     otherwise.
     """
+    if rules.rule is None:
+        return reaching(odds, masked, rules.threshold)
     key = odds if score is None else sort_key(odds, masked, rules.rule, score)
     order = key.argsort(dim=1, stable=True)
     confidence = 1.0 / (1.0 + odds.gather(1, order).double())  # falls along most rows, 0 past the masks
@@ -265,6 +267,12 @@ def taken(odds: torch.Tensor, masked: torch.Tensor, rules: Rules, score: torch.T
     count = torch.stack(counts).gather(0, rules.rule[None].long()).squeeze(0).clamp(min=1).minimum(masks)
     rank = torch.arange(masked.shape[1], device=masked.device)
     return torch.zeros_like(masked).scatter_(1, order, rank < count[:, None])
+
+
+def reaching(odds: torch.Tensor, masked: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """`taken` where all rows go by the threshold, without sorting: what reaches it, and the first of the best."""
+    enough = 1.0 / (1.0 + odds.double()) >= threshold[:, None]
+    return enough.scatter_(1, odds.argmin(1, keepdim=True), True).logical_and_(masked)
 
 
 def sort_key(odds: torch.Tensor, masked: torch.Tensor, rule: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
