@@ -34,7 +34,7 @@ async def alone(traits, prompt, answer, most):
         for _ in range(REQUESTS):
             began, ids = engine.loop.time(), [rng.randrange(1000) for _ in range(prompt)]
             stream = await engine.submit(ids, Options(max_tokens=answer, ignore_eos=True))
-            while not engine.scheduler.requests:
+            while not engine.scheduler.requests:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             expected += [state.seconds for state in engine.scheduler.requests.values()]
             async for _ in stream:

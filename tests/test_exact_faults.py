@@ -84,11 +84,15 @@ async def test_a_repeated_prompt_is_computed_once_and_the_answer_is_the_same(fam
 
 async def test_a_canvas_longer_than_the_pool_is_refused(family):
     async with Engine(Config.of(model=str(family[1]), devices="cpu", kv_cache_tokens=128)) as engine:
-        with pytest.raises(BadRequest, match="exceeds the K/V pool of 128; lower max_tokens or raise --kv-cache-tokens"):
+        with pytest.raises(BadRequest, match="exceeds the K/V pool of 128; lower max_tokens or raise"):
             await engine.generate([1] * 64, Options(max_tokens=100))
-        async with running(engine, engine.config) as address, aiohttp.ClientSession(address) as client:
-            async with client.post("/v1/completions", json=dict(prompt=[1] * 64, max_tokens=100)) as response:
-                answer = await response.json()
+        body = dict(prompt=[1] * 64, max_tokens=100)
+        async with (
+            running(engine, engine.config) as address,
+            aiohttp.ClientSession(address) as client,
+            client.post("/v1/completions", json=body) as response,
+        ):
+            answer = await response.json()
         assert response.status == 400
         assert "exceeds the K/V pool of 128" in answer["error"]["message"]
         assert len((await engine.generate([1] * 64, Options(max_tokens=60, ignore_eos=True))).token_ids) == 60
