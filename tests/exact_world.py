@@ -57,7 +57,7 @@ class ExactWorld(World):
     def __init__(self, seed):
         super().__init__(seed)
         self.traits, self.canvases, self.pools_kv = some_traits(self.rng), {}, {}
-        self.pools = self.rng.choice(((448,), (480, 416), (544, 448, 128), (2048,)))
+        self.pools = self.rng.choice(((448,), (480, 448), (576, 448), (2048,)))  # each holds any canvas
         self.copied = self.chunks = 0
 
     def request(self):

@@ -45,16 +45,22 @@ class StepClock:
         """
         decoding, canvas = state.request.decoding, state.request.canvas_tokens
         if decoding.traits.exact:
-            return self.row_seconds(2 * decoding.block_length, state.part.block_end, state.masks, True)
+            tokens = decoding.block_length * (1 if state.takes_first else 2)
+            return self.row_seconds(tokens, state.part.block_end, state.masks, True)
         return self.row_seconds(canvas, canvas, state.masks, True)
 
-    def first_seconds(self, state: RequestState) -> float:
-        """What the row's next step takes more than `refresh_seconds`, as it has most of its prompt to compute."""
-        decoding, block_end = state.request.decoding, state.part.block_end
-        tokens = block_end - state.cached
-        if not decoding.traits.exact or tokens <= 2 * decoding.block_length:
+    def first_seconds(self, state: RequestState, limit: int) -> float:
+        """What the row takes more than `refresh_seconds` until it has begun its block, as most of its prompt is to be
+        computed, in steps of at most `limit` queries.
+        """
+        decoding, start, end = state.request.decoding, state.cached, state.part.block_end
+        if not decoding.traits.exact or end - start <= 2 * decoding.block_length:
             return 0.0
-        return self.row_seconds(tokens, block_end, state.masks, True) - self.refresh_seconds(state)
+        seconds = -self.refresh_seconds(state)
+        while end - start > limit:
+            start += limit
+            seconds += self.fixed + self.row_seconds(limit, start, 0, True)
+        return seconds + self.row_seconds(end - start, end, state.masks, True)
 
     def reuse_seconds(self, state: RequestState) -> float:
         """What the row adds to a step that reuses its K/V."""
@@ -73,9 +79,13 @@ class StepClock:
 
 
 class Estimates:
-    """Cost laws by degree, and a quality profile. A degree without a law of its own gets one from the smallest."""
+    """Cost laws by degree, and a quality profile. A degree without a law of its own gets one from the smallest.
 
-    def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile) -> None:
+    `max_tokens`: queries of a step, where a prompt may be computed in several.
+    """
+
+    def __init__(self, laws: Mapping[int, StepCost], quality: QualityProfile, max_tokens: int = 2**31) -> None:
+        self.max_tokens = max_tokens
         self.paces = {degree: StepClock(law) for degree, law in laws.items()}
         self.base = min(laws)
         self.surely: set[int] = set()  # degrees whose law is known; it stays so
@@ -146,7 +156,7 @@ class Estimates:
         """By the request's own levels; kept as long as it is in the same block and nothing was learned."""
         if state.tracked != (state.block, self.forecast.version):
             levels = self.levels(state.request, state.thresholds)
-            place = state.block, state.blocks, state.request.decoding.block_length
+            place = state.block, state.blocks, state.request.decoding.block_length - state.takes_first
             state.tracks = self.forecast.tracks(state.kind, levels, *place)
             state.tracked = state.block, self.forecast.version
         return state.tracks
@@ -157,15 +167,15 @@ class Estimates:
         if loads is None or loads.degree != degree:
             pace = self.pace(degree)
             refresh, reuse = pace.refresh_seconds(state), pace.reuse_seconds(state)
-            first = pace.first_seconds(state)
+            first = pace.first_seconds(state, self.max_tokens)
             if state.quotas:
                 loads = Loads([counted(state)], 0, 0.0, 1.0, refresh, reuse, 0, degree, first)
             else:
                 drift = drifted(state.observed, state.expected)
                 due = 0.0 if state.fresh else 1.0
                 interval = state.request.decoding.refresh_interval
-                masks = state.block_masks
-                loads = Loads(self.tracks(state), masks, due, drift, refresh, reuse, interval, degree, first)
+                masks, firsts = state.block_masks - state.part.first, (state.part.first, state.takes_first)
+                loads = Loads(self.tracks(state), masks, due, drift, refresh, reuse, interval, degree, first, firsts)
             state.loads = loads
         return loads
 
@@ -174,9 +184,14 @@ class Estimates:
         degree = degree or self.base
         return alone(self.loads(state, degree)[0], self.pace(degree).fixed)
 
-    def watched(self, state: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool) -> None:
-        """After a step: compare the progress in the block with what the law expected of one step, and learn from it."""
-        if state.quotas or state.request.decoding.rule != "threshold" or not masks_before:
+    def watched(
+        self, state: RequestState, masks_before: int, block_before: int, unmasked: int, ended: bool, first: bool = False
+    ) -> None:
+        """After a step: compare the progress in the block with what the law expected of one step, and learn from it.
+
+        The law says nothing of steps for the `first` token of a block.
+        """
+        if state.quotas or state.request.decoding.rule != "threshold" or first or not masks_before:
             return
         forecast, kind = self.forecast, state.kind
         level, part = forecast.level_of(state.table_threshold), part_of(block_before)

@@ -56,7 +56,8 @@ class Loads(msgspec.Struct):
     """What a request still needs, by its own levels, worked out when it is asked for.
 
     `refresh` and `reuse` are the seconds that such steps of the row take at `degree`, `due` the refreshes that it needs
-    right now, `first` the seconds that its next step takes beyond `refresh`.
+    right now, `first` the seconds that its next step takes beyond `refresh`. `firsts`: steps for the first token alone,
+    of the present block and of each later one.
     """
 
     tracks: list[Track]
@@ -68,6 +69,7 @@ class Loads(msgspec.Struct):
     interval: int
     degree: int
     first: float = 0.0
+    firsts: tuple[int, int] = (0, 0)
     known: dict[int, Load] = {}
 
     def __getitem__(self, level: int) -> Load:
@@ -79,6 +81,8 @@ class Loads(msgspec.Struct):
             refreshes = self.due + stays * after.refreshes
             if self.interval:
                 refreshes = max(refreshes, steps / self.interval)
+            now, later = self.firsts
+            steps += (now + later * stays * after.refreshes) / self.drift  # their number is sure
             found = load(steps, refreshes, self.drift, self.refresh, self.reuse)
             if self.first:
                 found = Load(found.steps, found.work + self.first)
@@ -135,6 +139,7 @@ class RequestState:
         self.kv_start = 0
         self.parts = parts(request)
         self.blocks = self.parts[-1].block + 1
+        self.takes_first = any(part.first for part in self.parts)
         self.place = self.part_step = 0  # in `parts`, and steps of that part so far
         self.prefix = request.prompt_tokens
         self.cached = 0  # tokens from the canvas's start whose K/V may be reused

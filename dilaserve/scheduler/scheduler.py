@@ -69,7 +69,7 @@ class Scheduler:
         repeats: int = 1,
     ) -> None:
         policy = config.scheduler
-        self.estimates = Estimates(laws, quality)
+        self.estimates = Estimates(laws, quality, config.device.max_num_batched_tokens)
         self.deadlines = Deadlines(policy, self.estimates)
         self.placement = Placement(config, self.deadlines)
         self.batcher = Batcher(config, self.placement, self.estimates, repeats)
@@ -292,13 +292,13 @@ class Scheduler:
         if state.in_chunk:
             state.did_chunk()
             return
-        masks, block = state.block_masks, state.block
+        masks, block, first = state.block_masks, state.block, state.part.first
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
         result = state.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix
-        self.estimates.watched(state, masks, block, result.unmasked - result.edited, stopped)
+        self.estimates.watched(state, masks, block, result.unmasked - result.edited, stopped, first)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)

@@ -101,19 +101,20 @@ class SimMachine:
             task = self.tasks[int(self.table.canvas[span.row, 0]) % len(self.tasks)]
             kind = self.forecast.kind(task, span.block_start)
             known = self.rows[span.row] = SimRow(span, kind, slowness)
-        if known.block_start != span.block_start:
-            known.next_block(span)
+        known.go_to(span)
         return known
 
     def unmask(self, span: Span) -> RowResult:
         row = self.rows[span.row]
+        if span.block_end == span.block_start:  # a chunk of the prompt
+            return RowResult(span.row, span.generation, 0, 0, span.block_start, -1, 0.0)
         threshold = float(self.table.threshold[span.row])
         level = self.forecast.level_of(threshold)
         masks = row.masks
         drawn = self.draw(row.kind, level, part_of(row.block), masks)
         ended = drawn == 0
         count = masks if ended else min(masks, self.slowed(drawn, row.slowness))
-        row.masks = masks - count
+        row.masks = row.part_masks = masks - count
         prefix = span.block_end - row.masks
         self.table.canvas[span.row, span.block_start : prefix] = FILLER
         return RowResult(
@@ -150,11 +151,14 @@ class SimRow:
 
     def __init__(self, span: Span, kind: str, slowness: float) -> None:
         self.generation, self.kind, self.slowness = span.generation, kind, slowness
-        self.block = -1
-        self.block_start = -1
-        self.masks = 0
+        self.block = self.part_start = -1
+        self.masks = self.part_masks = 0
 
-    def next_block(self, span: Span) -> None:
-        self.block += 1
-        self.block_start = span.block_start
-        self.masks = span.block_end - span.block_start
+    def go_to(self, span: Span) -> None:
+        """`masks` are those of the step. The first step of a block computes what lies before it, too."""
+        chunk = span.block_end == span.block_start
+        if not chunk and self.part_start != span.block_start:
+            self.block += span.grain > 0 or span.start == 0
+            self.part_start = span.block_start
+            self.part_masks = span.block_end - span.block_start
+        self.masks = 0 if chunk else self.part_masks

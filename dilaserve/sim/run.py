@@ -25,7 +25,7 @@ from dilaserve.sim.machine import DELAY, SimMachine
 from dilaserve.sim.workload import Job
 from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.request_table import RequestTable, nbytes, private_bytes
-from dilaserve.types import Usage
+from dilaserve.types import FamilyTraits, Usage
 
 MASK = 2**30  # no token of a pretended model
 DEGREES = (1, 2, 4, 8)
@@ -68,6 +68,7 @@ def pretended(
     text: Text | None = None,
     delay: float = DELAY,
     planner_port: type[Planner] | type[PlannerProcess] = Planner,
+    traits: FamilyTraits = FamilyTraits(),  # noqa: B008
 ) -> Assemble:
     """Parts without a model: `devices` machines that behave as the profile says, or as `truth` costs by degree.
 
@@ -83,7 +84,7 @@ def pretended(
         table = RequestTable(rows, limit, private_bytes(nbytes(rows, limit)))
         pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
-        card = ModelCard(profile.model, limit, 0, 0, profile.model)
+        card = ModelCard(profile.model, limit, 0, 0, profile.model, traits)
         names = [f"sim:{i}" for i in range(devices)]
         planner = planner_port(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
         return Parts(
