@@ -112,7 +112,7 @@ class Runner:
             columns = columns_of(courses.spans, courses.stages)
             stretch: Iterable[LaunchResult]
             if self.reuse is not None and self.reuse.takes(columns, self.table):
-                stretch = self.pipelined(self.reuse, columns, most - count, stops_early)
+                stretch = self.pipelined(self.reuse, columns, most - count if courses.repeat else 1, stops_early)
             elif (outcome := self.step(columns)) is not None:
                 stretch = [outcome]
             else:
@@ -151,9 +151,7 @@ class Runner:
             token, confidence = reuse.read()
             arrived = time.perf_counter()
             read += 1
-            width = blocks.valid.shape[1]
-            taken = token[:, :width] >= 0
-            written, spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
+            written, spent = self.write(columns, blocks, token >= 0, token, confidence)
             results = self.results(columns, blocks, written, spent, overlapped=read > 1)
             over = over or any(not one.masks_left for one in results) or answered(results) or stops_early()
             ahead = any(result.masks_left > result.unmasked for result in results)

@@ -35,7 +35,7 @@ class Columns(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The active blocks of a batch, padded to the widest: [rows, width]."""
+    """Positions by row, of the active blocks or of all queries of a batch, padded to the widest: [rows, width]."""
 
     positions: Array
     valid: np.ndarray[Any, np.dtype[np.bool_]]
@@ -47,10 +47,17 @@ def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Co
 
 
 def active_blocks(columns: Columns) -> Blocks:
-    widths = columns.block_end - columns.block_start
+    return padded(columns.block_start, columns.block_end - columns.block_start)
+
+
+def queries(columns: Columns) -> Blocks:
+    return padded(columns.start, columns.length)
+
+
+def padded(first: Array, widths: Array) -> Blocks:
     column = np.arange(max(1, widths.max()))
     valid = column < widths[:, None]
-    return Blocks(np.where(valid, columns.block_start[:, None] + column, 0), valid)
+    return Blocks(np.where(valid, first[:, None] + column, 0), valid)
 
 
 def kept_tokens(columns: Columns) -> Array:
