@@ -41,6 +41,18 @@ class Blocks(NamedTuple):
     valid: np.ndarray[Any, np.dtype[np.bool_]]
 
 
+class SeenRuns(NamedTuple):
+    """Runs of queries that see alike, in the order of the packed tokens: row, queries and keys of each, [runs].
+
+    Of `causal` ones the last query sees all keys, each one before it a key less than the next.
+    """
+
+    row: Array
+    lengths: Array
+    keys: Array
+    causal: np.ndarray[Any, np.dtype[np.bool_]]
+
+
 def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Columns:
     stage = np.array(stages or [0] * len(spans), dtype=np.int64)
     return Columns(*[*np.array(spans, dtype=np.int64).T, stage])
@@ -70,26 +82,27 @@ def kept_tokens(columns: Columns) -> Array:
     return np.maximum(places, 0) + np.repeat(starts(columns.length), widths)
 
 
-def visible_keys(columns: Columns) -> tuple[Array, Array, Array]:
-    """Query runs that see alike, in the order of the packed tokens: the row, queries and keys of each.
-
-    A span is one run without a `grain`, else one for each grain before its origin, and one from there on.
+def visible_keys(columns: Columns, causal: bool = False) -> SeenRuns:
+    """Runs of queries that see alike. A span is one without a `grain`, else one for each grain before its origin, and
+    one from there on. With `causal` grains of a token are a run of their own kind, instead of one each.
     """
+    rows, lengths, keys, kinds = [], [], [], []
     if not columns.grain.any():
-        return np.arange(len(columns.row)), columns.length, columns.keys
-    rows, lengths, keys = [], [], []
+        return SeenRuns(np.arange(len(columns.row)), columns.length, columns.keys, np.zeros(len(columns.row), bool))
     for row, (start, length, end, grain, origin) in enumerate(
         zip(*(field.tolist() for field in columns.seen), strict=True)
     ):
         first, last = start, start + length
         while first < last:
             grained = grain and first < origin
-            stop = min(last, first + grain - (first - origin) % grain) if grained else last
+            whole = bool(causal and grained and grain == 1)
+            stop = min(last, origin if whole else first + grain - (first - origin) % grain) if grained else last
             rows.append(row)
             lengths.append(stop - first)
             keys.append(min(stop, end) if grained else end)
+            kinds.append(whole)
             first = stop
-    return np.array(rows), np.array(lengths), np.array(keys)
+    return SeenRuns(np.array(rows), np.array(lengths), np.array(keys), np.array(kinds))
 
 
 def starts(lengths: Array) -> Array:
