@@ -198,6 +198,13 @@ def test_queries_before_the_open_block_see_their_own_run_and_those_in_it_see_all
         seen.append(end if query >= origin else min(run_end, end))
     expected = torch.arange(end) < torch.tensor(seen)[:, None]
     hidden = by_grain(PackedSpan(0, length, 0, end, grain, start - origin), torch.device("cpu"))
-    _, lengths, keys = visible_keys(columns_of([Span(0, 0, 0, start, length, end, origin, end, 0, 0, grain, origin)]))
+    columns = columns_of([Span(0, 0, 0, start, length, end, origin, end, 0, 0, grain, origin)])
+    _, lengths, keys, _ = visible_keys(columns)
     assert torch.equal(hidden[0, 0] == 0, expected)
     assert np.repeat(keys, lengths).tolist() == seen
+    found = []
+    for queries, last, causal in zip(
+        *(field.tolist() for field in visible_keys(columns, causal=True)[1:]), strict=True
+    ):
+        found += range(last - queries + 1, last + 1) if causal else [last] * queries
+    assert found == seen

@@ -156,9 +156,11 @@ def some_rows(rows, seed):
     batch[:, : step_buffers.WIDTH][masks] = MASK
     fields, reals = batch[:, step_buffers.WIDTH :], batch.view(torch.float64)
     fields[:, 0] *= 64
-    fields[:, 3] = torch.from_numpy(rng.integers(1, step_buffers.WIDTH + 1, rows + 2))
-    fields[:, 4] = torch.arange(rows + 2) % 3
-    fields[:, 5] = torch.from_numpy(rng.integers(0, 9, rows + 2))
+    windows = np.sort(rng.integers(0, step_buffers.WIDTH + 1, (rows + 2, 3)), axis=1)  # first, end, length
+    fields[:, 3:6] = torch.from_numpy(windows[:, [2, 0, 1]])
+    fields[:, 6] = torch.from_numpy(rng.integers(0, 2, rows + 2))
+    fields[:, 7] = torch.arange(rows + 2) % 4
+    fields[:, 8] = torch.from_numpy(rng.integers(0, 9, rows + 2))
     reals[:, -2] = torch.from_numpy(rng.choice([0.0, 0.3, 0.5, 0.9, 1.0], rows + 2))
     reals[:, -1] = torch.from_numpy(rng.choice([0.0, 0.5, 1.0, 1.5, 30.0], rows + 2))
     found = torch.full((step_buffers.DEPTH, rows + 2, 2, step_buffers.WIDTH), 77, dtype=torch.int32)

@@ -10,16 +10,21 @@ import torch.nn.functional as F
 
 from dilaserve.models.blocks import PLAIN
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.spans import Attention, Kernels, PackedSpan, Runs, SpanGroup
+from dilaserve.models.spans import Attention, Kernels, PackedSpan, Runs, SpanGroup, SplitRuns
 
 MAX_PADDING = 1.25  # keys of a group's longest row over those of its shortest
 MAX_KEYS = 640  # of one group, so that its K and V stay in a core's cache
 
 
 def attend(
-    q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs, kernels: Kernels = PLAIN
+    q: torch.Tensor, pool: KVPool, layer: int, groups: list[SpanGroup] | Runs | SplitRuns, kernels: Kernels = PLAIN
 ) -> torch.Tensor:
     """Attention of each span's queries over the keys that they see; q and the result are [tokens, heads, head_dim]."""
+    if isinstance(groups, SplitRuns):
+        out = torch.empty_like(q)
+        for tokens, runs in ((groups.open_tokens, groups.open), (groups.causal_tokens, groups.causal)):
+            out[tokens] = attend(q[tokens], pool, layer, runs, kernels)
+        return out
     keys, values = pool.keys[layer], pool.values[layer]
     if isinstance(groups, Runs):
         even = kernels.attend_even if groups.even else None
@@ -55,8 +60,8 @@ def varlen_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
     except ImportError:
         return raw_varlen() if "seqused_k" in schema() else None
     named = set(inspect.signature(varlen_attn).parameters)
-    if {"seqused_k", "enable_gqa"} <= named:
-        return public_varlen(varlen_attn)
+    if {"seqused_k", "enable_gqa"} <= named and {"window_size", "is_causal"} & named:
+        return public_varlen(varlen_attn, dict(window_size=(-1, 0)) if "window_size" in named else dict(is_causal=True))
     return raw_varlen() if "seqused_k" in schema() else None
 
 
@@ -68,13 +73,13 @@ def flash() -> Any:
     return torch.ops.aten._flash_attention_forward.default
 
 
-def public_varlen(call: Any) -> Attention:
+def public_varlen(call: Any, causal: dict[str, Any]) -> Attention:
+    """`causal` are the arguments that make `call` causal, bottom-right aligned as `Runs` want it."""
+
     def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
-        offsets, starts, used, most_queries, most_keys, _ = runs
-        gqa = q.shape[1] != keys.shape[1]
-        out: torch.Tensor = call(
-            q, keys, values, offsets, starts, most_queries, most_keys, seqused_k=used, enable_gqa=gqa
-        )
+        numbers = runs.offsets, runs.starts, runs.most_queries, runs.most_keys
+        how = dict(seqused_k=runs.keys, enable_gqa=q.shape[1] != keys.shape[1], **(causal if runs.causal else {}))
+        out: torch.Tensor = call(q, keys, values, *numbers, **how)
         return out
 
     return attention
@@ -84,9 +89,8 @@ def raw_varlen() -> Attention:
     """What varlen_attn calls, for versions of torch whose varlen_attn does not hand on `seqused_k`."""
 
     def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Runs) -> torch.Tensor:
-        offsets, starts, used, most_queries, most_keys, _ = runs
-        arguments = (q, keys, values, offsets, starts, most_queries, most_keys, 0.0, False, False)
-        out: torch.Tensor = flash()(*arguments, seqused_k=used)[0]
+        numbers = runs.offsets, runs.starts, runs.most_queries, runs.most_keys
+        out: torch.Tensor = flash()(q, keys, values, *numbers, 0.0, runs.causal, False, seqused_k=runs.keys)[0]
         return out
 
     return attention
@@ -100,8 +104,15 @@ def each_run(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: Ru
         query, key, value = (
             x.transpose(0, 1)[None] for x in (q[first:end], keys[start : start + used], values[start : start + used])
         )
-        out[first:end] = F.scaled_dot_product_attention(query, key, value, enable_gqa=gqa)[0].transpose(0, 1)
+        seen = bottom_right(end - first, used, q.device) if runs.causal else None
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=gqa)
+        out[first:end] = mixed[0].transpose(0, 1)
     return out
+
+
+def bottom_right(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """Which keys each query sees where the last sees all, bool [queries, keys]."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def grouped(spans: list[PackedSpan], device: torch.device) -> list[SpanGroup]:

@@ -39,7 +39,7 @@ class Runs(NamedTuple):
     """The spans of a step on the device, for one call that takes them all. A row's K/V is one run of the pool.
 
     `most_queries` and `most_keys` bound the lengths; they may be more than any span has. `even`: all spans have
-    `most_queries` queries.
+    `most_queries` queries. `causal`: a span's last query sees all its keys, each before it a key less than the next.
     """
 
     offsets: torch.Tensor  # int32 [spans + 1], the first query of each, and their number
@@ -48,6 +48,16 @@ class Runs(NamedTuple):
     most_queries: int
     most_keys: int
     even: bool = False
+    causal: bool = False
+
+
+class SplitRuns(NamedTuple):
+    """Runs of which some are causal, for a call of each kind, and the packed tokens of either."""
+
+    open_tokens: torch.Tensor  # int64 [tokens of open runs]
+    open: Runs
+    causal_tokens: torch.Tensor  # int64 [tokens of causal runs]
+    causal: Runs
 
 
 class Packed(NamedTuple):
@@ -60,7 +70,7 @@ class Packed(NamedTuple):
     ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
     slots: torch.Tensor  # [tokens], pool token of each
-    groups: list[SpanGroup] | Runs
+    groups: list[SpanGroup] | Runs | SplitRuns
     kept: torch.Tensor | None  # [kept]
     kept_groups: list[SpanGroup] | Runs
 

@@ -1,8 +1,8 @@
 """A step of reuse rows alone, on buffers that stay where they are: the same work whoever is in it; a graph replays it.
 
-Rows are padded to one of a few counts, blocks to a page; what pads writes to the pool's spare page and unmasks nothing.
-Rows without masks are frozen. The canvas of the active blocks stays on the device from step to step, and the host may
-read a step's result while the next one runs. On a CPU the same function runs as it is.
+Rows are padded to one of a few counts, their queries to a page; what pads writes to the pool's spare page and unmasks
+nothing. Rows without masks are frozen. The canvas of the queries stays on the device from step to step, and the host
+may read a step's result while the next one runs. On a CPU the same function runs as it is.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.confidence import best
 from dilaserve.worker.cuda_graphs import Graphs
 from dilaserve.worker.sampler import BY_CONFIDENCE
-from dilaserve.worker.step_arrays import Blocks, Columns
+from dilaserve.worker.step_arrays import Blocks, Columns, queries
 from dilaserve.worker.step_buffers import DEPTH, FIELDS, WIDTH, Buffers
 from dilaserve.worker.step_kernels import step_kernels_for
 
@@ -29,7 +29,7 @@ GRAPHS = (1, *range(STRIDE, 33, STRIDE))  # rows; beyond, a step computes for lo
 
 
 class StepResult(NamedTuple):
-    """What a step did, [rows, WIDTH] each."""
+    """What a step did, by row and active position, [rows, width] each."""
 
     token: np.ndarray[Any, Any]  # -1 where nothing was unmasked
     confidence: np.ndarray[Any, Any]
@@ -61,17 +61,20 @@ class ReuseSteps:
         if self.cuda:
             self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self.computed, self.arrived = ([torch.cuda.Event() for _ in range(DEPTH)] for _ in range(2))  # type: ignore[no-untyped-call]
-        self.rows = self.bucket = self.launched = self.seen = 0
+        self.bucket = self.launched = self.seen = 0
+        self.columns = np.zeros((0, 1), dtype=np.int64)  # where active positions are staged, [rows, width]; -1: none
 
     def takes(self, columns: Columns, table: RequestTable) -> bool:
-        """Whether the batch is of reuse rows alone, greedy, with blocks of at most a page in which answers may end."""
-        widths = columns.block_end - columns.block_start
+        """Whether all rows are greedy, with at most a page of queries that see alike, and masks only among these, where
+        answers may end.
+        """
         return bool(
             len(columns.row) <= self.buckets[-1]
-            and (columns.start == columns.block_start).all()
-            and (columns.length == widths).all()
-            and widths.max() <= WIDTH
-            and not (columns.shift.any() or columns.grain.any())
+            and (columns.start <= columns.block_start).all()
+            and (columns.block_start < columns.block_end).all()
+            and (columns.block_end <= columns.start + columns.length).all()
+            and columns.length.max() <= WIDTH
+            and not columns.grain.any()
             and not table.temperature[columns.row].any()
             and (table.rule[columns.row] <= BY_CONFIDENCE).all()
             and np.isinf(table.editing_threshold[columns.row]).all()
@@ -79,18 +82,25 @@ class ReuseSteps:
         )
 
     def load(self, columns: Columns, blocks: Blocks, table: RequestTable) -> None:
-        """Put a batch that `takes` allows in place; what was launched before must have been read."""
-        self.rows = rows = len(columns.row)
+        """Put a batch that `takes` allows, and its active blocks, in place; what was launched before must have been
+        read.
+        """
+        rows, asked = len(columns.row), queries(columns)
+        first = columns.block_start - columns.start
+        self.columns = np.where(blocks.valid, blocks.positions - columns.start[:, None], -1)
         self.bucket = next(size for size in self.buckets if size >= rows)
         self.make_ready(self.bucket)
         staged = self.staged.numpy()
         self.clear(staged[rows : self.bucket])
-        staged[:rows, : blocks.positions.shape[1]] = table.canvas[columns.row[:, None], blocks.positions]
+        staged[:rows, : asked.positions.shape[1]] = table.canvas[columns.row[:, None], asked.positions]
         whole = (
             columns.kv_start,
             columns.keys,
-            columns.block_start,
+            columns.start,
             columns.length,
+            first,
+            columns.block_end - columns.start,
+            columns.shift,
             table.rule[columns.row],
             columns.quota,
         )
@@ -125,8 +135,9 @@ class ReuseSteps:
         self.seen += 1
         if self.cuda:
             self.arrived[slot].synchronize()
-        landed = self.landed[slot, : self.rows].numpy()
-        return StepResult(landed[:, 0].copy(), landed[:, 1].view(np.float32).copy())
+        landed = self.landed[slot, : len(self.columns)].numpy()
+        token, confidence = (np.take_along_axis(landed[:, i], self.columns, 1) for i in range(2))
+        return StepResult(np.where(self.columns < 0, -1, token), confidence.view(np.float32))
 
     def step(self, rows: int) -> None:
         """Denoise the first `rows` rows of the batch once: a function of the buffers, without a look at the host."""

@@ -56,9 +56,9 @@ def lay_out_row(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     fields = batch + row * stride + WIDTH
-    kv_start, block_start, length = tl.load(fields), tl.load(fields + 2), tl.load(fields + 3)
+    kv_start, start, length = tl.load(fields), tl.load(fields + 2), tl.load(fields + 3)
     valid = column < length
-    position = tl.where(valid, block_start + column, column)
+    position = tl.where(valid, start + column, column)
     here = row * WIDTH + column
     tl.store(ids + here, tl.load(batch + row * stride + column))
     tl.store(positions + here, position)
@@ -79,11 +79,13 @@ def unmask_row(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     canvas, fields = batch + row * stride + column, row * stride + WIDTH
-    length, rule, quota = tl.load(batch + fields + 3), tl.load(batch + fields + 4), tl.load(batch + fields + 5)
-    threshold, factor = tl.load(reals + fields + 6), tl.load(reals + fields + 7)
+    first, end, shift = tl.load(batch + fields + 4), tl.load(batch + fields + 5), tl.load(batch + fields + 6)
+    rule, quota = tl.load(batch + fields + 7), tl.load(batch + fields + 8)
+    threshold, factor = tl.load(reals + fields + 9), tl.load(reals + fields + 10)
     old = tl.load(canvas)
-    masked = (old == mask_id) & (column < length)
-    doubt = tl.where(masked, tl.load(odds + row * WIDTH + column), float("inf"))
+    masked = (old == mask_id) & (column >= first) & (column < end)
+    source = row * WIDTH + tl.maximum(column - shift, 0)
+    doubt = tl.where(masked, tl.load(odds + source), float("inf"))
     surer = (doubt[None, :] < doubt[:, None]) | (
         (doubt[None, :] == doubt[:, None]) & (column[None, :] < column[:, None])
     )
@@ -97,7 +99,7 @@ def unmask_row(  # type: ignore[no-untyped-def]
     dynamic = tl.maximum(above, quota)
     count = tl.where(rule == 0, above, tl.where(rule == 1, quota, tl.where(rule == 3, dynamic, passed)))  # table.RULES
     chosen = rank < tl.minimum(tl.maximum(count, 1), masks)
-    new = tl.load(token + row * WIDTH + column)
+    new = tl.load(token + source)
     tl.store(canvas, tl.where(chosen, new, old))
     out = tl.load(turn) * turn_stride + row * row_stride + column
     tl.store(found + out, tl.where(chosen, new, -1).to(tl.int32))

@@ -10,11 +10,12 @@ import torch
 
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.spans import Packed, PackedSpan, Runs
+from dilaserve.models.spans import Packed, PackedSpan
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
 from dilaserve.types import Copy, RowResult, Span
+from dilaserve.worker.attention_runs import joined, run_arrays, split_by_kind
 from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
@@ -40,7 +41,6 @@ from dilaserve.worker.step_arrays import (
     kept_tokens,
     ranges,
     starts,
-    visible_keys,
 )
 from dilaserve.worker.step_buffers import DEPTH
 from dilaserve.worker.tp_group import Alone, TPGroup
@@ -112,7 +112,7 @@ class Runner:
             columns = columns_of(courses.spans, courses.stages)
             stretch: Iterable[LaunchResult]
             if self.reuse is not None and self.reuse.takes(columns, self.table):
-                stretch = self.pipelined(self.reuse, columns, most - count, stops_early)
+                stretch = self.pipelined(self.reuse, columns, most - count if courses.repeat else 1, stops_early)
             elif (outcome := self.step(columns)) is not None:
                 stretch = [outcome]
             else:
@@ -151,9 +151,7 @@ class Runner:
             token, confidence = reuse.read()
             arrived = time.perf_counter()
             read += 1
-            width = blocks.valid.shape[1]
-            taken = token[:, :width] >= 0
-            written, spent = self.write(columns, blocks, taken, token[:, :width], confidence[:, :width])
+            written, spent = self.write(columns, blocks, token >= 0, token, confidence)
             results = self.results(columns, blocks, written, spent, overlapped=read > 1)
             over = over or any(not one.masks_left for one in results) or answered(results) or stops_early()
             ahead = any(result.masks_left > result.unmasked for result in results)
@@ -260,14 +258,13 @@ class Runner:
             open_spans = columns._replace(grain=np.zeros_like(columns.grain))  # what is kept sees all keys
             kept_groups = grouped(packed_spans(widths, open_spans), self.device) if kept is not None else []
             return Packed(tokens, places, targets, groups, there, kept_groups), rest
-        row, lengths, keys = visible_keys(columns)
-        runs = run_arrays(lengths, columns.kv_start[row], keys)
-        kept_runs = run_arrays(widths, columns.kv_start, columns.keys)
-        arrays = [*self.tokens(columns), kept, *runs, *kept_runs, *others]
+        parts, of_kept = split_by_kind(columns), run_arrays(widths, columns.kv_start, columns.keys)
+        of_all = [array for part in parts for array in part.sent]
+        arrays = [*self.tokens(columns), kept, *of_kept.sent, *of_all, *others]
         tokens, places, targets, there, *sent = self.staging.send(arrays)
-        of_all = Runs(sent[0], sent[1], sent[2], int(lengths.max()), int(keys.max()))
-        of_kept = Runs(sent[3], sent[4], sent[5], int(widths.max()), int(columns.keys.max()))
-        return Packed(tokens, places, targets, of_all, there, of_kept), sent[6:]
+        kept_runs, sent = of_kept.runs(sent[: len(of_kept.sent)]), sent[len(of_kept.sent) :]
+        runs, rest = joined(parts, sent[: len(of_all)]), sent[len(of_all) :]
+        return Packed(tokens, places, targets, runs, there, kept_runs), rest
 
     def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """The knobs of `sampler.Sampling` of each mask; none when every row is greedy and may end anywhere."""
@@ -348,8 +345,3 @@ def packed_spans(lengths: Array, columns: Columns) -> list[PackedSpan]:
     fields = (starts(lengths), lengths, columns.kv_start, columns.keys, columns.grain, columns.start - columns.origin)
     spans = [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
     return [span for span in spans if span.length]
-
-
-def run_arrays(lengths: Array, kv_start: Array, keys: Array) -> list[np.ndarray[Any, Any]]:
-    """See `spans.Runs`: where the runs end, where their keys begin, and how many there are."""
-    return [array.astype(np.int32) for array in (np.append(0, lengths.cumsum()), np.append(kv_start, 0), keys)]

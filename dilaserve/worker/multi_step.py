@@ -21,6 +21,11 @@ class Courses:
         """What each row does in the next step."""
         return [course[stage] for course, stage in zip(self.courses, self.stages, strict=True)]
 
+    @property
+    def repeat(self) -> bool:
+        """Whether all rows do the same again while their blocks have masks."""
+        return all(self.next_stage(row, masked=True) == stage for row, stage in enumerate(self.stages))
+
     def follow(self, results: Sequence[RowResult]) -> bool:
         """Take each row from what it has done to what follows; False where a row has nothing left to do."""
         stages = [self.next_stage(row, bool(result.masks_left)) for row, result in enumerate(results)]

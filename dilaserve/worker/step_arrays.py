@@ -35,10 +35,22 @@ class Columns(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The active blocks of a batch, padded to the widest: [rows, width]."""
+    """Positions by row, of the active blocks or of all queries of a batch, padded to the widest: [rows, width]."""
 
     positions: Array
     valid: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class SeenRuns(NamedTuple):
+    """Runs of queries that see alike, in the order of the packed tokens: row, queries and keys of each, [runs].
+
+    Of `causal` ones the last query sees all keys, each one before it a key less than the next.
+    """
+
+    row: Array
+    lengths: Array
+    keys: Array
+    causal: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Columns:
@@ -47,10 +59,17 @@ def columns_of(spans: Sequence[Span], stages: Sequence[int] | None = None) -> Co
 
 
 def active_blocks(columns: Columns) -> Blocks:
-    widths = columns.block_end - columns.block_start
+    return padded(columns.block_start, columns.block_end - columns.block_start)
+
+
+def queries(columns: Columns) -> Blocks:
+    return padded(columns.start, columns.length)
+
+
+def padded(first: Array, widths: Array) -> Blocks:
     column = np.arange(max(1, widths.max()))
     valid = column < widths[:, None]
-    return Blocks(np.where(valid, columns.block_start[:, None] + column, 0), valid)
+    return Blocks(np.where(valid, first[:, None] + column, 0), valid)
 
 
 def kept_tokens(columns: Columns) -> Array:
@@ -63,26 +82,27 @@ def kept_tokens(columns: Columns) -> Array:
     return np.maximum(places, 0) + np.repeat(starts(columns.length), widths)
 
 
-def visible_keys(columns: Columns) -> tuple[Array, Array, Array]:
-    """Query runs that see alike, in the order of the packed tokens: the row, queries and keys of each.
-
-    A span is one run without a `grain`, else one for each grain before its origin, and one from there on.
+def visible_keys(columns: Columns, causal: bool = False) -> SeenRuns:
+    """Runs of queries that see alike. A span is one without a `grain`, else one for each grain before its origin, and
+    one from there on. With `causal` grains of a token are a run of their own kind, instead of one each.
     """
+    rows, lengths, keys, kinds = [], [], [], []
     if not columns.grain.any():
-        return np.arange(len(columns.row)), columns.length, columns.keys
-    rows, lengths, keys = [], [], []
+        return SeenRuns(np.arange(len(columns.row)), columns.length, columns.keys, np.zeros(len(columns.row), bool))
     for row, (start, length, end, grain, origin) in enumerate(
         zip(*(field.tolist() for field in columns.seen), strict=True)
     ):
         first, last = start, start + length
         while first < last:
             grained = grain and first < origin
-            stop = min(last, first + grain - (first - origin) % grain) if grained else last
+            whole = bool(causal and grained and grain == 1)
+            stop = min(last, origin if whole else first + grain - (first - origin) % grain) if grained else last
             rows.append(row)
             lengths.append(stop - first)
             keys.append(min(stop, end) if grained else end)
+            kinds.append(whole)
             first = stop
-    return np.array(rows), np.array(lengths), np.array(keys)
+    return SeenRuns(np.array(rows), np.array(lengths), np.array(keys), np.array(kinds))
 
 
 def starts(lengths: Array) -> Array:

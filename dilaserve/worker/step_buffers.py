@@ -8,16 +8,20 @@ import torch
 from dilaserve.types import PAGE
 from dilaserve.worker.candidates import Candidates
 
-WIDTH = PAGE  # positions of a row; longer blocks take the other way
+WIDTH = PAGE  # queries of a row; rows with more take the other way
 DEPTH = 2  # steps whose results are not read yet, at most
-FIELDS = ("kv_start", "keys", "block_start", "length", "rule", "quota", "threshold", "factor")
+FIELDS = ("kv_start", "keys", "start", "length", "first", "end", "shift", "rule", "quota", "threshold", "factor")
 REALS = 2  # of the fields, at the end
 
 
 class Buffers(NamedTuple):
-    """Where a step finds its rows and leaves what it did, all on the device."""
+    """Where a step finds its rows and leaves what it did, all on the device.
 
-    batch: torch.Tensor  # int64 [rows, WIDTH + fields]; of each row the canvas of its active block, then `FIELDS`
+    A row of `batch` is the canvas of its queries, positions `[start, start + length)`, and then `FIELDS`. Masks are
+    filled in the columns `[first, end)` alone, each by the candidate of the column `shift` before it.
+    """
+
+    batch: torch.Tensor  # int64 [rows, WIDTH + fields]
     found: torch.Tensor  # int32 [DEPTH, rows, 2, WIDTH], as `sampler.encoded` says it
     turn: torch.Tensor  # int64 [1], where in `found` the result of the last step lies
 

@@ -14,14 +14,12 @@ from dilaserve.worker.step_buffers import DEPTH, REALS, WIDTH, Buffers, Laid, St
 
 
 def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
-    """The first `rows` rows of the batch, and the next turn. What pads a block goes to the pool's tokens from `spare`
-    on.
-    """
+    """The first `rows` rows of the batch, and the next turn. What pads a row goes to the tokens from `spare` on."""
     ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
-    kv_start, keys, block_start, length, *_ = fields.unbind(1)
+    kv_start, keys, start, length, *_ = fields.unbind(1)
     column = torch.arange(WIDTH, device=ids.device)
     valid = column < length[:, None]
-    positions = torch.where(valid, block_start[:, None] + column, column)
+    positions = torch.where(valid, start[:, None] + column, column)
     slots = torch.where(valid, kv_start[:, None] + positions, spare + column)
     buffers.turn.add_(1).remainder_(DEPTH)
     starts = F.pad(kv_start, (0, 1)).int()
@@ -29,12 +27,18 @@ def lay_out(buffers: Buffers, rows: int, spare: int) -> Laid:
 
 
 def unmask(buffers: Buffers, rows: int, mask_id: int, candidates: Candidates) -> None:
-    """Put what each row's rule accepts of the candidates, [rows · WIDTH], on its canvas, and say so in `found`."""
+    """Put what each row's rule accepts of the candidates, [rows · WIDTH], on its canvas, and say so in `found`.
+
+    With a shift the first column has its own candidate: there is none before it, and it has no mask.
+    """
     ids, fields = buffers.batch[:rows, :WIDTH], buffers.batch[:rows, WIDTH:]
-    _, _, _, length, rule, quota = fields[:, :-REALS].unbind(1)
+    *_, first, end, shift, rule, quota = fields[:, :-REALS].unbind(1)
     threshold, factor = fields[:, -REALS:].view(torch.float64).unbind(1)
-    masked = (ids == mask_id) & (torch.arange(WIDTH, device=ids.device) < length[:, None])
-    token, odds = candidates.token.view(rows, WIDTH), candidates.odds.view(rows, WIDTH).masked_fill(~masked, torch.inf)
+    column = torch.arange(WIDTH, device=ids.device)
+    masked = (ids == mask_id) & (column >= first[:, None]) & (column < end[:, None])
+    source = (column - shift[:, None]).clamp(min=0)
+    token, odds = (each.view(rows, WIDTH).gather(1, source) for each in candidates)
+    odds = odds.masked_fill(~masked, torch.inf)
     chosen = taken(odds, masked, Rules(rule, threshold, factor, quota))
     ids.copy_(torch.where(chosen, token, ids))
     buffers.found[:, :rows].index_copy_(0, buffers.turn, encoded(chosen, token, odds)[None])

@@ -16,7 +16,7 @@ it for a program and the worker processes that it starts:
     python tests/fake_cuda 2 -m dilaserve --devices cuda:0,cuda:1
 """
 
-from fake_cuda.installing import fake_gpus, for_workers, install
+from fake_cuda.installing import fake_gpus, for_workers, install, steps_of_a_gpu
 from fake_cuda.streams import Event, Race, Stream
 
-__all__ = ["Event", "Race", "Stream", "fake_gpus", "for_workers", "install"]
+__all__ = ["Event", "Race", "Stream", "fake_gpus", "for_workers", "install", "steps_of_a_gpu"]

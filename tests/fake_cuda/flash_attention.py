@@ -5,7 +5,11 @@ import torch
 
 def flash(q, k, v, starts_q, starts_k, most_q, most_k, dropout, causal, debug, *, scale=None, seqused_k=None, **other):
     """aten::_flash_attention_forward over runs of different lengths, as CUDA's kernel reads its arguments."""
-    assert (dropout, causal, debug) == (0.0, False, False)
+    assert (dropout, debug) == (0.0, False)
+    assert (other.get("window_size_left") or -1, other.get("window_size_right")) in [
+        (-1, None),
+        (-1, 0 if causal else -1),
+    ]
     assert q.dtype == k.dtype == v.dtype
     assert q.dtype in (torch.bfloat16, torch.float16)
     numbers = [starts_q, starts_k] + ([] if seqused_k is None else [seqused_k])
@@ -22,7 +26,9 @@ def flash(q, k, v, starts_q, starts_k, most_q, most_k, dropout, causal, debug, *
         assert end <= len(k)
         mine = (x.transpose(0, 1)[None].float() for x in (q[first:last], k[start:end], v[start:end]))
         grouped = q.shape[1] != k.shape[1]
-        found = torch.nn.functional.scaled_dot_product_attention(*mine, scale=scale, enable_gqa=grouped)
+        seen = torch.ones(last - first, end - start, dtype=torch.bool)  # the last query sees all keys, causal or not
+        seen = seen.tril(end - start - (last - first)) if causal else seen
+        found = torch.nn.functional.scaled_dot_product_attention(*mine, seen, scale=scale, enable_gqa=grouped)
         out[first:last] = found[0].transpose(0, 1).to(q.dtype)
     return out, log_sums, torch.zeros(2, dtype=torch.uint64), torch.zeros(()), torch.zeros(0, dtype=q.dtype)
 

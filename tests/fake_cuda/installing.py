@@ -95,5 +95,14 @@ FOREVER = contextlib.ExitStack()
 
 def for_workers(devices):
     """The environment that gives worker processes fake GPUs as well."""
+    return {"FAKE_GPUS": str(devices), **with_site()}
+
+
+def steps_of_a_gpu():
+    """The environment in which worker processes run on their CPU, in its types, the steps that a GPU runs."""
+    return {"STEPS_OF_A_GPU": "1", **with_site()}
+
+
+def with_site():
     places = [str(Path(__file__).parent / "site"), os.environ.get("PYTHONPATH", "")]
-    return {"FAKE_GPUS": str(devices), "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, places))}

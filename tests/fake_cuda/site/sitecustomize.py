@@ -1,11 +1,20 @@
-"""On PYTHONPATH, gives the worker processes that a program starts the fake GPUs of their parent; see fake_cuda."""
+"""On PYTHONPATH, gives the worker processes that a program starts the fake GPUs of their parent; see fake_cuda.
+
+Or the steps that a GPU runs, on the CPU that they have: on fixed buffers, with attention run by run.
+"""
 
 import os
 import sys
-from pathlib import Path
 
-if "FAKE_GPUS" in os.environ and sys.orig_argv[-1].startswith("dilaserve worker"):
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-    import fake_cuda
+if sys.orig_argv[-1].startswith("dilaserve worker"):
+    if "FAKE_GPUS" in os.environ:
+        from pathlib import Path
 
-    fake_cuda.install(int(os.environ["FAKE_GPUS"]))
+        sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+        import fake_cuda
+
+        fake_cuda.install(int(os.environ["FAKE_GPUS"]))
+    elif "STEPS_OF_A_GPU" in os.environ:
+        from dilaserve.models import attention
+
+        attention.varlen_for = lambda *where: attention.each_run
