@@ -10,6 +10,7 @@ import checkpoints
 import pytest
 import pytest_asyncio
 import torch
+from hypothesis import settings
 
 from dilaserve import Config, Engine
 from dilaserve.cli import main
@@ -22,6 +23,9 @@ sys.dont_write_bytecode = False
 # for: beside another busy process, a step of two such threads takes 25 times as long as one of two that sleep.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of worker processes
+
+settings.register_profile("untimed", deadline=None)  # how fast a machine is says nothing of the code
+settings.load_profile("untimed")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

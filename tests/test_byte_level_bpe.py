@@ -188,7 +188,7 @@ async def test_a_model_with_such_a_tokenizer_answers_over_http(tmp_path):
     assert models.describe(Checkpoint(model)).mask_id == 258
     question = {"messages": [{"role": "user", "content": "Héllo"}], "max_tokens": 8, "ignore_eos": True}
     async with (
-        Engine(Config.of(model=str(model), devices="cpu")) as engine,
+        Engine(Config.of(model=str(model), devices="cpu", port=0)) as engine,
         running(engine, engine.config) as address,
         aiohttp.ClientSession(address) as client,
         client.post("/v1/chat/completions", json=question) as response,

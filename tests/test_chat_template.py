@@ -272,7 +272,7 @@ async def test_over_http_a_template_that_refuses_a_system_message_says_so_with_4
     assemble = pretended(llada_8b_h200(), 1, 256, text=Text(random_model, NO_SYSTEM))
     system = {"role": "system", "content": "be brief"}
     async with (
-        Engine(Config.of(), assemble=assemble) as engine,
+        Engine(Config.of(port=0), assemble=assemble) as engine,
         running(engine, engine.config) as address,
         aiohttp.ClientSession(address) as client,
     ):

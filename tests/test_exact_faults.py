@@ -83,7 +83,7 @@ async def test_a_repeated_prompt_is_computed_once_and_the_answer_is_the_same(fam
 
 
 async def test_a_canvas_longer_than_the_pool_is_refused(family):
-    async with Engine(Config.of(model=str(family[1]), devices="cpu", kv_cache_tokens=128)) as engine:
+    async with Engine(Config.of(model=str(family[1]), devices="cpu", kv_cache_tokens=128, port=0)) as engine:
         with pytest.raises(BadRequest, match="exceeds the K/V pool of 128; lower max_tokens or raise"):
             await engine.generate([1] * 64, Options(max_tokens=100))
         body = dict(prompt=[1] * 64, max_tokens=100)

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 
+import aiohttp
 import block_loops
 import checkpoints
 import pytest
@@ -17,7 +18,8 @@ from family_checkpoints import backbone_of, published
 from worker_faults import wait_for_plan
 from worker_waits import until
 
-from dilaserve import Config, Engine, Options, Plan
+from dilaserve import BadRequest, Config, Engine, Options, Plan
+from dilaserve.server.app import running
 
 MOE, LLADA2 = "SDARMoeForCausalLM", "LLaDA2MoeModelLM"
 
@@ -130,6 +132,18 @@ async def test_mixed_requests_get_the_reference_answers_alone_and_together(famil
             assert completion.usage.steps == llada2(model, **asked)[1]
 
 
+async def test_each_answers_over_http(family):
+    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
+    async with (
+        Engine(Config.of(model=str(family[1]), devices="cpu", port=0)) as engine,
+        running(engine, engine.config) as address,
+        aiohttp.ClientSession(address) as client,
+        client.post("/v1/chat/completions", json=question) as response,
+    ):
+        answer = await response.json()
+        assert (response.status, answer["usage"]["completion_tokens"]) == (200, 8)
+
+
 async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(family):
     architecture, directory, model = family
     requests = some_requests(architecture, 12, seed=2)
@@ -153,8 +167,6 @@ async def test_edits_replace_tokens_that_were_unmasked(tmp_path):
 
 
 async def test_a_family_without_edits_refuses_the_threshold_for_them(random_model):
-    from dilaserve import BadRequest
-
     async with Engine(Config.of(model=str(random_model), devices="cpu")) as engine:
         with pytest.raises(BadRequest, match="does not replace tokens that are unmasked"):
             await engine.generate([1, 2, 3], Options(max_tokens=4, editing_threshold=0.5))

@@ -68,7 +68,7 @@ async def test_each_family_answers_over_http(family):
     _, directory = family
     question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
     async with (
-        Engine(Config.of(model=str(directory), devices="cpu")) as engine,
+        Engine(Config.of(model=str(directory), devices="cpu", port=0)) as engine,
         running(engine, engine.config) as address,
         aiohttp.ClientSession(address) as client,
         client.post("/v1/chat/completions", json=question) as response,

@@ -41,7 +41,7 @@ class Kind(str, enum.Enum):  # noqa: UP042 - whose hash and text are not the str
 @pytest.mark.parametrize(
     ("wishes", "param", "words"),
     [
-        (dict(cache="foo"), "cache", "one of none, prefix, dual, not 'foo'"),
+        (dict(cache="foo"), "cache", "one of none, prefix, dual, exact, not 'foo'"),
         (dict(cache=["none"]), "cache", "a string, not a list"),
         (dict(cache=object()), "cache", "a string, not an object"),
         (dict(on_miss="foo"), "on_miss", "one of best_effort, reject, cancel_when_late"),

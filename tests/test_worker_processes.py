@@ -139,7 +139,7 @@ async def test_a_worker_that_dies_after_it_wrote_and_before_it_reported_costs_no
         strike(process.pid, signal.SIGSTOP)
         await asyncio.sleep(0.05)  # what it has reported by then is known
         row, canvas = progress.request.row, engine.table.canvas
-        part = slice(progress.block_start, len(PROMPT) + 64 if whole else progress.block_end)
+        part = slice(progress.part.start, len(PROMPT) + 64 if whole else progress.part.end)
         canvas[row, part] = np.where(canvas[row, part] == engine.mask_id, 9, canvas[row, part])
         wrote = tuple(canvas[row, part].tolist())
         strike(process.pid)
