@@ -121,7 +121,7 @@ def family(request, tmp_path_factory):
 
 async def test_mixed_requests_get_the_reference_answers_alone_and_together(family):
     architecture, directory, model = family
-    requests = some_requests(architecture, 24, seed=1)
+    requests = some_requests(architecture, 16, seed=1)
     async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
         alone = [await engine.generate(asked["prompt"], options(asked)) for asked in requests[:6]]
         together = await answers(engine, requests)
@@ -146,7 +146,7 @@ async def test_each_answers_over_http(family):
 
 async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(family):
     architecture, directory, model = family
-    requests = some_requests(architecture, 12, seed=2)
+    requests = some_requests(architecture, 8, seed=2)
     async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2", kv_cache_tokens=384)) as engine:
         expect(model, requests, await answers(engine, requests))
         sharded, steps = asyncio.ensure_future(answers(engine, requests)), engine.profile.steps + 4
