@@ -73,6 +73,18 @@ def test_only_small_steps_of_few_rows_are_replayed(random_model):
     assert not takes([(4, 4, 4)] * (SPANS + 1))
 
 
+def test_spans_with_a_grain_are_replayed_while_their_runs_are_few(random_model):
+    harness = runner_of(random_model)
+
+    def takes(grain, origin):
+        span = harness.spans([(origin, 8, 8)], refresh=True)[0]
+        return harness.runner.forward.takes(columns_of([span._replace(grain=grain, origin=origin)]))
+
+    assert takes(grain=4, origin=4 * (SPANS - 1))
+    assert not takes(grain=4, origin=4 * SPANS)
+    assert takes(grain=1, origin=SPANS - 1)
+
+
 def test_a_server_whose_largest_step_is_small_has_graphs_up_to_that_size(random_model):
     harness = runner_of(random_model)
     assert ForwardGraphs(harness.spec, harness.model, harness.pool, 200).most == 200 // STRIDE * STRIDE

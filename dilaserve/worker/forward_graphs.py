@@ -1,7 +1,7 @@
 """Forward passes of small steps with refresh rows, replayed as CUDA graphs.
 
 Launching the kernels of a step of LLaDA-8B one by one takes a host 10 to 18 ms, whatever the step computes; a GPU that
-needs less waits for the host. Here tokens are padded to a multiple of `STRIDE` and spans to `SPANS`, so that few graphs
+needs less waits for the host. Here tokens are padded to a multiple of `STRIDE` and runs to `SPANS`, so that few graphs
 serve all layouts. What pads is a span of its own over the pool's spare page. On a CPU the same function runs as it is.
 """
 
@@ -16,11 +16,11 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import Model
 from dilaserve.types import PAGE
 from dilaserve.worker.cuda_graphs import Graphs
-from dilaserve.worker.step_arrays import Array, Columns
+from dilaserve.worker.step_arrays import Array, Columns, visible_keys
 
 STRIDE = 64  # packed tokens between two sizes
 TOKENS = 768  # of the largest size; a larger step computes for longer than its launches take
-SPANS = 32  # rows of a step, at most
+SPANS = 32  # runs of queries that see alike of a step, at most; a row is one, or with a grain several
 INDICES = 3  # rows of `longs`: token ids, positions, pool tokens
 
 
@@ -40,7 +40,7 @@ class ForwardGraphs:
 
     def takes(self, columns: Columns) -> bool:
         fits = len(columns.row) <= SPANS and int(columns.length.sum()) <= self.most
-        return fits and not columns.grain.any()
+        return fits and len(visible_keys(columns).row) <= SPANS
 
     def laid_out(self, ids: Array, positions: Array, slots: Array, columns: Columns) -> list[np.ndarray[Any, Any]]:
         """What `hidden` wants on the device: the tokens and the spans of the step, padded."""
@@ -49,15 +49,16 @@ class ForwardGraphs:
     def padded(
         self, ids: Array, positions: Array, slots: Array, columns: Columns, size: int
     ) -> list[np.ndarray[Any, Any]]:
-        tokens, spans = len(ids), len(columns.row)
+        seen = visible_keys(columns)
+        tokens, runs = len(ids), len(seen.row)
         padding = np.arange(size - tokens) % PAGE
         longs, ints = np.zeros((INDICES, size), dtype=np.int64), np.zeros((3, SPANS + 2), dtype=np.int32)
         longs[:, :tokens] = ids, positions, slots
         longs[1:, tokens:] = padding, self.pool.spare + padding
         ints[0, 1:] = size
-        ints[0, 1 : spans + 1] = columns.length.cumsum()
-        ints[1, :spans], ints[1, spans] = columns.kv_start, self.pool.spare
-        ints[2, :spans], ints[2, spans] = columns.keys, PAGE
+        ints[0, 1 : runs + 1] = seen.lengths.cumsum()
+        ints[1, :runs], ints[1, runs] = columns.kv_start[seen.row], self.pool.spare
+        ints[2, :runs], ints[2, runs] = seen.keys, PAGE
         return [longs, ints]
 
     def hidden(self, longs: torch.Tensor, ints: torch.Tensor) -> torch.Tensor:
