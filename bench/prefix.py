@@ -90,7 +90,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
         f"tokens, {QUESTION} of the request's own; medians of {args.rounds} rounds"
     )
     table = Table(
-        "family", "block", "without reuse, ms", "reused, ms", "ratio", f"goal {GOAL:g}", "no system prompt, ms"
+        "family", "block", "without reuse, ms", "reused, ms", "ratio", f"goal {GOAL:g}", "steps", "no system prompt, ms"
     )
     for row in rows:
         ratio = row.without / row.reused

@@ -43,7 +43,7 @@ def test_the_reference_model_has_the_logits_of_transformers(family):
 
 async def test_mixed_requests_get_the_reference_answers_alone_and_together(family):
     architecture, directory = family
-    requests = by_rules_of(architecture, some_requests(30, seed=1))
+    requests = by_rules_of(architecture, some_requests(15, seed=1))
     async with Engine(Config.of(model=str(directory), devices="cpu")) as engine:
         alone = await answers(engine, requests[:6])
         together = await answers(engine, requests, stagger=True)
@@ -54,7 +54,7 @@ async def test_mixed_requests_get_the_reference_answers_alone_and_together(famil
 
 async def test_two_devices_as_one_instance_give_the_reference_answers_after_a_change_of_plan_too(family):
     architecture, directory = family
-    requests = by_rules_of(architecture, some_requests(16, seed=2))
+    requests = by_rules_of(architecture, some_requests(15, seed=2))
     async with Engine(Config.of(model=str(directory), devices="cpu,cpu", plan="1x2")) as engine:
         sharded = await answers(engine, requests)
         await engine.replan(Plan(((0,), (1,))))
