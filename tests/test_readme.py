@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PLACES = ("README.md", "bench/README.md", "tests/README.md", "dilaserve/README.md", "dilaserve/*/README.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
 README = "\n".join(page.read_text() for page in PAGES)
-OTHERS = {"--local-dir", "--family", "--size", "--rounds", "--requests"}  # flags of hf and of benches
+OTHERS = {"--local-dir", "--family", "--size", "--rounds", "--requests", "--quick"}  # of hf, benches and bin/test
 
 
 def test_the_embedding_example_runs_as_it_stands():
