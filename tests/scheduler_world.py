@@ -243,6 +243,14 @@ class World:
     def reported(self, spans, results):
         """What a step has done, before the scheduler hears of it."""
 
+    def check_that_all_ended(self):
+        """Each request has ended once, and the clients were told what the totals say."""
+        assert self.ended == {f"r{i}" for i in range(self.rows)}
+        assert not self.alive
+        assert not self.machine.requests
+        fates = self.machine.totals.fates
+        assert (fates["declined"], fates["failed"]) == (self.told[Decline], self.told[Fail])
+
     def settle(self):
         """Bring up every instance and let everything end."""
         while self.dying:

@@ -4,17 +4,16 @@ import json
 import random
 from pathlib import Path
 
-import aiohttp
 import pytest
 import slow_bpe
+from http_requests import CHAT, EIGHT, client_of, post
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
 
-from dilaserve import Config, Engine, models
+from dilaserve import models
 from dilaserve.errors import CheckpointError
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.server.app import running
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.tokenizer import Text
 
@@ -186,14 +185,9 @@ def test_a_mask_token_is_found_in_the_table_of_added_tokens(tmp_path):
 async def test_a_model_with_such_a_tokenizer_answers_over_http(tmp_path):
     model = slow_bpe.make(tmp_path / "model")
     assert models.describe(Checkpoint(model)).mask_id == 258
-    question = {"messages": [{"role": "user", "content": "Héllo"}], "max_tokens": 8, "ignore_eos": True}
-    async with (
-        Engine(Config.of(model=str(model), devices="cpu", port=0)) as engine,
-        running(engine, engine.config) as address,
-        aiohttp.ClientSession(address) as client,
-        client.post("/v1/chat/completions", json=question) as response,
-    ):
-        answer = await response.json()
-        assert (response.status, answer["usage"]["completion_tokens"]) == (200, 8)
+    async with client_of(model) as client:
+        question = EIGHT | {"messages": [{"role": "user", "content": "Héllo"}]}
+        status, answer, _ = await post(client, CHAT, question)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 8)
         async with client.post("/tokenize", json={"prompt": "a<|eot_id|>é"}) as counted:
             assert (await counted.json())["count"] == 4

@@ -14,8 +14,6 @@ from dilaserve.types import (
     PAGE,
     Arrival,
     Cancel,
-    Decline,
-    Fail,
     FamilyTraits,
     Finish,
     Instance,
@@ -36,11 +34,7 @@ def test_each_step_reads_its_own_exact_keys_and_values_and_every_request_ends(se
     for _ in range(200):
         world.act()
     world.settle()
-    assert world.ended == {f"r{i}" for i in range(world.rows)}
-    assert not world.alive
-    assert not world.machine.requests
-    fates = world.machine.totals.fates
-    assert (fates["declined"], fates["failed"]) == (world.told[Decline], world.told[Fail])
+    world.check_that_all_ended()
     for replica in world.machine.placement.replicas.values():
         assert not replica.pages.runs
         assert replica.pages.unused == replica.pages.capacity

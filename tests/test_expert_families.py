@@ -8,18 +8,17 @@ import os
 import random
 import signal
 
-import aiohttp
 import block_loops
 import checkpoints
 import pytest
 import torch
 from block_loops import block_causal, even, ranked
 from family_checkpoints import backbone_of, published
+from http_requests import CHAT, EIGHT, client_of, post
 from worker_faults import wait_for_plan
 from worker_waits import until
 
 from dilaserve import BadRequest, Config, Engine, Options, Plan
-from dilaserve.server.app import running
 
 MOE, LLADA2 = "SDARMoeForCausalLM", "LLaDA2MoeModelLM"
 
@@ -133,15 +132,9 @@ async def test_mixed_requests_get_the_reference_answers_alone_and_together(famil
 
 
 async def test_each_answers_over_http(family):
-    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
-    async with (
-        Engine(Config.of(model=str(family[1]), devices="cpu", port=0)) as engine,
-        running(engine, engine.config) as address,
-        aiohttp.ClientSession(address) as client,
-        client.post("/v1/chat/completions", json=question) as response,
-    ):
-        answer = await response.json()
-        assert (response.status, answer["usage"]["completion_tokens"]) == (200, 8)
+    async with client_of(family[1]) as client:
+        status, answer, _ = await post(client, CHAT, EIGHT)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 8)
 
 
 async def test_two_devices_a_change_of_plan_and_a_killed_worker_change_nothing(family):

@@ -7,11 +7,11 @@ import random
 import re
 from pathlib import Path
 
-import aiohttp
 import family_checkpoints
 import pytest
 import torch
 from family_checkpoints import LlamaLike
+from http_requests import CHAT, EIGHT, client_of, post
 from parity import answers, expect, some_requests
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,6 @@ import dilaserve
 from dilaserve import Config, ConfigError, Engine, Options, Plan, models
 from dilaserve.errors import CheckpointError
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.server.app import running
 
 ARCHITECTURES = list(family_checkpoints.FAMILIES)
 
@@ -65,16 +64,9 @@ async def test_two_devices_as_one_instance_give_the_reference_answers_after_a_ch
 
 
 async def test_each_family_answers_over_http(family):
-    _, directory = family
-    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
-    async with (
-        Engine(Config.of(model=str(directory), devices="cpu", port=0)) as engine,
-        running(engine, engine.config) as address,
-        aiohttp.ClientSession(address) as client,
-        client.post("/v1/chat/completions", json=question) as response,
-    ):
-        answer = await response.json()
-        assert (response.status, answer["usage"]["completion_tokens"]) == (200, 8)
+    async with client_of(family[1]) as client:
+        status, answer, _ = await post(client, CHAT, EIGHT)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 8)
 
 
 def mdlm_sampler(model, prompt, gen_length, block_length, steps):

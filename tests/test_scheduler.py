@@ -10,10 +10,8 @@ from dilaserve.scheduler.request_state import TRANSITIONS, Status, Transition
 from dilaserve.types import (
     Arrival,
     Cancel,
-    Decline,
     Decoding,
     Emit,
-    Fail,
     Instance,
     InstanceReady,
     Launch,
@@ -118,11 +116,7 @@ def test_every_request_ends_once_and_every_row_is_freed_after_random_events(seed
     for _ in range(150):
         world.act()
     world.settle()
-    assert world.ended == {f"r{i}" for i in range(world.rows)}
-    assert not world.alive
-    assert not world.machine.requests
-    fates = world.machine.totals.fates
-    assert (fates["declined"], fates["failed"]) == (world.told[Decline], world.told[Fail])
+    world.check_that_all_ended()
     assert sum(world.machine.totals.deadlines.values()) == world.timed
     assert not world.machine.placement.waiting
     assert not world.machine.placement.queue

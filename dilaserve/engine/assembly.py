@@ -17,7 +17,7 @@ from dilaserve.errors import BadRequest, CheckpointError, ConfigError
 from dilaserve.executor.executor import Executor, Progress
 from dilaserve.executor.worker_processes import ProcessExecutor
 from dilaserve.models import hub
-from dilaserve.models.checkpoint import Checkpoint, told
+from dilaserve.models.checkpoint import Checkpoint, tensors_sentence
 from dilaserve.models.spec import ModelSpec
 from dilaserve.planner.planner import PlannerPort, Setup
 from dilaserve.planner.process import PlannerProcess
@@ -79,7 +79,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     checkpoint = Checkpoint(directory)
     spec = models.trained(models.describe(checkpoint), named(directory), config.model.attention)
     if checkpoint.unused:
-        log.warning("%s %s that the model has no part for", directory, told("holds", checkpoint.unused))
+        log.warning("%s %s that the model has no part for", directory, tensors_sentence("holds", checkpoint.unused))
     check_defaults(config.decode, spec.traits)
     text = Text(directory, config.model.chat_template)
     if (highest := text.highest_id()) >= spec.vocab_size:

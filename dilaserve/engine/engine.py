@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -247,13 +247,15 @@ class Engine:
         ids = await self.tokenize(prompt, self.model.max_model_len)
         limit, seed = self.model.max_model_len, secrets.randbits(63)
         resolved = resolve(options, len(ids), limit, seed, self.config.decode, self.model.traits)
+        prompt_ids = np.array(ids, dtype=np.int32)
+        hashes = await self.off_loop(len(ids), lambda: prefix_hashes(prompt_ids, resolved.decoding))
         slo = wanted(options, self.classes)
         token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self._check_room(resolved)
         id = secrets.token_hex(12) if id is None else plain(converted(id, str, "id"))
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        stream = self._start(id, ids, resolved, slo, options)
+        stream = self._start(id, prompt_ids, hashes, resolved, slo, options)
         if slo.on_miss == "reject":
             try:
                 await stream.admitted()
@@ -299,9 +301,17 @@ class Engine:
         if asyncio.get_running_loop() is not self.loop:
             raise Unavailable("the engine lives in another event loop; call it from there, or use dilaserve.DilaServe")
 
-    def _start(self, id: str, ids: list[int], resolved: ResolvedOptions, slo: Slo, options: Options) -> Stream:
+    def _start(
+        self,
+        id: str,
+        prompt: np.ndarray[Any, np.dtype[np.int32]],
+        hashes: tuple[int, ...],
+        resolved: ResolvedOptions,
+        slo: Slo,
+        options: Options,
+    ) -> Stream:
         """Give a checked request a row, fill it and post its arrival. Raises `Overloaded`."""
-        prompt, row = np.array(ids, dtype=np.int32), self.consumer.take_row(slo)
+        row = self.consumer.take_row(slo)
         try:
             generation = self.table.fill(
                 row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options)
@@ -310,13 +320,13 @@ class Engine:
                 id=id,
                 row=row,
                 generation=generation,
-                prompt_tokens=len(ids),
+                prompt_tokens=len(prompt),
                 canvas_tokens=resolved.canvas_tokens,
                 max_tokens=resolved.max_tokens,
                 arrived_at=self.loop.time(),
                 decoding=resolved.decoding,
                 slo=slo,
-                prefix_hashes=prefix_hashes(prompt, resolved.decoding),
+                prefix_hashes=hashes,
             )
             stream = Stream(request, self.text, cutting(options), self.consumer.post)
         except BaseException:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -38,14 +38,22 @@ class Family(NamedTuple):
     blockwise_name: str = ""  # what stands in their names
 
 
-A2D: Any = dict(caches=("none", "prefix", "dual", "exact"), blockwise=a2d.BD3LM, blockwise_name=a2d.BD3LM_NAME)
+A2D = Family(
+    a2d.describe,
+    a2d.NAMES,
+    title="A2D",
+    examples=a2d.EXAMPLES,
+    caches=("none", "prefix", "dual", "exact"),
+    blockwise=a2d.BD3LM,
+    blockwise_name=a2d.BD3LM_NAME,
+)
 FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
     "LLaDAModelLM": Family(llada.describe, llada.NAMES, title="LLaDA", examples=llada.EXAMPLES),
     "LLaDAMoEModelLM": Family(llada_moe.describe, llada_moe.NAMES, title="LLaDA-MoE", examples=llada_moe.EXAMPLES),
     "ILLaDAForCausalLM": Family(illada.describe, illada.NAMES, title="iLLaDA", examples=illada.EXAMPLES),
-    "A2DQwen3LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D", examples=a2d.EXAMPLES, **A2D),
-    "A2DQwen2LMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D", **A2D),
-    "A2DLlamaLMHeadModel": Family(a2d.describe, a2d.NAMES, title="A2D", **A2D),
+    "A2DQwen3LMHeadModel": A2D,
+    "A2DQwen2LMHeadModel": A2D,
+    "A2DLlamaLMHeadModel": A2D,
     "DreamModel": Family(dream.describe, dream.NAMES, title="Dream", examples=dream.EXAMPLES),
     "SDARForCausalLM": Family(sdar.describe, sdar.NAMES, title="SDAR", examples=sdar.EXAMPLES, caches=EXACT),
     "SDARMoeForCausalLM": Family(sdar.describe, sdar.NAMES, title="SDAR-MoE", examples=sdar.MOE_EXAMPLES, caches=EXACT),

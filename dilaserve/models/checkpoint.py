@@ -176,10 +176,10 @@ class Checkpoint:
         self.unused = sorted(set(left) - set(unknown))
         missing = [name for name in tensors if name not in self.shapes]
         reasons = [
-            told("lacks", missing, "; is a shard or its index missing?"),
-            told("holds", self.misshapen(tensors)),
-            told("holds", self.unreadable(tensors), f", and only {', '.join(SIZES)} can be read"),
-            told("holds", unknown, f" that {self.architecture} with this config.json does not have"),
+            tensors_sentence("lacks", missing, "; is a shard or its index missing?"),
+            tensors_sentence("holds", self.misshapen(tensors)),
+            tensors_sentence("holds", self.unreadable(tensors), f", and only {', '.join(SIZES)} can be read"),
+            tensors_sentence("holds", unknown, f" that {self.architecture} with this config.json does not have"),
         ]
         if found := [reason for reason in reasons if reason]:
             raise CheckpointError(f"{self.directory} {', and it '.join(found)}")
@@ -211,7 +211,7 @@ def first_architecture(file: Path, config: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def told(verb: str, tensors: list[str], rest: str = "") -> str:
+def tensors_sentence(verb: str, tensors: list[str], rest: str = "") -> str:
     """What is wrong with so many tensors, the first of which are named; nothing where there are none."""
     if not tensors:
         return ""
