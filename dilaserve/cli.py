@@ -16,7 +16,7 @@ from dilaserve import __version__, config
 from dilaserve.config import Config, Setting
 from dilaserve.errors import ConfigError, DilaserveError
 from dilaserve.server.listening import bound
-from dilaserve.system import signals
+from dilaserve.system import logs, signals
 from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
 if TYPE_CHECKING:
@@ -137,11 +137,7 @@ def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
     so that a port in use is reported at once.
     """
     quiet()
-    logging.basicConfig(
-        level=settings.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.configure(settings.server.log_level, settings.server.log_format)
     for name in config.linked():
         log.warning("%s=%s is ignored: it is the address of a service and no port", name, os.environ[name][:100])
     allow_connections()

@@ -192,6 +192,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_choices: Annotated[Positive, Meta(description="largest n, and most prompts in one request")] = 16
     grace_period: Annotated[Seconds, Meta(description="seconds that running requests get to finish at shutdown")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least level logged")] = "info"
+    log_format: Annotated[Literal["text", "json"], Meta(description="of the log on standard error")] = "text"
+    vllm_metrics: Annotated[
+        Switch, Meta(description="on: /metrics gives what vLLM has too under its names as well (vllm:…)")
+    ] = "off"
 
     @property
     def inflight_bytes(self) -> int:

@@ -58,3 +58,5 @@ class Keywords(TypedDict, total=False):
     max_choices: int
     grace_period: float
     log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
+    vllm_metrics: Literal["on", "off"]

@@ -14,7 +14,7 @@ from dilaserve.engine.engine import Engine, Options
 from dilaserve.errors import DeadlineMissed, DilaserveError, Overloaded, RequestFailed
 from dilaserve.profile.step_cost import Features, Learner
 from dilaserve.scheduler.estimates import Estimates
-from dilaserve.server import metrics
+from dilaserve.server.telemetry import Telemetry
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.h200 import law_at, llada_8b_h200
 from dilaserve.sim.report import report
@@ -190,10 +190,10 @@ def test_each_of_many_random_requests_has_one_fate():
         rng = random.Random(seed)
         config = Config.of(max_queue=7, max_num_seqs=2, plan="2x1")
         async with Engine(config, assemble=pretended(llada_8b_h200(), 2, 1024, seed=seed)) as engine:
-            scheduler, told = engine.scheduler, collections.Counter()
+            scheduler, told, telemetry = engine.scheduler, collections.Counter(), Telemetry(engine, config)
 
             def look():
-                totals, pages = scheduler.totals, metrics.text(engine).decode()
+                totals, pages = scheduler.totals, telemetry.text().decode()
                 lines = [line.rsplit(" ", 1) for line in pages.splitlines() if not line.startswith("#")]
                 found = {name: float(value) for name, value in lines}
                 inside = found["dilaserve_requests_running"], found["dilaserve_requests_waiting"]

@@ -47,6 +47,10 @@ class ModelCard(msgspec.Struct, frozen=True):
     root: str  # the directory
     traits: FamilyTraits = FamilyTraits()
     experts: ExpertCounts = DENSE
+    architecture: str = ""
+    dtype: str = ""
+    threads: int = 0  # of one CPU worker; 0 where there is none
+    calibrated: bool = False  # whether a profile was found
 
 
 class Parts(NamedTuple):
@@ -92,6 +96,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         raise ConfigError(
             f"--max-model-len {limit} exceeds the model's {spec.max_length}; lower it", param="max_model_len"
         )
+    profile = profile_file.find(directory, config.scheduler.profile) if measured else None
     card = ModelCard(
         config.model.served_model_name or named(directory),
         limit,
@@ -100,6 +105,10 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         str(directory),
         spec.traits,
         ExpertCounts(spec.experts.count, spec.experts.chosen) if spec.experts else DENSE,
+        models.architecture_of(directory),
+        dtype_for(names[0], config.model.dtype),
+        threads_for("cpu", names, config.device) if "cpu" in names else 0,
+        profile is not None,
     )
     table = RequestTable(config.scheduler.max_queue, limit)
     stop_ids = ends(spec, text, directory)
@@ -110,7 +119,6 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     plan = first_plan(config.device.plan, len(names), degrees)
     mapped = Shared(table, Exchange(len(names)))
     executor = ProcessExecutor([job(config, name, names, shared, claim) for name in names], mapped, progress)
-    profile = profile_file.find(directory, config.scheduler.profile) if measured else None
     if profile and profile.model not in (card.name, directory.resolve().name):
         log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
     laws, quality, note = known(profile, card, names[0], degrees)

@@ -5,12 +5,13 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dilaserve.engine.alarm import Alarm
 from dilaserve.engine.counters import Profile
 from dilaserve.engine.delivery import Delivery, full
 from dilaserve.engine.doorbell import Bell
+from dilaserve.engine.observer import Observer
 from dilaserve.engine.plan_changes import PlanChanges
 from dilaserve.engine.stall_detector import StallDetector
 from dilaserve.engine.stream import Stream
@@ -67,6 +68,7 @@ class Consumer:
         ask: Callable[[Demand], None],
         idle: asyncio.Event,
         places: int,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.scheduler, self.executor, self.table, self.profile = scheduler, executor, table, profile
         self.ask, self.idle, self.places = ask, idle, places
@@ -76,7 +78,7 @@ class Consumer:
         self.bell = Bell()
         self.alarm = Alarm(self.bell)
         self.stall_detector = StallDetector(self.loop)
-        self.delivery = Delivery(streams, table, self.post, places)
+        self.delivery = Delivery(streams, table, self.post, places, observers, self.loop.time)
         self.changes = PlanChanges(profile)
         self.free = deque(range(table.rows))  # rows of the table; the one that has been free for longest goes first
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up

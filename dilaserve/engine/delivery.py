@@ -1,32 +1,41 @@
 """Delivers to the clients' streams what the scheduler says of their requests. An error here ends one request only."""
 
 import logging
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
+from dilaserve.engine.observer import Ended, Message, Observer, fate_of
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS, DeadlineMissed, Overloaded, RequestFailed
 from dilaserve.transport.request_table import RequestTable
 from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, Refuse, Usage
 
 log = logging.getLogger(__name__)
-Message: TypeAlias = Emit | Finish | Fail | Decline | Refuse
 
 
 class Delivery:
     """`streams` are the open ones by request id; `places` is --max-queue, for the message to refused clients."""
 
     def __init__(
-        self, streams: dict[str, Stream], table: RequestTable, post: Callable[[Event], None], places: int
+        self,
+        streams: dict[str, Stream],
+        table: RequestTable,
+        post: Callable[[Event], None],
+        places: int,
+        observers: Sequence[Observer],
+        clock: Callable[[], float],
     ) -> None:
         self.streams, self.table, self.post, self.places = streams, table, post, places
+        self.observers, self.clock = observers, clock
 
     def deliver(self, message: Message) -> None:
         """Hand the message to the stream of its request, if that is still open."""
         request = message.request
         if isinstance(message, Fail):
             log.error("request %s failed: %s", request.id, message.reason, exc_info=message.error)
-        if (stream := self.streams.get(request.id)) is None:
+        stream = self.streams.get(request.id)
+        if self.observers:
+            self.report(message, stream)
+        if stream is None:
             return  # its client has had another error
         if not isinstance(message, Emit):
             del self.streams[request.id]
@@ -39,6 +48,22 @@ class Delivery:
         except Exception:
             log.exception("request %s failed: its answer could not be passed on", request.id)
             self.drop(stream, RequestFailed(OURS))
+
+    def report(self, message: Message, stream: Stream | None) -> None:
+        """Tell the observers; an error of theirs is logged and changes nothing."""
+        now, request = self.clock(), message.request
+        try:
+            if isinstance(message, Emit):
+                if stream and message.prefix > stream.final:
+                    for observer in self.observers:
+                        observer.emitted(request, message.prefix - stream.final, stream.last_at, now)
+                    stream.first_at, stream.last_at = stream.first_at or now, now
+                return
+            ended = ending(message, stream, now)
+            for observer in self.observers:
+                observer.ended(ended)
+        except Exception:
+            log.exception("request %s could not be reported", request.id)
 
     def pass_on(self, stream: Stream, message: Message) -> None:
         match message:
@@ -77,6 +102,22 @@ class Delivery:
         if stream.final > stream.position:
             row, new = stream.request.row, slice(stream.position, stream.final)
             stream.push(self.table.canvas[row, new].tolist(), self.table.confidence[row, new].tolist())
+
+
+def ending(message: Finish | Fail | Decline | Refuse, stream: Stream | None, now: float) -> Ended:
+    """What observers hear of the end of a request."""
+    fate, reason = fate_of(message)
+    request = message.request
+    return Ended(
+        request=request,
+        fate=fate,
+        reason=reason,
+        usage=message.usage,
+        tokens=stream.final - request.prompt_tokens if stream else 0,
+        first_at=stream.first_at if stream else None,
+        last_at=stream.last_at if stream else None,
+        ended_at=now,
+    )
 
 
 def full(places: int, retry_after: float) -> Overloaded:

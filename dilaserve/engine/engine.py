@@ -13,6 +13,7 @@ from dilaserve.config import Config
 from dilaserve.engine.assembly import Assemble, ModelCard, Parts, advised, real
 from dilaserve.engine.consumer import Consumer
 from dilaserve.engine.counters import Profile
+from dilaserve.engine.observer import Observer
 from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
 from dilaserve.engine.prefix_hashes import prefix_hashes
@@ -47,7 +48,8 @@ class Engine:
 
     An engine that is entered has these attributes: `model` (its name, length and size), `config`, `devices`,
     `degrees` (how many devices may run the model together), `profile` (where time went), `history` (changes of plan),
-    `advice` (what the user should read at the start, or None), and `failure` (the error that ended it, or None).
+    `advice` (what the user should read at the start, or None), `failure` (the error that ended it, or None), and
+    `observers`, a list to which watchers of requests may be added.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         self.draining = False
         self.failure: BaseException | None = None
         self.streams: dict[str, Stream] = {}
+        self.observers: list[Observer] = []
         self.planner = planner
         self.main: asyncio.Task[None] | None = None
         self.off_loop = Offload()
@@ -120,6 +123,7 @@ class Engine:
             self._ask,
             self.idle,
             self.config.scheduler.max_queue,
+            self.observers,
         )
         self.changes, self.history = self.consumer.changes, self.consumer.changes.history
 

@@ -58,6 +58,8 @@ class Stream:
     def __init__(self, request: Request, text: Text, cut: Cut, post: Callable[[Event], None]) -> None:
         self.request, self.cut, self.post = request, cut, post
         self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
+        self.first_at: float | None = None  # when the first tokens became final, and the last that have; if observed
+        self.last_at: float | None = None
         self.detokenizer, self.stops = Detokenizer(text), StopStrings(cut.stop, cut.shown)
         self.chunks: deque[Chunk | DilaserveError | None] = deque()
         self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says

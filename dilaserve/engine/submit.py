@@ -241,6 +241,7 @@ def wanted(options: Options, classes: Mapping[str, SloClass]) -> Slo:
         on_miss=options.on_miss,
         tenant=options.user,
         task=options.task,
+        name=options.slo_class or "",
         fixed=options.confidence_threshold is not None,
     )
 

@@ -222,6 +222,7 @@ class Learner:
         self.law = law
         self.corrections = {True: 0.0, False: 0.0}  # log of actual over predicted, by whether the step refreshes
         self.factors = {True: 1.0, False: 1.0}  # the same, not as a logarithm
+        self.errors = 0.0  # sum of |log(seconds / predicted)| over all steps
         self.tail = 0.1  # the 90 % quantile of |log residual|
         self.steps = 0
         self.news = array("d")  # numbers of the steps that are not in the normal equations yet
@@ -249,6 +250,7 @@ class Learner:
         residual = math.log(seconds / self.law.seconds(features))
         old = self.corrections[refreshes]
         rest = abs(residual - old)
+        self.errors += rest
         self.tail = max(0.01, self.tail + QUANTILE_RATE * self.tail * (0.9 if rest > self.tail else -0.1))
         bounded = -1.0 if residual < -1.0 else 1.0 if residual > 1.0 else residual
         self.correct(refreshes, old + 0.02 * (bounded - old))

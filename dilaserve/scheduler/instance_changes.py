@@ -149,7 +149,9 @@ class InstanceChanges:
         if stepping and state.suspect:
             for_client = "the request failed twice on our side; it was given up"
             why = f"in flight at two lost workers in a row, the last: {reason}"
-            yield from self.endings.gone(state, Fail(state.request, why, for_client), now, "failed")
+            yield from self.endings.gone(
+                state, Fail(state.request, why, for_client, usage=state.usage(now)), now, "failed"
+            )
         leaving = state.status is Status.LEAVING
         state.suspect |= stepping
         self.placement.unassign(state, replica)
@@ -163,5 +165,5 @@ class InstanceChanges:
             if state.replica is None and not self.placement.ever_fits(state):
                 tokens = state.request.canvas_tokens
                 reason = f"a canvas of {tokens} tokens has no place any more: a worker came back with less memory"
-                fail = Fail(state.request, reason, f"{reason}; lower max_tokens")
+                fail = Fail(state.request, reason, f"{reason}; lower max_tokens", usage=state.usage(now))
                 yield from self.endings.gone(state, fail, now, "failed")

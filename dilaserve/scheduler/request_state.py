@@ -148,8 +148,8 @@ class RequestState:
         self.checks = 0  # steps of the block that began without a mask, where tokens may be replaced
         self.in_chunk = False  # its step in flight unmasks nothing
         self.since_refresh = 0
-        self.steps = self.refreshes = self.unmasked = 0
-        self.confidence = self.threshold_sum = self.device = 0.0
+        self.steps = self.refreshes = self.unmasked = self.restarts = 0
+        self.confidence = self.threshold_sum = self.device = self.stepping = 0.0
         self.deepest = 0  # level of a step so far; what is left for it is in doubt, so its drop is that of the answer
         self.started_at: float | None = None
         self.stepped_at = request.arrived_at  # end of the last step
@@ -158,6 +158,8 @@ class RequestState:
 
     def did(self, what: Transition) -> None:
         self.status = TRANSITIONS[self.status, what]
+        if what is Transition.EVICTED and self.started_at is not None:
+            self.restarts += 1
 
     @property
     def part(self) -> Part:
@@ -356,6 +358,9 @@ class RequestState:
             expected_accuracy_drop=self.mean_drops[self.deepest] if self.steps else 0.0,
             device=self.device,
             cached_prompt_tokens=self.cached_prompt_tokens,
+            alone=self.seconds,
+            stepping=self.stepping,
+            restarts=self.restarts,
         )
 
 

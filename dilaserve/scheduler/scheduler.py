@@ -97,7 +97,7 @@ class Scheduler:
                     yield from self.endings.end(known, reason, now)
             case Full(tenant):
                 if loser := self.placement.gives_way(tenant):
-                    refuse = Refuse(loser.request, self.retry_times.next(now))
+                    refuse = Refuse(loser.request, self.retry_times.next(now), loser.usage(now))
                     yield from self.endings.gone(loser, refuse, now, "refused")
             case InstanceReady(instance):
                 self.instance_changes.opened(instance)
@@ -213,7 +213,8 @@ class Scheduler:
         if rejects:
             yield from self.endings.decline(state, now)
         elif self.is_too_much(state, now):
-            yield from self.endings.gone(state, Refuse(request, self.retry_times.next(now)), now, "refused")
+            refuse = Refuse(request, self.retry_times.next(now), state.usage(now))
+            yield from self.endings.gone(state, refuse, now, "refused")
         elif self.deadlines.sheds and state.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(state, state.deadline, len(self.requests))
 
@@ -255,6 +256,7 @@ class Scheduler:
         if replica.multi_step:
             self.batcher.reported(replica, in_flight, event.results)
         self.batcher.done(replica.degree)
+        self.totals.stepped(replica.refreshing, event.results)
         if not replica.disturbed:
             self.estimates.stepped(
                 replica.features, replica.refreshing, event.seconds, now - replica.launched_at, replica.degree
@@ -266,6 +268,7 @@ class Scheduler:
         else:
             replica.ends_at = now + self.estimates.pace(replica.degree).fixed + sum(replica.added.values())
         for state, result, share in zip(in_flight, event.results, replica.shares, strict=True):
+            state.stepping += event.seconds
             done = self.row_done(state, result, share * event.seconds, event.last, now)
             yield from self.endings.contained(state, done)
 

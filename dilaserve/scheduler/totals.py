@@ -1,6 +1,9 @@
 """What became of every request, each counted once when it ends, and the device seconds that requests took."""
 
+from collections.abc import Sequence
 from typing import Literal
+
+from dilaserve.types import RowResult
 
 Fate = Literal["answered", "declined", "cancelled", "failed", "refused"]
 FATES: dict[Fate, str] = {
@@ -26,6 +29,13 @@ class Totals:
         self.deadlines = dict.fromkeys(("met", "missed", *FATES), 0)
         del self.deadlines["answered"]
         self.device = self.wasted = 0.0
+        self.steps = {"refresh": 0, "reuse": 0}  # of batches, by what they had: a row that refreshes, or none
+        self.unmasked = 0  # tokens
+
+    def stepped(self, refreshing: bool, results: Sequence[RowResult]) -> None:
+        """Count a step of a batch, and the tokens that it unmasked."""
+        self.steps["refresh" if refreshing else "reuse"] += 1
+        self.unmasked += sum(result.unmasked for result in results)
 
     def prompt(self, tokens: int, cached: int) -> None:
         """Count the prompt of a request that has ended, and the part whose K/V another request had computed."""

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
+from dilaserve import __version__
 from dilaserve.config import Config
 from dilaserve.engine.assembly import Assemble, real
 from dilaserve.engine.engine import Engine
 from dilaserve.executor.executor import Progress
+from dilaserve.plans import spelled
 from dilaserve.server import listening
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, TELEMETRY
 from dilaserve.server.connection import Connection
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.guard import PLAN, answered, guarded
@@ -36,6 +38,7 @@ from dilaserve.server.routes import (
     tokenize,
     version,
 )
+from dilaserve.server.telemetry import Telemetry
 from dilaserve.system import child_processes, signals
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,7 @@ async def serve(
         async with Engine(config, progress, assemble) as engine, running(engine, config, sockets) as address:
             started = True
             freeze()
+            log.info("serving %s on %s", described(engine, config), address)
             announce(address, engine.model.name, config.server.api_key is not None, engine.text.template is not None)
             if engine.advice:
                 log.info("%s", engine.advice)
@@ -92,6 +96,27 @@ async def serve(
     return 0
 
 
+def described(engine: Engine, config: Config) -> str:
+    """What is served and with what, for the first line of the log."""
+    model, tokens = engine.model, engine.consumer.capacity.values()
+    known = {
+        "version": __version__,
+        "model": model.name,
+        "directory": model.root,
+        "architecture": model.architecture,
+        "parameters": model.parameters,
+        "max_model_len": model.max_model_len,
+        "devices": ",".join(engine.devices),
+        "dtype": model.dtype,
+        "threads": model.threads,
+        "kv_tokens": sum(tokens),
+        "plan": spelled(engine.plan),
+        "planner": "on" if engine.planner else "off",
+        "profile": "calibrated" if model.calibrated else "estimates",
+    }
+    return " ".join(f"{name}={value}" for name, value in known.items() if value)
+
+
 def freeze() -> None:
     """What loading has made stays; the collector no longer stops the event loop to look at all of it."""
     gc.collect()
@@ -103,21 +128,24 @@ async def running(engine: Engine, config: Config, sockets: Sequence[socket.socke
     """The application on its addresses; gives them as the ready line shows them."""
     server = config.server
     with listening.bound(server.host, server.port) if sockets is None else contextlib.nullcontext(sockets) as bound:
-        runner = web.AppRunner(application(engine, config), handler_cancellation=True, shutdown_timeout=LINGER)
+        app = application(engine, config)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LINGER)
         await runner.setup()
         try:
-            async with opened(runner.server, bound, server.root_path):
+            async with opened(runner.server, bound, server.root_path, app[TELEMETRY]):
                 yield " and ".join(map(listening.url, bound))
         finally:
             await runner.cleanup()
 
 
 @contextlib.asynccontextmanager
-async def opened(server: web.Server | None, sockets: Sequence[socket.socket], root_path: str) -> AsyncIterator[None]:
+async def opened(
+    server: web.Server | None, sockets: Sequence[socket.socket], root_path: str, telemetry: Telemetry
+) -> AsyncIterator[None]:
     """What web.SockSite does, with connections of our own."""
     assert server
     server.request_factory = rooted(server.request_factory, root_path)
-    server.request_handler = answered(server.request_handler)  # type: ignore[assignment]
+    server.request_handler = answered(server.request_handler, telemetry.requests.answered)  # type: ignore[assignment]
 
     def connected() -> Connection:
         return Connection(  # which inflates nothing: it would, without a bound, what comes behind a refusal
@@ -146,7 +174,8 @@ def application(engine: Engine, config: Config) -> web.Application:
     app = web.Application(middlewares=[guarded], client_max_size=config.server.max_body_bytes)
     app[ENGINE], app[CONFIG] = engine, config
     app[INTAKE] = Intake(config.server.max_body_bytes, config.server.inflight_bytes)
-    app.on_cleanup.append(close_intake)
+    app[TELEMETRY] = Telemetry(engine, config)
+    app.on_cleanup.append(close)
     app.add_routes(
         [
             web.get("/health", health),
@@ -166,5 +195,6 @@ def application(engine: Engine, config: Config) -> web.Application:
     return app
 
 
-async def close_intake(app: web.Application) -> None:
+async def close(app: web.Application) -> None:
     app[INTAKE].close()
+    app[TELEMETRY].close()

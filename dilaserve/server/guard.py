@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -21,9 +22,14 @@ from dilaserve.errors import (
 from dilaserve.server import sse
 from dilaserve.server.app_keys import CONFIG
 from dilaserve.server.responses import failure
+from dilaserve.system import logs
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Seen = Callable[[str, str, int, float], None]
+CLIENT_LEFT = 499  # as nginx has it, for logs and metrics only
+METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
+LINE = "%.20s %.200r answered with %d after %.3f s"
 PLAN = "/v1/plan"
 OPEN = {"/health", "/ready", "/version", "/metrics"}  # no key needed
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
@@ -31,22 +37,41 @@ STATUSES[417] = "expectation_failed"
 _json = msgspec.json.Encoder()
 
 
-def answered(handle: Handler) -> Handler:
-    """What answers every request, inside aiohttp's routing and outside: the answer has an id and OpenAI's shape."""
+def answered(handle: Handler, seen: Seen) -> Handler:
+    """What answers every request, inside aiohttp's routing and outside: the answer has an id and OpenAI's shape.
+
+    `seen` hears of each: its route, method, status and seconds.
+    """
 
     async def identified(request: web.Request) -> web.StreamResponse:
         given = request.headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(12)
         request[sse.REQUEST_ID] = id
+        logs.REQUEST.set(id)
+        began, status = time.perf_counter(), CLIENT_LEFT
         try:
             response = await handle(request)
+            status = response.status
         except web.HTTPException as error:  # an expectation that is refused before any route
             response = respelled(error, request)
+            status = response.status
+        finally:
+            seconds = time.perf_counter() - began
+            seen(route(request), request.method if request.method in METHODS else "other", status, seconds)
+            log.log(
+                logging.INFO if status >= 400 else logging.DEBUG, LINE, request.method, request.path, status, seconds
+            )
         if not response.prepared:
             response.headers["x-request-id"] = id
         return response
 
     return identified
+
+
+def route(request: web.Request) -> str:
+    """The pattern of its path; few, whatever clients ask for."""
+    resource = getattr(getattr(request.match_info, "route", None), "resource", None)
+    return resource.canonical if resource else "unknown"
 
 
 @web.middleware

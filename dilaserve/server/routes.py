@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -19,8 +20,8 @@ from dilaserve.errors import (
     Unavailable,
     quoted,
 )
-from dilaserve.server import metrics, openai, plan_api, schema, sse
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE
+from dilaserve.server import openai, plan_api, schema, sse
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, TELEMETRY
 from dilaserve.server.guard import json_response, refused
 from dilaserve.server.responses import Json, ResponseFormat
 from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
@@ -66,7 +67,7 @@ async def version(request: web.Request) -> web.StreamResponse:
 
 
 async def measured(request: web.Request) -> web.StreamResponse:
-    return web.Response(body=metrics.text(request.app[ENGINE]), content_type="text/plain", charset="utf-8")
+    return web.Response(body=request.app[TELEMETRY].text(), content_type="text/plain", charset="utf-8")
 
 
 async def models(request: web.Request) -> web.StreamResponse:
@@ -138,13 +139,14 @@ async def respond(
     openai.check_stream(asked)
     openai.with_headers(asked, request.headers)
     n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
+    ids = engine_ids(request, n * len(prompts))
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
     async with contextlib.AsyncExitStack() as stack:
         streams: list[Stream] = []
         for prompt in prompts:
             for _ in range(n):
                 with openai.spelled(asked):
-                    started = await engine.submit(prompt, openai.options(asked, len(streams)))
+                    started = await engine.submit(prompt, openai.options(asked, len(streams)), id=ids[len(streams)])
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         if asked.stream:
@@ -152,6 +154,17 @@ async def respond(
             return await sse.relay(request, form, streams, each, prompt_tokens, count)
         completions = await asyncio.gather(*(collect(stream) for stream in streams))
         return json_response(form.answer(completions, each, prompt_tokens))
+
+
+def engine_ids(request: web.Request, count: int) -> list[str]:
+    """The engine's ids of a request's choices: the request's own, with numbers behind it for several.
+
+    Clients may send the same id again while the first still runs, so an id of theirs is made unique.
+    """
+    id = request[sse.REQUEST_ID]
+    if "x-request-id" in request.headers:
+        id = f"{id}-{secrets.token_hex(4)}"
+    return [id] if count == 1 else [f"{id}-{index}" for index in range(count)]
 
 
 async def plan(request: web.Request) -> web.StreamResponse:

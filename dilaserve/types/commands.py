@@ -30,13 +30,14 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
 
 class Fail(msgspec.Struct, frozen=True):
     """The request could not be finished; `reason` is for the log, `for_client` for the client. `error` is what its
-    handling has raised, if that is why.
+    handling has raised, if that is why. `usage`: None where its state is in doubt.
     """
 
     request: Request
     reason: str
     for_client: str
     error: Exception | None = None
+    usage: Usage | None = None
 
 
 class Decline(msgspec.Struct, frozen=True, gc=False):
@@ -57,6 +58,7 @@ class Refuse(msgspec.Struct, frozen=True, gc=False):
 
     request: Request
     retry_after: float
+    usage: Usage
 
 
 class Adjust(msgspec.Struct, frozen=True, gc=False):

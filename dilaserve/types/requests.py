@@ -61,7 +61,7 @@ class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     `seconds` from arrival to the end, or `multiple` of what the request would take alone at the reference threshold;
     neither: no deadline. `weight` says what the request is worth against others, `floor` is its least confidence
     threshold, `on_miss` what to do when the deadline cannot be met. `tenant` owns the accuracy bank that pays, `task`
-    names the quality profile. `fixed`: the threshold is the client's and stays.
+    names the quality profile, `name` the class of --slo-class. `fixed`: the threshold is the client's and stays.
     """
 
     seconds: float | None = None
@@ -71,6 +71,7 @@ class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     on_miss: OnMiss = "best_effort"
     tenant: str = ""
     task: str | None = None
+    name: str = ""
     fixed: bool = False
 
 
@@ -100,6 +101,10 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     `deadline` counts from arrival. `expected_accuracy_drop` is in percentage points of accuracy against the reference
     threshold, that of `min_threshold`; `cached_prompt_tokens` are those of the prompt whose K/V another request had
     computed; `device` are the seconds of its instance that its part of the steps has taken.
+
+    Where the time went: `alone` are the seconds that it was expected to take with nothing else on the server,
+    `stepping` those of all steps that it took part in, whole (the rest of `served` it waited between steps), and
+    `restarts` counts how often it lost its K/V: to another request, a change of plan, or a lost worker.
     `expected_drop` is an old name of `expected_accuracy_drop`, and raises a `DeprecationWarning`.
     """
 
@@ -115,6 +120,9 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     expected_accuracy_drop: float = 0.0
     device: float = 0.0
     cached_prompt_tokens: int = 0
+    alone: float = 0.0
+    stepping: float = 0.0
+    restarts: int = 0
 
     @property
     def expected_drop(self) -> float:

@@ -1,0 +1,43 @@
+"""Everything that watches one server, in one place: metrics, the log of requests."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import Metric
+
+from dilaserve.config import Config
+from dilaserve.engine.engine import Engine
+from dilaserve.engine.observer import Observer
+from dilaserve.server.metrics import EngineCollector
+from dilaserve.server.request_log import RequestLog
+from dilaserve.server.request_metrics import RequestMetrics
+from dilaserve.server.vllm_metrics import VllmCollector
+
+
+class Telemetry:
+    """Watches the engine until it is closed."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        self.engine = engine
+        self.requests = RequestMetrics(engine.classes)
+        self.counts = EngineCollector(engine)
+        self.registry = CollectorRegistry()
+        self.registry.register(self.counts)
+        if config.server.vllm_metrics == "on":
+            self.registry.register(VllmCollector(self.ours, engine.model.name))
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self.observers: list[Observer] = [self.requests, RequestLog(config.server.log_format == "json")]
+        engine.observers.extend(self.observers)
+
+    def ours(self) -> Iterator[Metric]:
+        yield from self.counts.collect()
+        yield from self.requests.registry.collect()
+
+    def text(self) -> bytes:
+        """What Prometheus reads."""
+        return generate_latest(self.registry) + generate_latest(self.requests.registry)
+
+    def close(self) -> None:
+        for observer in self.observers:
+            self.engine.observers.remove(observer)
