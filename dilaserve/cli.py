@@ -27,6 +27,10 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 log = logging.getLogger(__name__)
 DESCRIPTORS = 65536  # open files, so also connections, that a server asks for
 MOST = 1_000_000  # of whatever a flag counts
+KEYS_SHOWN = (
+    "every user of this machine sees the key in the list of processes; "
+    "give it as DILASERVE_API_KEY or DILASERVE_ADMIN_KEY, or in the file of --api-key-file"
+)
 MOST_DEVICES = 4096  # that a plan is made for
 
 
@@ -67,6 +71,8 @@ def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(found)
+    if "api_key" in given or "admin_key" in given:
+        print(f"dilaserve: {KEYS_SHOWN}", file=sys.stderr)
     file = given.pop("config", None)
     own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
     settings = config.load(given, file=file) if COMMANDS[command].settings else Config()

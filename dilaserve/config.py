@@ -183,7 +183,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     )
     root_path: Annotated[str, Meta(description="prefix of all paths where a proxy adds one, such as /llm")] = ""
     api_key: Annotated[Words | None, Meta(description="clients must send it as a bearer token")] = None
+    api_key_file: Annotated[
+        Words | None,
+        Meta(description="TOML file of [[tenant]] with name, key or sha256, and limits; read again on SIGHUP"),
+    ] = None
     admin_key: Annotated[Words | None, Meta(description="bearer token that may change the plan (POST /v1/plan)")] = None
+    allowed_origins: Annotated[
+        str, Meta(description="sites whose pages may ask from a browser, with commas, or *; none by default")
+    ] = ""
+    ssl_certfile: Annotated[Words | None, Meta(description="certificate chain (PEM); the server then speaks HTTPS")] = (
+        None
+    )
+    ssl_keyfile: Annotated[Words | None, Meta(description="key of the certificate (PEM), if it is in another file")] = (
+        None
+    )
     max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 4 * 2**20
     max_inflight_bytes: Annotated[
         Annotated[int, Meta(ge=1, le=2**50)] | None,

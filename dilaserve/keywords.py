@@ -52,7 +52,11 @@ class Keywords(TypedDict, total=False):
     port: int
     root_path: str
     api_key: str | None
+    api_key_file: str | None
     admin_key: str | None
+    allowed_origins: str
+    ssl_certfile: str | None
+    ssl_keyfile: str | None
     max_body_bytes: int
     max_inflight_bytes: int | None
     max_choices: int

@@ -52,7 +52,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     what becomes of the request when it cannot be met. `priority` n counts 2ⁿ times as much as 0; without a deadline
     each level is a head start of a minute over other requests of the same user. `min_confidence_threshold` bounds
     threshold control, which leaves alone a request that states its `confidence_threshold`. `user` is the tenant that
-    owns the accuracy budget, `task` names a quality profile.
+    owns the accuracy budget, of `accuracy_budget` points where that is less than --accuracy-budget; `task` names a
+    quality profile.
 
     `deadline` (in seconds) and `tenant` are old names of `deadline_ms` and `user`; they raise a `DeprecationWarning`.
     """
@@ -82,6 +83,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     min_confidence_threshold: float | None = None
     user: str = ""
+    accuracy_budget: float | None = None
     task: str | None = None
     # old names
     deadline: float | None = None
@@ -202,6 +204,7 @@ def check(options: Options) -> None:
     within("refresh_interval", options.refresh_interval, 0, 2**31)
     within("priority", options.priority, -8, 8)
     within("min_confidence_threshold", options.min_confidence_threshold, 0.0, 1.0)
+    within("accuracy_budget", options.accuracy_budget, 0.0, 100.0)
     if options.deadline_ms is not None and not 0.0 < options.deadline_ms <= MAX_DEADLINE:
         raise BadRequest(f"deadline_ms must be above 0 and at most {MAX_DEADLINE:.0f} (a day)", param="deadline_ms")
     if options.top_p == 0.0:
@@ -240,6 +243,7 @@ def wanted(options: Options, classes: Mapping[str, SloClass]) -> Slo:
         floor=options.min_confidence_threshold or 0.0,
         on_miss=options.on_miss,
         tenant=options.user,
+        budget=options.accuracy_budget,
         task=options.task,
         name=options.slo_class or "",
         fixed=options.confidence_threshold is not None,

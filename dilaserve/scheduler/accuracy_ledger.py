@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from dilaserve.scheduler.request_state import RequestState
-from dilaserve.scheduler.rules.accuracy_budget import Bank, budget_left, charged, price
+from dilaserve.scheduler.rules.accuracy_budget import Bank, budget_left, budget_of, charged, price
 
 MAX_TENANTS = 4096  # tenants whose banks are kept; beyond that an old tenant starts anew
 LOOKS = 16  # oldest tenants among which the bank with the most budget left is dropped: a new start gains it least
@@ -28,11 +28,11 @@ class AccuracyLedger:
         level = len(state.thresholds) - 1
         if self.budget is None or level == 0:
             return level
-        tenant, mine = state.request.slo.tenant, state.reserved
-        most = budget_left(self.banks.get(tenant, NEW), self.budget, self.reserved.get(tenant, 0.0) - mine)
+        tenant, mine, budget = state.request.slo.tenant, state.reserved, budget_of(state.request.slo, self.budget)
+        most = budget_left(self.banks.get(tenant, NEW), budget, self.reserved.get(tenant, 0.0) - mine)
         if (every := budget_left(self.all, self.budget, self.pending - mine)) < most:
-            most = every
-        least = price(most, self.budget)
+            most, budget = every, self.budget
+        least = price(most, budget)
         drops, spent = state.drops, state.drop
         while level and drops[level] > 0.0:
             if state.yields[level] >= least and drops[level] <= most and spent <= most:

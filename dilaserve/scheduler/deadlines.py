@@ -8,7 +8,7 @@ from dilaserve.profile.forecast import ThresholdStep
 from dilaserve.scheduler.accuracy_ledger import AccuracyLedger
 from dilaserve.scheduler.estimates import Estimates
 from dilaserve.scheduler.request_state import RequestState
-from dilaserve.scheduler.rules.accuracy_budget import affordable_level
+from dilaserve.scheduler.rules.accuracy_budget import affordable_level, budget_of
 from dilaserve.scheduler.rules.admission import HOPELESS, hopeless
 from dilaserve.scheduler.rules.demand import alone
 from dilaserve.scheduler.rules.ordering import ORDERS, Place
@@ -60,7 +60,8 @@ class Deadlines:
         forecast, levels = self.estimates.forecast, self.estimates.levels(request, thresholds)
         drops = tuple([forecast.drop(request.slo.task, level) for level in levels])
         means = tuple([forecast.mean_drop(request.slo.task, level) for level in levels])
-        early = affordable_level(drops, math.inf if self.ledger.budget is None else self.ledger.budget)
+        budget = math.inf if self.ledger.budget is None else budget_of(request.slo, self.ledger.budget)
+        early = affordable_level(drops, budget)
         return RequestState(request, self.estimates.kind(request), thresholds, drops, means, yields, early)
 
     def rank(self, state: RequestState) -> float:

@@ -7,7 +7,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 from aiohttp import web
 
@@ -15,11 +17,14 @@ from dilaserve import __version__
 from dilaserve.config import Config
 from dilaserve.engine.assembly import Assemble, real
 from dilaserve.engine.engine import Engine
+from dilaserve.errors import ConfigError
 from dilaserve.executor.executor import Progress
 from dilaserve.plans import spelled
-from dilaserve.server import listening
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, TELEMETRY
+from dilaserve.server import api_keys, listening, tls
+from dilaserve.server.api_keys import Keyring, Tenant
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, ORIGINS, TELEMETRY
 from dilaserve.server.connection import Connection
+from dilaserve.server.cors import Origins
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.guard import PLAN, answered, guarded
 from dilaserve.server.intake import Intake
@@ -72,10 +77,15 @@ async def serve(
             signals.leave_soon(0)
             me.cancel()
 
+    def hangup(again: Callable[[], None]) -> None:
+        loop.add_signal_handler(signal.SIGHUP, again)
+
+    tenants(config)  # what is wrong with keys or the certificate is said before the model is loaded
+    tls.context(config.server)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, interrupt)
     try:
-        async with Engine(config, progress, assemble) as engine, running(engine, config, sockets) as address:
+        async with Engine(config, progress, assemble) as engine, running(engine, config, sockets, hangup) as address:
             started = True
             freeze()
             log.info("serving %s on %s", described(engine, config), address)
@@ -124,23 +134,50 @@ def freeze() -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(engine: Engine, config: Config, sockets: Sequence[socket.socket] | None = None) -> AsyncIterator[str]:
-    """The application on its addresses; gives them as the ready line shows them."""
+async def running(
+    engine: Engine,
+    config: Config,
+    sockets: Sequence[socket.socket] | None = None,
+    on_hangup: Callable[[Callable[[], None]], None] | None = None,
+) -> AsyncIterator[str]:
+    """The application on its addresses; gives them as the ready line shows them.
+
+    `on_hangup` is given what reads keys and certificate again, if there are any.
+    """
     server = config.server
     with listening.bound(server.host, server.port) if sockets is None else contextlib.nullcontext(sockets) as bound:
-        app = application(engine, config)
+        app, encrypted = application(engine, config), tls.context(server)
+        if on_hangup and (encrypted or config.server.api_key_file is not None):
+            on_hangup(lambda: read_again(app, config, encrypted))
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LINGER)
         await runner.setup()
         try:
-            async with opened(runner.server, bound, server.root_path, app[TELEMETRY]):
-                yield " and ".join(map(listening.url, bound))
+            async with opened(runner.server, bound, server.root_path, app[TELEMETRY], encrypted):
+                yield " and ".join(listening.url(one, encrypted is not None) for one in bound)
         finally:
             await runner.cleanup()
 
 
+def read_again(app: web.Application, config: Config, encrypted: ssl.SSLContext | None) -> None:
+    """Read keys and certificate again, or keep the old ones if that fails."""
+    try:
+        if config.server.api_key_file is not None:
+            app[KEYS].replace(tenants(config))
+        if encrypted:
+            tls.load(encrypted, config.server)
+    except ConfigError as error:
+        log.error("%s; what was read before stays", error.message)
+        return
+    log.info("read again: %d keys%s", len(app[KEYS].tenants), ", the certificate" if encrypted else "")
+
+
 @contextlib.asynccontextmanager
 async def opened(
-    server: web.Server | None, sockets: Sequence[socket.socket], root_path: str, telemetry: Telemetry
+    server: web.Server | None,
+    sockets: Sequence[socket.socket],
+    root_path: str,
+    telemetry: Telemetry,
+    encrypted: ssl.SSLContext | None,
 ) -> AsyncIterator[None]:
     """What web.SockSite does, with connections of our own."""
     assert server
@@ -162,7 +199,9 @@ async def opened(
     async with contextlib.AsyncExitStack() as stack:
         for one in sockets:
             try:
-                listener = await loop.create_server(connected, sock=listening.inheritable(one), backlog=1024)
+                listener = await loop.create_server(
+                    connected, sock=listening.inheritable(one), backlog=1024, ssl=encrypted
+                )
             except OSError as error:
                 host, port = one.getsockname()[:2]
                 raise listening.refusal(host, port, error) from error
@@ -175,6 +214,8 @@ def application(engine: Engine, config: Config) -> web.Application:
     app[ENGINE], app[CONFIG] = engine, config
     app[INTAKE] = Intake(config.server.max_body_bytes, config.server.inflight_bytes)
     app[TELEMETRY] = Telemetry(engine, config)
+    app[KEYS], app[ORIGINS] = Keyring(tenants(config)), Origins(config.server.allowed_origins)
+    app.on_response_prepare.append(mark_origin)
     app.on_cleanup.append(close)
     app.add_routes(
         [
@@ -193,6 +234,20 @@ def application(engine: Engine, config: Config) -> web.Application:
         ]
     )
     return app
+
+
+def tenants(config: Config) -> list[Tenant]:
+    """Those of --api-key-file. Raises `ConfigError`."""
+    if config.server.api_key_file is None:
+        return []
+    file, budget = Path(config.server.api_key_file), config.scheduler.accuracy_budget
+    found = api_keys.read(file)
+    api_keys.budgets_within(found, None if budget == "off" else budget, file)
+    return found
+
+
+async def mark_origin(request: web.Request, response: web.StreamResponse) -> None:
+    request.app[ORIGINS].mark(request, response)
 
 
 async def close(app: web.Application) -> None:

@@ -20,7 +20,7 @@ from dilaserve.errors import (
     shortened,
 )
 from dilaserve.server import sse
-from dilaserve.server.app_keys import CONFIG
+from dilaserve.server.app_keys import CONFIG, KEYS, ORIGINS, TENANT
 from dilaserve.server.responses import failure
 from dilaserve.system import logs
 
@@ -79,6 +79,8 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Check the request's key, and turn whatever goes wrong into OpenAI's error shape."""
     id = request[sse.REQUEST_ID]
     try:
+        if preflight := request.app[ORIGINS].preflight(request):
+            return preflight
         authorize(request)
         response = await handler(request)
     except DilaserveError as error:
@@ -95,25 +97,39 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def authorize(request: web.Request) -> None:
-    server = request.app[CONFIG].server
-    if request.path == PLAN and request.method == "POST":
-        if server.admin_key is None:
-            raise Forbidden("the plan cannot be changed here; start the server with --admin-key")
-        if sends(request, server.admin_key):
-            return
-        if server.api_key is not None and sends(request, server.api_key):
-            raise Forbidden("the API key may not change the plan; send the admin key")
-        raise Unauthorized("the admin key is missing or wrong; send it as `Authorization: Bearer KEY`")
-    if server.api_key is None or request.path in OPEN:
+    """Check the key, and remember whose it is."""
+    server, keys = request.app[CONFIG].server, request.app[KEYS]
+    if request.path in OPEN:
         return
-    if not sends(request, server.api_key) and not (server.admin_key and sends(request, server.admin_key)):
+    sent = sent_key(request)
+    owner = keys.owner(sent) if sent is not None else None
+    if owner:
+        request[TENANT] = owner
+    admin = is_key(sent, server.admin_key) or (owner is not None and owner.admin)
+    known = admin or owner is not None or is_key(sent, server.api_key)
+    if request.path == PLAN and request.method == "POST":
+        if server.admin_key is None and not any(one.admin for one in keys.tenants):
+            raise Forbidden("the plan cannot be changed here; start the server with --admin-key")
+        if admin:
+            return
+        if known:
+            raise Forbidden("this key may not change the plan; send the admin key")
+        raise Unauthorized("the admin key is missing or wrong; send it as `Authorization: Bearer KEY`")
+    if not known and (server.api_key is not None or keys.tenants):
         raise Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
 
 
-def sends(request: web.Request, key: str) -> bool:
+def sent_key(request: web.Request) -> str | None:
+    """The key that came with the request."""
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(sent.strip().encode(errors="replace"), key.encode())
-    return scheme.lower() == "bearer" and right
+    return sent.strip() if scheme.lower() == "bearer" else None
+
+
+def is_key(sent: str | None, key: str | None) -> bool:
+    """Whether this is the key, in a time that does not depend on how much of it is right."""
+    if sent is None or key is None:
+        return False
+    return hmac.compare_digest(sent.encode(errors="replace"), key.encode())
 
 
 def refused(error: DilaserveError) -> web.Response:

@@ -116,7 +116,7 @@ def refusal(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host}:{port}: {reason}; {cure}")
 
 
-def url(one: socket.socket) -> str:
+def url(one: socket.socket, encrypted: bool = False) -> str:
     """Where a socket is reached."""
     host, port = one.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http{'s' if encrypted else ''}://{f'[{host}]' if ':' in host else host}:{port}"

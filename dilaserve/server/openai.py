@@ -9,6 +9,7 @@ import msgspec
 
 from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, quoted
+from dilaserve.server.api_keys import Tenant
 from dilaserve.server.schema import ChatRequest, Common, Slo, TokenizeRequest
 
 N = TypeVar("N", int, float)
@@ -76,8 +77,11 @@ def deadlines(request: Common) -> dict[str, Any]:
     }
 
 
-def options(request: Common, choice: int) -> Options:
-    """The engine's options for one of the choices; a given seed is counted up from choice to choice."""
+def options(request: Common, choice: int, tenant: Tenant | None = None) -> Options:
+    """The engine's options for one of the choices; a given seed is counted up from choice to choice.
+
+    What the tenant of a named key may do goes before what the request says. Raises `BadRequest`.
+    """
     stop = request.stop
     given: dict[str, Any] = {
         "max_tokens": max_tokens(request),
@@ -98,7 +102,19 @@ def options(request: Common, choice: int) -> Options:
         "cache",
     ]
     given |= {name: getattr(request, name) for name in own} | deadlines(request)
+    if tenant:
+        given |= {"user": tenant.name, "accuracy_budget": tenant.accuracy_budget}
+        given["priority"] = priority_of(tenant, given["priority"])
     return Options(**{name: value for name, value in given.items() if value is not None})
+
+
+def priority_of(tenant: Tenant, asked: int | None) -> int:
+    """Raises `BadRequest` for a priority above what the key allows."""
+    if asked is None:
+        return tenant.priority
+    if asked > tenant.highest_priority:
+        raise BadRequest(f"this key may ask for priority {tenant.highest_priority} at most", param="priority")
+    return asked
 
 
 def wrapped(seed: int, choice: int) -> int:

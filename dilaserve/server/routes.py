@@ -21,7 +21,7 @@ from dilaserve.errors import (
     quoted,
 )
 from dilaserve.server import openai, plan_api, schema, sse
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, TELEMETRY
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, TELEMETRY, TENANT
 from dilaserve.server.guard import json_response, refused
 from dilaserve.server.responses import Json, ResponseFormat
 from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
@@ -142,11 +142,16 @@ async def respond(
     ids = engine_ids(request, n * len(prompts))
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
     async with contextlib.AsyncExitStack() as stack:
+        if tenant := request.get(TENANT):
+            keys = request.app[KEYS]
+            keys.begin(tenant, len(ids), asyncio.get_running_loop().time())
+            stack.callback(keys.end, tenant, len(ids))
         streams: list[Stream] = []
         for prompt in prompts:
             for _ in range(n):
                 with openai.spelled(asked):
-                    started = await engine.submit(prompt, openai.options(asked, len(streams)), id=ids[len(streams)])
+                    options = openai.options(asked, len(streams), tenant)
+                    started = await engine.submit(prompt, options, id=ids[len(streams)])
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         if asked.stream:

@@ -60,8 +60,9 @@ class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `seconds` from arrival to the end, or `multiple` of what the request would take alone at the reference threshold;
     neither: no deadline. `weight` says what the request is worth against others, `floor` is its least confidence
-    threshold, `on_miss` what to do when the deadline cannot be met. `tenant` owns the accuracy bank that pays, `task`
-    names the quality profile, `name` the class of --slo-class. `fixed`: the threshold is the client's and stays.
+    threshold, `on_miss` what to do when the deadline cannot be met. `tenant` owns the accuracy bank that pays, from
+    `budget` points for each answer where that is less than everybody's. `task` names the quality profile, `name` the
+    class of --slo-class. `fixed`: the threshold is the client's and stays.
     """
 
     seconds: float | None = None
@@ -70,6 +71,7 @@ class Slo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     floor: float = 0.0
     on_miss: OnMiss = "best_effort"
     tenant: str = ""
+    budget: float | None = None
     task: str | None = None
     name: str = ""
     fixed: bool = False

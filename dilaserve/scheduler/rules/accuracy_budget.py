@@ -5,6 +5,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dilaserve.types import Slo
+
 CREDIT = 50  # requests whose accuracy budget a new tenant may spend in advance
 
 
@@ -13,6 +15,11 @@ class Bank(NamedTuple):
 
     spent: float = 0.0
     served: float = 0.0
+
+
+def budget_of(slo: Slo, budget: float) -> float:
+    """Points that an answer of this tenant may drop on average: its own, but no more than everybody's."""
+    return budget if slo.budget is None else min(budget, slo.budget)
 
 
 def budget_left(bank: Bank, budget: float, pending: float = 0.0) -> float:
