@@ -5,11 +5,11 @@ import numpy as np
 from scheduler_builders import request
 from scheduler_world import World
 
-from dilaserve.engine.prefix_hashes import prefix_hashes
-from dilaserve.types import FamilyTraits
+from dilaserve.engine.prefix_hashes import prefix_hasher
+from dilaserve.types import Emit, FamilyTraits, PrefixGrown
 
 PART = 8
-STEMS = np.array([[0] * 300, [0] * 64 + [1] * 236, [0] * 40 + [2] * 260, [3] * 300], np.int32)
+STEMS = np.array([[0] * 500, [0] * 64 + [1] * 436, [0] * 40 + [2] * 460, [3] * 500], np.int32)
 
 
 def some_traits(rng):
@@ -26,10 +26,11 @@ def some_traits(rng):
 
 
 class Canvas:
-    """One request as the model of the pools sees it: the tokens of its prompt, and which are final behind that."""
+    """One request as the model of the pools sees it: the tokens of its canvas in the end, and which are final."""
 
-    def __init__(self, wanted, prompt):
-        self.request, self.prompt, self.final = wanted, prompt, wanted.prompt_tokens
+    def __init__(self, wanted, tokens, hasher):
+        self.request, self.final, self.hasher = wanted, wanted.prompt_tokens, hasher
+        self.ids, self.tokens = tokens, tokens.astype(np.uint8).tobytes()
         self.exact = [self.right(position) for position in range(wanted.canvas_tokens)]
 
     def visible(self, position):
@@ -44,11 +45,10 @@ class Canvas:
     def right(self, position):
         """The exact K/V of a position: all that they depend on."""
         end = self.visible(position)
-        row = -1 if end <= self.request.prompt_tokens else self.request.row
         begin = 0
         if self.request.decoding.traits.attention == "block":
             begin = (self.request.decoding.block_length, self.visible(0))  # where the blocks before it begin
-        return position, row, begin, self.prompt[:end]
+        return position, begin, self.tokens[:end]
 
 
 class ExactWorld(World):
@@ -68,10 +68,21 @@ class ExactWorld(World):
         wanted = request(
             self.rows, prompt, answer, self.now, self.slo(), cache="exact", block_length=length, traits=traits, **how
         )
-        tokens = rng.choice(STEMS)[:prompt]
-        wanted = msgspec.structs.replace(wanted, prefix_hashes=prefix_hashes(tokens, wanted.decoding))
-        self.canvases[self.rows] = Canvas(wanted, tokens.astype(np.uint8).tobytes())
+        tokens, hasher = rng.choice(STEMS)[: wanted.canvas_tokens], prefix_hasher(wanted.decoding)
+        hashes = hasher.extend(tokens[:prompt]) if hasher else ()
+        wanted = msgspec.structs.replace(wanted, prefix_hashes=hashes)
+        self.canvases[self.rows] = Canvas(wanted, tokens, hasher)
         return wanted
+
+    def observe(self, event):
+        """As the engine does: hashes of what has become final are an event behind the one that said so."""
+        commands = super().observe(event)
+        for command in commands:
+            if isinstance(command, Emit) and (hasher := self.canvases[command.request.row].hasher):
+                canvas = self.canvases[command.request.row]
+                if hashes := hasher.extend(canvas.ids[hasher.position : command.prefix]):
+                    commands += super().observe(PrefixGrown(command.request.id, hashes))
+        return commands
 
     def act(self):
         if self.in_flight and self.rng.random() < 0.7:

@@ -82,6 +82,18 @@ async def test_a_repeated_prompt_is_computed_once_and_the_answer_is_the_same(fam
     assert [one.usage.cached_prompt_tokens for one in (first, second, shorter)] == [0, 128, 96]
 
 
+async def test_the_next_turn_reuses_keys_and_values_of_the_answer_before_it(family, reference):
+    prompt = list(range(1, 71))
+    (request,) = [(loop, asked | dict(prompt=prompt, gen_length=128)) for loop, asked in some_requests(family[0], 1, 4)]
+    async with Engine(config(family, pool=2 * POOL, devices="cpu")) as engine:
+        (first,) = await answers(engine, [request])
+        turn = (request[0], request[1] | dict(prompt=[*prompt, *first.token_ids, 7, 8, 9], gen_length=40))
+        (second,) = await answers(engine, [turn])
+    expect(reference, [request, turn], [first, second])
+    assert len(first.token_ids) == 128
+    assert second.usage.cached_prompt_tokens >= 160  # all but the last block, which no later step has committed
+
+
 async def test_a_canvas_longer_than_the_pool_is_refused(family):
     async with Engine(Config.of(model=str(family[1]), devices="cpu", kv_cache_tokens=128, port=0)) as engine:
         with pytest.raises(BadRequest, match="exceeds the K/V pool of 128; lower max_tokens or raise"):

@@ -78,7 +78,7 @@ class Consumer:
         self.bell = Bell()
         self.alarm = Alarm(self.bell)
         self.stall_detector = StallDetector(self.loop)
-        self.delivery = Delivery(streams, table, self.post, places, observers, self.loop.time)
+        self.delivery = Delivery(streams, table, self.post, self.inbox.append, places, observers, self.loop.time)
         self.changes = PlanChanges(profile)
         self.free = deque(range(table.rows))  # rows of the table; the one that has been free for longest goes first
         self.capacity: dict[int, int] = {}  # K/V tokens of the instances that are up

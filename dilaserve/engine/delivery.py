@@ -4,27 +4,32 @@ import logging
 from collections.abc import Callable, Sequence
 
 from dilaserve.engine.observer import Ended, Message, Observer, fate_of
+from dilaserve.engine.prefix_hashes import PrefixHasher
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS, DeadlineMissed, Overloaded, RequestFailed
 from dilaserve.transport.request_table import RequestTable
-from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, Refuse, Usage
+from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, PrefixGrown, Refuse, Usage
 
 log = logging.getLogger(__name__)
 
 
 class Delivery:
-    """`streams` are the open ones by request id; `places` is --max-queue, for the message to refused clients."""
+    """`streams` are the open ones by request id; `places` is --max-queue, for the message to refused clients.
+
+    `add` puts an event behind those that are being observed; `post` also wakes the consumer.
+    """
 
     def __init__(
         self,
         streams: dict[str, Stream],
         table: RequestTable,
         post: Callable[[Event], None],
+        add: Callable[[Event], None],
         places: int,
         observers: Sequence[Observer],
         clock: Callable[[], float],
     ) -> None:
-        self.streams, self.table, self.post, self.places = streams, table, post, places
+        self.streams, self.table, self.post, self.add, self.places = streams, table, post, add, places
         self.observers, self.clock = observers, clock
 
     def deliver(self, message: Message) -> None:
@@ -91,11 +96,19 @@ class Delivery:
 
     def emit(self, stream: Stream, prefix: int) -> None:
         stream.final = prefix
+        if stream.hasher:
+            self.hash(stream, stream.hasher)
         if stream.waits or stream.over:
             return
         self.push(stream)
         if stream.stopped:
             self.post(Cancel(stream.id, "stop"))
+
+    def hash(self, stream: Stream, hasher: PrefixHasher) -> None:
+        """Tell the scheduler under which hashes the K/V of what has become final are found by the next turn."""
+        tokens = self.table.canvas[stream.request.row, hasher.position : stream.final]
+        if hashes := hasher.extend(tokens):
+            self.add(PrefixGrown(stream.id, hashes))
 
     def push(self, stream: Stream) -> None:
         """Give the stream the tokens that became final since the last time."""

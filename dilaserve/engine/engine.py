@@ -16,7 +16,7 @@ from dilaserve.engine.counters import Profile
 from dilaserve.engine.observer import Observer
 from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
-from dilaserve.engine.prefix_hashes import prefix_hashes
+from dilaserve.engine.prefix_hashes import PrefixHasher, prefix_hasher
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
 from dilaserve.engine.stream import Chunk, Completion, Stream, collect, cutting
 from dilaserve.engine.submit import Options, ResolvedOptions, ending, parse_classes, resolve, validated, wanted
@@ -252,14 +252,15 @@ class Engine:
         limit, seed = self.model.max_model_len, secrets.randbits(63)
         resolved = resolve(options, len(ids), limit, seed, self.config.decode, self.model.traits)
         prompt_ids = np.array(ids, dtype=np.int32)
-        hashes = await self.off_loop(len(ids), lambda: prefix_hashes(prompt_ids, resolved.decoding))
+        hasher = prefix_hasher(resolved.decoding)
+        hashes = await self.off_loop(len(ids), lambda: hasher.extend(prompt_ids)) if hasher else ()
         slo = wanted(options, self.classes)
         token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self._check_room(resolved)
         id = secrets.token_hex(12) if id is None else plain(converted(id, str, "id"))
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        stream = self._start(id, prompt_ids, hashes, resolved, slo, options)
+        stream = self._start(id, prompt_ids, hashes, hasher, resolved, slo, options)
         if slo.on_miss == "reject":
             try:
                 await stream.admitted()
@@ -310,6 +311,7 @@ class Engine:
         id: str,
         prompt: np.ndarray[Any, np.dtype[np.int32]],
         hashes: tuple[int, ...],
+        hasher: PrefixHasher | None,
         resolved: ResolvedOptions,
         slo: Slo,
         options: Options,
@@ -332,7 +334,7 @@ class Engine:
                 slo=slo,
                 prefix_hashes=hashes,
             )
-            stream = Stream(request, self.text, cutting(options), self.consumer.post)
+            stream = Stream(request, self.text, cutting(options), self.consumer.post, hasher)
         except BaseException:
             self.consumer.free.append(row)
             raise

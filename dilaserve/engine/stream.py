@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from dilaserve.engine.doorbell import Bell
+from dilaserve.engine.prefix_hashes import PrefixHasher
 from dilaserve.engine.submit import Options
 from dilaserve.errors import DilaserveError, Unavailable
 from dilaserve.tokenizer.detokenizer import Detokenizer
@@ -55,8 +56,15 @@ class Cut(NamedTuple):
 class Stream:
     """An async iterator of chunks. Leaving it early (`aclose`, or the `async with` block) cancels the request."""
 
-    def __init__(self, request: Request, text: Text, cut: Cut, post: Callable[[Event], None]) -> None:
-        self.request, self.cut, self.post = request, cut, post
+    def __init__(
+        self,
+        request: Request,
+        text: Text,
+        cut: Cut,
+        post: Callable[[Event], None],
+        hasher: PrefixHasher | None = None,
+    ) -> None:
+        self.request, self.cut, self.post, self.hasher = request, cut, post, hasher
         self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
         self.first_at: float | None = None  # when the first tokens became final, and the last that have; if observed
         self.last_at: float | None = None

@@ -1,4 +1,4 @@
-"""K/V memory of one row on its instance: taken, made longer, filled from another row's prompt."""
+"""K/V memory of one row on its instance: taken, made longer, filled from another row's beginning."""
 
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.kv_pages import rounded
@@ -29,7 +29,7 @@ def reuse_prefix(state: RequestState, replica: InstanceState) -> None:
     """
     part = state.part
     most = (part.block_start - part.first) // PAGE  # pages; the logits of the position before a first token are wanted
-    hit = replica.pages.find(state.request.prefix_hashes[:most])
+    hit = replica.pages.find(state.prefix_hashes[:most])
     if state.started_at is None:
         state.cached_prompt_tokens = hit.tokens if hit else 0
     if hit:
@@ -39,7 +39,7 @@ def reuse_prefix(state: RequestState, replica: InstanceState) -> None:
 
 def longest_prefix_first(state: RequestState, replicas: list[InstanceState]) -> list[InstanceState]:
     """Instances with K/V of the prompt's beginning before others, if they have few rows more than the first."""
-    hashes = state.request.prefix_hashes
+    hashes = state.prefix_hashes
     if not hashes or len(replicas) < 2:
         return replicas
     most = len(replicas[0].residents) + MORE_ROWS
@@ -48,8 +48,8 @@ def longest_prefix_first(state: RequestState, replicas: list[InstanceState]) -> 
 
 
 def publish(state: RequestState) -> None:
-    """A step of the row is done: let others reuse the K/V of its prompt that are there now."""
-    hashes, replica = state.request.prefix_hashes, state.replica
+    """A step of the row is done: let others reuse the K/V of its final tokens that are there now."""
+    hashes, replica = state.prefix_hashes, state.replica
     if hashes and replica and len(replica.pages.published.get(state.kv_start, ())) < len(hashes):
         pages = min(state.cached // PAGE, len(hashes))
         replica.pages.publish(state.kv_start, hashes[:pages])

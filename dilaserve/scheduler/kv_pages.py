@@ -21,7 +21,8 @@ class PagePool:
     """Hands out contiguous runs of pages, first fit, and joins what comes back: attention reads K/V without a gather.
 
     A run with exact K/V of a prompt may be `published` under the hashes of its beginnings, one a page.
-    Behind its row it is `kept` until its pages are needed, the one that was not used for the longest time first.
+    Behind its row it is `kept` until its pages are needed, from its end on, the one that was not used for the longest
+    time first.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -149,10 +150,17 @@ class PagePool:
         self.free = coalesced(self.free)
 
     def _drop(self) -> None:
-        """Free the kept run that was not used for the longest time."""
+        """Free the last page of the kept run that was unused for the longest time: its beginning serves more others."""
         start = next(iter(self.kept))
-        self._unpublish(start)
-        self._free(start, self.kept.pop(start))
+        left = self.kept[start] - PAGE
+        hashes = self.published[start][: left // PAGE]
+        if left:
+            self.kept[start] = left
+            self.publish(start, hashes)
+        else:
+            del self.kept[start]
+            self._unpublish(start)
+        self._free(start + left, PAGE)
 
     def _unpublish(self, start: int) -> None:
         for one in self.published.pop(start, ()):

@@ -137,6 +137,7 @@ class RequestState:
         self.reserved = 0.0  # accuracy drop that the bank holds back for it
         self.observed = self.expected = 0.0  # steps, for the drift
         self.kv_start = 0
+        self.prefix_hashes = request.prefix_hashes  # and those of what has become final since
         self.parts = parts(request)
         self.blocks = self.parts[-1].block + 1
         self.takes_first = any(part.first for part in self.parts)

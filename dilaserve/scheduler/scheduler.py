@@ -35,6 +35,7 @@ from dilaserve.types import (
     Paused,
     Plan,
     PlanReady,
+    PrefixGrown,
     Refuse,
     Replan,
     Reshaped,
@@ -95,6 +96,9 @@ class Scheduler:
             case Cancel(id, reason):
                 if known := self.requests.get(id):  # it may have ended while the event was on its way
                     yield from self.endings.end(known, reason, now)
+            case PrefixGrown(id, hashes):
+                if known := self.requests.get(id):
+                    known.prefix_hashes += hashes
             case Full(tenant):
                 if loser := self.placement.gives_way(tenant):
                     refuse = Refuse(loser.request, self.retry_times.next(now), loser.usage(now))

@@ -20,6 +20,13 @@ class Cancel(msgspec.Struct, frozen=True, gc=False):
     reason: FinishReason
 
 
+class PrefixGrown(msgspec.Struct, frozen=True, gc=False):
+    """More of a request's canvas is final: `hashes` of its next pages, which go behind `Request.prefix_hashes`."""
+
+    id: str
+    hashes: tuple[int, ...]
+
+
 class StepDone(msgspec.Struct, frozen=True, gc=False):
     """A step is finished; `seconds` by the worker's clock, `forward` the part inside the model. `last`: its batch is,
     too.
@@ -92,6 +99,7 @@ Event: TypeAlias = (
     Arrival
     | Full
     | Cancel
+    | PrefixGrown
     | StepDone
     | InstanceReady
     | InstanceLost

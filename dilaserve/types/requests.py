@@ -81,8 +81,8 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A prompt that waits in, or runs from, a row of the request table.
 
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
-    `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PREFIX_GRAIN tokens, of the first two times so
-    many, …, where K/V of equal beginnings are equal.
+    `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PAGE tokens, of the first two times so many, …,
+    where K/V of equal beginnings are equal.
     """
 
     id: str
