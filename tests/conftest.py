@@ -15,6 +15,7 @@ from hypothesis import settings
 from dilaserve import Config, Engine
 from dilaserve.cli import main
 from dilaserve.server.app import running
+from dilaserve.system import child_processes
 
 # Dozens of tests start a Python of their own; without bytecode on the disk each would compile the whole package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -26,6 +27,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of worker processes
 
 settings.register_profile("untimed", deadline=None)  # how fast a machine is says nothing of the code
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_fork_server():
+    """Dozens of engines have their workers from processes that import torch once, instead of one each."""
+    with child_processes.fork_servers.used():
+        yield
+
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

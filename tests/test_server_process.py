@@ -10,6 +10,7 @@ import time
 
 import pytest
 from command_line import ask, no_children
+from worker_waits import workers_of
 
 
 @pytest.fixture
@@ -158,11 +159,6 @@ def test_a_signal_during_any_import_ends_the_start_quietly(random_model, module)
         line = [sys.executable, "-c", SIGNALLED, module, number, *words]
         done = subprocess.run(line, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
-
-
-def workers_of(pid):
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "dilaserve worker"], capture_output=True, text=True)
-    return list(map(int, found.stdout.split()))
 
 
 def gone(pid):

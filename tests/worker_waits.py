@@ -7,7 +7,17 @@ import subprocess
 
 def children() -> set[int]:
     """Worker processes of this one."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "dilaserve worker"], capture_output=True, text=True)
+    return workers_of(os.getpid())
+
+
+def workers_of(pid) -> set[int]:
+    """Worker processes of a process: its fork servers have forked them."""
+    servers = matching(pid, "dilaserve fork server")
+    return set().union(*(matching(server, "dilaserve worker") for server in servers))
+
+
+def matching(parent, pattern) -> set[int]:
+    found = subprocess.run(["pgrep", "-P", str(parent), "-f", pattern], capture_output=True, text=True)
     return {int(line) for line in found.stdout.split()}
 
 

@@ -82,7 +82,7 @@ async def change(engine: Engine, end: float, args: argparse.Namespace) -> int:
 
 def left_behind() -> set[str]:
     """Child processes, named shared memory, temporary directories and open files."""
-    pattern = "spawn_main|dilaserve worker"
+    pattern = "dilaserve (worker|fork server)"
     found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", pattern], capture_output=True, text=True)
     children = {f"process {pid}" for pid in found.stdout.split()}
     temporary = set(glob.glob(f"{tempfile.gettempdir()}/dilaserve-{os.getpid()}-*"))

@@ -35,9 +35,9 @@ class Server(NamedTuple):
 
     def workers(self) -> list[int]:
         """Process ids of the workers that exist now, loading ones included."""
-        children = {pid: command(pid) for pid in children_of(self.pid)}
-        named = [pid for pid, line in children.items() if "dilaserve worker" in line]
-        return named or [pid for pid, line in children.items() if "spawn_main" in line]
+        servers = [pid for pid in children_of(self.pid) if "dilaserve fork server" in command(pid)]
+        forks = [pid for server in servers for pid in children_of(server)]
+        return [pid for pid in forks if "dilaserve worker" in command(pid)]
 
     def tracebacks(self) -> list[str]:
         """The last line of every traceback in the log."""

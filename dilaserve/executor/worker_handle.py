@@ -67,7 +67,7 @@ class WorkerHandle:
                 self.loop.add_reader(self.line, self.readable)
                 arguments, inherited = (job, rank, shared, theirs.fileno()), [theirs.fileno(), *shared.descriptors]
                 name = f"dilaserve worker on {job.device}"
-                self.process = child_processes.start(name, worker.main, arguments, self.line, inherited, job.threads)
+                self.process = child_processes.fork(name, worker.main, arguments, self.line, inherited, job.threads)
             except BaseException:
                 self.loop.remove_reader(self.line)
                 self.line.close()
@@ -133,6 +133,8 @@ class WorkerHandle:
         left = await self.left(KILL_TIMEOUT if self.kill_reason else LEAVE_TIMEOUT)
         code = self.process.returncode if left else None
         out_of_memory = code == -signal.SIGKILL and host.out_of_memory_kills() > self.out_of_memory_kills
+        if refused := getattr(self.process, "refused", None):
+            return WorkerExit(Ended.NOT_STARTED, f"no process could be started: {refused}")
         explained = broken or self.kill_reason
         outside = code is not None and code < 0 and -code not in CRASHES and not (explained or out_of_memory)
         reason = explained or exit_reason(code, out_of_memory)
@@ -159,7 +161,7 @@ class WorkerHandle:
             self.process.kill()
             if not await self.left(LEAVE_TIMEOUT):
                 log.error("the process %d of the worker on %s cannot be killed", self.process.pid, self.job.device)
-        child_processes.running.pop(self.process, None)
+        child_processes.forgotten(self.process)
 
 
 def exit_reason(code: int | None, out_of_memory: bool) -> str:

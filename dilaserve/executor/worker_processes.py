@@ -11,7 +11,7 @@ from dilaserve.errors import CheckpointError, ConfigError, DilaserveError
 from dilaserve.executor.executor import Post, Progress
 from dilaserve.executor.rendezvous import rendezvous
 from dilaserve.executor.worker_handle import Ended, WorkerExit, WorkerHandle
-from dilaserve.system import backoff
+from dilaserve.system import backoff, child_processes
 from dilaserve.transport import frames
 from dilaserve.types import (
     Batch,
@@ -58,7 +58,7 @@ class ProcessExecutor:
     async def run(self, post: Post, started: asyncio.Future[None]) -> None:
         self.post = post
         ready = [asyncio.get_running_loop().create_future() for _ in self.jobs]
-        with rendezvous(self.jobs) as place:
+        with rendezvous(self.jobs) as place, child_processes.fork_servers.used():
             async with asyncio.TaskGroup() as group:
                 for rank, job in enumerate(self.jobs):
                     job = msgspec.structs.replace(job, store=f"{place}/store")

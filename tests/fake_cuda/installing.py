@@ -95,12 +95,12 @@ FOREVER = contextlib.ExitStack()
 
 def for_workers(devices):
     """The environment that gives worker processes fake GPUs as well."""
-    return {"FAKE_GPUS": str(devices), **with_site()}
+    return {"TORCH_FAKE_GPUS": str(devices), **with_site()}
 
 
 def steps_of_a_gpu():
     """The environment in which worker processes run on their CPU, in its types, the steps that a GPU runs."""
-    return {"STEPS_OF_A_GPU": "1", **with_site()}
+    return {"TORCH_STEPS_OF_A_GPU": "1", **with_site()}
 
 
 def with_site():
