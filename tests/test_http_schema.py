@@ -15,7 +15,10 @@ from dilaserve.server.schema import (
     REFUSED,
     ChatRequest,
     CompletionRequest,
+    CountTokensRequest,
     DetokenizeRequest,
+    MessagesRequest,
+    ResponsesRequest,
     TokenizeRequest,
     decoded,
     misspelled,
@@ -27,6 +30,9 @@ BODIES = {
     CompletionRequest: {"prompt": "hi"},
     TokenizeRequest: {"prompt": "hi"},
     DetokenizeRequest: {"tokens": [1]},
+    ResponsesRequest: {"input": "hi"},
+    MessagesRequest: CHAT | {"max_tokens": 8},
+    CountTokensRequest: CHAT,
 }
 KINDS = list(BODIES)
 DEFAULTS = {  # as OpenAI's and vLLM's references give them
@@ -46,7 +52,7 @@ DEFAULTS = {  # as OpenAI's and vLLM's references give them
 OTHERS = {  # what changes the answer, and cannot be honoured
     **{"frequency_penalty": 0.1, "presence_penalty": -2, "logit_bias": {"5": 1}, "tools": [{"type": "function"}]},
     **{"tool_choice": "required", "response_format": {"type": "json_object"}, "suffix": "x", "best_of": 2},
-    **{"top_logprobs": 1, "audio": {"voice": "x"}, "modalities": ["text", "audio"], "prediction": {"content": "x"}},
+    **{"audio": {"voice": "x"}, "modalities": ["text", "audio"], "prediction": {"content": "x"}},
     **{"reasoning_effort": "high", "verbosity": "low", "web_search_options": {}, "store": True},
     **{"repetition_penalty": 1.1, "length_penalty": 0.9, "use_beam_search": True, "logits_processors": ["x"]},
     **{"prompt_logprobs": 0, "allowed_token_ids": [1], "bad_words": ["x"], "skip_special_tokens": False},
@@ -95,7 +101,7 @@ def test_each_refused_field_takes_null_and_no_nonsense(kind):
 
 def test_a_bias_of_nothing_is_harmless_and_true_is_no_number():
     decoded(body(ChatRequest, logit_bias={"5": 0, "6": 0.0}), ChatRequest)
-    for name in ("frequency_penalty", "top_logprobs"):
+    for name in ("frequency_penalty", "best_of"):
         with pytest.raises(BadRequest):
             decoded(body(ChatRequest, **{name: False}), ChatRequest)
 
@@ -123,6 +129,43 @@ def test_a_long_value_of_a_refused_field_is_refused_unread():
 def test_a_misspelled_field_is_told(sent, meant):
     (warning,) = misspelled(body(ChatRequest, **{sent: 1}), ChatRequest)
     assert warning == f"the field {sent!r} is unknown and was ignored; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "meant"),
+    [
+        *[(ChatRequest, name, f"slo.{name}") for name in ("deadline_ms", "class", "on_miss", "task")],
+        (CompletionRequest, "deadlineMs", "slo.deadline_ms"),
+        (CompletionRequest, "deadline", "slo.deadline_ms"),
+        (ChatRequest, "include_usage", "stream_options.include_usage"),
+        (ChatRequest, "max_output_tokens", "max_tokens"),
+        (ChatRequest, "system", "messages"),
+        (ResponsesRequest, "max_tokens", "max_output_tokens"),
+        (MessagesRequest, "max_new_tokens", "max_tokens"),
+        (MessagesRequest, "user", "metadata.user_id"),
+    ],
+)
+def test_a_field_in_the_wrong_place_is_told_of_the_right_one(kind, sent, meant):
+    (warning,) = misspelled(body(kind, **{sent: 1}), kind)
+    assert warning == f"the field {sent!r} is unknown and was ignored; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize(
+    ("kind", "none", "some"),
+    [
+        (ChatRequest, {"tool_choice": "none"}, {"tool_choice": "auto"}),
+        (CompletionRequest, {"tool_choice": "none"}, {}),
+        (ResponsesRequest, {"tool_choice": "none"}, {"tool_choice": "required"}),
+        (MessagesRequest, {"tool_choice": {"type": "none"}}, {"tool_choice": {"type": "auto"}}),
+    ],
+)
+def test_tools_are_accepted_where_none_may_be_called(kind, none, some):
+    tools = [{"type": "function", "function": {"name": "f", "description": "x" * MAX_DEFAULT}}]
+    decoded(body(kind, tools=tools, **none), kind)
+    with pytest.raises(BadRequest, match="tools cannot be honoured: answers hold no calls of tools"):
+        decoded(body(kind, tools=tools, **some), kind)
+    if kind is ChatRequest:
+        decoded(body(kind, functions=tools, function_call="none"), kind)
 
 
 def test_no_known_and_no_strange_field_is_a_misspelled_one():

@@ -21,7 +21,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     """What has become final since the last one. The last chunk carries why it ended and what it cost.
 
     `confidences` are the probabilities of the tokens when they were unmasked. Text may lag behind the tokens, by part
-    of a character or of a stop string.
+    of a character or of a stop string. `stop` is the stop string at which the text ends, if one has ended it.
     """
 
     text: str
@@ -29,10 +29,11 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     confidences: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop: str | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer."""
+    """A whole answer. `stop` is the stop string at which its text ends, if one has ended it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -41,6 +42,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     usage: Usage
+    stop: str | None = None
 
 
 class Cut(NamedTuple):
@@ -129,7 +131,8 @@ class Stream:
             self.end(None)
             return
         rest = self.stops.push(self.detokenizer.flush()) + self.stops.flush()
-        self.end(Chunk(rest, finish_reason="stop" if self.stopped else reason, usage=usage))
+        reason = "stop" if self.stopped else reason
+        self.end(Chunk(rest, finish_reason=reason, usage=usage, stop=self.stops.stop))
 
     def fail(self, error: DilaserveError) -> None:
         self.end(error)
@@ -192,6 +195,7 @@ async def collect(stream: Stream) -> Completion:
         prompt_tokens=stream.prompt_tokens,
         completion_tokens=len(ids),
         usage=last.usage,
+        stop=last.stop,
     )
 
 

@@ -28,18 +28,22 @@ from dilaserve.server.cors import Origins
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.guard import PLAN, answered, guarded
 from dilaserve.server.intake import Intake
+from dilaserve.server.messages_api import COUNT_TOKENS, MESSAGES
 from dilaserve.server.paths import rooted
 from dilaserve.server.routes import (
     chat,
     complete,
+    count_tokens,
     detokenize,
     health,
     measured,
+    messages,
     model,
     models,
     plan,
     ready,
     replan,
+    responses,
     tokenize,
     version,
 )
@@ -227,6 +231,9 @@ def application(engine: Engine, config: Config) -> web.Application:
             web.get("/v1/models/{model:.+}", model),
             web.post("/v1/chat/completions", chat),
             web.post("/v1/completions", complete),
+            web.post("/v1/responses", responses),
+            web.post(MESSAGES, messages),
+            web.post(COUNT_TOKENS, count_tokens),
             web.get(PLAN, plan),
             web.post(PLAN, replan),
             web.post("/tokenize", tokenize),

@@ -19,9 +19,9 @@ from dilaserve.errors import (
     Unauthorized,
     shortened,
 )
-from dilaserve.server import sse
+from dilaserve.server import messages_api, sse
 from dilaserve.server.app_keys import CONFIG, KEYS, ORIGINS, TENANT
-from dilaserve.server.responses import failure
+from dilaserve.server.responses import Json, failure
 from dilaserve.system import logs
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         authorize(request)
         response = await handler(request)
     except DilaserveError as error:
-        response = refused(error)
+        response = refused(error, request)
     except web.HTTPException as error:
         response = respelled(error, request)
     except (ConnectionResetError, asyncio.CancelledError):
@@ -92,7 +92,9 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise
     except Exception:
         log.exception("request %s failed", id)
-        response = refused(DilaserveError(f"internal error; the log has more under request id {id}", code="internal"))
+        response = refused(
+            DilaserveError(f"internal error; the log has more under request id {id}", code="internal"), request
+        )
     return response
 
 
@@ -120,9 +122,9 @@ def authorize(request: web.Request) -> None:
 
 
 def sent_key(request: web.Request) -> str | None:
-    """The key that came with the request."""
+    """The key that came with the request, as OpenAI's clients send it, or else as Anthropic's do."""
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-    return sent.strip() if scheme.lower() == "bearer" else None
+    return sent.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
 
 
 def is_key(sent: str | None, key: str | None) -> bool:
@@ -132,7 +134,7 @@ def is_key(sent: str | None, key: str | None) -> bool:
     return hmac.compare_digest(sent.encode(errors="replace"), key.encode())
 
 
-def refused(error: DilaserveError) -> web.Response:
+def refused(error: DilaserveError, request: web.Request) -> web.Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
@@ -140,7 +142,14 @@ def refused(error: DilaserveError) -> web.Response:
         headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return json_response(failure(error), error.status, headers)
+    return json_response(shaped(error, request), error.status, headers)
+
+
+def shaped(error: DilaserveError, request: web.Request) -> Json:
+    """The error in the shape that clients of this path read."""
+    if request.path.startswith(messages_api.MESSAGES):
+        return messages_api.failure(error, request[sse.REQUEST_ID])
+    return failure(error)
 
 
 def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
@@ -155,7 +164,8 @@ def respelled(error: web.HTTPException, request: web.Request) -> web.Response:
         reasons.get(error.status) or shortened(error.text or error.reason), code=STATUSES.get(error.status)
     )
     headers = {"allow": error.headers["allow"]} if "allow" in error.headers else {}
-    response = json_response(failure(ours), error.status, headers)
+    ours.status = error.status
+    response = json_response(shaped(ours, request), error.status, headers)
     if error.status == 400:  # the body is broken, and with it what would come behind it
         response.force_close()
     return response

@@ -4,7 +4,7 @@ import math
 import secrets
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dilaserve import __version__
@@ -24,13 +24,23 @@ class Token(NamedTuple):
 
 
 class ResponseFormat:
-    """One endpoint's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
-    into the answer, or into the last chunk of each choice.
+    """OpenAI's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
+    into the answer, or into the last chunk of each choice. `counts`: a stream ends with what was used.
     """
 
+    named = False
+    ending = b"data: [DONE]\n\n"
+
     def __init__(
-        self, engine: Engine, chat: bool, logprobs: bool, stops: bool = False, warnings: Sequence[str] = ()
+        self,
+        engine: Engine,
+        chat: bool,
+        logprobs: bool,
+        stops: bool = False,
+        warnings: Sequence[str] = (),
+        counts: bool = False,
     ) -> None:
+        self.counts = counts
         self.warned: Json = {"warnings": list(warnings)} if warnings else {}
         self.engine, self.chat, self.logprobs, self.stops = engine, chat, logprobs, stops
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
@@ -50,6 +60,24 @@ class ResponseFormat:
         }
 
     # streams
+
+    def started(self, choices: int, echoes: Sequence[str], prompt_tokens: int) -> Iterator[Json]:
+        if self.chat:
+            yield from map(self.opening, range(choices))
+        yield from (self.echo(index, echo) for index, echo in enumerate(echoes) if echo)
+
+    def more(self, index: int, chunk: Chunk) -> Iterator[Json]:
+        if delta := self.delta(index, chunk):
+            yield delta
+        if chunk.finish_reason:
+            yield self.closing(index, chunk)
+
+    def done(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Iterator[Json]:
+        if self.counts:
+            yield self.counted(prompt_tokens, completion_tokens, cached_tokens)
+
+    def failed(self, error: DilaserveError) -> Iterator[Json]:
+        yield failure(error)
 
     def opening(self, index: int) -> Json:
         return self.piece({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})

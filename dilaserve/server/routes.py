@@ -20,15 +20,17 @@ from dilaserve.errors import (
     Unavailable,
     quoted,
 )
-from dilaserve.server import openai, plan_api, schema, sse
+from dilaserve.server import messages_api, openai, plan_api, responses_api, schema, sse
 from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, TELEMETRY, TENANT
 from dilaserve.server.guard import json_response, refused
+from dilaserve.server.messages_events import MessagesFormat
 from dilaserve.server.responses import Json, ResponseFormat
+from dilaserve.server.responses_events import ResponsesFormat
 from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Asked = TypeVar("Asked", bound=schema.Common)
+Asked = TypeVar("Asked", bound=schema.Shared)
 
 
 async def read(request: web.Request, kind: type[T]) -> T:
@@ -51,7 +53,7 @@ async def health(request: web.Request) -> web.StreamResponse:
     return (
         json_response({"status": "ok"})
         if request.app[ENGINE].alive
-        else refused(DilaserveError("the engine has stopped"))
+        else refused(DilaserveError("the engine has stopped"), request)
     )
 
 
@@ -103,8 +105,40 @@ def known(engine: Engine, name: str | None) -> None:
 async def chat(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.ChatRequest)
     engine = request.app[ENGINE]
-    form = ResponseFormat(engine, chat=True, logprobs=bool(asked.logprobs), stops=bool(asked.stop), warnings=warnings)
-    return await respond(request, asked, form, [await chatted(engine, asked.messages)])
+    return await respond(request, asked, openais(engine, asked, warnings), [await chatted(engine, asked.messages)])
+
+
+async def responses(request: web.Request) -> web.StreamResponse:
+    asked, warnings = await read_warned(request, schema.ResponsesRequest)
+    engine, heard = request.app[ENGINE], responses_api.as_chat(asked)
+    form = ResponsesFormat(openais(engine, heard.chat, warnings), responses_api.repeated(asked))
+    with heard.spelled():
+        prompt = await chatted(engine, heard.chat.messages)
+        return await respond(request, heard.chat, form, [prompt])
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    asked, warnings = await read_warned(request, schema.MessagesRequest)
+    engine, heard = request.app[ENGINE], messages_api.as_chat(asked)
+    form = MessagesFormat(openais(engine, heard.chat, warnings), request[sse.REQUEST_ID])
+    with heard.spelled():
+        prompt = await chatted(engine, heard.chat.messages)
+        return await respond(request, heard.chat, form, [prompt])
+
+
+async def count_tokens(request: web.Request) -> web.StreamResponse:
+    asked, engine = await read(request, schema.CountTokensRequest), request.app[ENGINE]
+    heard = messages_api.counted(asked)
+    known(engine, asked.model)
+    with heard.spelled():
+        ids = await engine.tokenize(await chatted(engine, heard.chat.messages))
+    return json_response({"input_tokens": len(ids)})
+
+
+def openais(engine: Engine, asked: schema.ChatRequest, warnings: Sequence[str]) -> ResponseFormat:
+    """How OpenAI writes the answer of this chat."""
+    counts = bool(asked.stream_options and asked.stream_options.include_usage)
+    return ResponseFormat(engine, True, bool(asked.logprobs), bool(asked.stop), warnings, counts)
 
 
 async def chatted(engine: Engine, said: list[Message]) -> Prompt:
@@ -116,9 +150,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     if asked.logprobs and not isinstance(asked.logprobs, bool):
         raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
-    form = ResponseFormat(
-        engine, chat=False, logprobs=asked.logprobs is not None, stops=bool(asked.stop), warnings=warnings
-    )
+    counts = bool(asked.stream_options and asked.stream_options.include_usage)
+    form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, counts)
     return await respond(request, asked, form, prompts, bool(asked.echo))
 
 
@@ -131,7 +164,7 @@ async def spoken(engine: Engine, ids: list[int]) -> str:
 
 
 async def respond(
-    request: web.Request, asked: schema.Common, form: ResponseFormat, prompts: Sequence[Prompt], echoes: bool = False
+    request: web.Request, asked: schema.Common, form: sse.AnswerFormat, prompts: Sequence[Prompt], echoes: bool = False
 ) -> web.StreamResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
     engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
@@ -155,8 +188,7 @@ async def respond(
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         if asked.stream:
-            count = bool(asked.stream_options and asked.stream_options.include_usage)
-            return await sse.relay(request, form, streams, each, prompt_tokens, count)
+            return await sse.relay(request, form, streams, each, prompt_tokens)
         completions = await asyncio.gather(*(collect(stream) for stream in streams))
         return json_response(form.answer(completions, each, prompt_tokens))
 

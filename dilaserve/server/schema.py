@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dilaserve.config import CacheKind
-from dilaserve.engine.prompts import Message
+from dilaserve.engine.prompts import Message, Part
 from dilaserve.errors import BadRequest, quoted, shortened
 from dilaserve.server import unsupported
 from dilaserve.server.unsupported import Unsupported
@@ -25,6 +25,20 @@ MAX_WARNINGS = 8
 MAX_UNKNOWN = 8  # unknown names that are compared with known ones, at a millisecond or two each
 MAX_NAME = 48  # characters of a name that can be a misspelled one
 ALIKE = 0.8  # of difflib's ratio, from which a name is taken for a misspelled one
+
+
+OTHER_NAMES = {  # of other servers, or other endpoints: what is known here, the last one first
+    "deadline": ["slo.deadline_ms"],
+    "slo_class": ["slo.class"],
+    "stop_sequences": ["stop"],
+    "max_output_tokens": ["max_tokens"],
+    "max_tokens": ["max_output_tokens"],
+    "max_completion_tokens": ["max_tokens", "max_output_tokens"],
+    "max_new_tokens": ["max_tokens", "max_output_tokens"],
+    "system": ["messages"],
+    "instructions": ["messages"],
+    "user": ["metadata.user_id"],
+}
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -43,25 +57,22 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     task: str | None = None
 
 
-class Common(msgspec.Struct, kw_only=True):
-    """Fields of both endpoints. null means the default everywhere."""
+OWNERS: Mapping[str, type[msgspec.Struct]] = {"slo": Slo, "stream_options": StreamOptions}
+
+
+class Shared(msgspec.Struct, kw_only=True):
+    """Fields of every endpoint that answers. null means the default everywhere."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
-    n: int | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
     # ours
     decode: DecodeRule | None = None
     confidence_threshold: float | None = None
@@ -77,15 +88,97 @@ class Common(msgspec.Struct, kw_only=True):
     min_confidence_threshold: float | None = None
 
 
+class Common(Shared, kw_only=True):
+    """Fields of chat and completions."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
 class ChatRequest(Common, kw_only=True):
     messages: list[Message]
     logprobs: bool | None = None
+    top_logprobs: int | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
+
+
+class InputItem(msgspec.Struct, frozen=True):
+    """A message, a call of a tool, or what came of one, in the `input` of /v1/responses."""
+
+    type: str = "message"
+    role: str | None = None
+    content: str | list[str | Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: Any = None
+    input: str | None = None
+    output: str | list[str | Part] | None = None
+
+
+class ResponsesStreamOptions(msgspec.Struct, frozen=True):
+    include_obfuscation: bool | None = None  # padding against readers of an encrypted line: there never is any
+
+
+class ResponsesRequest(Shared, kw_only=True):
+    """/v1/responses, as OpenAI has it."""
+
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    metadata: dict[str, str] | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    stop: str | list[str] | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    user: str | None = None
+
+
+class ContentBlock(msgspec.Struct, frozen=True):
+    """A part of a message of /v1/messages: text, a call of a tool, or what came of one."""
+
+    type: str
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: Any = None
+    tool_use_id: str | None = None
+    content: str | list[Part] | None = None
+
+
+class AnthropicMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[ContentBlock]
+
+
+class AnthropicMetadata(msgspec.Struct, frozen=True):
+    user_id: str | None = None
+
+
+class CountTokensRequest(msgspec.Struct, kw_only=True):
+    """/v1/messages/count_tokens, as Anthropic has it."""
+
+    messages: list[AnthropicMessage]
+    model: str | None = None
+    system: str | list[Part] | None = None
+
+
+class MessagesRequest(Shared, kw_only=True):
+    """/v1/messages, as Anthropic has it."""
+
+    messages: list[AnthropicMessage]
+    max_tokens: int
+    system: str | list[Part] | None = None
+    stop_sequences: list[str] | None = None
+    metadata: AnthropicMetadata | None = None
 
 
 class TokenizeRequest(msgspec.Struct):
@@ -103,6 +196,9 @@ class DetokenizeRequest(msgspec.Struct):
 REFUSED: Mapping[type, Mapping[str, Unsupported]] = {
     ChatRequest: unsupported.CHAT,
     CompletionRequest: unsupported.COMPLETIONS,
+    ResponsesRequest: unsupported.RESPONSES,
+    MessagesRequest: unsupported.MESSAGES,
+    CountTokensRequest: unsupported.COUNT_TOKENS,
     TokenizeRequest: unsupported.TOKENIZE,
 }
 
@@ -115,8 +211,7 @@ def with_refused(kind: type[T]) -> type[T]:
 
 
 _decoders: dict[type, msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(with_refused(kind))
-    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    kind: msgspec.json.Decoder(with_refused(kind)) for kind in (*REFUSED, DetokenizeRequest)
 }
 
 
@@ -125,8 +220,17 @@ def decoded(body: bytes | bytearray, kind: type[T]) -> T:
     check_encoding(body)
     request: T = parsed(body, _decoders.get(kind) or msgspec.json.Decoder(kind))
     for name, about in REFUSED.get(kind, {}).items():
-        refuse(name, getattr(request, name), about)
+        if not unused(name, request):
+            refuse(name, getattr(request, name), about)
     return request
+
+
+def unused(name: str, request: object) -> bool:
+    """Whether the field is a list of tools of which none is to be chosen."""
+    choice: msgspec.Raw | None = getattr(request, unsupported.LISTS.get(name, ""), None)
+    if choice is None or memoryview(choice).nbytes > MAX_DEFAULT:
+        return False
+    return parsed(bytes(choice), _any) in unsupported.NO_CHOICE
 
 
 def check_encoding(body: bytes | bytearray) -> None:
@@ -169,8 +273,8 @@ def misspelled(body: bytes | bytearray, kind: type[msgspec.Struct]) -> list[str]
     """A warning for each unknown field of a body, which is valid, that looks like a known one."""
     if body.count(b":") > MAX_NAMES:
         return []
-    known = {*kind.__struct_fields__, *REFUSED.get(kind, ())}
-    targets = {plain(name): name for name in known}
+    known = {*(field.encode_name for field in msgspec.structs.fields(kind)), *REFUSED.get(kind, ())}
+    targets = places(kind, known) | {plain(name): name for name in known}
     found: list[str] = []
     unknown = (name for name in _names.decode(body) if name not in known and len(name) <= MAX_NAME)
     for name in islice(unknown, MAX_UNKNOWN):
@@ -178,6 +282,18 @@ def misspelled(body: bytes | bytearray, kind: type[msgspec.Struct]) -> list[str]
             break
         if near := difflib.get_close_matches(plain(name), targets, 1, ALIKE):
             found.append(f"the field {quoted(name)} is unknown and was ignored; did you mean {targets[near[0]]!r}?")
+    return found
+
+
+def places(kind: type[msgspec.Struct], known: set[str]) -> dict[str, str]:
+    """The right place of fields that belong elsewhere in the body, or have another name here, by their plain name."""
+    found: dict[str, str] = {}
+    for owner, inner in OWNERS.items():
+        if owner in kind.__struct_fields__:
+            names = [field.encode_name for field in msgspec.structs.fields(inner)]
+            found |= {plain(name): f"{owner}.{name}" for name in names}
+    for name, others in OTHER_NAMES.items():
+        found |= {plain(name): other for other in others if other in known or other.partition(".")[0] in known}
     return found
 
 

@@ -2,15 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import msgspec
 from aiohttp import web
 
-from dilaserve.engine.engine import Chunk, Stream
+from dilaserve.engine.engine import Chunk, Completion, Stream
 from dilaserve.errors import DilaserveError
 from dilaserve.server.connection import Connection
-from dilaserve.server.responses import ResponseFormat, cached, failure
+from dilaserve.server.responses import Json, cached
 from dilaserve.types import Usage
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
@@ -21,48 +22,59 @@ PING = Chunk("")  # stands for a comment line
 _json = msgspec.json.Encoder()
 
 
+class AnswerFormat(Protocol):
+    """How an endpoint writes answers: whole, or as events. `named`: each event says its type on a line of its own;
+    `ending` stands behind the last.
+    """
+
+    named: bool
+    ending: bytes
+
+    def answer(self, completions: Sequence[Completion], echoes: Sequence[str], prompt_tokens: int) -> Json: ...
+
+    def started(self, choices: int, echoes: Sequence[str], prompt_tokens: int) -> Iterator[Json]: ...
+
+    def more(self, index: int, chunk: Chunk) -> Iterator[Json]: ...
+
+    def done(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Iterator[Json]: ...
+
+    def failed(self, error: DilaserveError) -> Iterator[Json]: ...
+
+
 async def relay(
     request: web.Request,
-    form: ResponseFormat,
+    form: AnswerFormat,
     streams: Sequence[Stream],
     echoes: Sequence[str],
     prompt_tokens: int,
-    count: bool,
 ) -> web.StreamResponse:
     """Write the streams as one event stream; errors after the first byte become an event."""
     response = web.StreamResponse(headers={**HEADERS, "x-request-id": request[REQUEST_ID]})
     await response.prepare(request)
     spent, usages = 0, list[Usage]()
     try:
-        await write(response, opening(form, len(streams), echoes))
+        await write(response, written(form, form.started(len(streams), echoes, prompt_tokens)))
         async for index, chunk in merged(request, response, streams):
             spent += len(chunk.token_ids)
             usages += [chunk.usage] if chunk.usage else []
-            await write(response, events(form, index, chunk))
-        ending = event(form.counted(prompt_tokens, spent, cached(usages))) if count else b""
-        await write(response, ending + b"data: [DONE]\n\n")
+            await write(response, written(form, form.more(index, chunk)))
+        last = form.done(prompt_tokens, spent, cached(usages))
+        await write(response, written(form, last) + form.ending)
     except DilaserveError as error:
-        await write(response, event(failure(error)))
+        await write(response, written(form, form.failed(error)))
     except TimeoutError:
         if request.transport:
             request.transport.abort()
     return response
 
 
-def opening(form: ResponseFormat, choices: int, echoes: Sequence[str]) -> bytes:
-    if form.chat:
-        return b"".join(event(form.opening(index)) for index in range(choices))
-    return b"".join(event(form.echo(index, echo)) for index, echo in enumerate(echoes) if echo)
+def written(form: AnswerFormat, events: Iterable[Json]) -> bytes:
+    return b"".join(event(one, one["type"] if form.named else None) for one in events)
 
 
-def events(form: ResponseFormat, index: int, chunk: Chunk) -> bytes:
-    delta = form.delta(index, chunk)
-    data = event(delta) if delta else b""
-    return data + (event(form.closing(index, chunk)) if chunk.finish_reason else b"")
-
-
-def event(data: object) -> bytes:
-    return b"data: " + _json.encode(data) + b"\n\n"
+def event(data: Json, name: str | None = None) -> bytes:
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + _json.encode(data) + b"\n\n"
 
 
 async def write(response: web.StreamResponse, data: bytes) -> None:

@@ -33,11 +33,15 @@ def all_zero(given: Any) -> bool:
 
 SAMPLING = "masked diffusion has no token-by-token sampling to apply it to"
 GRAMMAR = "answers cannot be held to a grammar"
-TOOLS = "tools are not supported"
+TOOLS = 'answers hold no calls of tools; leave them out, or send tool_choice "none"'
+FUNCTIONS = 'answers hold no calls of functions; leave them out, or send function_call "none"'
 TEMPLATE = "the chat template is the model's own and takes no arguments"
 TEXT = "this server reads and writes text"
 IDS = "token ids are not part of answers"
 STORE = "answers are not stored"
+
+LISTS = {"tools": "tool_choice", "functions": "function_call"}  # which may hold anything where the choice is none
+NO_CHOICE = ("none", {"type": "none"})  # OpenAI's and Anthropic's
 
 COMMON = {
     # OpenAI
@@ -47,14 +51,13 @@ COMMON = {
     "tools": Unsupported(at([]), TOOLS),
     "tool_choice": Unsupported(at("none", "auto"), TOOLS),
     "parallel_tool_calls": Unsupported(at(True, False), TOOLS),
-    "functions": Unsupported(at([]), "functions are not supported"),
-    "function_call": Unsupported(at("none", "auto"), "functions are not supported"),
+    "functions": Unsupported(at([]), FUNCTIONS),
+    "function_call": Unsupported(at("none", "auto"), FUNCTIONS),
     "audio": Unsupported(at(), TEXT),
     "modalities": Unsupported(at(["text"]), TEXT),
     "response_format": Unsupported(at({"type": "text"}), "only {'type': 'text'} is supported"),
     "suffix": Unsupported(at(""), "text after the answer is not supported"),
     "best_of": Unsupported(at(1), "send n"),
-    "top_logprobs": Unsupported(at(0), "only the chosen token's probability is kept"),
     "prediction": Unsupported(at(), "predicted output is not supported"),
     "reasoning_effort": Unsupported(at("none", "medium"), "the model does not reason before its answer"),
     "verbosity": Unsupported(at("medium"), "the length of answers is set by max_tokens alone"),
@@ -125,6 +128,7 @@ CHAT = COMMON | {
     "add_special_tokens": Unsupported(at(False), "the chat template writes all special tokens"),
 }
 COMPLETIONS = COMMON | {
+    "top_logprobs": Unsupported(at(0), "send the number as logprobs here"),
     "messages": Unsupported(at(), "send messages to /v1/chat/completions"),
     "add_special_tokens": Unsupported(at(True), "send token ids for a prompt without special tokens"),
 }
@@ -136,4 +140,60 @@ TOKENIZE = {
     )
 } | {
     "return_token_strs": Unsupported(at(False), "send the ids to /detokenize one by one"),
+}
+
+
+def plain_text(given: Any) -> bool:
+    """OpenAI's `text` of a response, where it asks for text."""
+    return isinstance(given, dict) and all(
+        value is None or (name == "format" and value == {"type": "text"}) or (name == "verbosity" and value == "medium")
+        for name, value in given.items()
+    )
+
+
+def no_reasoning(given: Any) -> bool:
+    known = isinstance(given, dict) and given.keys() <= {"effort", "summary", "generate_summary"}
+    return known and given.get("effort") in (None, "none", "medium")
+
+
+NO_REASONING = "the model does not reason before its answer"
+HISTORY = "earlier answers are not kept; send the whole conversation as input"
+RESPONSES = {name: about for name, about in COMMON.items() if name not in ("metadata", "response_format")} | {
+    "previous_response_id": Unsupported(at(), HISTORY),
+    "conversation": Unsupported(at(), HISTORY),
+    "context_management": Unsupported(at([]), HISTORY),
+    "background": Unsupported(at(False), "answers are not kept for later; leave it out, or stream"),
+    "prompt": Unsupported(at(), "prompt templates are not kept here; send input"),
+    "messages": Unsupported(at(), "send the conversation as input"),
+    "text": Unsupported(plain_text, "only {'format': {'type': 'text'}} is supported"),
+    "reasoning": Unsupported(no_reasoning, NO_REASONING),
+    "truncation": Unsupported(at("disabled"), "prompts are never cut; shorten it"),
+    "max_tool_calls": Unsupported(anything, TOOLS),
+    "moderation": Unsupported(at(), "nothing is moderated here"),
+    "prompt_cache_options": Unsupported(anything, STORE),
+}
+
+
+def not_thinking(given: Any) -> bool:
+    return isinstance(given, dict) and given.get("type") == "disabled"
+
+
+ANTHROPICS_TOOLS = 'answers hold no calls of tools; leave them out, or send tool_choice {"type": "none"}'
+ANTHROPICS_TEXT = {
+    "tools": Unsupported(at([]), ANTHROPICS_TOOLS),
+    "tool_choice": Unsupported(at({"type": "none"}, {"type": "auto"}), ANTHROPICS_TOOLS),
+    "thinking": Unsupported(not_thinking, NO_REASONING),
+    "output_config": Unsupported(at({}), "only text is supported"),
+    "cache_control": Unsupported(anything, STORE),
+    "mcp_servers": Unsupported(at([]), ANTHROPICS_TOOLS),
+    "speed": Unsupported(at("standard"), "there is one speed; send priority or slo"),
+    "context_management": Unsupported(at(), "the conversation is taken as it is sent"),
+}
+COUNT_TOKENS = ANTHROPICS_TEXT
+MESSAGES = ANTHROPICS_TEXT | {
+    "service_tier": Unsupported(at("auto", "standard_only"), "there is one tier; send priority or slo"),
+    "container": Unsupported(at(), "there is no code execution"),
+    "inference_geo": Unsupported(at(), "there is one place: this server"),
+    "diagnostics": Unsupported(anything, STORE),
+    "stop": Unsupported(at([]), "send stop_sequences"),
 }

@@ -15,6 +15,7 @@ class StopStrings:
         self.held = ""
         self.spared = 0  # characters of `held` within which no stop string may end
         self.found = False
+        self.stop: str | None = None  # the one that was found
 
     def pass_over(self, text: str) -> str:
         """As `push`, but no stop string may end in this text; one may begin in it."""
@@ -29,6 +30,7 @@ class StopStrings:
         ends = [(at + len(stop), at) for stop in self.stops if (at := self.first(stop)) >= 0]
         end, start = min(ends, default=(0, 0))
         self.found, cut = bool(ends), end if self.shown else start
+        self.stop = self.held[start:end] or None
         keep = 0 if self.found else max(overlap(self.held, stop) for stop in self.stops)
         shown = self.held[:cut] if self.found else self.held[: len(self.held) - keep]
         self.held = self.held[len(shown) :]
