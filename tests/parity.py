@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import checkpoints
+import torch
 from reference_loops import decode
 
 from dilaserve import Options
@@ -65,10 +66,23 @@ def expect(model, requests, completions):
 
 def teach_an_end(directory):
     """Give the end token a row of the head that often wins."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(directory / "model.safetensors")
     head = tensors["model.transformer.ff_out.weight"]
     head[checkpoints.EOS] = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)) * 9 * 32**-0.5
     save_file(tensors, directory / "model.safetensors")
+
+
+def best_of(logits, mask_id, k=5):
+    """(token, log probability) of the k best, the mask token left out; `logits` [vocab]."""
+    values = logits.double().log_softmax(-1)
+    order = [token for token in values.argsort(descending=True, stable=True).tolist() if token != mask_id]
+    return [(token, float(values[token])) for token in order[:k]]
+
+
+def same_tops(found, wanted):
+    """Whether the lists of all positions name the same tokens, with the same values but for rounding."""
+    tokens = [[one.token_id for one in top] for top in found] == [[token for token, _ in top] for top in wanted]
+    values = torch.tensor([[one.logprob for one in top] for top in found])
+    return tokens and torch.allclose(values, torch.tensor([[value for _, value in top] for top in wanted]), atol=2e-4)

@@ -9,8 +9,10 @@ import block_checkpoints
 import checkpoints
 import pytest
 import pytest_asyncio
+from block_loops import dream
 from block_models import Masked
 from block_parity import answers, expect, expected, options, some_requests, under_way
+from parity import best_of, same_tops
 from worker_faults import wait_for_plan
 
 from dilaserve import BadRequest, Config, Engine, Options
@@ -118,3 +120,23 @@ async def test_an_answer_over_http_ends_where_the_whole_canvas_has_its_first_end
 async def test_options_without_a_meaning_are_refused_with_a_reason(engine, fields, words):
     with pytest.raises(BadRequest, match=words):
         await engine.generate([1, 2, 3], Options(**fields))
+
+
+async def test_the_most_probable_tokens_are_those_of_the_logits_before_a_position(engine, directory, reference):
+    """On two ranks, each of which has a part of the vocabulary."""
+    model, tops = Masked(directory), {}
+
+    def seen(x, visible):
+        logits = reference.logits(x, visible)
+        masks = [p for p, token in enumerate(x) if token == model.mask_id]
+        tops.update({p: best_of(logits[p - 1], model.mask_id) for p in masks})  # until it is unmasked
+        return logits
+
+    model.logits, prompt = seen, list(range(40, 60))
+    tokens, _ = dream(model, prompt, 16, 16, "maskgit_plus")
+    asked = Options(
+        max_tokens=16, block_length=16, cache="none", num_denoising_steps=16, ignore_eos=True, top_logprobs=5
+    )
+    answer = await engine.generate(prompt, asked)
+    assert list(answer.token_ids) == tokens
+    assert same_tops(answer.top_logprobs, [tops[p] for p in range(len(prompt), len(prompt) + 16)])

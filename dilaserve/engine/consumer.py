@@ -134,6 +134,7 @@ class Consumer:
                 self.profile.rows += len(event.results)
                 self.profile.seconds += event.seconds
                 self.profile.forward += event.forward
+                self.delivery.learn(event.results)
             case InstanceReady(instance):
                 self.capacity[instance.id] = instance.kv_tokens
             case InstanceLost(instance):

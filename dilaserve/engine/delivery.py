@@ -1,14 +1,14 @@
 """Delivers to the clients' streams what the scheduler says of their requests. An error here ends one request only."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dilaserve.engine.observer import Ended, Message, Observer, fate_of
 from dilaserve.engine.prefix_hashes import PrefixHasher
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS, DeadlineMissed, Overloaded, RequestFailed
 from dilaserve.transport.request_table import RequestTable
-from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, PrefixGrown, Refuse, Usage
+from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, PrefixGrown, Refuse, RowResult, Usage
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,15 @@ class Delivery:
                 stream.fail(missed(usage, retry, never_feasible))
             case Refuse(_, retry_after):
                 stream.fail(full(self.places, retry_after))
+
+    def learn(self, results: Iterable[RowResult]) -> None:
+        """Hand the alternatives of what a step has unmasked to the streams that want them."""
+        for one in results:
+            if one.alternatives:
+                row = one.row, one.generation
+                for stream in self.streams.values():
+                    if (stream.request.row, stream.request.generation) == row:
+                        stream.learn(one.alternatives)
 
     def drop(self, stream: Stream, error: RequestFailed) -> None:
         """Fail the stream, and end its request if it still runs."""

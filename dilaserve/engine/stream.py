@@ -1,7 +1,7 @@
 """The stream of one answer: tokens become final, text comes out, once and in order."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import NamedTuple, Self
 
@@ -14,7 +14,12 @@ from dilaserve.errors import DilaserveError, Unavailable
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.stop_strings import StopStrings
 from dilaserve.tokenizer.tokenizer import Text
-from dilaserve.types import Cancel, Event, FinishReason, Request, Usage
+from dilaserve.types import Alternatives, Cancel, Event, FinishReason, Request, Usage
+
+
+class TopLogprob(NamedTuple):
+    token_id: int
+    logprob: float
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
@@ -22,6 +27,9 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
     `confidences` are the probabilities of the tokens when they were unmasked. Text may lag behind the tokens, by part
     of a character or of a stop string. `stop` is the stop string at which the text ends, if one has ended it.
+
+    `top_logprobs` are the most probable tokens in place of each token, the best first, if they were asked for; none for
+    tokens whose step was lost with its worker.
     """
 
     text: str
@@ -29,6 +37,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     confidences: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    top_logprobs: tuple[tuple[TopLogprob, ...], ...] = ()
     stop: str | None = None
 
 
@@ -42,6 +51,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     usage: Usage
+    top_logprobs: tuple[tuple[TopLogprob, ...], ...] = ()
     stop: str | None = None
 
 
@@ -71,6 +81,7 @@ class Stream:
         self.first_at: float | None = None  # when the first tokens became final, and the last that have; if observed
         self.last_at: float | None = None
         self.detokenizer, self.stops = Detokenizer(text), StopStrings(cut.stop, cut.shown)
+        self.alternatives: dict[int, tuple[TopLogprob, ...]] = {}  # by canvas position
         self.chunks: deque[Chunk | DilaserveError | None] = deque()
         self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says
         self.patient = False
@@ -113,10 +124,22 @@ class Stream:
     def push(self, ids: list[int], confidences: list[float]) -> None:
         """Raises what the tokenizer raises; the stream then has no text any more."""
         text = self.shown(ids)
+        top = self.top_of(range(self.position, self.position + len(ids)))
         self.position += len(ids)
-        self.chunks.append(Chunk(text, tuple(ids), tuple(confidences)))
+        self.chunks.append(Chunk(text, tuple(ids), tuple(confidences), top_logprobs=top))
         if not self.patient:
             self.news.ring()
+
+    def learn(self, found: Iterable[Alternatives]) -> None:
+        """Remember what else might have stood at positions that are not pushed yet."""
+        for one in found:
+            pairs = zip(one.token_ids, one.logprobs, strict=True)
+            self.alternatives[one.position] = tuple(TopLogprob(*pair) for pair in pairs)
+
+    def top_of(self, positions: Iterable[int]) -> tuple[tuple[TopLogprob, ...], ...]:
+        if not self.request.decoding.top_logprobs:
+            return ()
+        return tuple(self.alternatives.pop(position, ()) for position in positions)
 
     def shown(self, ids: list[int]) -> str:
         """The text of the next tokens, up to where it is cut. No stop string ends within the first `min_tokens` tokens;
@@ -195,6 +218,7 @@ async def collect(stream: Stream) -> Completion:
         prompt_tokens=stream.prompt_tokens,
         completion_tokens=len(ids),
         usage=last.usage,
+        top_logprobs=tuple(chain.from_iterable([chunk.top_logprobs for chunk in chunks])),
         stop=last.stop,
     )
 

@@ -9,7 +9,7 @@ import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
 from dilaserve.errors import BadRequest, ConfigError, quoted
-from dilaserve.types import MAX_STOP_IDS, DecodeRule, Decoding, Ending, FamilyTraits, OnMiss, Slo
+from dilaserve.types import MAX_STOP_IDS, MAX_TOP_LOGPROBS, DecodeRule, Decoding, Ending, FamilyTraits, OnMiss, Slo
 from dilaserve.validation import converted, plain, whole
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
@@ -53,7 +53,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     each level is a head start of a minute over other requests of the same user. `min_confidence_threshold` bounds
     threshold control, which leaves alone a request that states its `confidence_threshold`. `user` is the tenant that
     owns the accuracy budget, of `accuracy_budget` points where that is less than --accuracy-budget; `task` names a
-    quality profile.
+    quality profile. `top_logprobs`: how many of the most probable tokens of each position chunks carry, as they were
+    in the step that unmasked it; 5 at most.
 
     `deadline` (in seconds) and `tenant` are old names of `deadline_ms` and `user`; they raise a `DeprecationWarning`.
     """
@@ -82,6 +83,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     on_miss: OnMiss = "best_effort"
     priority: int = 0
     min_confidence_threshold: float | None = None
+    top_logprobs: int = 0
     user: str = ""
     accuracy_budget: float | None = None
     task: str | None = None
@@ -153,6 +155,7 @@ def resolve(
         top_k=max(0, options.top_k),
         min_p=options.min_p,
         seed=seed if options.seed is None else options.seed,
+        top_logprobs=options.top_logprobs,
         traits=traits,
     )
     return ResolvedOptions(canvas_tokens, max_tokens, decoding)
@@ -196,6 +199,7 @@ def check(options: Options) -> None:
     within("min_tokens", options.min_tokens, 0, 2**31 - 1)
     within("confidence_threshold", options.confidence_threshold, 0.0, 1.0)
     within("editing_threshold", options.editing_threshold, 0.0, 1.0)
+    within("top_logprobs", options.top_logprobs, 0, MAX_TOP_LOGPROBS)
     within("factor", options.factor, 0.0, 1e6)
     within("seed", options.seed, -(2**63), 2**63 - 1)
     within("max_tokens", options.max_tokens, 1, 2**31)

@@ -10,7 +10,7 @@ import msgspec
 from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, quoted
 from dilaserve.server.api_keys import Tenant
-from dilaserve.server.schema import ChatRequest, Common, Slo, TokenizeRequest
+from dilaserve.server.schema import ChatRequest, Common, CompletionRequest, Slo, TokenizeRequest
 
 N = TypeVar("N", int, float)
 
@@ -89,6 +89,7 @@ def options(request: Common, choice: int, tenant: Tenant | None = None) -> Optio
         "top_p": request.top_p,
         "seed": None if request.seed is None else wrapped(request.seed, choice),
         "stop": (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop),
+        "top_logprobs": top_logprobs(request),
         "stop_token_ids": None if request.stop_token_ids is None else tuple(request.stop_token_ids),
     }
     own = ["top_k", "min_p", "min_tokens", "include_stop_str_in_output", "refresh_interval", "ignore_eos"]
@@ -117,6 +118,16 @@ def priority_of(tenant: Tenant, asked: int | None) -> int:
     return asked
 
 
+def top_logprobs(request: Common) -> int | None:
+    """How many alternatives of each token are wanted. Raises `BadRequest` where logprobs are not."""
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    wanted = request.top_logprobs if isinstance(request, ChatRequest) else None
+    if wanted and isinstance(request, ChatRequest) and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    return wanted
+
+
 def wrapped(seed: int, choice: int) -> int:
     """The seed counted up, as 64 bits do."""
     return seed if abs(seed) > 2**63 else (seed + choice + 2**63) % 2**64 - 2**63
@@ -142,6 +153,8 @@ def spellings(request: Common) -> dict[str, str]:
     other = {"deadline_ms": "slo.deadline_ms", "slo_class": "slo.class", "on_miss": "slo.on_miss", "task": "slo.task"}
     if isinstance(request, ChatRequest):
         other["prompt"] = "messages"
+    if isinstance(request, CompletionRequest):
+        other["top_logprobs"] = "logprobs"
     if request.max_completion_tokens is not None:
         other["max_tokens"] = "max_completion_tokens"
     nested = [name for name in ("priority", "min_confidence_threshold") if getattr(slo, name) is not None]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dilaserve import __version__
 from dilaserve.engine.engine import Chunk, Completion, Engine
+from dilaserve.engine.stream import TopLogprob
 from dilaserve.errors import DilaserveError
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.tokenizer import UNFINISHED, Text
@@ -21,6 +22,12 @@ FINGERPRINT = f"dilaserve-{__version__}"
 class Token(NamedTuple):
     id: int
     confidence: float
+    top: tuple[TopLogprob, ...] = ()  # the most probable ones in its place
+
+
+class Candidate(NamedTuple):
+    text: str
+    logprob: float
 
 
 class ResponseFormat:
@@ -132,13 +139,15 @@ class ResponseFormat:
         """The tokens whose probabilities this chunk carries."""
         if not self.logprobs:
             return []
-        tokens = [Token(*pair) for pair in zip(answer.token_ids, answer.confidences, strict=True)]
+        tops = answer.top_logprobs or [()] * len(answer.token_ids)
+        tokens = [Token(*one) for one in zip(answer.token_ids, answer.confidences, tops, strict=True)]
         return (
             self.held_back[index].shown(tokens, answer.text, answer.finish_reason is not None) if self.stops else tokens
         )
 
     def probabilities(self, index: int, listed: Sequence[Token]) -> Json | None:
-        """Log probabilities of the chosen tokens, when they were unmasked.
+        """Log probabilities of the chosen tokens and of the most probable ones, when they were unmasked. Plain
+        completions list a chosen token that is none of these beside them, as OpenAI does.
 
         Part of a character has no text of its own, and the tokenizer does not give its bytes; all its parts begin
         where it does.
@@ -147,15 +156,28 @@ class ResponseFormat:
             return None
         tokens = [self.engine.detokenize([token.id]) for token in listed]
         logs = [math.log(max(token.confidence, 1e-45)) for token in listed]
+        tops = [self.top(one, log) for one, log in zip(listed, logs, strict=True)]
         if self.chat:
-            pairs = zip(tokens, logs, strict=True)
-            return {"content": [{"token": t, "logprob": p, "bytes": spelled(t), "top_logprobs": []} for t, p in pairs]}
+            rows = zip(tokens, logs, tops, strict=True)
+            return {"content": [named(t, p) | {"top_logprobs": [named(*one) for one in top]} for t, p, top in rows]}
         offsets = []
         for token, alone in zip(listed, tokens, strict=True):
             start, more = self.written[index], self.spoken[index].push([token.id])
             self.written[index] += len(more)
             offsets.append(self.written[index] - len(alone) if alone and more.endswith(alone) else start)
-        return {"tokens": tokens, "token_logprobs": logs, "top_logprobs": None, "text_offset": offsets}
+        return {
+            "tokens": tokens,
+            "token_logprobs": logs,
+            "top_logprobs": [chosen_too(*row) for row in zip(tokens, logs, tops, strict=True)] if any(tops) else None,
+            "text_offset": offsets,
+        }
+
+    def top(self, token: Token, log: float) -> list[Candidate]:
+        """The most probable tokens; the chosen one has the same value as where it stands alone."""
+        return [
+            Candidate(self.engine.detokenize([one.token_id]), log if one.token_id == token.id else one.logprob)
+            for one in token.top
+        ]
 
 
 class HeldBackTokens:
@@ -179,6 +201,18 @@ class HeldBackTokens:
         while self.waiting and (whole or self.waiting[0][0] < self.seen):
             found.append(self.waiting.popleft()[1])
         return found
+
+
+def named(token: str, logprob: float) -> Json:
+    return {"token": token, "logprob": logprob, "bytes": spelled(token)}
+
+
+def chosen_too(token: str, logprob: float, top: Sequence[Candidate]) -> dict[str, float]:
+    """Log probabilities by text; of several tokens with one text, such as parts of characters, the best one's."""
+    found: dict[str, float] = {}
+    for text, value in [*top, (token, logprob)]:
+        found.setdefault(text, value)
+    return found
 
 
 def spelled(token: str) -> list[int] | None:

@@ -148,8 +148,6 @@ async def chatted(engine: Engine, said: list[Message]) -> Prompt:
 async def complete(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.CompletionRequest)
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
-    if asked.logprobs and not isinstance(asked.logprobs, bool):
-        raise BadRequest("only logprobs 0 can be honoured: only the chosen token's is kept", param="logprobs")
     counts = bool(asked.stream_options and asked.stream_options.include_usage)
     form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, counts)
     return await respond(request, asked, form, prompts, bool(asked.echo))

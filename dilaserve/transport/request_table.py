@@ -42,6 +42,7 @@ COLUMNS = (
     Column("top_k", "int32"),  # 0: no limit
     Column("min_p", "float32"),
     Column("seed", "int64"),
+    Column("top_logprobs", "int32"),  # alternatives that are reported of each token
     Column("ignore_eos", "bool"),
     Column("stop_ids", "int32", MAX_STOP_IDS),  # end tokens beside the model's, then `NO_TOKEN`
     Column("may_end_at", "int32"),  # the first canvas position at which an end token may stand
@@ -67,6 +68,7 @@ class RequestTable:
     top_k: np.ndarray[Any, np.dtype[np.int32]]
     min_p: np.ndarray[Any, np.dtype[np.float32]]
     seed: np.ndarray[Any, np.dtype[np.int64]]
+    top_logprobs: np.ndarray[Any, np.dtype[np.int32]]
     ignore_eos: np.ndarray[Any, np.dtype[np.bool_]]
     stop_ids: np.ndarray[Any, np.dtype[np.int32]]  # [rows, MAX_STOP_IDS]
     may_end_at: np.ndarray[Any, np.dtype[np.int32]]
@@ -112,6 +114,7 @@ class RequestTable:
         self.top_k[row] = decoding.top_k
         self.min_p[row] = decoding.min_p
         self.seed[row] = decoding.seed
+        self.top_logprobs[row] = decoding.top_logprobs
         self.ignore_eos[row] = ending.ignore_eos
         self.stop_ids[row] = NO_TOKEN
         self.stop_ids[row, : len(ending.stop_ids)] = ending.stop_ids

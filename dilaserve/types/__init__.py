@@ -43,6 +43,7 @@ from dilaserve.types.plans import (
 )
 from dilaserve.types.requests import (
     MAX_STOP_IDS,
+    MAX_TOP_LOGPROBS,
     Decoding,
     Ending,
     FinishReason,
@@ -53,6 +54,7 @@ from dilaserve.types.requests import (
     Usage,
 )
 from dilaserve.types.steps import (
+    Alternatives,
     Batch,
     Copy,
     RowResult,
@@ -62,8 +64,10 @@ from dilaserve.types.steps import (
 __all__ = [
     "CONFIDENCE_RULES",
     "MAX_STOP_IDS",
+    "MAX_TOP_LOGPROBS",
     "PAGE",
     "Adjust",
+    "Alternatives",
     "Arrival",
     "Batch",
     "Cancel",

@@ -11,6 +11,7 @@ from dilaserve.types.families import DecodeRule, FamilyTraits
 FinishReason = Literal["stop", "length", "cancelled"]
 OnMiss = Literal["best_effort", "reject", "cancel_when_late"]
 MAX_STOP_IDS = 32  # end tokens that one request may add to those of the model
+MAX_TOP_LOGPROBS = 5  # alternatives of a token; each is a sweep over the vocabulary
 
 
 class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -25,7 +26,7 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     `editing_threshold`: a token of the open block that is no mask any more is replaced by another of at least this
     confidence; None: never. `block_length` is that of the grid. `refresh_interval` counts steps between refreshes
     inside a block; 0 refreshes at block starts only. `top_p`, `top_k` (0: all) and `min_p` narrow the choice at a
-    temperature above 0.
+    temperature above 0. `top_logprobs`: the most probable tokens of a position that are reported as it is unmasked.
     """
 
     rule: DecodeRule = "threshold"
@@ -41,6 +42,7 @@ class Decoding(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    top_logprobs: int = 0
     traits: FamilyTraits = FamilyTraits()
 
 

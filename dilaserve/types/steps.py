@@ -39,11 +39,23 @@ class Copy(NamedTuple):
     tokens: int
 
 
+class Alternatives(NamedTuple):
+    """The most probable tokens of a canvas position in the step that unmasked it, the best first; the mask token is
+    none of them. Log probabilities are those of the whole softmax.
+    """
+
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
 class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What one step did to one row.
 
     `prefix` is the first position of the active block still masked (its end if none), `stop_at` the first stop token
     in the block (-1 if none counts), `confidence` the sum over the tokens unmasked.
+
+    `alternatives` of the tokens unmasked, for rows that ask for `top_logprobs`.
 
     `edited`: those of the unmasked tokens that were no masks before, where tokens may be replaced.
 
@@ -61,6 +73,7 @@ class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     stage: int = 0
     rested: bool = False
     edited: int = 0
+    alternatives: tuple[Alternatives, ...] = ()
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):

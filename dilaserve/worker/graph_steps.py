@@ -65,8 +65,8 @@ class ReuseSteps:
         self.columns = np.zeros((0, 1), dtype=np.int64)  # where active positions are staged, [rows, width]; -1: none
 
     def takes(self, columns: Columns, table: RequestTable) -> bool:
-        """Whether all rows are greedy, with at most a page of queries that see alike, and masks only among these, where
-        answers may end.
+        """Whether all rows are greedy and ask for no alternatives, with at most a page of queries that see alike, and
+        masks only among these, where answers may end.
         """
         return bool(
             len(columns.row) <= self.buckets[-1]
@@ -76,6 +76,7 @@ class ReuseSteps:
             and columns.length.max() <= WIDTH
             and not columns.grain.any()
             and not table.temperature[columns.row].any()
+            and not table.top_logprobs[columns.row].any()
             and (table.rule[columns.row] <= BY_CONFIDENCE).all()
             and np.isinf(table.editing_threshold[columns.row]).all()
             and (columns.block_start >= table.may_end_at[columns.row]).all()

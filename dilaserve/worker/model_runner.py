@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from dilaserve.models.attention import grouped, varlen_for
 from dilaserve.models.kv_pool import KVPool
@@ -15,6 +16,7 @@ from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
 from dilaserve.types import Copy, RowResult, Span
+from dilaserve.worker.alternatives import Likeliest, by_row, likeliest
 from dilaserve.worker.attention_runs import joined, run_arrays, split_by_kind
 from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
@@ -183,6 +185,7 @@ class Runner:
         score = None
         if rules.rule is not None and (self.table.rule[columns.row] > BY_CONFIDENCE).any():
             score = self.scores(hidden, rules.rule[torch.div(places, masked.shape[1], rounding_mode="floor")])
+        likeliest = self.likeliest(hidden, columns, where, masked.shape[1])
         best = self.candidates(hidden, Sampling(*rest) if rest else None)
         if self.group.rank:
             return None
@@ -193,6 +196,9 @@ class Runner:
         taken = token >= 0
         written, confidence = self.write(columns, blocks, taken, token, sure)
         results = self.results(columns, blocks, written, confidence, edited=(written & ~masked).sum(1))
+        if likeliest is not None:
+            lists = by_row(likeliest, self.table.top_logprobs[columns.row], written, blocks.positions)
+            results = [replace(one, alternatives=found) for one, found in zip(results, lists, strict=True)]
         return LaunchResult(results, time.perf_counter() - began, left - entered)
 
     def candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
@@ -214,6 +220,19 @@ class Runner:
             whole = logits if self.group.size == 1 else gathered(logits, self.group, self.spec.vocab_size)
             pieces.append(scores(whole, rules))
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+    def likeliest(self, hidden: torch.Tensor, columns: Columns, where: Array, width: int) -> Likeliest | None:
+        """The most probable tokens of the masks at the places `where`, of rows that ask for them; None if none does."""
+        wanted = self.table.top_logprobs[columns.row]
+        if not wanted.any() or not len(masks := np.flatnonzero(wanted[where // width])):
+            return None
+        size, pieces = max(1, MAX_LOGITS // self.spec.vocab_size), []
+        for part in torch.split(hidden[torch.from_numpy(masks).to(self.device)], size):
+            logits = self.model.logits(part)
+            whole = logits if self.group.size == 1 else gathered(logits, self.group, self.spec.vocab_size)
+            pieces.append(likeliest(whole, self.spec.mask_id, int(wanted.max())))
+        token, logprob = (torch.cat(parts).cpu().numpy() for parts in zip(*pieces, strict=True))
+        return Likeliest(where[masks], token, logprob)
 
     def slice_candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         logits, mask_id = self.model.logits(hidden), self.spec.mask_id
