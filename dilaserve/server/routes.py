@@ -20,7 +20,7 @@ from dilaserve.errors import (
     Unavailable,
     quoted,
 )
-from dilaserve.server import messages_api, openai, plan_api, responses_api, schema, sse
+from dilaserve.server import messages_api, openai, openapi, plan_api, responses_api, schema, sse
 from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, TELEMETRY, TENANT
 from dilaserve.server.guard import json_response, refused
 from dilaserve.server.messages_events import MessagesFormat
@@ -70,6 +70,11 @@ async def version(request: web.Request) -> web.StreamResponse:
 
 async def measured(request: web.Request) -> web.StreamResponse:
     return web.Response(body=request.app[TELEMETRY].text(), content_type="text/plain", charset="utf-8")
+
+
+async def described(request: web.Request) -> web.StreamResponse:
+    root = request.app[CONFIG].server.root_path
+    return web.Response(body=openapi.document(root), content_type="application/json")
 
 
 async def models(request: web.Request) -> web.StreamResponse:

@@ -1,0 +1,231 @@
+"""/openapi.json: every route, its bodies, answers, events and errors, made from the structs of both directions."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import msgspec
+
+from dilaserve import __version__
+from dilaserve.engine.submit import MAX_DEADLINE
+from dilaserve.server import answer_schema as out
+from dilaserve.server import schema
+from dilaserve.server.plan_api import PlanRequest
+from dilaserve.types import MAX_TOP_LOGPROBS
+
+Json = dict[str, Any]
+REF = "#/components/schemas/{name}"
+
+
+class Route(NamedTuple):
+    """`answer` None: text. `event`: what each event of a stream holds. `open`: no key is asked for."""
+
+    method: str
+    path: str
+    summary: str
+    answer: type | None
+    body: type | None = None
+    event: type | None = None
+    open: bool = False
+
+
+CHAT = out.ChatCompletion, schema.ChatRequest, out.ChatChunk
+COMPLETION = out.TextCompletion, schema.CompletionRequest, out.TextCompletion
+RESPONSE = out.Response, schema.ResponsesRequest, out.ResponseEvent
+MESSAGE = out.AnthropicAnswer, schema.MessagesRequest, out.MessageEvent
+ROUTES = (
+    Route("post", "/v1/chat/completions", "Answer a conversation", *CHAT),
+    Route("post", "/v1/completions", "Go on with a text", *COMPLETION),
+    Route("post", "/v1/responses", "Answer, as OpenAI's responses", *RESPONSE),
+    Route("post", "/v1/messages", "Answer, as Anthropic's messages", *MESSAGE),
+    Route("post", "/v1/messages/count_tokens", "Count a message's tokens", out.TokenCount, schema.CountTokensRequest),
+    Route("get", "/v1/models", "The models that are served", out.Models),
+    Route("get", "/v1/models/{model}", "One model", out.Model),
+    Route("get", "/v1/plan", "Which devices form instances, and what was before", out.PlanState),
+    Route("post", "/v1/plan", "Change the plan; takes the admin key", out.PlanChange, PlanRequest),
+    Route("post", "/tokenize", "Tokens of a text or a conversation", out.Tokens, schema.TokenizeRequest),
+    Route("post", "/detokenize", "The text of tokens", out.Detokenized, schema.DetokenizeRequest),
+    Route("get", "/health", "Whether the engine is alive", out.Status, open=True),
+    Route("get", "/ready", "Whether requests are taken", out.Status, open=True),
+    Route("get", "/version", "The server's version", out.Version, open=True),
+    Route("get", "/metrics", "Counts for Prometheus", None, open=True),
+    Route("get", "/openapi.json", "This document", dict, open=True),
+)
+ERRORS = {
+    400: "malformed, or asks for something that cannot be honoured; `param` names the field",
+    401: "the key is missing or wrong",
+    403: "the key does not allow it",
+    404: "an unknown model or route",
+    408: "the body did not arrive in time",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    429: "every place is taken, or the deadline cannot be met",
+    500: "an error on our side; others are not affected",
+    503: "starting or shutting down, or too many bytes are being received",
+    504: "the deadline has passed",
+}
+RETRIED = (429, 503)
+LIMITED = ("integer", "number", "string")
+HEADERS = {
+    "x-request-id": ("the name of the request in answers and in the log; made if missing", {"type": "string"}),
+    "x-slo-deadline-ms": ("`slo.deadline_ms`, for gateways that do not touch bodies", {"type": "number"}),
+    "x-slo-class": ("`slo.class`", {"type": "string"}),
+    "x-priority": ("`priority`", {"type": "integer"}),
+}
+
+
+def between(least: float, most: float | None = None) -> Json:
+    return {"minimum": least} | ({} if most is None else {"maximum": most})
+
+
+def above(least: float, most: float) -> Json:
+    return {"exclusiveMinimum": least, "maximum": most}
+
+
+FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its limits
+    "model": ("the name in /v1/models; may be left out", {}),
+    "min_tokens": ("no end token and no stop string before", between(0)),
+    "temperature": ("0, the default, takes the most probable token", between(0, 2)),
+    "top_p": (
+        "the smallest set of tokens of this probability; above temperature 0",
+        {"exclusiveMinimum": 0, "maximum": 1},
+    ),
+    "top_k": ("so many most probable tokens; 0 or -1: all", between(-1)),
+    "min_p": ("of at least this share of the best token's probability", between(0, 1)),
+    "seed": ("the same seed gives the same text", between(-(2**63), 2**63 - 1)),
+    "stop": ("up to 16 strings at which the text is cut", {}),
+    "stop_token_ids": ("up to 32 tokens that end the answer", {}),
+    "include_stop_str_in_output": ("what ends the answer is part of its text", {}),
+    "stream": ("server-sent events instead of one answer", {}),
+    "decode": ("the rule by which positions are unmasked", {}),
+    "confidence_threshold": ("what reaches it is unmasked", between(0, 1)),
+    "num_denoising_steps": ("a fixed number of steps", between(1)),
+    "factor": ("of Fast-dLLM's rule", between(0)),
+    "editing_threshold": ("tokens are replaced by others of this confidence", between(0, 1)),
+    "block_length": ("tokens that are unmasked together", between(1)),
+    "cache": ("the kind of K/V cache", {}),
+    "refresh_interval": ("steps between refreshes within a block; 0: none", between(0)),
+    "ignore_eos": ("go on behind the model's end tokens", {}),
+    "slo": ("the deadline", {}),
+    "deadline_ms": (
+        "milliseconds from arrival to the end of the answer",
+        {"exclusiveMinimum": 0, "maximum": MAX_DEADLINE},
+    ),
+    "on_miss": ("what becomes of a request whose deadline cannot be met", {}),
+    "priority": ("each level counts twice as much as the one below", between(-8, 8)),
+    "min_confidence_threshold": ("no deadline lowers the threshold below", between(0, 1)),
+    "max_tokens": ("tokens of the answer, at most", between(1)),
+    "max_completion_tokens": ("another name of max_tokens, which it replaces", between(1)),
+    "max_output_tokens": ("tokens of the answer, at most", between(1)),
+    "n": ("answers to each prompt", between(1)),
+    "user": ("the tenant", {"maxLength": 512}),
+    "top_logprobs": ("most probable tokens of each position", between(0, MAX_TOP_LOGPROBS)),
+}
+
+
+@cache
+def document(root_path: str = "") -> bytes:
+    """The document as JSON; `root_path` is the prefix under which a proxy serves all this."""
+    return msgspec.json.encode(described(root_path))
+
+
+def described(root_path: str) -> Json:
+    types = {one for route in ROUTES for one in (route.answer, route.body, route.event) if one not in (None, dict)}
+    named = sorted({*types, out.Error, out.AnthropicError}, key=lambda one: one.__name__)
+    _, components = msgspec.json.schema_components(named, ref_template=REF)
+    paths: dict[str, Json] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method] = operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "DiLaServe",
+            "version": __version__,
+            "description": "Serves a diffusion language model. Fields that are refused stand in the server's README.",
+        },
+        "servers": [{"url": "/" + root_path.strip("/")}],
+        "security": [{"bearer": []}, {"x-api-key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": {name: explained(one) for name, one in components.items()},
+            "responses": responses(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def operation(route: Route) -> Json:
+    words = route.path.replace("{", "").replace("}", "").replace(".", "/").split("/")
+    found: Json = {
+        "operationId": "_".join([route.method, *filter(None, words)]),
+        "summary": route.summary,
+        "responses": {"200": answer(route)} | errors(route),
+    }
+    if route.open:
+        found["security"] = []
+    if route.body:
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": of(route.body)}}}
+    parameters = [parameter(name, *about) for name, about in HEADERS.items()] if route.event else []
+    if "{model}" in route.path:
+        parameters = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return found | ({"parameters": parameters} if parameters else {})
+
+
+def answer(route: Route) -> Json:
+    if route.answer is None:
+        return {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    kind = {"type": "object"} if route.answer is dict else of(route.answer)
+    content = {"application/json": {"schema": kind}}
+    if route.event:
+        content["text/event-stream"] = {"schema": of(route.event)}
+    return {
+        "description": "the answer; with `stream: true` events of it" if route.event else "the answer",
+        "content": content,
+    }
+
+
+def errors(route: Route) -> Json:
+    """What may go wrong; Anthropic's routes have the shape that Anthropic's clients read."""
+    codes = set(ERRORS) if route.body else {401, 404, 500, 503} if not route.open else {500, 503}
+    kind = "Anthropic" if route.path.startswith("/v1/messages") else ""
+    return {str(code): {"$ref": f"#/components/responses/{kind}{code}"} for code in sorted(codes)}
+
+
+def responses() -> Json:
+    kinds = {"": out.Error, "Anthropic": out.AnthropicError}
+    return {f"{name}{code}": error(code, kind) for name, kind in kinds.items() for code in ERRORS}
+
+
+def error(code: int, kind: type) -> Json:
+    found: Json = {"description": ERRORS[code], "content": {"application/json": {"schema": of(kind)}}}
+    if code in RETRIED:
+        about = {"description": "seconds after which trying again makes sense", "schema": {"type": "integer"}}
+        found["headers"] = {"retry-after": about}
+    return found
+
+
+def parameter(name: str, about: str, kind: Json) -> Json:
+    return {"name": name, "in": "header", "description": about, "schema": kind}
+
+
+def of(kind: type) -> Json:
+    return {"$ref": REF.format(name=kind.__name__)}
+
+
+def explained(one: Json) -> Json:
+    """A struct's schema, with what `FIELDS` says of its fields; answers, which take no others, stay as they are."""
+    if "additionalProperties" in one and one.get("title") != "Slo":
+        return one
+    properties = one.get("properties", {})
+    return one | {"properties": {name: field(name, about) for name, about in properties.items()}} if properties else one
+
+
+def field(name: str, about: Json) -> Json:
+    if name not in FIELDS:
+        return about
+    text, limits = FIELDS[name]
+    kinds = [one | (limits if one.get("type") in LIMITED else {}) for one in about.get("anyOf", [])]
+    return about | {"description": text} | ({"anyOf": kinds} if kinds else limits)
