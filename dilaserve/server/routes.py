@@ -72,7 +72,7 @@ async def measured(request: web.Request) -> web.StreamResponse:
     return web.Response(body=request.app[TELEMETRY].text(), content_type="text/plain", charset="utf-8")
 
 
-async def described(request: web.Request) -> web.StreamResponse:
+async def documented(request: web.Request) -> web.StreamResponse:
     root = request.app[CONFIG].server.root_path
     return web.Response(body=openapi.document(root), content_type="application/json")
 
