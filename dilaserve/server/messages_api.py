@@ -11,6 +11,7 @@ from dilaserve.server.schema import AnthropicMessage, ContentBlock, CountTokensR
 Json = dict[str, Any]
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
 NAMES = {"stop": "stop_sequences", "prompt": "messages", "user": "metadata.user_id"}
+BLOCKS = ("text", "tool_use", "tool_result")
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -63,7 +64,7 @@ def messages(one: AnthropicMessage, place: str) -> Iterator[Message]:
     for i, block in blocks:
         if block.type == "tool_result":
             yield Message("tool", text_parts(block.content), tool_call_id=block.tool_use_id)
-        elif block.type not in ("text", "tool_use"):
+        elif block.type not in BLOCKS:
             raise not_text(block, f"{place}.content[{i}]")
     texts: list[str | Part] = [Part("text", block.text) for _, block in blocks if block.type == "text"]
     calls = [call(block, f"{place}.content[{i}]") for i, block in blocks if block.type == "tool_use"]
@@ -83,7 +84,7 @@ def call(block: ContentBlock, place: str) -> ToolCall:
 
 def not_text(block: ContentBlock, place: str) -> BadRequest:
     return BadRequest(
-        f"a content block of type {quoted(block.type)} is not text; send text, tool_use and tool_result",
+        f"a content block of type {quoted(block.type)} is not text; send {', '.join(BLOCKS)}",
         param=place,
         code="unsupported_parameter",
     )

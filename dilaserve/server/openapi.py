@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dilaserve import __version__
+from dilaserve.engine.prompts import ROLES, TEXTS
 from dilaserve.engine.submit import MAX_DEADLINE
 from dilaserve.server import answer_schema as out
 from dilaserve.server import schema
+from dilaserve.server.messages_api import BLOCKS
 from dilaserve.server.plan_api import PlanRequest
+from dilaserve.server.responses_api import ITEMS
 from dilaserve.types import MAX_TOP_LOGPROBS
 
 Json = dict[str, Any]
@@ -82,6 +85,12 @@ def above(least: float, most: float) -> Json:
     return {"exclusiveMinimum": least, "maximum": most}
 
 
+def listed(items: Json) -> Json:
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+TEXT: Json = {"type": "string"}
+TOKENS = listed({"type": "integer", "minimum": 0})
 FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its limits
     "model": ("the name in /v1/models; may be left out", {}),
     "min_tokens": ("no end token and no stop string before", between(0)),
@@ -120,6 +129,20 @@ FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its
     "n": ("answers to each prompt", between(1)),
     "user": ("the tenant", {"maxLength": 512}),
     "top_logprobs": ("most probable tokens of each position", between(0, MAX_TOP_LOGPROBS)),
+}
+
+
+PLACES: Mapping[tuple[str, str], Json] = {  # limits of single structs' fields
+    ("Message", "role"): {"enum": list(ROLES)},
+    ("AnthropicMessage", "role"): {"enum": list(ROLES)},
+    ("InputItem", "role"): {"enum": [*ROLES, None]},
+    ("InputItem", "type"): {"enum": list(ITEMS)},
+    ("ContentBlock", "type"): {"enum": list(BLOCKS)},
+    ("Part", "type"): {"enum": list(TEXTS)},
+    ("CompletionRequest", "prompt"): {"anyOf": [TEXT, listed(TEXT), TOKENS, listed(TOKENS)]},
+    ("ChatRequest", "messages"): {"minItems": 1},
+    ("MessagesRequest", "messages"): {"minItems": 1},
+    ("CountTokensRequest", "messages"): {"minItems": 1},
 }
 
 
@@ -219,8 +242,11 @@ def explained(one: Json) -> Json:
     """A struct's schema, with what `FIELDS` says of its fields; answers, which take no others, stay as they are."""
     if "additionalProperties" in one and one.get("title") != "Slo":
         return one
-    properties = one.get("properties", {})
-    return one | {"properties": {name: field(name, about) for name, about in properties.items()}} if properties else one
+    fields = {
+        name: field(name, about) | PLACES.get((one["title"], name), {})
+        for name, about in one.get("properties", {}).items()
+    }
+    return one | {"properties": fields}
 
 
 def field(name: str, about: Json) -> Json:

@@ -9,6 +9,8 @@ from dilaserve.server.schema import InputItem, ResponsesRequest
 
 Json = dict[str, Any]
 NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "messages": "input", "user": "user"}
+CALLS, OUTPUTS = ("function_call", "custom_tool_call"), ("function_call_output", "custom_tool_call_output")
+ITEMS = ("message", *CALLS, *OUTPUTS)
 LOGPROBS = "message.output_text.logprobs"
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # of metadata, as OpenAI limits them
 
@@ -53,12 +55,12 @@ def message(item: InputItem, place: str) -> Message:
         if item.role is None:
             raise BadRequest(f"{place}.role is missing", param=f"{place}.role")
         return Message(item.role, item.content)
-    if item.type in ("function_call", "custom_tool_call"):
+    if item.type in CALLS:
         if item.name is None:
             raise BadRequest(f"{place}.name is missing", param=f"{place}.name")
         called = Function(item.name, item.arguments, item.input)
         return Message("assistant", None, tool_calls=[ToolCall(item.call_id, called)])
-    if item.type in ("function_call_output", "custom_tool_call_output"):
+    if item.type in OUTPUTS:
         return Message("tool", item.output or "", tool_call_id=item.call_id)
     raise BadRequest(
         f"an input item of type {quoted(item.type)} is not text; send messages, function calls and their outputs",
