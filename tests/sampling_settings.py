@@ -14,4 +14,5 @@ def sampling(masks: int, never: torch.Tensor | None = None, **settings) -> Sampl
         name: torch.as_tensor(settings.get(name, default)).to(TYPES.get(name, torch.int64)).expand(masks)
         for name, default in DEFAULTS.items()
     }
-    return Sampling(**each, never=torch.zeros(masks, 0, dtype=torch.int64) if never is None else never)
+    never = torch.zeros(masks, 0, dtype=torch.int64) if never is None else never
+    return Sampling(**each, never=never, given=torch.full((masks,), -1))

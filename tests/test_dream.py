@@ -9,6 +9,7 @@ import block_checkpoints
 import checkpoints
 import pytest
 import pytest_asyncio
+import torch
 from block_loops import dream
 from block_models import Masked
 from block_parity import answers, expect, expected, options, some_requests, under_way
@@ -16,6 +17,7 @@ from parity import best_of, same_tops
 from worker_faults import wait_for_plan
 
 from dilaserve import BadRequest, Config, Engine, Options
+from dilaserve.engine.likelihood import Sampling, estimate
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -120,6 +122,17 @@ async def test_an_answer_over_http_ends_where_the_whole_canvas_has_its_first_end
 async def test_options_without_a_meaning_are_refused_with_a_reason(engine, fields, words):
     with pytest.raises(BadRequest, match=words):
         await engine.generate([1, 2, 3], Options(**fields))
+
+
+async def test_known_tokens_have_the_likelihood_of_the_logits_before_them(engine, reference):
+    """On two ranks, one of which has the logit of each."""
+    text, mask = [40, 7, 99, 181, 3, 3, 60, 250], reference.mask_id
+    found = await estimate(engine, text, Sampling(groups=100), Options(), "exact")
+    visible = torch.ones(len(text), len(text)).bool()
+    for i in range(1, len(text)):
+        logits = reference.logits([mask if place == i else token for place, token in enumerate(text)], visible)[i - 1]
+        assert found.logprobs[i] == pytest.approx(float(logits.double().log_softmax(-1)[text[i]]), abs=2e-4)
+        assert found.best[i].token_id == best_of(logits, mask)[0][0]
 
 
 async def test_the_most_probable_tokens_are_those_of_the_logits_before_a_position(engine, directory, reference):

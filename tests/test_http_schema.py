@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dilaserve.engine.prompts import ROLES, Message, conversation
 from dilaserve.errors import MAX_ECHO, BadRequest, quoted, shortened
 from dilaserve.server import openai, unsupported
+from dilaserve.server.misspellings import misspelled
 from dilaserve.server.schema import (
     MAX_DEFAULT,
     REFUSED,
@@ -21,7 +22,6 @@ from dilaserve.server.schema import (
     ResponsesRequest,
     TokenizeRequest,
     decoded,
-    misspelled,
 )
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

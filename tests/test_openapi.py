@@ -17,7 +17,8 @@ LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 BODIES = [
     (CHAT, HELLO | LOGPROBS | {"temprature": 1}),
     (CHAT, HELLO | {"slo": {"deadline_ms": 60_000}, "n": 2}),
-    (COMPLETE, {"prompt": ["hello", "you"], "max_tokens": 8, "logprobs": 2, "echo": True}),
+    (COMPLETE, {"prompt": ["hello", "you"], "max_tokens": 8, "logprobs": 2}),
+    (COMPLETE, {"prompt": "hello", "max_tokens": 8, "echo": True}),
     (COMPLETE, {"prompt": "hello", "max_tokens": 8}),
     (RESPONSES, {"input": "hello", "max_output_tokens": 8, "top_logprobs": 1}),
     (RESPONSES, {"input": [{"role": "user", "content": "hi"}], "instructions": "x", "metadata": {"a": "b"}}),
@@ -77,6 +78,16 @@ async def test_answers_and_events_are_what_the_document_says(client, path, body)
     assert len(data) > 3
     for one in data:
         check(name_of(content["text/event-stream"]), msgspec.json.decode(one))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_likelihood_is_what_the_document_says(client):
+    for wish in ({"likelihood": "pseudo", "max_tokens": 0}, {"likelihood": {"groups": 2}, "max_tokens": 1}):
+        body = {"prompt": ["hello", "you"], "echo": True, "logprobs": 1} | wish
+        check("CompletionRequest", body)
+        status, answer, _ = await post(client, COMPLETE, body)
+        assert status == 200, answer
+        check("TextCompletion", answer)
 
 
 @pytest.mark.asyncio(loop_scope="module")

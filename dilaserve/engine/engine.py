@@ -13,6 +13,7 @@ from dilaserve.config import Config
 from dilaserve.engine.assembly import Assemble, ModelCard, Parts, advised, real
 from dilaserve.engine.consumer import Consumer
 from dilaserve.engine.counters import Profile
+from dilaserve.engine.known_canvas import KnownCanvas
 from dilaserve.engine.observer import Observer
 from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
@@ -30,7 +31,7 @@ from dilaserve.transport.devices import steps_for
 from dilaserve.types import Arrival, Cancel, Change, Demand, Plan, Replan, Request, Slo
 from dilaserve.validation import converted, plain
 
-__all__ = ["Chunk", "Completion", "Engine", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
+__all__ = ["Chunk", "Completion", "Engine", "KnownCanvas", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
 
 log = logging.getLogger(__name__)
 NO_CHOICE = "instances of one size are all that there can be"
@@ -249,18 +250,36 @@ class Engine:
         self._check_running()
         options = validated(options)
         ids = await self.tokenize(prompt, self.model.max_model_len)
-        limit, seed = self.model.max_model_len, secrets.randbits(63)
-        resolved = resolve(options, len(ids), limit, seed, self.config.decode, self.model.traits)
-        prompt_ids = np.array(ids, dtype=np.int32)
+        return await self._submit(np.array(ids, dtype=np.int32), options, id)
+
+    async def submit_known(self, canvas: KnownCanvas, options: Options, *, id: str | None = None) -> Stream:
+        """Denoise in one step a canvas whose masked tokens are known: they are put back whatever the model prefers, and
+        their confidences are the probabilities that it gave them.
+
+        The answer begins with the first of the masked tokens; of `options` those count that say whose request it is and
+        what it is worth. Raises as `submit` does.
+        """
+        self._check_running()
+        return await self._submit(canvas.prompt, canvas.decoded(validated(options)), id, canvas.answer)
+
+    async def _submit(
+        self,
+        prompt_ids: np.ndarray[Any, np.dtype[np.int32]],
+        options: Options,
+        id: str | None,
+        answer: np.ndarray[Any, np.dtype[np.int32]] | None = None,
+    ) -> Stream:
+        limit, seed, length = self.model.max_model_len, secrets.randbits(63), len(prompt_ids)
+        resolved = resolve(options, length, limit, seed, self.config.decode, self.model.traits)
         hasher = prefix_hasher(resolved.decoding)
-        hashes = await self.off_loop(len(ids), lambda: hasher.extend(prompt_ids)) if hasher else ()
+        hashes = await self.off_loop(length, lambda: hasher.extend(prompt_ids)) if hasher else ()
         slo = wanted(options, self.classes)
         token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self._check_room(resolved)
         id = secrets.token_hex(12) if id is None else plain(converted(id, str, "id"))
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        stream = self._start(id, prompt_ids, hashes, hasher, resolved, slo, options)
+        stream = self._start(id, prompt_ids, hashes, hasher, resolved, slo, options, answer)
         if slo.on_miss == "reject":
             try:
                 await stream.admitted()
@@ -315,12 +334,13 @@ class Engine:
         resolved: ResolvedOptions,
         slo: Slo,
         options: Options,
+        answer: np.ndarray[Any, np.dtype[np.int32]] | None,
     ) -> Stream:
         """Give a checked request a row, fill it and post its arrival. Raises `Overloaded`."""
         row = self.consumer.take_row(slo)
         try:
             generation = self.table.fill(
-                row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options)
+                row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options), answer
             )
             request = Request(
                 id=id,

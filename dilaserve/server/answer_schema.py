@@ -3,7 +3,7 @@
 Answers are written as plain objects, without these; a test holds real ones beside them.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -27,21 +27,6 @@ class Error(Out):
     """An error in OpenAI's shape; `param` names the field at fault."""
 
     error: ErrorBody
-
-
-class AnthropicErrorBody(Out):
-    type: str
-    message: str
-    param: str | None
-    code: str | None
-
-
-class AnthropicError(Out):
-    """An error in Anthropic's shape, with the field at fault beside."""
-
-    type: Literal["error"]
-    error: AnthropicErrorBody
-    request_id: str
 
 
 # what all answers share
@@ -152,11 +137,24 @@ class CompletionLogprobs(Out):
     text_offset: list[int]
 
 
+class PromptLikelihood(Out):
+    """The estimate for a prompt; `standard_error` is that of `log_likelihood`, null after a single round."""
+
+    kind: Literal["pseudo"]
+    log_likelihood: float
+    standard_error: float | None
+    groups: int
+    rounds: int
+    start: int
+    seed: int
+
+
 class CompletionChoice(Out, kw_only=True):
     index: int
     text: str
     finish_reason: Literal["stop", "length"] | None
     logprobs: CompletionLogprobs | UnsetType | None = UNSET
+    likelihood: PromptLikelihood | UnsetType = UNSET
 
 
 class TextCompletion(Headed, kw_only=True):
@@ -165,163 +163,6 @@ class TextCompletion(Headed, kw_only=True):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage | UnsetType = UNSET
-
-
-# responses
-
-
-class InputTokens(Out):
-    cached_tokens: int
-    cache_write_tokens: int
-
-
-class OutputTokens(Out):
-    reasoning_tokens: int
-
-
-class ResponseUsage(Out):
-    input_tokens: int
-    input_tokens_details: InputTokens
-    output_tokens: int
-    output_tokens_details: OutputTokens
-    total_tokens: int
-
-
-class OutputText(Out):
-    type: Literal["output_text"]
-    text: str
-    annotations: list[Any]
-    logprobs: list[TokenLogprob]
-
-
-class OutputMessage(Out):
-    id: str
-    type: Literal["message"]
-    status: Literal["in_progress", "completed", "incomplete"]
-    role: Literal["assistant"]
-    content: list[OutputText]
-
-
-class ResponseError(Out):
-    code: str
-    message: str
-
-
-class Response(Costed, kw_only=True):
-    """OpenAI's response object; the fields below `usage` repeat the request."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int
-    completed_at: int | UnsetType | None = UNSET
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
-    error: ResponseError | None
-    incomplete_details: dict[str, str] | None
-    model: str
-    output: list[OutputMessage]
-    usage: ResponseUsage | None
-    background: bool
-    instructions: str | None
-    max_output_tokens: int | None
-    max_tool_calls: None
-    metadata: dict[str, str]
-    parallel_tool_calls: bool
-    previous_response_id: None
-    reasoning: dict[str, None]
-    service_tier: str
-    store: bool
-    temperature: float
-    text: dict[str, dict[str, str]]
-    tool_choice: str
-    tools: list[Any]
-    top_logprobs: int
-    top_p: float
-    truncation: str
-    user: str | None
-
-
-class ResponseEvent(Out, kw_only=True):
-    """One event of a stream; its type says which of the other fields it has. The last one is `response.completed`,
-    `response.incomplete` or `error`.
-    """
-
-    type: str
-    sequence_number: int
-    response: Response | UnsetType = UNSET
-    item: OutputMessage | UnsetType = UNSET
-    part: OutputText | UnsetType = UNSET
-    item_id: str | UnsetType = UNSET
-    output_index: int | UnsetType = UNSET
-    content_index: int | UnsetType = UNSET
-    delta: str | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    logprobs: list[TokenLogprob] | UnsetType = UNSET
-    code: str | UnsetType | None = UNSET
-    message: str | UnsetType = UNSET
-    param: str | UnsetType | None = UNSET
-    error: ErrorBody | UnsetType = UNSET
-
-
-# messages
-
-
-class AnthropicUsage(Out):
-    input_tokens: int
-    cache_creation_input_tokens: int
-    cache_read_input_tokens: int
-    output_tokens: int
-
-
-class TextBlock(Out):
-    type: Literal["text"]
-    text: str
-
-
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
-
-
-class AnthropicAnswer(Costed, kw_only=True):
-    """Anthropic's message object."""
-
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[TextBlock]
-    stop_reason: StopReason | None
-    stop_sequence: str | None
-    usage: AnthropicUsage
-
-
-class AnthropicDelta(Out, kw_only=True):
-    type: Literal["text_delta"] | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    stop_reason: StopReason | UnsetType = UNSET
-    stop_sequence: str | UnsetType | None = UNSET
-
-
-class MessageEvent(Costed, kw_only=True):
-    """One event of a stream; its type says which of the other fields it has. The last one is `message_stop`; an error
-    within the stream is an `AnthropicError` instead.
-    """
-
-    type: Literal[
-        "message_start",
-        "content_block_start",
-        "content_block_delta",
-        "content_block_stop",
-        "message_delta",
-        "message_stop",
-    ]
-    message: AnthropicAnswer | UnsetType = UNSET
-    index: int | UnsetType = UNSET
-    content_block: TextBlock | UnsetType = UNSET
-    delta: AnthropicDelta | UnsetType = UNSET
-    usage: AnthropicUsage | UnsetType = UNSET
-
-
-class TokenCount(Out):
-    input_tokens: int
 
 
 # around it

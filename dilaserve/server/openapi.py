@@ -10,7 +10,7 @@ from dilaserve import __version__
 from dilaserve.engine.prompts import ROLES, TEXTS
 from dilaserve.engine.submit import MAX_DEADLINE
 from dilaserve.server import answer_schema as out
-from dilaserve.server import schema
+from dilaserve.server import messages_schema, responses_schema, schema
 from dilaserve.server.messages_api import BLOCKS
 from dilaserve.server.plan_api import PlanRequest
 from dilaserve.server.responses_api import ITEMS
@@ -34,14 +34,15 @@ class Route(NamedTuple):
 
 CHAT = out.ChatCompletion, schema.ChatRequest, out.ChatChunk
 COMPLETION = out.TextCompletion, schema.CompletionRequest, out.TextCompletion
-RESPONSE = out.Response, schema.ResponsesRequest, out.ResponseEvent
-MESSAGE = out.AnthropicAnswer, schema.MessagesRequest, out.MessageEvent
+RESPONSE = responses_schema.Response, schema.ResponsesRequest, responses_schema.ResponseEvent
+MESSAGE = messages_schema.AnthropicAnswer, schema.MessagesRequest, messages_schema.MessageEvent
+COUNT = messages_schema.TokenCount, schema.CountTokensRequest
 ROUTES = (
     Route("post", "/v1/chat/completions", "Answer a conversation", *CHAT),
     Route("post", "/v1/completions", "Go on with a text", *COMPLETION),
     Route("post", "/v1/responses", "Answer, as OpenAI's responses", *RESPONSE),
     Route("post", "/v1/messages", "Answer, as Anthropic's messages", *MESSAGE),
-    Route("post", "/v1/messages/count_tokens", "Count a message's tokens", out.TokenCount, schema.CountTokensRequest),
+    Route("post", "/v1/messages/count_tokens", "Count a message's tokens", *COUNT),
     Route("get", "/v1/models", "The models that are served", out.Models),
     Route("get", "/v1/models/{model}", "One model", out.Model),
     Route("get", "/v1/plan", "Which devices form instances, and what was before", out.PlanState),
@@ -140,6 +141,7 @@ PLACES: Mapping[tuple[str, str], Json] = {  # limits of single structs' fields
     ("ContentBlock", "type"): {"enum": list(BLOCKS)},
     ("Part", "type"): {"enum": list(TEXTS)},
     ("CompletionRequest", "prompt"): {"anyOf": [TEXT, listed(TEXT), TOKENS, listed(TOKENS)]},
+    ("CompletionRequest", "max_tokens"): {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]},
     ("ChatRequest", "messages"): {"minItems": 1},
     ("MessagesRequest", "messages"): {"minItems": 1},
     ("CountTokensRequest", "messages"): {"minItems": 1},
@@ -154,7 +156,7 @@ def document(root_path: str = "") -> bytes:
 
 def described(root_path: str) -> Json:
     types = {one for route in ROUTES for one in (route.answer, route.body, route.event) if one not in (None, dict)}
-    named = sorted({*types, out.Error, out.AnthropicError}, key=lambda one: one.__name__)
+    named = sorted({*types, out.Error, messages_schema.AnthropicError}, key=lambda one: one.__name__)
     _, components = msgspec.json.schema_components(named, ref_template=REF)
     paths: dict[str, Json] = {}
     for route in ROUTES:
@@ -218,7 +220,7 @@ def errors(route: Route) -> Json:
 
 
 def responses() -> Json:
-    kinds = {"": out.Error, "Anthropic": out.AnthropicError}
+    kinds = {"": out.Error, "Anthropic": messages_schema.AnthropicError}
     return {f"{name}{code}": error(code, kind) for name, kind in kinds.items() for code in ERRORS}
 
 

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import msgspec
 from aiohttp import web
 
 from dilaserve import __version__
+from dilaserve.engine import likelihood
 from dilaserve.engine.engine import Engine, Stream
 from dilaserve.engine.prompts import Message, Prompt, conversation
 from dilaserve.engine.stream import collect
@@ -20,7 +22,17 @@ from dilaserve.errors import (
     Unavailable,
     quoted,
 )
-from dilaserve.server import messages_api, openai, openapi, plan_api, responses_api, schema, sse
+from dilaserve.server import (
+    likelihood_api,
+    messages_api,
+    misspellings,
+    openai,
+    openapi,
+    plan_api,
+    responses_api,
+    schema,
+    sse,
+)
 from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, TELEMETRY, TENANT
 from dilaserve.server.guard import json_response, refused
 from dilaserve.server.messages_events import MessagesFormat
@@ -42,7 +54,7 @@ async def read(request: web.Request, kind: type[T]) -> T:
 async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
     """The body, and warnings about it, which go into the answer and the log."""
     asked, warnings = await request.app[INTAKE].read(
-        request, lambda body: schema.decoded(body, kind), lambda body: schema.misspelled(body, kind)
+        request, lambda body: schema.decoded(body, kind), lambda body: misspellings.misspelled(body, kind)
     )
     for warning in warnings:
         log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
@@ -155,7 +167,48 @@ async def complete(request: web.Request) -> web.StreamResponse:
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
     counts = bool(asked.stream_options and asked.stream_options.include_usage)
     form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, counts)
+    if (estimated := likelihood_api.wanted(asked, request.headers)) is not None:
+        return await score(request, asked, form, prompts, likelihood_api.sampling(estimated, asked.seed))
     return await respond(request, asked, form, prompts, bool(asked.echo))
+
+
+async def score(
+    request: web.Request,
+    asked: schema.CompletionRequest,
+    form: ResponseFormat,
+    prompts: Sequence[Prompt],
+    sampling: likelihood.Sampling,
+) -> web.StreamResponse:
+    """Estimate the likelihood of each prompt, one after the other; leaving early cancels what runs."""
+    engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
+    known(engine, asked.model)
+    openai.with_headers(asked, request.headers)
+    openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
+    tenant, tops, choices, spent, total = request.get(TENANT), bool(asked.logprobs), list[Json](), 0, 0
+    with counted(request, len(prompts)), openai.spelled(asked):
+        options = openai.options(msgspec.structs.replace(asked, max_tokens=1, max_completion_tokens=None), 0, tenant)
+        for id, prompt in zip(engine_ids(request, len(prompts)), prompts, strict=True):
+            ids = await engine.tokenize(prompt, engine.model.max_model_len)
+            found = await likelihood.estimate(engine, ids, sampling, options, id)
+            more = await engine.generate(ids, options) if likelihood_api.longest(asked) else None
+            one = likelihood_api.choice(form, len(choices), ids, await echo(engine, prompt), found, more, tops)
+            choices.append(one | {"likelihood": likelihood_api.estimated(found, sampling)})
+            spent, total = spent + len(more.token_ids if more else ()), total + len(ids)
+    return json_response(likelihood_api.answer(form, choices, total, spent))
+
+
+@contextlib.contextmanager
+def counted(request: web.Request, count: int) -> Iterator[None]:
+    """So many requests of the key's owner run meanwhile. Raises `Overloaded` above what the key allows."""
+    if (tenant := request.get(TENANT)) is None:
+        yield
+        return
+    keys = request.app[KEYS]
+    keys.begin(tenant, count, asyncio.get_running_loop().time())
+    try:
+        yield
+    finally:
+        keys.end(tenant, count)
 
 
 async def echo(engine: Engine, prompt: Prompt) -> str:
@@ -178,11 +231,8 @@ async def respond(
     ids = engine_ids(request, n * len(prompts))
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
     async with contextlib.AsyncExitStack() as stack:
-        if tenant := request.get(TENANT):
-            keys = request.app[KEYS]
-            keys.begin(tenant, len(ids), asyncio.get_running_loop().time())
-            stack.callback(keys.end, tenant, len(ids))
-        streams: list[Stream] = []
+        stack.enter_context(counted(request, len(ids)))
+        tenant, streams = request.get(TENANT), list[Stream]()
         for prompt in prompts:
             for _ in range(n):
                 with openai.spelled(asked):

@@ -1,16 +1,14 @@
 """What may come in: each endpoint's body as a struct, how bytes become one, and what is said of those that do not."""
 
-import difflib
 import re
 from collections.abc import Mapping
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from dilaserve.config import CacheKind
 from dilaserve.engine.prompts import Message, Part
-from dilaserve.errors import BadRequest, quoted, shortened
+from dilaserve.errors import BadRequest, shortened
 from dilaserve.server import unsupported
 from dilaserve.server.unsupported import Unsupported
 from dilaserve.types import DecodeRule, OnMiss
@@ -20,25 +18,6 @@ T = TypeVar("T")
 HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
 HALF_WITHIN = 2**18  # bytes of a body that is not JSON in which that reason is looked for
 MAX_DEFAULT = 8192  # bytes of a value that can be a default; longer ones are refused unread
-MAX_NAMES = 10_000  # colons of a body in which misspelled fields are looked for
-MAX_WARNINGS = 8
-MAX_UNKNOWN = 8  # unknown names that are compared with known ones, at a millisecond or two each
-MAX_NAME = 48  # characters of a name that can be a misspelled one
-ALIKE = 0.8  # of difflib's ratio, from which a name is taken for a misspelled one
-
-
-OTHER_NAMES = {  # of other servers, or other endpoints: what is known here, the last one first
-    "deadline": ["slo.deadline_ms"],
-    "slo_class": ["slo.class"],
-    "stop_sequences": ["stop"],
-    "max_output_tokens": ["max_tokens"],
-    "max_tokens": ["max_output_tokens"],
-    "max_completion_tokens": ["max_tokens", "max_output_tokens"],
-    "max_new_tokens": ["max_tokens", "max_output_tokens"],
-    "system": ["messages"],
-    "instructions": ["messages"],
-    "user": ["metadata.user_id"],
-}
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -55,9 +34,6 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     priority: int | None = None
     min_confidence_threshold: float | None = None
     task: str | None = None
-
-
-OWNERS: Mapping[str, type[msgspec.Struct]] = {"slo": Slo, "stream_options": StreamOptions}
 
 
 class Shared(msgspec.Struct, kw_only=True):
@@ -105,10 +81,20 @@ class ChatRequest(Common, kw_only=True):
     top_logprobs: int | None = None
 
 
+class PseudoLikelihood(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the likelihood of a prompt is estimated, see dilaserve/engine/likelihood.py."""
+
+    kind: Literal["pseudo"] = "pseudo"
+    groups: int = 8
+    rounds: int = 4
+    start: int = 1
+
+
 class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
+    likelihood: Literal["pseudo"] | PseudoLikelihood | None = None
 
 
 class InputItem(msgspec.Struct, frozen=True):
@@ -266,37 +252,3 @@ def refuse(name: str, sent: msgspec.Raw, about: Unsupported) -> None:
 
 
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
-_names = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def misspelled(body: bytes | bytearray, kind: type[msgspec.Struct]) -> list[str]:
-    """A warning for each unknown field of a body, which is valid, that looks like a known one."""
-    if body.count(b":") > MAX_NAMES:
-        return []
-    known = {*(field.encode_name for field in msgspec.structs.fields(kind)), *REFUSED.get(kind, ())}
-    targets = places(kind, known) | {plain(name): name for name in known}
-    found: list[str] = []
-    unknown = (name for name in _names.decode(body) if name not in known and len(name) <= MAX_NAME)
-    for name in islice(unknown, MAX_UNKNOWN):
-        if len(found) == MAX_WARNINGS:
-            break
-        if near := difflib.get_close_matches(plain(name), targets, 1, ALIKE):
-            found.append(f"the field {quoted(name)} is unknown and was ignored; did you mean {targets[near[0]]!r}?")
-    return found
-
-
-def places(kind: type[msgspec.Struct], known: set[str]) -> dict[str, str]:
-    """The right place of fields that belong elsewhere in the body, or have another name here, by their plain name."""
-    found: dict[str, str] = {}
-    for owner, inner in OWNERS.items():
-        if owner in kind.__struct_fields__:
-            names = [field.encode_name for field in msgspec.structs.fields(inner)]
-            found |= {plain(name): f"{owner}.{name}" for name in names}
-    for name, others in OTHER_NAMES.items():
-        found |= {plain(name): other for other in others if other in known or other.partition(".")[0] in known}
-    return found
-
-
-def plain(name: str) -> str:
-    """The letters by which names are compared: maxTokens is max_tokens."""
-    return name.lower().replace("_", "").replace("-", "")

@@ -29,9 +29,10 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("canvas", "int32", PER_POSITION),
+    Column("canvas", "int32", PER_POSITION),  # token ids; ~id where a mask stands for a token that is known
     Column("confidence", "float32", PER_POSITION),  # of each token when it was unmasked; 0 where none was
     Column("generation", "int64"),
+    Column("known", "bool"),  # masks stand for known tokens, which are put there whatever the model prefers
     Column("rule", "int32"),
     Column("threshold", "float64"),  # reached by what is unmasked
     Column("exceeds", "bool"),  # of a row whose confidences must be above its threshold, which is then the next number
@@ -58,6 +59,7 @@ class RequestTable:
     canvas: np.ndarray[Any, np.dtype[np.int32]]  # [rows, length]
     confidence: np.ndarray[Any, np.dtype[np.float32]]  # [rows, length]
     generation: np.ndarray[Any, np.dtype[np.int64]]  # [rows], as are the rest
+    known: np.ndarray[Any, np.dtype[np.bool_]]
     rule: np.ndarray[Any, np.dtype[np.int32]]
     threshold: np.ndarray[Any, np.dtype[np.float64]]
     exceeds: np.ndarray[Any, np.dtype[np.bool_]]
@@ -94,14 +96,17 @@ class RequestTable:
         mask_id: int,
         decoding: Decoding,
         ending: Ending = Ending(),  # noqa: B008 - frozen
+        answer: np.ndarray[Any, Any] | None = None,
     ) -> int:
-        """Lay out a new request in a free row; returns the row's new generation number.
+        """Lay out a new request in a free row; returns the row's new generation number. Behind the prompt stand masks,
+        or an `answer` that is known: its tokens, and ~token where one is masked.
 
         The generation goes first: a step of the row's last request, if one is still under way, writes nothing after it.
         """
         self.generation[row] += 1
         self.canvas[row, : len(prompt)] = prompt
-        self.canvas[row, len(prompt) : canvas_tokens] = mask_id
+        self.canvas[row, len(prompt) : canvas_tokens] = mask_id if answer is None else answer
+        self.known[row] = answer is not None
         self.confidence[row, :canvas_tokens] = 0.0
         self.rule[row] = RULES[decoding.rule]
         self.exceeds[row] = decoding.traits.exceeds

@@ -65,7 +65,7 @@ class ReuseSteps:
         self.columns = np.zeros((0, 1), dtype=np.int64)  # where active positions are staged, [rows, width]; -1: none
 
     def takes(self, columns: Columns, table: RequestTable) -> bool:
-        """Whether all rows are greedy and ask for no alternatives, with at most a page of queries that see alike, and
+        """Whether all rows are greedy and ask for no more than that, with at most a page of queries that see alike, and
         masks only among these, where answers may end.
         """
         return bool(
@@ -77,6 +77,7 @@ class ReuseSteps:
             and not columns.grain.any()
             and not table.temperature[columns.row].any()
             and not table.top_logprobs[columns.row].any()
+            and not table.known[columns.row].any()
             and (table.rule[columns.row] <= BY_CONFIDENCE).all()
             and np.isinf(table.editing_threshold[columns.row]).all()
             and (columns.block_start >= table.may_end_at[columns.row]).all()

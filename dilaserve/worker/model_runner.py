@@ -171,12 +171,12 @@ class Runner:
         began = time.perf_counter()
         blocks = active_blocks(columns)
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
-        masked = (canvas == self.spec.mask_id) & blocks.valid
+        masked = self.masks(canvas) & blocks.valid
         editing = self.table.editing_threshold[columns.row]
         edits = [masked, canvas.astype(np.int64), editing] if not np.isinf(editing).all() else []
         open = masked | (blocks.valid & ~np.isinf(editing)[:, None])  # what a token is computed for
         wanted, where = np.flatnonzero(open[blocks.valid]), np.flatnonzero(open)
-        others = [wanted, where, *self.rules(columns), *edits, *self.sampling(columns, blocks, open)]
+        others = [wanted, where, *self.rules(columns), *edits, *self.sampling(columns, blocks, open, canvas)]
         forward, (kept, places, *knobs) = self.prepared(columns, others)
         entered = time.perf_counter()
         hidden = forward()[kept]
@@ -200,6 +200,10 @@ class Runner:
             lists = by_row(likeliest, self.table.top_logprobs[columns.row], written, blocks.positions)
             results = [replace(one, alternatives=found) for one, found in zip(results, lists, strict=True)]
         return LaunchResult(results, time.perf_counter() - began, left - entered)
+
+    def masks(self, canvas: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which positions are masked, those of known tokens included."""
+        return np.asarray((canvas == self.spec.mask_id) | (canvas < 0))
 
     def candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         """The candidate of each masked position, [masks], from its hidden state; a slice of the logits at a time."""
@@ -260,6 +264,8 @@ class Runner:
         """Id, position and pool token of each of the spans' tokens, one after the other."""
         positions = ranges(columns.start, columns.length)
         ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
+        if self.table.known[columns.row].any():
+            ids = np.where(ids < 0, self.spec.mask_id, ids)
         return ids.astype(np.int64), positions, positions + np.repeat(columns.kv_start, columns.length)
 
     def pack(
@@ -285,18 +291,23 @@ class Runner:
         runs, rest = joined(parts, sent[: len(of_all)]), sent[len(of_all) :]
         return Packed(tokens, places, targets, runs, there, kept_runs), rest
 
-    def sampling(self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """The knobs of `sampler.Sampling` of each mask; none when every row is greedy and may end anywhere."""
+    def sampling(
+        self, columns: Columns, blocks: Blocks, masked: np.ndarray[Any, Any], canvas: np.ndarray[Any, Any]
+    ) -> list[np.ndarray[Any, Any]]:
+        """The knobs of `sampler.Sampling` of each mask; none when every row is greedy, may end anywhere
+        and has no known tokens.
+        """
         table, row = self.table, columns.row
         early = blocks.positions < table.may_end_at[row, None]
-        if not table.temperature[row].any() and not (early & masked).any():
+        if not (table.temperature[row].any() or table.known[row].any() or (early & masked).any()):
             return []
         masks = masked.sum(1)
         knobs = (table.temperature, table.top_p, table.top_k, table.min_p, table.seed)
         each = [np.repeat(knob, masks) for knob in (*(knob[row] for knob in knobs), columns.step)]
         ends = np.repeat(self.ends(row), masks, axis=0)
         never = np.where(early[masked][:, None], ends, NO_TOKEN)
-        return [*each, blocks.positions[masked], never.astype(np.int64)]
+        hidden = canvas[masked].astype(np.int64)
+        return [*each, blocks.positions[masked], never.astype(np.int64), np.where(hidden < 0, ~hidden, -1)]
 
     def ends(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The tokens that end each row's answer, [rows, ids], filled up with `NO_TOKEN`."""
@@ -341,7 +352,7 @@ class Runner:
         taken part, and goes on with its next block.
         """
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
-        masked = (canvas == self.spec.mask_id) & blocks.valid
+        masked = self.masks(canvas) & blocks.valid
         may_end = blocks.valid & (blocks.positions >= self.table.may_end_at[columns.row, None])
         stops = (canvas[..., None] == self.ends(columns.row)[:, None]).any(-1) & may_end
         prefix = np.where(masked.any(1), columns.block_start + masked.argmax(1), columns.block_end)

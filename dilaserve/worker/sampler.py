@@ -28,6 +28,7 @@ class Sampling(NamedTuple):
     step: torch.Tensor  # int64 [masks]
     position: torch.Tensor  # int64 [masks]
     never: torch.Tensor  # int64 [masks, ids]; tokens that are not chosen here, filled up with -1
+    given: torch.Tensor  # int64 [masks]; the token that is chosen whatever the logits say, or -1
 
     def of(self, masks: torch.Tensor | slice) -> "Sampling":
         """The knobs of some of the masks."""
@@ -57,6 +58,7 @@ def best_candidates(logits: torch.Tensor, mask_id: int, sampling: Sampling | Non
     logits[:, mask_id] = -torch.inf
     with without(logits, sampling.never):
         token = sample(logits, sampling)
+    token = torch.where(sampling.given[:, None] >= 0, sampling.given[:, None], token)
     return weighed(logits, token, mask_logit)
 
 
@@ -111,6 +113,8 @@ def judged(logits: torch.Tensor, first: int, mask: int, sampling: Sampling | Non
         logits[:, mask] = -torch.inf
     with without(logits, sampling.never, first) if sampling is not None else contextlib.nullcontext():
         token, score = scored(logits, first, sampling)
+    if sampling is not None:
+        token, score = of_given(token, score, sampling.given[:, None] - first, logits.shape[1])
     chosen = logits.gather(1, token)
     others = logits.sub_(chosen).exp_().scatter_(1, token, 0.0).sum(1, keepdim=True)
     others.masked_fill_(chosen == -torch.inf, 0.0)
@@ -127,6 +131,16 @@ def scored(logits: torch.Tensor, first: int, sampling: Sampling | None) -> tuple
         token[hot] = scores.argmax(1, keepdim=True)
         score[hot] = scores.gather(1, token[hot])
     return token, score
+
+
+def of_given(
+    token: torch.Tensor, score: torch.Tensor, column: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's candidates [masks, 1], with given tokens in their place. `column`: where the given token is among the
+    rank's `width`, if it is there. The rank that has it beats all others.
+    """
+    mine = (column >= 0) & (column < width)
+    return torch.where(mine, column, token), score.masked_fill(mine, torch.inf)
 
 
 def best_of_ranks(parts: torch.Tensor) -> Candidates:
