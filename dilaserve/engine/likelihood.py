@@ -43,13 +43,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     start: int = 1
     seed: int = 0
 
+    def fitted(self, tokens: int) -> "Sampling":
+        """The same for a text of so many tokens: no more groups than tokens, and one round where all would be alike."""
+        scored = tokens - max(1, self.start)
+        alike = self.groups == 1 or self.groups >= scored
+        return msgspec.structs.replace(self, groups=min(self.groups, scored), rounds=1) if alike else self
+
 
 class Likelihood(NamedTuple):
     """The estimate of one text.
 
     `logprobs` [tokens]: the mean of each token's rounds, None where it has none; `best`: the token that was most
     probable in its place, most of the time, with the mean log probability of these times. `total`: the sum of
-    `logprobs`; `standard_error` of it, None after a single round.
+    `logprobs`; `standard_error` of it, 0 where it is exact, None after a single round that is not.
     """
 
     logprobs: tuple[float | None, ...]
@@ -90,6 +96,7 @@ async def estimate(engine: Engine, ids: Sequence[int], sampling: Sampling, optio
     request of the engine, whose id is `id` with a number behind it. Raises what `Engine.submit` raises.
     """
     check(sampling, len(ids), engine.model.traits)
+    sampling = sampling.fitted(len(ids))
     rounds = list(partitions(len(ids), sampling))
     canvas, gate = np.array(ids, dtype=np.int32), asyncio.Semaphore(AT_ONCE)
 
@@ -105,16 +112,17 @@ async def estimate(engine: Engine, ids: Sequence[int], sampling: Sampling, optio
             ]
     except BaseExceptionGroup as broken:
         raise first(broken) from broken
-    return combined(len(ids), [[found for task in tasks for found in task.result()] for tasks in running])
+    found = combined(len(ids), [[one for task in tasks for one in task.result()] for tasks in running])
+    exact = sampling.groups == len(ids) - max(1, sampling.start)
+    return found._replace(standard_error=0.0) if exact else found
 
 
 def partitions(tokens: int, sampling: Sampling) -> Iterator[list[Places]]:
-    """The groups of each round; one round alone where each token is a group."""
+    """The groups of each round, for a sampling that is `fitted`."""
     rng = np.random.default_rng(sampling.seed % 2**64)
     places = np.arange(max(1, sampling.start), tokens)
-    exact = sampling.groups >= len(places)
-    for _ in range(1 if exact else sampling.rounds):
-        yield np.array_split(places if exact else rng.permutation(places), min(sampling.groups, len(places)))
+    for _ in range(sampling.rounds):
+        yield np.array_split(rng.permutation(places), sampling.groups)
 
 
 async def scored(engine: Engine, canvas: np.ndarray[Any, Any], group: Places, options: Options, id: str) -> list[Found]:

@@ -138,7 +138,7 @@ class CompletionLogprobs(Out):
 
 
 class PromptLikelihood(Out):
-    """The estimate for a prompt; `standard_error` is that of `log_likelihood`, null after a single round."""
+    """The estimate for a prompt; `standard_error` of `log_likelihood` is 0 where that is exact, null after one round."""
 
     kind: Literal["pseudo"]
     log_likelihood: float

@@ -192,7 +192,7 @@ async def score(
             found = await likelihood.estimate(engine, ids, sampling, options, id)
             more = await engine.generate(ids, options) if likelihood_api.longest(asked) else None
             one = likelihood_api.choice(form, len(choices), ids, await echo(engine, prompt), found, more, tops)
-            choices.append(one | {"likelihood": likelihood_api.estimated(found, sampling)})
+            choices.append(one | {"likelihood": likelihood_api.estimated(found, sampling.fitted(len(ids)))})
             spent, total = spent + len(more.token_ids if more else ()), total + len(ids)
     return json_response(likelihood_api.answer(form, choices, total, spent))
 
