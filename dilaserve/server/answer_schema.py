@@ -138,7 +138,7 @@ class CompletionLogprobs(Out):
 
 
 class PromptLikelihood(Out):
-    """The estimate for a prompt; `standard_error` of `log_likelihood` is 0 where that is exact, null after one round."""
+    """The estimate for a prompt; the `standard_error` of its total is 0 where that is exact, null after one round."""
 
     kind: Literal["pseudo"]
     log_likelihood: float
