@@ -89,11 +89,12 @@ async def test_a_canvas_of_known_tokens_gets_them_back_in_one_step(engine):
         (Sampling(groups=1024, rounds=2), 5, FamilyTraits(), "likelihood"),
         (Sampling(), 1, FamilyTraits(), "prompt"),
         (Sampling(start=5), 5, FamilyTraits(), "prompt"),
+        (Sampling(), 65, FamilyTraits(), "prompt"),
         (Sampling(start=-1), 5, FamilyTraits(), "prompt"),
         (Sampling(), 5, FamilyTraits(attention="block"), "likelihood"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused_with_the_reason(sampling, tokens, traits, param):
     with pytest.raises(BadRequest) as caught:
-        check(sampling, tokens, traits)
+        check(sampling, tokens, traits, limit=64)
     assert caught.value.param == param

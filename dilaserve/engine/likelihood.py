@@ -72,8 +72,14 @@ class Found(NamedTuple):
     best: TopLogprob | None
 
 
-def check(sampling: Sampling, tokens: int, traits: FamilyTraits) -> None:
-    """Raise `BadRequest` for what cannot be estimated."""
+def check(sampling: Sampling, tokens: int, traits: FamilyTraits, limit: int) -> None:
+    """Raise `BadRequest` for what cannot be estimated of a text of so many tokens, `limit` at most."""
+    if tokens > limit:
+        raise BadRequest(
+            f"this model's maximum context length is {limit} tokens, and the text has {tokens}; shorten it",
+            param="prompt",
+            code="context_length_exceeded",
+        )
     if traits.exact:
         raise BadRequest(
             "this model's family does not see what follows a block, so that its tokens have no pseudo-likelihood",
@@ -95,7 +101,7 @@ async def estimate(engine: Engine, ids: Sequence[int], sampling: Sampling, optio
     """Score the token `ids` of one text. `options` says whose request it is and what it is worth; each canvas is a
     request of the engine, whose id is `id` with a number behind it. Raises what `Engine.submit` raises.
     """
-    check(sampling, len(ids), engine.model.traits)
+    check(sampling, len(ids), engine.model.traits, engine.model.max_model_len)
     sampling = sampling.fitted(len(ids))
     rounds = list(partitions(len(ids), sampling))
     canvas, gate = np.array(ids, dtype=np.int32), asyncio.Semaphore(AT_ONCE)
