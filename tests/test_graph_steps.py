@@ -12,6 +12,7 @@ import torch
 from parity import expect, some_requests, wishes
 from reference_loops import Llada
 from runner_harness import TOKENS, Harness, shapes_of
+from worker_waits import is_stopped, until
 
 from dilaserve import Config, Engine, Options, models
 from dilaserve.models import attention, blocks
@@ -338,7 +339,7 @@ async def test_an_arriving_request_does_not_wait_for_all_steps_of_a_launch(rando
         monkeypatch.setattr(engine.executor, "stop_early", note("hurry", stop_early))
         await anext(stream)
         os.kill(worker.process.pid, signal.SIGSTOP)
-        os.waitpid(worker.process.pid, os.WUNTRACED)  # noqa: ASYNC222
+        await until(lambda: is_stopped(worker.process.pid))
         for _ in range(100):
             await asyncio.sleep(0)  # all that it has said is read
         other = asyncio.create_task(engine.generate([8, 9], Options(max_tokens=1, ignore_eos=True)))

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from parity import asked, some_requests
 from worker_faults import answers_under_fault, wait_for_plan
-from worker_waits import children, until
+from worker_waits import children, is_stopped, until
 
 from dilaserve import Config, Engine, Options, RequestFailed
 from dilaserve.plans import spelled
@@ -63,7 +63,7 @@ async def test_the_rows_of_a_lost_instance_wait_for_the_rank_that_lives_on(two_w
     await anext(stream)
     held, dies = (two_workers.executor.workers[rank].process.pid for rank in (0, 1))
     os.kill(held, signal.SIGSTOP)
-    os.waitpid(held, os.WUNTRACED)  # noqa: ASYNC222
+    await until(lambda: is_stopped(held))
     try:
         for _ in range(100):
             await asyncio.sleep(0)  # all that it has said is read, and its next step is under way

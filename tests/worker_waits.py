@@ -3,6 +3,7 @@
 import asyncio
 import os
 import subprocess
+from pathlib import Path
 
 
 def children() -> set[int]:
@@ -19,6 +20,11 @@ def workers_of(pid) -> set[int]:
 def matching(parent, pattern) -> set[int]:
     found = subprocess.run(["pgrep", "-P", str(parent), "-f", pattern], capture_output=True, text=True)
     return {int(line) for line in found.stdout.split()}
+
+
+def is_stopped(pid) -> bool:
+    """Whether a signal has stopped the process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
 
 
 async def until(true):
