@@ -266,7 +266,12 @@ def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
 
 def pretending_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Pretended devices").add_argument
-    costs = "a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs (default)"
+    from dilaserve.sim.published import NAMES
+
+    costs = (
+        "a profile from `calibrate`, h200: LLaDA-8B, data-sheet costs (default), or a model on H200s by data sheets: "
+        f"{', '.join(NAMES)}"
+    )
     add("--costs", default="h200", metavar="FILE", help=costs)
     add("--sim-devices", type=devices, default=8, metavar="N", help="how many (default: 8)")
     add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
@@ -291,6 +296,7 @@ def simulation_flags(parser: argparse.ArgumentParser) -> None:
     add("--answer", type=positive, default=256, metavar="N", help="answer tokens without a trace (default: 256)")
     add("--deadline", default="2.0", metavar="X", help="times the unloaded latency, as 2.0, none, or a mix 1.5:1,8:1")
     add("--on-miss", default="best_effort", choices=("best_effort", "reject", "cancel_when_late"), help="then")
+    add("--shared-prompt", type=tokens, default=0, metavar="N", help="tokens with which all prompts begin (default: 0)")
     add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
     add("--out", type=folder, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
 
@@ -327,6 +333,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
     return number
+
+
+def tokens(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def devices(text: str) -> int:

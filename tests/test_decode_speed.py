@@ -61,7 +61,7 @@ def test_a_guess_knows_that_no_step_goes_beyond_its_part_of_the_block(tokens, bl
         while masks:
             masks -= rng.choices(range(masks + 1), cut(tokens, masks))[0]
             steps += 1
-    assert chain([pace(tokens, part_length=part)], block).steps[block] == pytest.approx(steps / 500, rel=0.08)
+    assert chain([pace(tokens, part_length=part)], block).steps[block] == pytest.approx(steps / 500, rel=0.1)
 
 
 def forecast():

@@ -122,7 +122,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     if profile and profile.model not in (card.name, directory.resolve().name):
         log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
     laws, quality, note = known(profile, card, names[0], degrees)
-    planner = PlannerProcess(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
+    planner = PlannerProcess(laws, quality, Setup.of(config, quality, traits=spec.traits)) if len(laws) > 1 else None
     return Parts(
         card,
         spec.mask_id,
