@@ -218,7 +218,8 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
     from dilaserve.calibrate.calibrate import calibrate as measure
-    from dilaserve.display import counting
+    from dilaserve.calibrate.summary import doubts, table_of
+    from dilaserve.display import counting, show
     from dilaserve.models import hub
     from dilaserve.profile import profile_file
 
@@ -229,18 +230,12 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
         profile_file.check_writable(Path(given))
     known = replaced(directory, given)
     with counting() as seen:
-        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known))
+        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known, note))
     file = profile_file.write(profile, directory, given)
     print(f"step costs: {law.samples} kinds of steps, {100 * law.error:.1f} % mean error on those held out")
-    for name, task in profile.quality.tasks.items():
-        if task.accuracy is not None:
-            steps = ", ".join(
-                f"{level:g}: {mean:.1f}" for level, mean in zip(profile.quality.levels, task.steps, strict=True)
-            )
-            drops = ", ".join(
-                f"{level:g}: {mean:.1f}" for level, mean in zip(profile.quality.levels, task.mean_drop, strict=True)
-            )
-            print(f"{name}: accuracy {task.accuracy:.1f} %   steps {steps}   drop {drops}")
+    show(table_of(profile.quality))
+    for line in doubts(profile.quality, law):
+        note(line)
     print(f"profile: {file}")
     if extras.plots:
         from dilaserve.profile import plots
@@ -249,6 +244,10 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
         plots.quality(profile.quality, extras.plots / "quality.png")
         print(f"plots: {extras.plots / 'step-cost.png'}, {extras.plots / 'quality.png'}")
     return 0
+
+
+def note(line: str) -> None:
+    print(f"dilaserve: {line}", file=sys.stderr, flush=True)
 
 
 def replaced(directory: Path, given: str | None) -> "ModelProfile | None":

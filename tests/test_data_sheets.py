@@ -1,4 +1,4 @@
-"""Profiles from data sheets: parameters as published, costs near what an H200 has measured, and runs that make sense."""
+"""Profiles from data sheets: sizes as published, costs near those measured on an H200, and runs that make sense."""
 
 import math
 import random
