@@ -3,11 +3,9 @@
 import shutil
 from pathlib import Path
 
-import checkpoints
 import pytest
 from command_line import failed, run
 
-from dilaserve import DilaServe, Options, models
 from dilaserve.calibrate.answers import questions_from
 from dilaserve.errors import ConfigError
 from dilaserve.profile import profile_file
@@ -34,23 +32,6 @@ def test_calibrate_writes_a_profile_that_the_server_loads(model, tmp_path):
     assert set(profile.quality.tasks) == {"any", "prompts", "sums"}
     assert profile.costs["cpu x1"].samples > 20
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"step-cost.png", "quality.png"}
-
-
-@pytest.mark.parametrize("family", ["sdar", "nemotron"])
-def test_calibrate_measures_exact_families_by_the_steps_that_they_take(family, tmp_path):
-    model = Path(shutil.copytree(Path(__file__).parent / "fixtures" / family, tmp_path / family))
-    checkpoints.write_tokenizer(model, first_special=490)
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text('{"prompt": "hello"}\n')
-    done = run("calibrate", *calibrating(model), "--problems", str(problems))
-    assert done.returncode == 0, done.stderr
-    assert "7 answers will take about" in done.stderr
-    assert "prompts has 1 problems" in done.stderr
-    profile = profile_file.find(model, None)
-    assert profile.quality.block_length == (models.outline(model).traits.block_length or 32)
-    assert profile.costs["cpu x1"].samples > 20
-    with DilaServe(model=str(model), devices="cpu", max_num_seqs=4) as engine:
-        assert engine.generate("hello", Options(max_tokens=8)).usage.completion_tokens
 
 
 def test_calibrate_refuses_problems_that_cannot_be_asked_or_read(model, tmp_path, run_main):
