@@ -19,10 +19,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dilaserve.config import Config
-from dilaserve.planner.operating_points import Kind, points, unloaded
+from dilaserve.planner.operating_points import points, unloaded
 from dilaserve.planner.packing import groups
 from dilaserve.planner.planner import Setup
 from dilaserve.planner.program import Ground, Offered, PlanProgram
+from dilaserve.planner.step_pace import Kind
 from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.profile.step_cost import StepCost

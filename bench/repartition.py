@@ -33,9 +33,10 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from dilaserve.config import Config
-from dilaserve.planner.operating_points import Kind, paced, unloaded
+from dilaserve.planner.operating_points import unloaded
 from dilaserve.planner.packing import groups
 from dilaserve.planner.planner import Planner, Setup
+from dilaserve.planner.step_pace import Kind, paced
 from dilaserve.plans import counted
 from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.profile_file import cost_key

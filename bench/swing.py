@@ -30,7 +30,7 @@ from dilaserve.calibrate.calibrate import machine
 from dilaserve.calibrate.step_timing import step_costs
 from dilaserve.errors import DilaserveError
 from dilaserve.models.checkpoint import locate
-from dilaserve.planner.operating_points import Kind, paced
+from dilaserve.planner.step_pace import Kind, paced
 from dilaserve.plans import spelled
 from dilaserve.profile import profile_file
 from dilaserve.profile.decode_speed import ANY, PARTS, QualityProfile, TaskProfile

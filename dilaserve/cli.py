@@ -218,7 +218,8 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
     from dilaserve.calibrate.calibrate import calibrate as measure
-    from dilaserve.display import counting
+    from dilaserve.calibrate.summary import doubts, table_of
+    from dilaserve.display import counting, show
     from dilaserve.models import hub
     from dilaserve.profile import profile_file
 
@@ -229,18 +230,12 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
         profile_file.check_writable(Path(given))
     known = replaced(directory, given)
     with counting() as seen:
-        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known))
+        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known, note))
     file = profile_file.write(profile, directory, given)
     print(f"step costs: {law.samples} kinds of steps, {100 * law.error:.1f} % mean error on those held out")
-    for name, task in profile.quality.tasks.items():
-        if task.accuracy is not None:
-            steps = ", ".join(
-                f"{level:g}: {mean:.1f}" for level, mean in zip(profile.quality.levels, task.steps, strict=True)
-            )
-            drops = ", ".join(
-                f"{level:g}: {mean:.1f}" for level, mean in zip(profile.quality.levels, task.mean_drop, strict=True)
-            )
-            print(f"{name}: accuracy {task.accuracy:.1f} %   steps {steps}   drop {drops}")
+    show(table_of(profile.quality))
+    for line in doubts(profile.quality, law):
+        note(line)
     print(f"profile: {file}")
     if extras.plots:
         from dilaserve.profile import plots
@@ -249,6 +244,10 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> int:
         plots.quality(profile.quality, extras.plots / "quality.png")
         print(f"plots: {extras.plots / 'step-cost.png'}, {extras.plots / 'quality.png'}")
     return 0
+
+
+def note(line: str) -> None:
+    print(f"dilaserve: {line}", file=sys.stderr, flush=True)
 
 
 def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
@@ -266,7 +265,12 @@ def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
 
 def pretending_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Pretended devices").add_argument
-    costs = "a profile from `calibrate`, or h200: LLaDA-8B, data-sheet costs (default)"
+    from dilaserve.sim.published import NAMES
+
+    costs = (
+        "a profile from `calibrate`, h200: LLaDA-8B, data-sheet costs (default), or a model on H200s by data sheets: "
+        f"{', '.join(NAMES)}"
+    )
     add("--costs", default="h200", metavar="FILE", help=costs)
     add("--sim-devices", type=devices, default=8, metavar="N", help="how many (default: 8)")
     add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
@@ -291,6 +295,7 @@ def simulation_flags(parser: argparse.ArgumentParser) -> None:
     add("--answer", type=positive, default=256, metavar="N", help="answer tokens without a trace (default: 256)")
     add("--deadline", default="2.0", metavar="X", help="times the unloaded latency, as 2.0, none, or a mix 1.5:1,8:1")
     add("--on-miss", default="best_effort", choices=("best_effort", "reject", "cancel_when_late"), help="then")
+    add("--shared-prompt", type=tokens, default=0, metavar="N", help="tokens with which all prompts begin (default: 0)")
     add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
     add("--out", type=folder, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
 
@@ -327,6 +332,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
     return number
+
+
+def tokens(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def devices(text: str) -> int:

@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+STEADY = 3600.0  # seconds over which speed is averaged for the time remaining, so that it does not jump
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def counting() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=STEADY) as bars:
         tasks = {}
 
         def show(what: str, done: int, total: int) -> None:
@@ -61,3 +63,10 @@ def counting() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield show
+
+
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells, the first a head, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

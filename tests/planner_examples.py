@@ -2,9 +2,10 @@
 
 from hypothesis import strategies as st
 
-from dilaserve.planner.operating_points import Kind, points, unloaded
+from dilaserve.planner.operating_points import points, unloaded
 from dilaserve.planner.packing import block
 from dilaserve.planner.program import Offered
+from dilaserve.planner.step_pace import Kind
 from dilaserve.profile.forecast import Forecast
 from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import by_degree

@@ -18,7 +18,7 @@ from dilaserve.profile.block_chain import Chain, Outlook, alike, chain, with_blo
 from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile, chances, part_of
 from dilaserve.profile.forecast import FIRST_LOOK, Forecast, hull, slope
 from dilaserve.profile.problems import held_out
-from dilaserve.profile.profile_file import guessed, pace, read, write
+from dilaserve.profile.profile_file import cut, guessed, pace, read, write
 
 BLOCK = 32
 
@@ -50,6 +50,18 @@ def test_the_recursion_agrees_with_playing_the_chain(law):
         assert known.steps[masks] == pytest.approx(statistics.fmean(steps), rel=0.05)
         assert known.variance[masks] == pytest.approx(statistics.pvariance(steps), rel=0.15, abs=0.05)
         assert known.ends[masks] == pytest.approx(statistics.fmean(ended for _, ended in runs), abs=0.04)
+
+
+@pytest.mark.parametrize("tokens", [2.5, 3.5, 5.5])
+@pytest.mark.parametrize(("block", "part"), [(32, 8), (32, 32), (16, 4)])
+def test_a_guess_knows_that_no_step_goes_beyond_its_part_of_the_block(tokens, block, part):
+    rng, steps = random.Random(0), 0
+    for _ in range(500 * (block // part)):
+        masks = part
+        while masks:
+            masks -= rng.choices(range(masks + 1), cut(tokens, masks))[0]
+            steps += 1
+    assert chain([pace(tokens, part_length=part)], block).steps[block] == pytest.approx(steps / 500, rel=0.1)
 
 
 def forecast():

@@ -2,13 +2,19 @@
 
 import asyncio
 import random
+from itertools import pairwise
 from statistics import fmean
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dilaserve.config import Config
 from dilaserve.engine.engine import Engine, Options
+from dilaserve.planner.operating_points import unloaded
+from dilaserve.planner.step_pace import Kind, Stepping, blocks, paced
+from dilaserve.profile.forecast import Forecast
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
@@ -54,7 +60,28 @@ async def alone(traits, prompt, answer, most):
         pytest.param(CAUSAL, 4000, 64, 600, id="first tokens behind a prompt in chunks"),
     ],
 )
-def test_a_request_alone_takes_as_long_as_is_expected(traits, prompt, answer, most):
+def test_a_request_alone_takes_as_long_as_the_scheduler_and_the_planner_expect(traits, prompt, answer, most):
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         expected, taken = runner.run(alone(traits, prompt, answer, most))
     assert expected == pytest.approx(taken, rel=0.05)
+    known, kind, stepping = profile(), Kind(prompt + answer, answer), Stepping(traits, most)
+    planned = unloaded(known.costs["cuda x1"], Forecast(known.quality), kind, stepping=stepping)
+    assert planned == pytest.approx(taken, rel=0.08)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([BLOCK, CAUSAL, msgspec.structs.replace(BLOCK, block_length=4)]),
+    st.integers(1, 4000),
+    st.integers(1, 600),
+    st.sampled_from([512, 8192]),
+)
+def test_company_and_longer_prompts_make_lives_longer(traits, prompt, answer, most):
+    known, kind, stepping = profile(), Kind(prompt + answer, answer), Stepping(traits, most)
+    law, forecast = known.costs["cuda x1"], Forecast(known.quality)
+    block = blocks(kind, 32, stepping)
+    ahead = forecast.ahead("any", 0, 0, *block.masked)
+    lives = paced(law, kind, ahead, 6, block.length, 0.0, stepping).life
+    assert all(one < two for one, two in pairwise(lives))
+    longer = paced(law, kind._replace(canvas=kind.canvas + 512), ahead, 6, block.length, 0.0, stepping).life
+    assert all(longer > lives)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_examples import ALONE, DEGREES, FORECAST, LAWS
 
-from dilaserve.planner.operating_points import NEVER, RATES, Kind, points, reached, unloaded
+from dilaserve.planner.operating_points import RATES, points, reached, unloaded
+from dilaserve.planner.step_pace import NEVER, Kind
 from dilaserve.profile.decode_speed import ANY, BINS, PARTS, Law, QualityProfile, TaskProfile
 from dilaserve.profile.forecast import Forecast
 from dilaserve.scheduler.rules.admission import HOPELESS

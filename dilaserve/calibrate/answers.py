@@ -1,7 +1,8 @@
 """Ask problems at every threshold, and judge the answers."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from dilaserve.engine.engine import Engine
 from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, ConfigError
 from dilaserve.profile import problems
+from dilaserve.profile.decode_speed import LEVELS
 from dilaserve.profile.problems import TASKS, held_out
 from dilaserve.profile.problems.problem import Problem
 
@@ -47,6 +49,26 @@ async def asked(
         return answer.text, answer.usage.steps
 
     return list(await asyncio.gather(*(ask(prompt) for prompt in prompts)))
+
+
+async def duration(engine: Engine, questions: Mapping[str, Sequence[tuple[Question, Problem | None]]]) -> str:
+    """A sentence on how long the questions will take, by how long the first few take."""
+    forecast = engine.scheduler.estimates.forecast
+    forecast.learns = False
+    task, items = next(iter(questions.items()))
+    prompts = [item[0].prompt for item in items[:CHATTER]]
+    await asked(engine, task, prompts[:1], LEVELS[0], unheard)  # the first steps are slower
+    began = time.perf_counter()
+    await asked(engine, task, prompts, LEVELS[0], unheard)
+    forecast.counts.clear()  # they are asked again
+    total = len(LEVELS) * sum(map(len, questions.values()))
+    minutes = (time.perf_counter() - began) * total / len(prompts) / 60
+    about = f"{max(1, round(minutes))} min" if minutes >= 1 else "less than a minute"
+    return f"{total} answers will take about {about}, then some hundreds of steps are timed"
+
+
+def unheard() -> None:
+    """The answers by which the time is estimated are not counted."""
 
 
 def longest_answer(engine: Engine) -> int:

@@ -5,10 +5,11 @@ Both on the real executor. The result is one profile file, which the server then
 
 import datetime
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
-from dilaserve.calibrate.answers import questions_from
-from dilaserve.calibrate.progress import Seen, quiet
+from dilaserve.calibrate.answers import duration, questions_from
+from dilaserve.calibrate.progress import Seen, quiet, unsaid
 from dilaserve.calibrate.quality import quality
 from dilaserve.calibrate.step_timing import step_costs
 from dilaserve.config import Config
@@ -27,12 +28,21 @@ def unmeasured(config: Config, progress: Progress) -> Parts:
 
 
 async def calibrate(
-    config: Config, problems: Path | None, per_task: int, seen: Seen, known: ModelProfile | None = None
+    config: Config,
+    problems: Path | None,
+    per_task: int,
+    seen: Seen,
+    known: ModelProfile | None = None,
+    say: Callable[[str], None] = unsaid,
 ) -> tuple[ModelProfile, list[Sample], StepCost]:
-    """Measure quality, then step costs; those of other devices are taken from `known`. The profile is not written."""
+    """Measure quality, then step costs; those of other devices are taken from `known`. The profile is not written.
+
+    `say` is told first how long it will take.
+    """
     questions = questions_from(problems, per_task)
     device = listed(config.device.devices)[0]
     async with Engine(config, quiet, unmeasured) as engine:
+        say(await duration(engine, questions))
         measured_quality = await quality(engine, questions, seen)
         model = engine.model
     samples = await step_costs(config, model.max_model_len, seen, unmeasured)

@@ -65,6 +65,7 @@ async def quality(
             found[task].append([Answer(judged(item, text, own), steps) for item, (text, steps), own in rows])
     seen_steps = forecast.seen()
     profile = profile_of(found, seen_steps)
+    profile = msgspec.structs.replace(profile, block_length=engine.model.traits.block_length or profile.block_length)
     steps = {task: [answer.steps for answer in levels[0]] for task, levels in found.items()}
     known = dict(profile.tasks)
     for task, edges in forecast.lengths.items():

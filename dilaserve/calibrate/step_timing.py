@@ -22,6 +22,7 @@ from dilaserve.types import (
     Batch,
     Decoding,
     Event,
+    FamilyTraits,
     Instance,
     InstanceReady,
     Moves,
@@ -31,7 +32,7 @@ from dilaserve.types import (
     WorkerUp,
 )
 
-ANSWER = 32  # tokens of the block that measured rows work on
+BLOCK = 32  # tokens of the block that measured rows work on, where the model was not trained with another
 REUSE_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 16, 21, 24, 32, 48, 64)  # some of which a GPU pads
 REFRESH_ROWS = (1, 2, 3, 4, 8)
 ROUNDS, REPEATS = 3, 2
@@ -78,12 +79,14 @@ async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit:
     """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
     change their speed within seconds, and each is measured relative to that one.
     """
-    plan = list(layouts(config.device.max_num_seqs, config.device.max_num_batched_tokens, rig.kv_tokens, limit))
+    traits, device = parts.model.traits, config.device
+    block = traits.block_length or BLOCK
+    plan = list(layouts(device.max_num_seqs, device.max_num_batched_tokens, rig.kv_tokens, limit, block, traits.exact))
     rng, numbers = random.Random(0), itertools.count(1)
 
     async def run(rows: list[Shape], times: int, unseen: int = 0) -> tuple[Features, float]:
         """What the steps are and take, the median of so many after those `unseen`."""
-        spans = laid_out(rig.table, rows, parts.mask_id, rng, parts.vocab_size)
+        spans = laid_out(rig.table, rows, parts.mask_id, rng, parts.vocab_size, traits)
         seconds = []
         for _ in range(unseen + times):
             for span in spans:
@@ -124,14 +127,21 @@ async def until(inbox: "asyncio.Queue[Event]", kind: type[E]) -> E:
 
 
 class Shape(NamedTuple):
+    """A row whose last `block` tokens are masked and whose last `queries` tokens are computed."""
+
     canvas: int
-    refresh: bool
+    queries: int
+    block: int
 
 
-def layouts(rows: int, tokens: int, pool: int, limit: int) -> Iterator[list[Shape]]:
-    """Batches to measure: reuse only, refresh only and mixed, that fit the limits of the server."""
+def layouts(
+    rows: int, tokens: int, pool: int, limit: int, block: int = BLOCK, exact: bool = False
+) -> Iterator[list[Shape]]:
+    """Batches to measure that fit the limits of the server: reuse only, refresh only and mixed; with `exact` K/V, steps
+    of prompts instead of refreshes, and those that take in a finished block and begin the next.
+    """
     lengths = [length for length in (64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096) if length <= limit] or [limit]
-    for batch in every_layout(lengths):
+    for batch in every_layout(lengths, block, exact):
         pages = sum(-(-shape.canvas // PAGE) * PAGE for shape in batch)
         if len(batch) <= rows and packed(batch) <= tokens and pages <= pool:
             yield batch
@@ -139,30 +149,35 @@ def layouts(rows: int, tokens: int, pool: int, limit: int) -> Iterator[list[Shap
 
 def packed(batch: Sequence[Shape]) -> int:
     """Tokens of a step."""
-    return sum(shape.canvas if shape.refresh else ANSWER for shape in batch)
+    return sum(shape.queries for shape in batch)
 
 
-def every_layout(lengths: Sequence[int]) -> Iterator[list[Shape]]:
-    for count in REUSE_ROWS:
-        for length in lengths[1::2]:
-            yield [Shape(length, False)] * count
+def every_layout(lengths: Sequence[int], block: int, exact: bool) -> Iterator[list[Shape]]:
+    for queries in (block, 2 * block) if exact else (block,):
+        for count in REUSE_ROWS:
+            for length in lengths[1::2]:
+                yield [Shape(length, min(queries, length), block)] * count
     for count in REFRESH_ROWS:
         for length in lengths:
-            yield [Shape(length, True)] * count
+            yield [Shape(length, length, block)] * count
     for fresh in (1, 2, 3):
         for count in (1, 3, 6, 12):
             for length in lengths[::2]:
-                yield [Shape(length, True)] * fresh + [Shape(length, False)] * count
+                yield [Shape(length, length, block)] * fresh + [Shape(length, min(block, length), block)] * count
 
 
-def laid_out(table: RequestTable, rows: list[Shape], mask_id: int, rng: random.Random, vocab: int) -> tuple[Span, ...]:
+def laid_out(
+    table: RequestTable, rows: list[Shape], mask_id: int, rng: random.Random, vocab: int, traits: FamilyTraits
+) -> tuple[Span, ...]:
     """Fill rows of the table with random canvases whose last block is masked."""
     spans, kv_start = [], 0
-    for row, (canvas, refresh) in enumerate(rows):
-        prompt = max(1, canvas - ANSWER)
+    for row, (canvas, queries, block) in enumerate(rows):
+        prompt = max(1, canvas - block)
         ids = np.array([rng.randrange(min(vocab, 250)) for _ in range(prompt)], dtype=np.int32)
         generation = table.fill(row, ids, canvas, mask_id, Decoding())
-        start, length = (0, canvas) if refresh else (prompt, canvas - prompt)
-        spans.append(Span(row, generation, kv_start, start, length, canvas, prompt, canvas, 0, 0))
+        start = min(canvas - queries, prompt)
+        grain = (1 if traits.attention == "causal" else block) if traits.exact and start < prompt else 0
+        seen = (grain, prompt if grain else 0)
+        spans.append(Span(row, generation, kv_start, start, canvas - start, canvas, prompt, canvas, 0, 0, *seen))
         kv_start += -(-canvas // PAGE) * PAGE
     return tuple(spans)

@@ -122,7 +122,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     if profile and profile.model not in (card.name, directory.resolve().name):
         log.warning("the profile was measured with %r, and the model is %r", profile.model, card.name)
     laws, quality, note = known(profile, card, names[0], degrees)
-    planner = PlannerProcess(laws, quality, Setup.of(config, quality)) if len(laws) > 1 else None
+    planner = PlannerProcess(laws, quality, Setup.of(config, quality, traits=spec.traits)) if len(laws) > 1 else None
     return Parts(
         card,
         spec.mask_id,
@@ -204,7 +204,7 @@ def known(
 ) -> tuple[dict[int, StepCost], QualityProfile, str | None]:
     """Cost laws by degree and quality profile, and a note for the user if estimates replace measurements."""
     name, least = card.name, min(degrees)
-    assumed = profile_file.guessed(name, device, card.experts)
+    assumed = profile_file.guessed(name, device, card.experts, card.traits.part_length, card.traits.block_length or 32)
     if profile is None:
         note = f"{name} has no profile yet and starts from a cautious guess; `dilaserve calibrate` measures one"
         return {least: assumed.costs[profile_file.cost_key(device)]}, assumed.quality, note

@@ -81,17 +81,30 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
 
     A head that is stored although it is tied to the embedding is not read. Only headers are. Raises `CheckpointError`.
     """
+    family = family_of(checkpoint)
+    spec = family.describe(checkpoint)
+    names, tensors = family.names, weights.tensors(spec, family.names)
+    ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
+    checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
+    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
+
+
+def outline(directory: Path) -> ModelSpec:
+    """What a config.json without weights describes; the parameters are those that the family's tensors would have."""
+    checkpoint = Checkpoint.outline(directory)
+    family = family_of(checkpoint)
+    spec = family.describe(checkpoint)
+    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, weights.tensors(spec, family.names).values())))
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
         raise CheckpointError(
             f"{checkpoint.directory} has the architecture {checkpoint.architecture!r}; "
             f"this version serves {', '.join(FAMILIES)}"
         )
-    spec = family.describe(checkpoint)
-    names, tensors = family.names, weights.tensors(spec, family.names)
-    ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
-    checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
-    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
+    return family
 
 
 def trained(spec: ModelSpec, name: str, attention: str) -> ModelSpec:

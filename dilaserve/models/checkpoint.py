@@ -83,6 +83,14 @@ class Checkpoint:
             entry = headers[file][name]
             self.shapes[name], self.types[name] = entry.shape, entry.dtype
 
+    @classmethod
+    def outline(cls, directory: Path) -> "Checkpoint":
+        """The config.json alone of a model whose weights are not here: no file, and so no tensor."""
+        found = cls.__new__(cls)
+        found.directory, found.config = directory, read_json(directory / "config.json")
+        found.files, found.shapes, found.types, found.unused = {}, {}, {}, []
+        return found
+
     @property
     def architecture(self) -> str:
         return first_architecture(self.directory / "config.json", self.config)

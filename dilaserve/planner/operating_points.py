@@ -3,13 +3,11 @@
 A birth-death chain over the requests in the fleet, on the mean-field law of a step; it knows no plan and no traffic.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy.special import ndtr
 
 from dilaserve.planner.program import Point
-from dilaserve.profile.block_chain import Outlook
+from dilaserve.planner.step_pace import FULL, NEVER, Kind, Pace, Stepping, blocks, paced
 from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.scheduler.rules.admission import COMPANY, HOPELESS, KEPT
@@ -19,27 +17,6 @@ MOST_INSTANCES = 32  # instances beyond which pooling them is taken to help no f
 LEAST_SPREAD = 0.01  # least relative spread of the steps of like requests; no forecast is taken to be better
 BETTER = 0.002  # relative gain in rate on time below which a further operating point is left out
 PATIENT = 50.0  # factor on the unloaded latency beyond which no request waits; bounds the chain for long deadlines
-NEVER = float("inf")
-
-
-class Kind(NamedTuple):
-    """A class of requests as planning sees it: tokens of the canvas and of the answer, seconds until the deadline.
-
-    `weight` is what one of them is worth against others, `task` names the quality profile.
-    """
-
-    canvas: int
-    answer: int
-    deadline: float = NEVER
-    weight: float = 1.0
-    task: str | None = None
-
-
-class Pace(NamedTuple):
-    """A request on an instance that it shares, by rows on the instance: seconds of its life, seconds of one step."""
-
-    life: np.ndarray  # [rows]
-    step: np.ndarray  # [rows]
 
 
 def points(
@@ -50,17 +27,19 @@ def points(
     rows: int,
     levels: int | None = None,
     overhead: float = 0.0,
+    stepping: Stepping = FULL,
 ) -> list[Point]:
     """Operating points of `instances` pooled instances with at most `rows` rows on each, at the first `levels`.
 
-    `overhead` are seconds that each step takes outside the worker.
+    `overhead` are seconds that each step takes outside the worker, `stepping` says what the steps are.
     """
     instances = min(instances, MOST_INSTANCES)
     drops = forecast.profile.task(kind.task).drop
+    answer = blocks(kind, forecast.profile.block_length, stepping)
     found: list[Point] = []
     for level, drop in enumerate(drops[:levels]):
-        ahead = forecast.ahead(forecast.name(kind.task), level, 0, *canvas(kind, forecast))
-        pace = paced(law, kind, ahead, rows, forecast.profile.block_length, overhead)
+        ahead = forecast.ahead(forecast.name(kind.task), level, 0, *answer.masked)
+        pace = paced(law, kind, ahead, rows, answer.length, overhead, stepping)
         spread = (ahead.variance + (max(LEAST_SPREAD, forecast.profile.spread) * ahead.steps) ** 2) ** 0.5
         rates = np.array(RATES) * np.max(np.arange(1, rows + 1) / pace.life)
         on_time, latency = carried(pace, spread, kind.deadline, instances, rates)
@@ -78,39 +57,11 @@ def reached(known: list[Point], rate: float) -> float:
     return max((min(rate, point.rate) * point.on_time for point in known), default=0.0)
 
 
-def unloaded(law: StepCost, forecast: Forecast, kind: Kind, overhead: float = 0.0) -> float:
+def unloaded(law: StepCost, forecast: Forecast, kind: Kind, overhead: float = 0.0, stepping: Stepping = FULL) -> float:
     """Seconds of a request alone at the reference threshold."""
-    ahead = forecast.ahead(forecast.name(kind.task), 0, 0, *canvas(kind, forecast))
-    return float(paced(law, kind, ahead, 1, forecast.profile.block_length, overhead).life[0])
-
-
-def canvas(kind: Kind, forecast: Forecast) -> tuple[int, int]:
-    """Blocks of the answer, and their length."""
-    block = forecast.profile.block_length
-    return max(1, -(-kind.answer // block)), block
-
-
-def paced(law: StepCost, kind: Kind, ahead: Outlook, rows: int, block: int, overhead: float) -> Pace:
-    """The mean-field step law: the refreshes of all rows fall on different steps while there are enough of them."""
-    lives, paces = [], []
-    steps, refreshes = ahead.steps, ahead.refreshes
-    for company in range(1, rows + 1):
-        due = min(refreshes * company, steps)  # steps with a refresh during one life
-        each = refreshes * company / due if due else 0.0
-        busy = seconds(law, kind, each, company - each, block) + overhead
-        calm = seconds(law, kind, 0.0, company, block) + overhead
-        life = due * busy + (steps - due) * calm
-        lives.append(life)
-        paces.append(life / steps)
-    return Pace(np.array(lives), np.array(paces))
-
-
-def seconds(law: StepCost, kind: Kind, refreshing: float, reusing: float, block: int) -> float:
-    tokens = refreshing * kind.canvas + reusing * block
-    attention = refreshing * kind.canvas**2 + reusing * block * kind.canvas
-    rows = refreshing + reusing
-    every = law.fixed + law.expert_seconds(tokens)
-    return every + law.marginal(tokens, attention, rows * kind.canvas, rows * (block + 1) / 2, rows)  # type: ignore[arg-type]
+    answer = blocks(kind, forecast.profile.block_length, stepping)
+    ahead = forecast.ahead(forecast.name(kind.task), 0, 0, *answer.masked)
+    return float(paced(law, kind, ahead, 1, answer.length, overhead, stepping).life[0])
 
 
 def carried(

@@ -9,14 +9,15 @@ import numpy as np
 
 from dilaserve.config import Config
 from dilaserve.planner import adoption, packing, program
-from dilaserve.planner.operating_points import NEVER, Kind, points, unloaded
+from dilaserve.planner.operating_points import points, unloaded
 from dilaserve.planner.program import Ground, Offered, PlanProgram, Point, Proposal
+from dilaserve.planner.step_pace import NEVER, Kind, Stepping, blocks
 from dilaserve.planner.track_record import TrackRecord
 from dilaserve.plans import counted
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.forecast import Forecast
 from dilaserve.profile.step_cost import StepCost
-from dilaserve.types import Demand, Flow, Plan, PlanReady
+from dilaserve.types import Demand, FamilyTraits, Flow, Plan, PlanReady
 
 CLASSES = 6  # classes of requests that the planner distinguishes; rarer ones count as the nearest of these
 UNHURRIED_ROWS = 16  # most rows on an instance in the tables of classes without deadlines
@@ -53,7 +54,7 @@ class Setup(NamedTuple):
 
     `rows` with deadlines may be on an instance, the first `levels` of the threshold may be used, within `budget` points
     (None: off); `sheds`: hopeless work is given up. `pause` are the seconds that a new instance costs, `overhead` those
-    of a step outside the worker.
+    of a step outside the worker. `stepping` says what the steps of the model's family are.
     """
 
     rows: int = 6
@@ -62,9 +63,16 @@ class Setup(NamedTuple):
     sheds: bool = True
     pause: float = 0.1
     overhead: float = 0.0
+    stepping: Stepping = Stepping()
 
     @staticmethod
-    def of(config: Config, quality: QualityProfile, pause: float = 0.1, overhead: float = 0.0) -> "Setup":
+    def of(
+        config: Config,
+        quality: QualityProfile,
+        pause: float = 0.1,
+        overhead: float = 0.0,
+        traits: FamilyTraits = FamilyTraits(),  # noqa: B008 - a frozen value
+    ) -> "Setup":
         policy = config.scheduler
         lowest = max(policy.min_confidence_threshold - 1e-6, 0.0)
         controlled = policy.threshold_control != "fixed"
@@ -75,6 +83,7 @@ class Setup(NamedTuple):
             sheds=policy.shed == "on",
             pause=pause,
             overhead=overhead,
+            stepping=Stepping(traits, config.device.max_num_batched_tokens) if traits.exact else Stepping(traits),
         )
 
 
@@ -195,10 +204,11 @@ class Planner:
 
     def offered(self, flow: Flow, demand: Demand, ground: Ground, rise: float = 1.0) -> Offered:
         """The class with its tables of operating points, and its share of the backlog."""
-        base, overhead = self.laws[min(self.laws)], self.setup.overhead
-        block = self.forecast.profile.block_length
-        kind = Kind(round(rounded(flow.canvas_tokens)), -(-flow.answer_tokens // block) * block)
-        reference = unloaded(base, self.forecast, kind, overhead)
+        base, overhead, stepping = self.laws[min(self.laws)], self.setup.overhead, self.setup.stepping
+        kind = Kind(round(rounded(flow.canvas_tokens)), flow.answer_tokens)
+        answer = blocks(kind, self.forecast.profile.block_length, stepping)
+        kind = kind._replace(answer=answer.number * answer.length)
+        reference = unloaded(base, self.forecast, kind, overhead, stepping)
         if flow.tightness is not None:
             kind = kind._replace(deadline=rounded(flow.tightness * reference))
         share = flow.rate / max(1e-9, load(demand.flows))
@@ -213,8 +223,9 @@ class Planner:
             if len(self.tables) >= MOST_TABLES:
                 self.tables.clear()
             rows = UNHURRIED_ROWS if kind.deadline == NEVER else self.setup.rows
-            law, (levels, overhead) = self.laws[degree], (self.setup.levels, self.setup.overhead)
-            self.tables[key] = points(law, self.forecast, kind, instances, rows, levels, overhead)
+            law, setup = self.laws[degree], self.setup
+            levels, overhead, stepping = setup.levels, setup.overhead, setup.stepping
+            self.tables[key] = points(law, self.forecast, kind, instances, rows, levels, overhead, stepping)
         return self.tables[key]
 
 

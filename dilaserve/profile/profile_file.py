@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import tempfile
+from itertools import zip_longest
+from operator import mul
 from pathlib import Path
 
 import msgspec
@@ -148,26 +150,49 @@ def indented(profile: ModelProfile) -> bytes:
     return msgspec.json.format(msgspec.json.encode(profile), indent=1)
 
 
-def guessed(model: str, device: str, experts: ExpertCounts = DENSE) -> ModelProfile:
-    """A profile for a model that was never measured; the server learns the rest while it serves."""
+def guessed(
+    model: str, device: str, experts: ExpertCounts = DENSE, part_length: int | None = None, block_length: int = 32
+) -> ModelProfile:
+    """A profile for a model that was never measured; the server learns the rest while it serves.
+
+    `part_length`: positions of a block that are unmasked before the others, as in `FamilyTraits`.
+    """
     fixed, token = (0.005, 2e-4) if device == "cpu" else (0.006, 3e-5)
     bends = (0.0,) * len(KNOTS)
     law = StepCost(
         fixed=fixed, token=token, bends=bends, attention=0.0, projection=0.0, row=0.0, experts=experts, guess=True
     )
-    laws = tuple((pace(tokens),) * PARTS for tokens in UNKNOWN_PACES)
+    laws = tuple((pace(tokens, part_length=part_length),) * PARTS for tokens in UNKNOWN_PACES)
     task = TaskProfile(laws=laws, drop=UNKNOWN_DROPS, mean_drop=UNKNOWN_DROPS)
-    quality = QualityProfile(tasks={ANY: task})
+    quality = QualityProfile(tasks={ANY: task}, block_length=block_length)
     return ModelProfile(
         model=model, made="", machine="", costs={cost_key(device): law}, quality=quality, measured=False
     )
 
 
-def pace(tokens: float, weight: float = 20.0) -> Law:
-    """A law under which a step unmasks 1 + a geometric number of tokens, `tokens` in the mean."""
-    stop = 1.0 / tokens
+def pace(tokens: float, weight: float = 20.0, part_length: int | None = None) -> Law:
+    """A law under which a step unmasks 1 + a geometric number of tokens, `tokens` in the mean, but none beyond the
+    part of the block that it is in.
+    """
     rows = []
-    for most in BINS:
-        odds = [0.0] + [stop * (1 - stop) ** (d - 1) for d in range(1, most)] + [(1 - stop) ** (most - 1)]
+    for least, most in zip((0, *BINS), BINS, strict=False):
+        odds = cut(tokens, most) if part_length is None else cut_by_parts(tokens, least, most, part_length)
         rows.append(tuple(round(weight * p, 4) for p in odds))
     return Law(tuple(rows))
+
+
+def cut_by_parts(tokens: float, least: int, most: int, part_length: int) -> list[float]:
+    """The same where `least` + 1 to `most` masks are left in the block: the mean, by how often steps begin with them.
+
+    That is once where a part begins, and with the chance 1 / `tokens` elsewhere, as geometric numbers are memoryless.
+    """
+    ends = [(masks - 1) % part_length + 1 for masks in range(least + 1, most + 1)]
+    shares = [1.0 if end == part_length else 1.0 / tokens for end in ends]
+    columns = zip_longest(*(cut(tokens, end) for end in ends), fillvalue=0.0)
+    return [sum(map(mul, column, shares)) / sum(shares) for column in columns]
+
+
+def cut(tokens: float, most: int) -> list[float]:
+    """The odds of 0, 1, … tokens in a step that unmasks at most so many."""
+    stop = 1.0 / tokens
+    return [0.0] + [stop * (1 - stop) ** (d - 1) for d in range(1, most)] + [(1 - stop) ** (most - 1)]

@@ -19,7 +19,9 @@ from dilaserve.profile import profile_file
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.sim import workload
+from dilaserve.sim.data_sheet import Pretended, pretended_model
 from dilaserve.sim.h200 import llada_8b_h200
+from dilaserve.sim.published import NAMES
 from dilaserve.sim.report import Report, lines, report
 from dilaserve.sim.run import Run, classes, pretended, written
 from dilaserve.sim.run import simulate as play
@@ -33,12 +35,15 @@ ROWS = 4096  # requests that run or wait at once, so that a backlog shows instea
 
 def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, int, int], None]) -> Iterator[str]:
     """Lines to print; raises `ConfigError`."""
-    profile = costs(extras.costs)
+    model = costs(extras.costs)
+    profile = model.profile
     scales = mix(extras.deadline)
     limit = settings.model.max_model_len or 4096
     jobs, cut = traffic(extras, profile, scales, limit)
     settings = prepared(settings, scales)
-    assemble = pretended(profile, extras.sim_devices, limit, seed=extras.sim_seed)
+    assemble = pretended(
+        profile, extras.sim_devices, limit, seed=extras.sim_seed, traits=model.traits, degrees=model.degrees
+    )
     began = time.perf_counter()
     run = play(settings, assemble, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
     took = time.perf_counter() - began
@@ -55,8 +60,16 @@ def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
     """Pretended devices behind the model's own tokenizer."""
     text = Text(locate(settings.model.model), settings.model.chat_template)
     limit = settings.model.max_model_len or 4096
+    model = costs(extras.costs)
     return pretended(
-        costs(extras.costs), extras.sim_devices, limit, seed=extras.sim_seed, text=text, planner_port=PlannerProcess
+        model.profile,
+        extras.sim_devices,
+        limit,
+        seed=extras.sim_seed,
+        text=text,
+        planner_port=PlannerProcess,
+        traits=model.traits,
+        degrees=model.degrees,
     )
 
 
@@ -77,8 +90,11 @@ def saved(run: Run, result: Report, settings: Config, extras: argparse.Namespace
     yield f"saved in {out}"
 
 
-def costs(name: str) -> ModelProfile:
-    return llada_8b_h200() if name == "h200" else profile_file.read(Path(name))
+def costs(name: str) -> Pretended:
+    """The built-in model of this name, or the profile in this file, of a model with full attention."""
+    if name in NAMES:
+        return pretended_model(name)
+    return Pretended(llada_8b_h200() if name == "h200" else profile_file.read(Path(name)))
 
 
 def prepared(settings: Config, scales: Scales) -> Config:
@@ -128,6 +144,7 @@ def traffic(extras: argparse.Namespace, profile: ModelProfile, scales: Scales, l
         times = zip(arrivals, itertools.repeat(extras.prompt), itertools.repeat(extras.answer), strict=False)
     asked, times = itertools.tee(times)
     jobs = workload.jobs(times, extras.seconds, limit, names, scales, extras.sim_seed, extras.on_miss)
+    jobs = [job._replace(shared=min(extras.shared_prompt, job.prompt_tokens)) for job in jobs]
     cut = sum(
         job.prompt_tokens < prompt or job.max_tokens < answer
         for job, (_, prompt, answer) in zip(jobs, asked, strict=False)

@@ -55,11 +55,11 @@ def law_at(degree: int) -> StepCost:
     )
 
 
-def law_for(steps: float) -> Law:
+def law_for(steps: float, block: int = BLOCK) -> Law:
     """The geometric law under which a block takes so many steps in the mean; by bisection."""
     low, high = 1.0, float(BINS[-1])
     for _ in range(40):
         middle = (low + high) / 2
         law = pace(middle, 1000.0)
-        low, high = (middle, high) if chain([law], BLOCK).steps[BLOCK] > steps else (low, middle)
+        low, high = (middle, high) if chain([law], block).steps[block] > steps else (low, middle)
     return law

@@ -69,6 +69,7 @@ def pretended(
     delay: float = DELAY,
     planner_port: type[Planner] | type[PlannerProcess] = Planner,
     traits: FamilyTraits = FamilyTraits(),  # noqa: B008
+    degrees: Sequence[int] = DEGREES,
 ) -> Assemble:
     """Parts without a model: `devices` machines that behave as the profile says, or as `truth` costs by degree.
 
@@ -78,15 +79,16 @@ def pretended(
 
     def assemble(config: Config, progress: Progress) -> Parts:
         laws = by_degree(profile.costs)
-        degrees = tuple(degree for degree in DEGREES if degree <= devices)
-        plan = first_plan(config.device.plan, devices, degrees)
+        allowed = tuple(degree for degree in degrees if degree <= devices)
+        plan = first_plan(config.device.plan, devices, allowed)
         rows = config.scheduler.max_queue
         table = RequestTable(rows, limit, private_bytes(nbytes(rows, limit)))
         pool = config.device.kv_cache_tokens or config.device.max_num_seqs * limit
         machine = SimMachine(table, devices, truth or laws, profile.quality, pool, MASK, seed, delay=delay)
         card = ModelCard(profile.model, limit, 0, 0, profile.model, traits)
         names = [f"sim:{i}" for i in range(devices)]
-        planner = planner_port(laws, profile.quality, Setup.of(config, profile.quality)) if len(laws) > 1 else None
+        setup = Setup.of(config, profile.quality, traits=traits)
+        planner = planner_port(laws, profile.quality, setup) if len(laws) > 1 else None
         return Parts(
             card,
             MASK,
@@ -97,10 +99,10 @@ def pretended(
             laws,
             profile.quality,
             names,
-            degrees,
+            allowed,
             plan,
             planner=planner,
-            unplanned=unplanned(laws, degrees, config),
+            unplanned=unplanned(laws, allowed, config),
         )
 
     return assemble
@@ -155,23 +157,26 @@ async def play(
     async with Engine(config, assemble=assemble, planner=planner) as engine:
         began = loop.time()
 
-        async def one(job: Job) -> None:
-            outcomes.append(await ask(engine, job, tasks))
+        async def one(job: Job, number: int) -> None:
+            outcomes.append(await ask(engine, job, tasks, number))
 
         async with asyncio.TaskGroup() as group:
             watching = asyncio.create_task(watch(engine, timeline, began))
             for count, job in enumerate(jobs):
                 await asyncio.sleep(began + job.at - loop.time())
-                group.create_task(one(job))
+                group.create_task(one(job, count + 1))
                 seen(count + 1)
         watching.cancel()
     return Run(sorted(outcomes, key=lambda outcome: outcome.at), engine, timeline)
 
 
-async def ask(engine: Engine, job: Job, tasks: Sequence[str]) -> Outcome:
+async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0) -> Outcome:
+    """Ask for it; prompts of different `number`s differ from the token behind the shared ones on."""
     loop = asyncio.get_running_loop()
     index = tasks.index(job.task) if job.task in tasks else 0
     prompt = [index] + [0] * (job.prompt_tokens - 1)
+    if (first := max(1, job.shared)) < job.prompt_tokens:
+        prompt[first] = number
     began = loop.time()
     name = None if job.scale is None else f"x{job.scale:g}"
     options = Options(max_tokens=job.max_tokens, slo_class=name, task=job.task, on_miss=job.on_miss)

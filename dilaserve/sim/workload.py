@@ -16,7 +16,10 @@ MOST_TOKENS = 10_000_000  # in a prompt or an answer that somebody means
 
 
 class Job(NamedTuple):
-    """One request to come: seconds after the start, tokens in and out, its task, its deadline and class."""
+    """One request to come: seconds after the start, tokens in and out, its task, its deadline and class.
+
+    `shared`: tokens with which all prompts of its task begin.
+    """
 
     at: float
     prompt_tokens: int
@@ -24,6 +27,7 @@ class Job(NamedTuple):
     task: str | None = None
     scale: float | None = None  # deadline as a multiple of the unloaded latency; None: no deadline
     on_miss: OnMiss = "best_effort"
+    shared: int = 0
 
 
 def poisson(rate: float, rng: random.Random) -> Iterator[float]:
