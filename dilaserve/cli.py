@@ -71,11 +71,12 @@ def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(found)
-    if "api_key" in given or "admin_key" in given:
-        print(f"dilaserve: {KEYS_SHOWN}", file=sys.stderr)
+    shown = "api_key" in given or "admin_key" in given
     file = given.pop("config", None)
     own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
     settings = config.load(given, file=file) if COMMANDS[command].settings else Config()
+    if shown:
+        print(f"dilaserve: {KEYS_SHOWN}", file=sys.stderr)
     return settings, argparse.Namespace(**own)
 
 
