@@ -148,6 +148,7 @@ class RequestState:
         self.room = 0  # tokens of its run in the pool
         self.checks = 0  # steps of the block that began without a mask, where tokens may be replaced
         self.in_chunk = False  # its step in flight unmasks nothing
+        self.refreshed = False  # its last step has rewritten K/V that are kept
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = self.restarts = 0
         self.confidence = self.threshold_sum = self.device = self.stepping = 0.0
@@ -276,7 +277,7 @@ class RequestState:
 
     def took(self, refresh: bool, cached: int) -> None:
         """Count a step that has begun, of a batch of several perhaps; `cached`: see `Work`."""
-        self.ready = None
+        self.ready, self.refreshed = None, refresh
         self.since_refresh = 1 if refresh else self.since_refresh + 1
         self.refreshes += refresh
         self.cached = cached

@@ -22,6 +22,7 @@ from dilaserve.scheduler.request_state import RequestState, Status, Transition
 from dilaserve.scheduler.retry_times import RetryTimes
 from dilaserve.scheduler.row_selection import RowSelection
 from dilaserve.scheduler.rules.thresholds import crowding
+from dilaserve.scheduler.step_reports import denoised
 from dilaserve.types import (
     Arrival,
     Cancel,
@@ -299,13 +300,15 @@ class Scheduler:
         if state.in_chunk:
             state.did_chunk()
             return
-        masks, block, first = state.block_masks, state.block, state.part.first
+        masks, part = state.block_masks, state.part
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
         result = state.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix
-        self.estimates.watched(state, masks, block, result.unmasked - result.edited, stopped, first)
+        self.estimates.watched(state, masks, part.block, result.unmasked - result.edited, stopped, part.first)
+        if request.shows_canvas:
+            yield denoised(state, part, result)
         prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)

@@ -4,6 +4,7 @@ from dilaserve.types.commands import (
     Adjust,
     Command,
     Decline,
+    Denoised,
     Emit,
     Fail,
     Finish,
@@ -59,6 +60,7 @@ from dilaserve.types.steps import (
     Copy,
     RowResult,
     Span,
+    StepKind,
 )
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "DecodeRule",
     "Decoding",
     "Demand",
+    "Denoised",
     "Emit",
     "Ending",
     "Event",
@@ -111,6 +114,7 @@ __all__ = [
     "Solve",
     "Span",
     "StepDone",
+    "StepKind",
     "StopEarly",
     "Usage",
     "WorkerLost",

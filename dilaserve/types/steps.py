@@ -1,8 +1,10 @@
 """Steps: what one batch asks of an instance, and what it reports. Values only."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
+
+StepKind = Literal["refresh", "reuse", "commit"]  # rewrites K/V that are kept; reuses them; the last of its block
 
 
 class Span(NamedTuple):
