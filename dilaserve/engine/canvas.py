@@ -10,7 +10,7 @@ from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.request_table import RequestTable
 from dilaserve.types import Denoised, StepKind
 
-CONTEXT = 8  # tokens of the answer before the block on which its first pieces may depend: parts of a character, spaces
+CONTEXT = 16  # tokens of the answer before the block on which its first pieces may depend: parts of a character, spaces
 
 
 class Canvas(msgspec.Struct, frozen=True, kw_only=True):
