@@ -22,7 +22,7 @@ from dilaserve.scheduler.request_state import RequestState, Status, Transition
 from dilaserve.scheduler.retry_times import RetryTimes
 from dilaserve.scheduler.row_selection import RowSelection
 from dilaserve.scheduler.rules.thresholds import crowding
-from dilaserve.scheduler.step_reports import denoised
+from dilaserve.scheduler.step_reports import denoised, remember
 from dilaserve.types import (
     Arrival,
     Cancel,
@@ -274,6 +274,7 @@ class Scheduler:
             replica.ends_at = now + self.estimates.pace(replica.degree).fixed + sum(replica.added.values())
         for state, result, share in zip(in_flight, event.results, replica.shares, strict=True):
             state.stepping += event.seconds
+            remember(state, result, now, event.seconds)
             done = self.row_done(state, result, share * event.seconds, event.last, now)
             yield from self.endings.contained(state, done)
 
@@ -310,6 +311,7 @@ class Scheduler:
         if request.shows_canvas:
             yield denoised(state, part, result)
         prefix = min(result.stop_at if stopped else result.prefix, end)
+        state.prefix = prefix
         if prefix > before:
             yield Emit(request, prefix)
         if stopped and result.stop_at < end:

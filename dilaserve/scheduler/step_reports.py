@@ -1,10 +1,10 @@
-"""What is told of single steps: to clients that see the canvas. It decides nothing."""
+"""What is told of single steps, to clients that see the canvas and to those who look at requests. No decisions."""
 
 from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.rules.blocks import Part
-from dilaserve.types import Denoised, RowResult
+from dilaserve.types import Denoised, RowResult, TimedStep
 
-BY_THRESHOLD = ("threshold", "dynamic")  # the rules under which a threshold is in force
+KEPT_STEPS = 64  # of a request's timeline; up to twice as many until the older half is dropped
 
 
 def denoised(state: RequestState, part: Part, result: RowResult) -> Denoised:
@@ -23,5 +23,14 @@ def denoised(state: RequestState, part: Part, result: RowResult) -> Denoised:
         block=part.block,
         start=max(part.block_start, request.prompt_tokens),
         end=min(end, result.stop_at) if stopped else end,
-        threshold=state.table_threshold if request.decoding.rule in BY_THRESHOLD else None,
+        threshold=state.table_threshold if state.by_threshold else None,
     )
+
+
+def remember(state: RequestState, result: RowResult, now: float, seconds: float) -> None:
+    """Note in the row's timeline a step that has just ended, unless the row rested in it."""
+    if result.rested:
+        return
+    state.timeline.append(TimedStep("refresh" if state.refreshed else "reuse", now - seconds, seconds))
+    if len(state.timeline) > 2 * KEPT_STEPS:
+        del state.timeline[:KEPT_STEPS]

@@ -61,6 +61,7 @@ from dilaserve.types.steps import (
     RowResult,
     Span,
     StepKind,
+    TimedStep,
 )
 
 __all__ = [
@@ -116,6 +117,7 @@ __all__ = [
     "StepDone",
     "StepKind",
     "StopEarly",
+    "TimedStep",
     "Usage",
     "WorkerLost",
     "WorkerUp",

@@ -51,6 +51,14 @@ class Alternatives(NamedTuple):
     logprobs: tuple[float, ...]
 
 
+class TimedStep(NamedTuple):
+    """A step that a row has taken part in: when it began, by the engine's clock, and the seconds that it took."""
+
+    kind: StepKind
+    began_at: float
+    seconds: float
+
+
 class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What one step did to one row.
 
