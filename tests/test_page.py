@@ -113,7 +113,7 @@ def test_a_second_run_at_another_threshold_marks_what_differs(page, address):
     page.press("#compare")
     page.wait(lambda: page.all("#difference:not([hidden])"))
     first, second = (one.text for one in page.all(".run .answer"))
-    assert [one.text for one in page.all(".run h3")] == ["Threshold 0.90", "Threshold 0.30"]
+    assert [one.text for one in page.all(".run h2")] == ["Threshold 0.90", "Threshold 0.30"]
     said = page.find("#difference").text
     assert ("The answers are the same." in said) == (first == second)
     marked = {word for one in page.all(".run:last-child mark") for word in one.text.split()}
@@ -180,6 +180,7 @@ def test_a_key_is_asked_for_once_and_kept_in_the_tab(page):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             fetched(address, "/v1/stats")
         assert all("401" in message for message in page.errors())  # the browser's own, of the status
+        page.open("about:blank")  # before the server ends
 
 
 def give(page: Browser, key: str) -> None:

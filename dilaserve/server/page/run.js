@@ -28,7 +28,7 @@ export class Run {
     this.table = make("details");
     this.table.hidden = true;
     const parts = [this.canvas, this.scrub, this.tracks, this.facts, this.table, this.answer];
-    this.element = make("article", { class: "run", "aria-label": this.title }, make("h3", { text: this.title }), ...parts);
+    this.element = make("article", { class: "run", "aria-label": this.title }, make("h2", { text: this.title }), ...parts);
   }
 
   /** Ask, and show what comes. Throws `ApiError`; the run keeps what had come until then. */
