@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -32,7 +33,7 @@ BINARIES = ("chromium", "chromium-browser", "google-chrome")
 PHONE = (390, 844)  # CSS pixels
 DESK = (1280, 900)
 TRAFFIC = 20.0  # seconds of requests before the pictures are taken
-PROMPTS = ("Start with 35: -6 +9 +7", "What is 17 + 25?", "Sort: 57 85 65 24")
+PROMPTS = ("Start with 35: -6 +9 +7", "What is 347+85?", "Sort: 57 85 65 24")
 VIEWS = {"light": (DESK, False), "dark": (DESK, True), "phone": (PHONE, False), "phone-dark": (PHONE, True)}
 
 
@@ -48,15 +49,20 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def served(**settings: object) -> Iterator[str]:
-    """A server of the bundled model on an event loop of its own, in a thread; gives its address."""
-    started: list[str] = []
+def served(*servers: dict[str, Any], devices: str = "cpu") -> Iterator[list[str]]:
+    """Servers of one engine with the bundled model, one for each of the settings, on an event loop of their own in a
+    thread; gives their addresses.
+    """
+    addresses: list[str] = []
     ready, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        config = Config.of(**{"model": "dilaserve-tiny", "devices": "cpu", "port": 0} | settings)
-        async with Engine(config) as engine, running(engine, config) as address:
-            started.append(address)
+        async with contextlib.AsyncExitStack() as stack:
+            config = Config.of(model="dilaserve-tiny", devices=devices)
+            engine = await stack.enter_async_context(Engine(config))
+            for settings in servers:
+                server = running(engine, Config.of(devices=devices, port=0, **settings))
+                addresses.append(await stack.enter_async_context(server))
             ready.set()
             await asyncio.to_thread(stop.wait)
 
@@ -70,7 +76,7 @@ def served(**settings: object) -> Iterator[str]:
     thread.start()
     try:
         ready.wait()
-        yield started[0]
+        yield addresses
     finally:
         stop.set()
         thread.join()
@@ -154,16 +160,16 @@ def ask(address: str, draw: random.Random) -> None:
 
 
 def show(page: Browser) -> None:
-    """Ask a question, ask it again at a lower threshold, and have the charts drawn."""
+    """Ask a question, ask it again at a lower threshold, look at a step of the first, and have the charts drawn."""
     page.wait(lambda: page.all("#tiles dd"))
     page.press(".examples button")
     page.press("#run")
     page.wait(lambda: page.all("#again:not([hidden])"))
-    page.slide("#other-threshold", 0.5)
     page.press("#compare")
     page.wait(lambda: page.all("#difference:not([hidden])"))
     page.run("document.querySelector('#charts').scrollIntoView({ behavior: 'instant' })")
     page.wait(lambda: len(page.all("#charts .main-svg")) >= len(page.all("#charts .plot")))
+    page.slide(".run:first-child .scrub input", 3)
     page.run("document.activeElement.blur(); window.scrollTo({ top: 0, behavior: 'instant' })")
 
 
@@ -174,7 +180,7 @@ def main() -> None:
     if reason := missing():
         raise SystemExit(f"page: {reason}")
     draw = random.Random(0)
-    with served(devices="cpu,cpu") as address, browser() as page:
+    with served({}, devices="cpu,cpu") as [address], browser() as page:
         until = time.monotonic() + TRAFFIC
         while time.monotonic() < until:
             ask(address, draw)

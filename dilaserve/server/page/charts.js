@@ -42,7 +42,7 @@ const CHARTS = [
   },
   {
     id: "thresholds",
-    title: "Confidence threshold in force",
+    title: "Threshold in force",
     now: (history) => `mean ${threshold(last(history.threshold))}`,
     traces: (history, times, ink) => [
       line("mean", times, history.threshold, ink.accent),
@@ -90,7 +90,7 @@ function colors() {
   return Object.fromEntries(named);
 }
 
-function layout(chart, ink, named) {
+function layout(chart, ink, named, width) {
   const axis = { gridcolor: ink.line, linecolor: ink.line, zerolinecolor: ink.line, tickfont: { color: ink.soft }, fixedrange: true };
   return {
     font: { family: "system-ui, sans-serif", size: 12, color: ink.soft },
@@ -101,7 +101,7 @@ function layout(chart, ink, named) {
     legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom" },
     hovermode: "x unified",
     hoverlabel: { bgcolor: ink.line, font: { color: ink.ink } },
-    xaxis: { ...axis, showgrid: false, type: "date", nticks: 5, tickformat: "%H:%M:%S" },
+    xaxis: { ...axis, showgrid: false, type: "date", nticks: width < 420 ? 3 : 5, tickangle: 0, tickformat: "%H:%M:%S" },
     yaxis: { ...axis, nticks: 5, ...chart.axis },
     ...chart.layout,
   };
@@ -145,6 +145,7 @@ export async function drawCharts(history) {
   for (const chart of CHARTS) {
     const traces = chart.traces(history, times, ink);
     const settings = { displayModeBar: false, responsive: true, staticPlot: calm() };
-    await plotly.react(`chart-${chart.id}`, traces, layout(chart, ink, traces.length > 1), settings);
+    const plot = find(`#chart-${chart.id}`);
+    await plotly.react(plot, traces, layout(chart, ink, traces.length > 1, plot.clientWidth), settings);
   }
 }
