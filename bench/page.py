@@ -123,6 +123,12 @@ class Browser:
     def wait(self, shown: Callable[[], object]) -> None:
         WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: shown())
 
+    def offline(self, on: bool) -> None:
+        """Take the browser off the network, or back."""
+        speeds = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": on, **speeds})
+
     def errors(self) -> list[str]:
         """What the browser has complained of since the last time, refused styles and scripts included."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]

@@ -51,8 +51,8 @@ def page():
 
 @pytest.fixture(scope="module")
 def addresses():
-    """Of a server that is open, and of one with a key."""
-    with served({}, {"api_key": KEY}) as addresses:
+    """Of a server that is open, of one with a key, and of one behind a prefix."""
+    with served({}, {"api_key": KEY}, {"root_path": "/llm"}) as addresses:
         yield addresses
 
 
@@ -171,7 +171,7 @@ def test_a_keyboard_reaches_everything_and_shows_where_it_is(page, address):
 
 
 def test_a_key_is_asked_for_once_and_kept_in_the_tab(page, addresses):
-    _, locked = addresses
+    _, locked, _ = addresses
     page.open(locked)
     page.wait(lambda: page.all("#key-dialog[open]"))
     give(page, "wrong")
@@ -186,6 +186,23 @@ def test_a_key_is_asked_for_once_and_kept_in_the_tab(page, addresses):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         fetched(locked, "/v1/stats")
     assert all("401" in message for message in page.errors())  # the browser's own, of the status
+
+
+def test_a_server_behind_a_prefix_has_its_page_there(page, addresses):
+    *_, prefixed = addresses
+    started(page, f"{prefixed}/llm")
+    assert page.run("return location.pathname") == "/llm/"
+    ask(page, "What is 347+85?")
+    assert page.find(".run .answer").text == "432"
+
+
+def test_a_server_that_cannot_be_reached_is_reported_until_it_can(page, address):
+    started(page, address)
+    page.offline(True)
+    page.wait(lambda: "cannot be reached" in page.find("#notice").text)
+    page.offline(False)
+    page.wait(lambda: not page.find("#notice").is_displayed())
+    assert all("ERR_INTERNET_DISCONNECTED" in message for message in page.errors())  # the browser's own
 
 
 def give(page: Browser, key: str) -> None:
@@ -211,6 +228,7 @@ def test_clients_that_want_json_get_json(address):
     headers, body = fetched(address, "/", accept="application/json")
     assert headers["content-type"] == "application/json"
     assert json.loads(body)["service"] == "dilaserve"
+    assert {"/v1/chat/completions", "/v1/stats"} <= set(json.loads(body)["routes"])
     assert fetched(address, "/", accept="text/html,*/*")[0]["content-type"].startswith("text/html")
     with pytest.raises(urllib.error.HTTPError, match="404"):
         fetched(address, "/static/..%2fpage_files.py")

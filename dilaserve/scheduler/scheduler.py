@@ -310,8 +310,7 @@ class Scheduler:
         self.estimates.watched(state, masks, part.block, result.unmasked - result.edited, stopped, part.first)
         if request.shows_canvas:
             yield denoised(state, part, result)
-        prefix = min(result.stop_at if stopped else result.prefix, end)
-        state.prefix = prefix
+        prefix = state.prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)
         if stopped and result.stop_at < end:

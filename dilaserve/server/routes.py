@@ -65,10 +65,10 @@ async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, l
 
 
 async def front(request: web.Request) -> web.StreamResponse:
-    """The page; for clients that want JSON, what this is and where the API begins."""
+    """The page; for clients that want JSON, what this is and the routes that it has."""
     if page_files.wants_page(request):
         return await request.app[PAGE].answer(request, "index.html")
-    routes = ["/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/stats", "/metrics"]
+    routes = sorted({resource.canonical for resource in request.app.router.resources()})
     return json_response({"service": "dilaserve", "version": __version__, "routes": routes})
 
 
