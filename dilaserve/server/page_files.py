@@ -30,7 +30,6 @@ class File(NamedTuple):
     """A file as it is sent."""
 
     body: bytes
-    zipped: bytes
     kind: str
     etag: str
 
@@ -49,6 +48,7 @@ class Page:
         self.root_path = root_path
         self.lock = asyncio.Lock()
         self.loaded: Loaded | None = None
+        self.zipped: dict[str, bytes] = {}  # of those that have been sent
 
     async def answer(self, request: web.Request, name: str) -> web.Response:
         """The file of this name. Raises `HTTPNotFound`."""
@@ -60,21 +60,27 @@ class Page:
             return web.Response(status=304, headers=headers)
         body = file.body
         if "gzip" in request.headers.get("accept-encoding", ""):
-            body, headers["content-encoding"] = file.zipped, "gzip"
+            body, headers["content-encoding"] = await self.compressed(name, file.body), "gzip"
         return web.Response(body=body, headers=headers, content_type=file.kind, charset="utf-8")
 
     async def load(self) -> Loaded:
-        """Read and compress them once, beside the event loop."""
+        """Read them once, beside the event loop."""
         async with self.lock:
             if self.loaded is None:
                 self.loaded = await asyncio.to_thread(loaded, self.root_path)
         return self.loaded
 
+    async def compressed(self, name: str, body: bytes) -> bytes:
+        """The file as gzip, compressed beside the event loop when it is first asked for."""
+        if name not in self.zipped:
+            self.zipped[name] = await asyncio.to_thread(gzip.compress, body, 6, mtime=0)
+        return self.zipped[name]
+
 
 def loaded(root_path: str) -> Loaded:
     bodies = dict(read(root_path))
     inline = [one.group(1) for one in INLINE_STYLE.finditer(bodies.get(CHARTS, b""))]
-    return Loaded({name: packed(name, body) for name, body in bodies.items()}, policy(inline))
+    return Loaded({name: described(name, body) for name, body in bodies.items()}, policy(inline))
 
 
 def read(root_path: str) -> Iterator[tuple[str, bytes]]:
@@ -97,9 +103,9 @@ def chart_library() -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def packed(name: str, body: bytes) -> File:
+def described(name: str, body: bytes) -> File:
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    return File(body, gzip.compress(body, 6, mtime=0), TYPES[Path(name).suffix], etag)
+    return File(body, TYPES[Path(name).suffix], etag)
 
 
 def policy(inline_styles: list[bytes]) -> str:
