@@ -82,6 +82,8 @@ async def test_the_last_canvas_of_each_block_is_its_text_and_masks_only_shrink(c
     steps = [canvas["step"] for canvas in found]
     assert steps == list(range(1, ends["steps"] + 1))
     assert sum(canvas["refresh"] for canvas in found) == ends["refreshes"]
+    seconds = [ends["queued"], *(canvas["seconds"] for canvas in found)]
+    assert seconds == sorted(seconds)
     for canvas in found:
         known = [
             None if masked else 0 < sure <= 1

@@ -20,13 +20,14 @@ class Canvas(msgspec.Struct, frozen=True, kw_only=True):
     character, and None where a mask is. `confidences` are the tokens' probabilities when they were unmasked, None for
     masks. `start` is the first position, counted from the answer's first token; `block` counts from 0, `step` from 1
     over the whole answer. `kind` is `commit` for the step that ends the block, else `refresh` or `reuse`; `refresh`
-    says of either whether the step has rewritten K/V. `threshold` is the one that was in force, None under decode
-    rules without one.
+    says of either whether the step has rewritten K/V. `seconds` from the request's arrival to the end of the step.
+    `threshold` is the one that was in force, None under decode rules without one.
     """
 
     step: int
     kind: StepKind
     refresh: bool
+    seconds: float
     block: int
     start: int
     tokens: tuple[str | None, ...]
@@ -42,17 +43,19 @@ class Snapshot(NamedTuple):
     """The block as it stood in the table; its text is made only if somebody reads it."""
 
     about: Denoised
+    seconds: float
     context: list[int]  # the answer's tokens before it, `CONTEXT` at most
     ids: list[int]
     confidences: list[float]
 
 
-def snapshot(table: RequestTable, about: Denoised) -> Snapshot:
-    """Copy the block out of the table. Later steps of the same launch may have been at it already."""
+def snapshot(table: RequestTable, about: Denoised, now: float) -> Snapshot:
+    """Copy the block, whose step has just ended, out of the table. Later steps of its launch may have been at it."""
     request, start, end = about.request, about.start, about.end
     row, first = request.row, max(request.prompt_tokens, start - CONTEXT)
     return Snapshot(
         about,
+        now - request.arrived_at,
         table.canvas[row, first:start].tolist(),
         table.canvas[row, start:end].tolist(),
         table.confidence[row, start:end].tolist(),
@@ -67,6 +70,7 @@ def drawn(taken: Snapshot, text: Text, mask_id: int) -> Canvas:
         step=about.step,
         kind=about.kind,
         refresh=about.refresh,
+        seconds=round(taken.seconds, 6),
         block=about.block,
         start=about.start - about.request.prompt_tokens,
         tokens=tuple(pieces(taken.context, ids, text, mask_id)),

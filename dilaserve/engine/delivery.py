@@ -76,7 +76,7 @@ class Delivery:
             case Emit(_, prefix):
                 self.emit(stream, prefix)
             case Denoised() if not stream.patient:
-                stream.show(snapshot(self.table, message))
+                stream.show(snapshot(self.table, message, self.clock()))
             case Finish(_, reason, usage):
                 self.push(stream)
                 if reason == "stop" and stream.shows_stop_token:

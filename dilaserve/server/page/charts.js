@@ -131,14 +131,14 @@ function figure({ id, title }) {
   return make("figure", { class: "chart" }, make("figcaption", { text: title }, make("span")), plot);
 }
 
-/** Draw the history; only while somebody can see it. */
-export async function drawCharts(history) {
+/** Draw the history; only while somebody can see it. `mayLoad`: the library may be loaded, which keeps a browser busy. */
+export async function drawCharts(history, mayLoad) {
   for (const { id, now, title } of CHARTS) {
     const plot = find(`#chart-${id}`);
     plot.parentElement.querySelector("figcaption span").textContent = now(history);
     plot.setAttribute("aria-label", `${title}: ${now(history)}`);
   }
-  if (!seen) return;
+  if (!seen || !(library || mayLoad)) return;
   const plotly = await load();
   const times = history.at.map((at) => new Date(1000 * at));
   const ink = colors();

@@ -8,6 +8,8 @@ let chats = true; // whether the model has a chat template
 let first = null;
 let busy = null; // of the request under way
 
+export const isBusy = () => busy !== null;
+
 export function describeModel(model) {
   chats = model.chats;
   find("#threshold").value = model.confidence_threshold;

@@ -11,7 +11,7 @@ export class Run {
   constructor(asked, title) {
     this.asked = asked;
     this.title = title;
-    this.steps = []; // { canvas, at }, `at` in seconds since the request was sent
+    this.steps = []; // { canvas, at }, `at` in seconds since the request arrived
     this.text = "";
     this.end = null; // what the server says at the end
     this.shown = -1;
@@ -33,11 +33,9 @@ export class Run {
 
   /** Ask, and show what comes. Throws `ApiError`; the run keeps what had come until then. */
   async start(path, body, signal) {
-    const began = performance.now();
     const showing = this.play();
     try {
-      for await (const chunk of stream(path, body, signal)) this.take(chunk, (performance.now() - began) / 1000);
-      this.took = (performance.now() - began) / 1000;
+      for await (const chunk of stream(path, body, signal)) this.take(chunk);
     } finally {
       this.done = true;
       await showing;
@@ -45,10 +43,10 @@ export class Run {
     }
   }
 
-  take(chunk, at) {
+  take(chunk) {
     const [choice] = chunk.choices;
     this.text += choice?.delta?.content ?? choice?.text ?? "";
-    if (chunk.dilaserve?.canvas) this.steps.push({ canvas: chunk.dilaserve.canvas, at });
+    if (chunk.dilaserve?.canvas) this.steps.push({ canvas: chunk.dilaserve.canvas, at: chunk.dilaserve.canvas.seconds });
     else if (chunk.dilaserve) this.end = { ...chunk.dilaserve, reason: choice.finish_reason };
     if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
   }
@@ -78,8 +76,8 @@ export class Run {
   }
 
   result() {
-    const { mean_confidence: sure, deadline, deadline_met: met } = this.end;
-    const pairs = [["Tokens", this.tokens ?? "–"], ["Took", seconds(this.took)], ["Confidence", sure?.toFixed(2) ?? "–"]];
+    const { queued, served, mean_confidence: sure, deadline, deadline_met: met } = this.end;
+    const pairs = [["Tokens", this.tokens ?? "–"], ["Took", seconds(queued + served)], ["Confidence", sure?.toFixed(2) ?? "–"]];
     if (deadline) pairs.push([`Deadline ${seconds(deadline)}`, met ? "met" : "missed"]);
     return pairs;
   }

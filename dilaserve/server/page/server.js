@@ -4,6 +4,7 @@ import { get } from "./api.js";
 import { track } from "./canvas.js";
 import { drawCharts } from "./charts.js";
 import { clock, count, fillTerms, find, make, seconds, share, threshold } from "./dom.js";
+import { isBusy } from "./playground.js";
 
 const EVERY = 1000; // ms between two questions
 const KEPT = 600; // seconds of history
@@ -27,7 +28,7 @@ async function look(first) {
     history = joined(history, stats.history);
     if (first) first(stats);
     show(stats);
-    await drawCharts(history);
+    await drawCharts(history, !isBusy());
     return true;
   } catch (error) {
     note(error.message);
