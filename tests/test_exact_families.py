@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from itertools import groupby
 
 import aiohttp
 import block_checkpoints
@@ -50,6 +51,18 @@ async def test_mixed_requests_get_the_reference_answers_alone_and_together(famil
     together = await answers(engine, requests, stagger=True)
     expect(reference, requests[:6], [answer for (answer,) in alone])
     expect(reference, requests, together)
+
+
+async def test_the_canvas_after_each_step_ends_as_the_text_of_its_block(engine):
+    options = Options(max_tokens=40, ignore_eos=True, include_canvas=True)
+    chunks = [chunk async for chunk in engine.stream("a prompt", options)]
+    found = [chunk.canvas for chunk in chunks if chunk.canvas]
+    blocks = [list(block) for _, block in groupby(found, key=lambda canvas: canvas.block)]
+    shown, text = "".join("".join(block[-1].tokens) for block in blocks), "".join(chunk.text for chunk in chunks)
+    assert shown == text.removesuffix(chunks[-1].text)  # whose last part of a character nothing follows
+    assert sum(len(block[-1].tokens) for block in blocks) == 40
+    assert [canvas.step for canvas in found] == list(range(1, chunks[-1].usage.steps + 1))
+    assert sum(canvas.refresh for canvas in found) == chunks[-1].usage.refreshes
 
 
 async def test_mask_and_end_tokens_in_the_prompt_are_left_alone(family, engine, reference):

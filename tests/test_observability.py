@@ -70,7 +70,7 @@ async def test_metrics_count_a_request_where_dashboards_look_for_it(engine):
 async def test_a_closed_server_no_longer_watches_its_engine(engine):
     before = len(engine.observers)
     async with running(engine, Config.of(port=0)):
-        assert len(engine.observers) == before + 2
+        assert len(engine.observers) == before + 3
     assert len(engine.observers) == before
 
 

@@ -27,6 +27,7 @@ from dilaserve.types import (
     Command,
     Decline,
     Demand,
+    Denoised,
     Emit,
     Event,
     Fail,
@@ -163,7 +164,7 @@ class Consumer:
                 self.executor.kill(instance, reason)
             case Solve(demand):
                 self.ask(demand)
-            case Emit() | Finish() | Fail() | Decline() | Refuse():
+            case Emit() | Denoised() | Finish() | Fail() | Decline() | Refuse():
                 self.delivery.deliver(command)
             case Release(row):
                 self.free.append(row)

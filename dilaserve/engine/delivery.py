@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+from dilaserve.engine.canvas import snapshot
 from dilaserve.engine.observer import Ended, Message, Observer, fate_of
 from dilaserve.engine.prefix_hashes import PrefixHasher
 from dilaserve.engine.stream import Stream
 from dilaserve.errors import OURS, DeadlineMissed, Overloaded, RequestFailed
 from dilaserve.transport.request_table import RequestTable
-from dilaserve.types import Cancel, Decline, Emit, Event, Fail, Finish, PrefixGrown, Refuse, RowResult, Usage
+from dilaserve.types import Cancel, Decline, Denoised, Emit, Event, Fail, Finish, PrefixGrown, Refuse, RowResult, Usage
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +33,17 @@ class Delivery:
         self.streams, self.table, self.post, self.add, self.places = streams, table, post, add, places
         self.observers, self.clock = observers, clock
 
-    def deliver(self, message: Message) -> None:
+    def deliver(self, message: Message | Denoised) -> None:
         """Hand the message to the stream of its request, if that is still open."""
         request = message.request
         if isinstance(message, Fail):
             log.error("request %s failed: %s", request.id, message.reason, exc_info=message.error)
         stream = self.streams.get(request.id)
-        if self.observers:
+        if self.observers and not isinstance(message, Denoised):
             self.report(message, stream)
         if stream is None:
             return  # its client has had another error
-        if not isinstance(message, Emit):
+        if not isinstance(message, Emit | Denoised):
             del self.streams[request.id]
         if stream.over:
             return
@@ -70,10 +71,12 @@ class Delivery:
         except Exception:
             log.exception("request %s could not be reported", request.id)
 
-    def pass_on(self, stream: Stream, message: Message) -> None:
+    def pass_on(self, stream: Stream, message: Message | Denoised) -> None:
         match message:
             case Emit(_, prefix):
                 self.emit(stream, prefix)
+            case Denoised() if not stream.patient:
+                stream.show(snapshot(self.table, message, self.clock()))
             case Finish(_, reason, usage):
                 self.push(stream)
                 if reason == "stop" and stream.shows_stop_token:

@@ -353,8 +353,9 @@ class Engine:
                 decoding=resolved.decoding,
                 slo=slo,
                 prefix_hashes=hashes,
+                shows_canvas=options.include_canvas,
             )
-            stream = Stream(request, self.text, cutting(options), self.consumer.post, hasher)
+            stream = Stream(request, self.text, cutting(options), self.consumer.post, self.mask_id, hasher)
         except BaseException:
             self.consumer.free.append(row)
             raise

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 
 import msgspec
 
+from dilaserve.engine.canvas import Canvas, Snapshot, drawn
 from dilaserve.engine.doorbell import Bell
 from dilaserve.engine.prefix_hashes import PrefixHasher
 from dilaserve.engine.submit import Options
@@ -29,7 +30,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     of a character or of a stop string. `stop` is the stop string at which the text ends, if one has ended it.
 
     `top_logprobs` are the most probable tokens in place of each token, the best first, if they were asked for; none for
-    tokens whose step was lost with its worker.
+    tokens whose step was lost with its worker. A chunk with a `canvas` has nothing else.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     usage: Usage | None = None
     top_logprobs: tuple[tuple[TopLogprob, ...], ...] = ()
     stop: str | None = None
+    canvas: Canvas | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,15 +76,18 @@ class Stream:
         text: Text,
         cut: Cut,
         post: Callable[[Event], None],
+        mask_id: int,
         hasher: PrefixHasher | None = None,
     ) -> None:
         self.request, self.cut, self.post, self.hasher = request, cut, post, hasher
+        self.text, self.mask_id = text, mask_id
         self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
         self.first_at: float | None = None  # when the first tokens became final, and the last that have; if observed
         self.last_at: float | None = None
         self.detokenizer, self.stops = Detokenizer(text), StopStrings(cut.stop, cut.shown)
         self.alternatives: dict[int, tuple[TopLogprob, ...]] = {}  # by canvas position
         self.chunks: deque[Chunk | DilaserveError | None] = deque()
+        self.snapshots: dict[int, Snapshot] = {}  # by block, the latest of each that has not been read
         self.news = Bell()  # rings for the reader: a chunk has come, or only the last, as `patient` says
         self.patient = False
         self.seen = Bell()  # rings when the scheduler has seen the request
@@ -149,6 +154,11 @@ class Stream:
         first = [self.stops.pass_over(self.detokenizer.push([id])) for id in ids[:early]]
         return "".join(first) + self.stops.push(self.detokenizer.push(ids[early:]))
 
+    def show(self, taken: Snapshot) -> None:
+        """The block after a step; it takes the place of what the reader has not seen of the same block."""
+        self.snapshots[taken.about.block] = taken
+        self.news.ring()
+
     def finish(self, reason: FinishReason, usage: Usage) -> None:
         if reason == "cancelled":
             self.end(None)
@@ -174,8 +184,10 @@ class Stream:
     async def __anext__(self) -> Chunk:
         if self.read:
             raise StopAsyncIteration
-        while not self.chunks:
+        while not self.chunks and not self.snapshots:
             await self.news.wait()
+        if self.snapshots:
+            return self.seen_canvas()
         chunk = self.chunks.popleft()
         self.read = not isinstance(chunk, Chunk) or chunk.finish_reason is not None
         if isinstance(chunk, DilaserveError):
@@ -183,6 +195,10 @@ class Stream:
         if chunk is None:
             raise StopAsyncIteration
         return chunk
+
+    def seen_canvas(self) -> Chunk:
+        """The earliest block that has not been read. Raises what the tokenizer raises."""
+        return Chunk("", canvas=drawn(self.snapshots.pop(next(iter(self.snapshots))), self.text, self.mask_id))
 
     async def whole(self) -> list[Chunk]:
         """All chunks, once the last has come."""

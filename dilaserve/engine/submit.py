@@ -56,6 +56,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     quality profile. `top_logprobs`: how many of the most probable tokens of each position chunks carry, as they were
     in the step that unmasked it; 5 at most.
 
+    `include_canvas`: a stream has chunks between the others that show the open block after each step, and no text.
+
     `deadline` (in seconds) and `tenant` are old names of `deadline_ms` and `user`; they raise a `DeprecationWarning`.
     """
 
@@ -87,6 +89,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     user: str = ""
     accuracy_budget: float | None = None
     task: str | None = None
+    include_canvas: bool = False
     # old names
     deadline: float | None = None
     tenant: str | None = None

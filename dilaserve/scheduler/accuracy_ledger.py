@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from dilaserve.scheduler.request_state import RequestState
-from dilaserve.scheduler.rules.accuracy_budget import Bank, budget_left, budget_of, charged, price
+from dilaserve.scheduler.rules.accuracy_budget import CREDIT, Bank, budget_left, budget_of, charged, price
 
 MAX_TENANTS = 4096  # tenants whose banks are kept; beyond that an old tenant starts anew
 LOOKS = 16  # oldest tenants among which the bank with the most budget left is dropped: a new start gains it least
@@ -22,6 +22,13 @@ class AccuracyLedger:
         self.banks: dict[str, Bank] = {}
         self.reserved: dict[str, float] = {}  # points that running requests may still spend
         self.all, self.pending = NEW, 0.0  # the same of all tenants together: each request may name a new tenant
+
+    @property
+    def used(self) -> float | None:
+        """The share of the points that all tenants together may have spent by now; None without a limit above 0."""
+        if not self.budget:
+            return None
+        return (self.all.spent + self.pending) / (self.budget * (self.all.served + CREDIT))
 
     def deepest(self, state: RequestState) -> int:
         """The lowest of the row's thresholds that its tenant can pay for, and all tenants together can."""

@@ -4,6 +4,7 @@ It takes an ended request off its queue or instance, settles its accuracy, count
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 
 from dilaserve.errors import OURS
@@ -16,6 +17,7 @@ from dilaserve.scheduler.totals import Fate, Totals
 from dilaserve.types import Command, Decline, Fail, Finish, FinishReason, Release, Request
 
 log = logging.getLogger(__name__)
+RECENT = 16  # ended requests that can still be looked at
 
 
 class Endings:
@@ -25,6 +27,7 @@ class Endings:
         self.placement, self.deadlines, self.questions = placement, deadlines, questions
         self.requests: dict[str, RequestState] = {}
         self.totals = Totals()
+        self.recent: deque[RequestState] = deque(maxlen=RECENT)  # those that took steps and ended last
         self.disturbed = False  # a handler has stopped half-way since the last repair
 
     def end(self, state: RequestState, reason: FinishReason, now: float) -> Iterator[Command]:
@@ -57,6 +60,8 @@ class Endings:
         self.settle_bank(state, fate)
         commands = [message, self.release(state)] if state.status is Status.GONE else [message]
         self.account(state, now, fate)
+        if state.timeline:
+            self.recent.append(state)
         del self.requests[state.request.id]  # last: while it is known, an error here still ends it as failed
         yield from commands
 

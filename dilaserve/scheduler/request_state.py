@@ -12,7 +12,7 @@ from dilaserve.scheduler.rules.composition import Candidate
 from dilaserve.scheduler.rules.demand import load
 from dilaserve.scheduler.rules.quotas import BlockMasks, quotas
 from dilaserve.scheduler.rules.step_kind import View, Work, work
-from dilaserve.types import PAGE, Load, Request, RowResult, Span, Usage
+from dilaserve.types import PAGE, Load, Request, RowResult, Span, TimedStep, Usage
 
 if TYPE_CHECKING:
     from dilaserve.scheduler.instance_state import InstanceState
@@ -148,6 +148,8 @@ class RequestState:
         self.room = 0  # tokens of its run in the pool
         self.checks = 0  # steps of the block that began without a mask, where tokens may be replaced
         self.in_chunk = False  # its step in flight unmasks nothing
+        self.timeline: list[TimedStep] = []  # its last steps, for those who look at running requests
+        self.refreshed = False  # its last step has rewritten K/V that are kept
         self.since_refresh = 0
         self.steps = self.refreshes = self.unmasked = self.restarts = 0
         self.confidence = self.threshold_sum = self.device = self.stepping = 0.0
@@ -185,6 +187,11 @@ class RequestState:
     @property
     def threshold(self) -> float:
         return self.thresholds[self.level]
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether its decode rule goes by a threshold."""
+        return self.request.decoding.rule in ("threshold", "dynamic")
 
     def left(self, now: float) -> float:
         """Seconds until the deadline; infinite without one."""
@@ -276,7 +283,7 @@ class RequestState:
 
     def took(self, refresh: bool, cached: int) -> None:
         """Count a step that has begun, of a batch of several perhaps; `cached`: see `Work`."""
-        self.ready = None
+        self.ready, self.refreshed = None, refresh
         self.since_refresh = 1 if refresh else self.since_refresh + 1
         self.refreshes += refresh
         self.cached = cached

@@ -22,6 +22,7 @@ from dilaserve.scheduler.request_state import RequestState, Status, Transition
 from dilaserve.scheduler.retry_times import RetryTimes
 from dilaserve.scheduler.row_selection import RowSelection
 from dilaserve.scheduler.rules.thresholds import crowding
+from dilaserve.scheduler.step_reports import denoised, remember
 from dilaserve.types import (
     Arrival,
     Cancel,
@@ -273,6 +274,7 @@ class Scheduler:
             replica.ends_at = now + self.estimates.pace(replica.degree).fixed + sum(replica.added.values())
         for state, result, share in zip(in_flight, event.results, replica.shares, strict=True):
             state.stepping += event.seconds
+            remember(state, result, now, event.seconds)
             done = self.row_done(state, result, share * event.seconds, event.last, now)
             yield from self.endings.contained(state, done)
 
@@ -299,14 +301,16 @@ class Scheduler:
         if state.in_chunk:
             state.did_chunk()
             return
-        masks, block, first = state.block_masks, state.block, state.part.first
+        masks, part = state.block_masks, state.part
         if result.masks_left and not result.unmasked:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
         result = state.advance(result)
         end = request.prompt_tokens + request.max_tokens
         stopped = 0 <= result.stop_at < result.prefix
-        self.estimates.watched(state, masks, block, result.unmasked - result.edited, stopped, first)
-        prefix = min(result.stop_at if stopped else result.prefix, end)
+        self.estimates.watched(state, masks, part.block, result.unmasked - result.edited, stopped, part.first)
+        if request.shows_canvas:
+            yield denoised(state, part, result)
+        prefix = state.prefix = min(result.stop_at if stopped else result.prefix, end)
         if prefix > before:
             yield Emit(request, prefix)
         if stopped and result.stop_at < end:

@@ -22,13 +22,14 @@ from dilaserve.executor.executor import Progress
 from dilaserve.plans import spelled
 from dilaserve.server import api_keys, listening, tls
 from dilaserve.server.api_keys import Keyring, Tenant
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, ORIGINS, TELEMETRY
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, ORIGINS, PAGE, TELEMETRY
 from dilaserve.server.connection import Connection
 from dilaserve.server.cors import Origins
 from dilaserve.server.feeder import Feeder
 from dilaserve.server.guard import PLAN, answered, guarded
 from dilaserve.server.intake import Intake
 from dilaserve.server.messages_api import COUNT_TOKENS, MESSAGES
+from dilaserve.server.page_files import Page
 from dilaserve.server.paths import rooted
 from dilaserve.server.routes import (
     chat,
@@ -36,6 +37,7 @@ from dilaserve.server.routes import (
     count_tokens,
     detokenize,
     documented,
+    front,
     health,
     measured,
     messages,
@@ -45,6 +47,8 @@ from dilaserve.server.routes import (
     ready,
     replan,
     responses,
+    static,
+    statistics,
     tokenize,
     version,
 )
@@ -221,14 +225,18 @@ def application(engine: Engine, config: Config) -> web.Application:
     app[TELEMETRY] = Telemetry(engine, config)
     app[KEYS], app[ORIGINS] = Keyring(tenants(config)), Origins(config.server.allowed_origins)
     app.on_response_prepare.append(mark_origin)
+    app[PAGE] = Page(config.server.root_path)
     app.on_cleanup.append(close)
     app.add_routes(
         [
+            web.get("/", front),
+            web.get("/static/{name}", static),
             web.get("/health", health),
             web.get("/ready", ready),
             web.get("/version", version),
             web.get("/metrics", measured),
             web.get("/openapi.json", documented),
+            web.get("/v1/stats", statistics),
             web.get("/v1/models", models),
             web.get("/v1/models/{model:.+}", model),
             web.post("/v1/chat/completions", chat),

@@ -7,6 +7,7 @@ from dilaserve.engine.engine import Engine
 from dilaserve.server.api_keys import Keyring, Tenant
 from dilaserve.server.cors import Origins
 from dilaserve.server.intake import Intake
+from dilaserve.server.page_files import Page
 from dilaserve.server.telemetry import Telemetry
 
 ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
@@ -15,4 +16,5 @@ INTAKE: web.AppKey[Intake] = web.AppKey("intake", Intake)
 KEYS: web.AppKey[Keyring] = web.AppKey("keys", Keyring)
 ORIGINS: web.AppKey[Origins] = web.AppKey("origins", Origins)
 TENANT: web.RequestKey[Tenant] = web.RequestKey("tenant", Tenant)  # whose key the request came with, if it has a name
+PAGE: web.AppKey[Page] = web.AppKey("page", Page)
 TELEMETRY: web.AppKey[Telemetry] = web.AppKey("telemetry", Telemetry)

@@ -31,7 +31,8 @@ CLIENT_LEFT = 499  # as nginx has it, for logs and metrics only
 METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
 LINE = "%.20s %.200r answered with %d after %.3f s"
 PLAN = "/v1/plan"
-OPEN = {"/health", "/ready", "/version", "/metrics", "/openapi.json"}  # no key needed
+OPEN = {"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"}  # no key needed
+FILES = "/static/"  # nor for what the page loads
 STATUSES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 408: "timeout", 415: "unsupported_type"}
 STATUSES[417] = "expectation_failed"
 _json = msgspec.json.Encoder()
@@ -101,7 +102,7 @@ async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
 def authorize(request: web.Request) -> None:
     """Check the key, and remember whose it is."""
     server, keys = request.app[CONFIG].server, request.app[KEYS]
-    if request.path in OPEN:
+    if request.path in OPEN or request.path.startswith(FILES):
         return
     sent = sent_key(request)
     owner = keys.owner(sent) if sent is not None else None

@@ -19,7 +19,7 @@ def check_stream(request: Common) -> None:
     """Raise `BadRequest` for options of a stream that is none, or that cannot be honoured."""
     if (wanted := request.stream_options) is None:
         return
-    if wanted.include_usage and not request.stream:
+    if (wanted.include_usage or wanted.include_canvas) and not request.stream:
         raise BadRequest("stream_options needs stream: true", param="stream_options")
     if wanted.continuous_usage_stats:
         raise BadRequest(
@@ -106,6 +106,7 @@ def options(request: Common, choice: int, tenant: Tenant | None = None) -> Optio
     if tenant:
         given |= {"user": tenant.name, "accuracy_budget": tenant.accuracy_budget}
         given["priority"] = priority_of(tenant, given["priority"])
+    given["include_canvas"] = request.stream_options.include_canvas if request.stream_options else None
     return Options(**{name: value for name, value in given.items() if value is not None})
 
 

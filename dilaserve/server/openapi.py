@@ -1,5 +1,6 @@
 """/openapi.json: every route, its bodies, answers, events and errors, made from the structs of both directions."""
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -49,6 +50,9 @@ ROUTES = (
     Route("post", "/v1/plan", "Change the plan; takes the admin key", out.PlanChange, PlanRequest),
     Route("post", "/tokenize", "Tokens of a text or a conversation", out.Tokens, schema.TokenizeRequest),
     Route("post", "/detokenize", "The text of tokens", out.Detokenized, schema.DetokenizeRequest),
+    Route("get", "/v1/stats", "The last minutes, the plan, and the steps of requests", dict),
+    Route("get", "/", "The page for browsers; for clients that want JSON, the routes", dict, open=True),
+    Route("get", "/static/{name}", "A file of the page", None, open=True),
     Route("get", "/health", "Whether the engine is alive", out.Status, open=True),
     Route("get", "/ready", "Whether requests are taken", out.Status, open=True),
     Route("get", "/version", "The server's version", out.Version, open=True),
@@ -194,8 +198,8 @@ def operation(route: Route) -> Json:
     if route.body:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": of(route.body)}}}
     parameters = [parameter(name, *about) for name, about in HEADERS.items()] if route.event else []
-    if "{model}" in route.path:
-        parameters = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    places = re.findall(r"{(\w+)}", route.path)
+    parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in places]
     return found | ({"parameters": parameters} if parameters else {})
 
 

@@ -7,7 +7,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from dilaserve import __version__
+from dilaserve.engine.canvas import Canvas
 from dilaserve.engine.engine import Chunk, Completion, Engine
 from dilaserve.engine.stream import TopLogprob
 from dilaserve.errors import DilaserveError
@@ -74,6 +77,8 @@ class ResponseFormat:
         yield from (self.echo(index, echo) for index, echo in enumerate(echoes) if echo)
 
     def more(self, index: int, chunk: Chunk) -> Iterator[Json]:
+        if chunk.canvas:
+            yield self.canvas(index, chunk.canvas)
         if delta := self.delta(index, chunk):
             yield delta
         if chunk.finish_reason:
@@ -108,6 +113,12 @@ class ResponseFormat:
             "dilaserve": cost([chunk.usage] if chunk.usage else []),
             **self.warned,
         }
+
+    def canvas(self, index: int, canvas: Canvas) -> Json:
+        """The open block of a choice, in our own object beside an empty delta."""
+        silent: Json = {"delta": {}} if self.chat else {"text": "", "logprobs": None}
+        piece = self.piece({"index": index, **silent, "finish_reason": None})
+        return piece | {"dilaserve": {"canvas": msgspec.structs.asdict(canvas) | {"masked": canvas.masked}}}
 
     def counted(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
         return self.head(True) | {"choices": [], "usage": usage(prompt_tokens, completion_tokens, cached_tokens)}

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -28,12 +29,14 @@ from dilaserve.server import (
     misspellings,
     openai,
     openapi,
+    page_files,
     plan_api,
     responses_api,
     schema,
     sse,
+    stats,
 )
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, TELEMETRY, TENANT
+from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, PAGE, TELEMETRY, TENANT
 from dilaserve.server.guard import json_response, refused
 from dilaserve.server.messages_events import MessagesFormat
 from dilaserve.server.responses import Json, ResponseFormat
@@ -59,6 +62,23 @@ async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, l
     for warning in warnings:
         log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
     return asked, warnings
+
+
+async def front(request: web.Request) -> web.StreamResponse:
+    """The page; for clients that want JSON, what this is and the routes that it has."""
+    if page_files.wants_page(request):
+        return await request.app[PAGE].answer(request, "index.html")
+    routes = sorted({resource.canonical for resource in request.app.router.resources()})
+    return json_response({"service": "dilaserve", "version": __version__, "routes": routes})
+
+
+async def static(request: web.Request) -> web.StreamResponse:
+    return await request.app[PAGE].answer(request, request.match_info["name"])
+
+
+async def statistics(request: web.Request) -> web.StreamResponse:
+    since = stats.since_of(request.query.get("since"))
+    return json_response(stats.shown(request.app[ENGINE], request.app[TELEMETRY].history, since, time.time()))
 
 
 async def health(request: web.Request) -> web.StreamResponse:

@@ -23,6 +23,7 @@ MAX_DEFAULT = 8192  # bytes of a value that can be a default; longer ones are re
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_canvas: bool | None = None
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -91,12 +91,14 @@ async def merged(
     asks whether anybody is there.
     """
     arrivals: asyncio.Queue[tuple[int, Chunk | DilaserveError | None]] = asyncio.Queue()
+    ahead = asyncio.Semaphore(len(streams))  # chunks that are taken out of their streams before they are written
     if isinstance(request.protocol, Connection):
         request.protocol.probe = lambda: arrivals.put_nowait((0, PING))
 
     async def pump(index: int, stream: Stream) -> None:
         try:
             async for chunk in stream:
+                await ahead.acquire()
                 arrivals.put_nowait((index, chunk))
             arrivals.put_nowait((index, None))
         except DilaserveError as error:
@@ -119,6 +121,7 @@ async def merged(
             left -= chunk is None
             if chunk is not None:
                 yield index, chunk
+                ahead.release()
     finally:
         for task in pumps:
             task.cancel()

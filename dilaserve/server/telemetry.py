@@ -1,4 +1,4 @@
-"""Everything that watches one server, in one place: metrics, the log of requests."""
+"""Everything that watches one server, in one place: metrics, the log of requests, its last minutes."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 from dilaserve.config import Config
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.observer import Observer
+from dilaserve.server.history import History
 from dilaserve.server.metrics import EngineCollector
 from dilaserve.server.request_log import RequestLog
 from dilaserve.server.request_metrics import RequestMetrics
@@ -27,8 +28,11 @@ class Telemetry:
             self.registry.register(VllmCollector(self.ours, engine.model.name))
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self.observers: list[Observer] = [self.requests, RequestLog(config.server.log_format == "json")]
+        self.history = History(engine)
+        log = RequestLog(config.server.log_format == "json")
+        self.observers: list[Observer] = [self.requests, self.history, log]
         engine.observers.extend(self.observers)
+        self.history.start()
 
     def ours(self) -> Iterator[Metric]:
         yield from self.counts.collect()
@@ -39,5 +43,6 @@ class Telemetry:
         return generate_latest(self.registry) + generate_latest(self.requests.registry)
 
     def close(self) -> None:
+        self.history.close()
         for observer in self.observers:
             self.engine.observers.remove(observer)

@@ -4,6 +4,7 @@ from dilaserve.types.commands import (
     Adjust,
     Command,
     Decline,
+    Denoised,
     Emit,
     Fail,
     Finish,
@@ -59,6 +60,8 @@ from dilaserve.types.steps import (
     Copy,
     RowResult,
     Span,
+    StepKind,
+    TimedStep,
 )
 
 __all__ = [
@@ -78,6 +81,7 @@ __all__ = [
     "DecodeRule",
     "Decoding",
     "Demand",
+    "Denoised",
     "Emit",
     "Ending",
     "Event",
@@ -111,7 +115,9 @@ __all__ = [
     "Solve",
     "Span",
     "StepDone",
+    "StepKind",
     "StopEarly",
+    "TimedStep",
     "Usage",
     "WorkerLost",
     "WorkerUp",

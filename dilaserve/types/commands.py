@@ -6,7 +6,7 @@ import msgspec
 
 from dilaserve.types.plans import Change, Demand, Moves
 from dilaserve.types.requests import FinishReason, Request, Usage
-from dilaserve.types.steps import Batch
+from dilaserve.types.steps import Batch, StepKind
 
 
 class Launch(msgspec.Struct, frozen=True, gc=False):
@@ -18,6 +18,23 @@ class Emit(msgspec.Struct, frozen=True, gc=False):
 
     request: Request
     prefix: int
+
+
+class Denoised(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """A step is done of a request that shows its canvas: `[start, end)` is the part of the open block that is answer.
+
+    `step` counts from 1, `block` from 0. `refresh`: the step has rewritten K/V that are kept; one of kind `commit` may
+    have. `threshold` is the one in force, None under rules without one.
+    """
+
+    request: Request
+    step: int
+    kind: StepKind
+    refresh: bool
+    block: int
+    start: int
+    end: int
+    threshold: float | None
 
 
 class Finish(msgspec.Struct, frozen=True, gc=False):
@@ -104,5 +121,18 @@ class Solve(msgspec.Struct, frozen=True, gc=False):
 
 
 Command: TypeAlias = (
-    Launch | StopEarly | Adjust | Emit | Finish | Fail | Decline | Refuse | Release | Reshard | Reshaped | Kill | Solve
+    Launch
+    | StopEarly
+    | Adjust
+    | Emit
+    | Denoised
+    | Finish
+    | Fail
+    | Decline
+    | Refuse
+    | Release
+    | Reshard
+    | Reshaped
+    | Kill
+    | Solve
 )

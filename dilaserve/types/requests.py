@@ -84,7 +84,7 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
     `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PAGE tokens, of the first two times so many, …,
-    where K/V of equal beginnings are equal.
+    where K/V of equal beginnings are equal. `shows_canvas`: its client sees the open block after each step.
     """
 
     id: str
@@ -97,6 +97,7 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     decoding: Decoding
     slo: Slo = Slo()
     prefix_hashes: tuple[int, ...] = ()
+    shows_canvas: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):

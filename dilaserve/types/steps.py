@@ -1,8 +1,10 @@
 """Steps: what one batch asks of an instance, and what it reports. Values only."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
+
+StepKind = Literal["refresh", "reuse", "commit"]  # rewrites K/V that are kept; reuses them; the last of its block
 
 
 class Span(NamedTuple):
@@ -47,6 +49,14 @@ class Alternatives(NamedTuple):
     position: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+
+
+class TimedStep(NamedTuple):
+    """A step that a row has taken part in: when it began, by the engine's clock, and the seconds that it took."""
+
+    kind: StepKind
+    began_at: float
+    seconds: float
 
 
 class RowResult(msgspec.Struct, frozen=True, gc=False, array_like=True):
