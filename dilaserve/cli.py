@@ -119,10 +119,11 @@ def serve(settings: Config, extras: argparse.Namespace) -> int:
     """Load the model, then listen until it is stopped."""
 
     def assemble() -> "Assemble":
-        from dilaserve.engine.assembly import real
         from dilaserve.models import hub
 
         hub.directory_of(settings.model.model, settings.model.revision)  # before any other progress is shown
+        from dilaserve.engine.assembly import real
+
         return real
 
     return listen(settings, assemble)
@@ -149,14 +150,15 @@ def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
         log.warning("%s=%s is ignored: it is the address of a service and no port", name, os.environ[name][:100])
     allow_connections()
     with bound(settings.server.host, settings.server.port) as sockets:
-        import uvloop
-
-        from dilaserve.display import loading
         from dilaserve.server import heap
-        from dilaserve.server.app import serve as run
 
         heap.keep_small()
         made = assemble()
+        import uvloop
+
+        from dilaserve.display import loading
+        from dilaserve.server.app import serve as run
+
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             code = runner.run(run(settings, progress, announce, made, sockets))
             signals.leave_soon(code)

@@ -37,6 +37,16 @@ def one_fork_server():
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
+LONGEST = (  # test files by their time, so that of two processes none is left alone with one of them at the end
+    *("test_cuda_engine.py", "test_plan_changes.py", "test_engine.py", "test_cuda_steps.py", "test_parity.py"),
+    *("test_server_process.py", "test_synchronous_api.py", "test_worker_processes.py", "test_calibrate_command.py"),
+    *("test_public_api.py", "test_precision.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first; the others keep their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

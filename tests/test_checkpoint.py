@@ -83,7 +83,7 @@ def test_the_published_configuration_is_understood(tmp_path):
     spec = models.llada.describe(Checkpoint(tmp_path))
     assert (spec.layers, spec.hidden, spec.head_dim, spec.groups, spec.mlp) == (32, 4096, 128, 8, 12288)
     assert (spec.mask_id, spec.stop_ids, spec.kv_elements) == (126336, (126081,), 262144)
-    shapes = models.weights.tensors(spec, models.llada.NAMES)
+    shapes = models.tensor_names.tensors(spec, models.llada.NAMES)
     assert len(shapes) == 3 + 32 * 9
     assert shapes["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
     assert shapes["model.transformer.ff_out.weight"] == (126464, 4096)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dilaserve import models
 from dilaserve.errors import CheckpointError
-from dilaserve.models import blocks, sdar, weights
+from dilaserve.models import blocks, sdar, tensor_names
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.spec import Shard
 from dilaserve.models.transformer import Model
@@ -32,7 +32,7 @@ def test_layers_have_the_logits_of_transformers_whole_and_on_two_ranks(architect
     expected = open_logits(backbone_of(architecture), IDS)
     spec, loaded = read(directory)
     assert (spec.degrees, spec.mask_id) == ((1, 2), checkpoints.MASK)
-    assert set(weights.tensors(spec, models.FAMILIES[architecture].names)) == set(
+    assert set(tensor_names.tensors(spec, models.FAMILIES[architecture].names)) == set(
         load_file(directory / "model.safetensors")
     )
     for size in (1, 2):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dilaserve.models import FAMILIES, weights
+from dilaserve.models import FAMILIES, tensor_names
 from dilaserve.models.checkpoint import Checkpoint
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 
 BYTES = 256  # the first token ids, one for each byte
 SPECIALS = ("<|startoftext|>", "<|endoftext|>", "<|mask|>", "<|eot_id|>")  # the last ids of the vocabulary
@@ -46,7 +46,7 @@ def make(directory: Path, family: str, size: str, seed: int = 0) -> Path:
     save_file({"none": torch.zeros(1)}, file)  # a spec can be read from a checkpoint whose tensors are still to come
     checkpoint = Checkpoint(directory)
     family_of = FAMILIES[checkpoint.architecture]
-    shapes = weights.tensors(family_of.describe(checkpoint), family_of.names)
+    shapes = tensor_names.tensors(family_of.describe(checkpoint), family_of.names)
     torch.manual_seed(seed)
     save_file({name: tensor_of(name, shape, family_of.names, sizes) for name, shape in shapes.items()}, file)
     return directory

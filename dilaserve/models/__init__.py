@@ -1,21 +1,28 @@
-"""Model families. Each module knows the fields and tensor names of one; nothing outside this package knows any."""
+"""Model families. Each module knows the fields and tensor names of one; nothing outside this package knows any.
+
+Describing a checkpoint does not import torch, which takes seconds.
+"""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import torch
 
 from dilaserve.config import CacheKind
 from dilaserve.errors import CheckpointError, ConfigError
-from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, weights
+from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, tensor_names
 from dilaserve.models.checkpoint import Checkpoint, Tensors, first_architecture
 from dilaserve.models.spec import ModelSpec, Shard
-from dilaserve.models.weights import TensorNames, Weights
+from dilaserve.models.tensor_names import TensorNames
 from dilaserve.system.files import read_json
 from dilaserve.types import FamilyTraits
+
+if TYPE_CHECKING:
+    import torch
+
+    from dilaserve.models.weights import Weights
 
 EXACT: tuple[CacheKind, ...] = ("exact",)
 IGNORED = (
@@ -83,7 +90,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     """
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    names, tensors = family.names, weights.tensors(spec, family.names)
+    names, tensors = family.names, tensor_names.tensors(spec, family.names)
     ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
     checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
     return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
@@ -94,7 +101,9 @@ def outline(directory: Path) -> ModelSpec:
     checkpoint = Checkpoint.outline(directory)
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, weights.tensors(spec, family.names).values())))
+    return msgspec.structs.replace(
+        spec, parameters=sum(map(math.prod, tensor_names.tensors(spec, family.names).values()))
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -129,10 +138,12 @@ def trained(spec: ModelSpec, name: str, attention: str) -> ModelSpec:
 def load(
     spec: ModelSpec,
     source: Tensors,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: "torch.device",
+    dtype: "torch.dtype",
     placed: Callable[[int], None],
     held: Shard = Shard(),  # noqa: B008 - a frozen value
-) -> Weights:
+) -> "Weights":
     """The weights of a checkpoint on a device; see `weights.load`."""
+    from dilaserve.models import weights
+
     return weights.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)

@@ -9,7 +9,7 @@ import msgspec
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import llama_spec, mask_token
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 from dilaserve.types import CONFIDENCE_RULES, FamilyTraits
 
 EXAMPLES = ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1")

@@ -7,15 +7,17 @@ import copy
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dilaserve.errors import CheckpointError
 from dilaserve.system import files
 from dilaserve.system.files import read_json, read_json_if_present
 from dilaserve.tokenizer import byte_level_bpe
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUNDLED_MODELS = Path(__file__).absolute().parent.parent / "bundled"
@@ -50,7 +52,7 @@ class Tensors:
         self.files = files
         self.open: dict[Path, Any] = {}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> "torch.Tensor":
         file = self.files[name]
         if file not in self.open:
             self.open[file] = safe_open(file, framework="pt")
@@ -257,7 +259,7 @@ def header(file: Path) -> dict[str, Entry]:
     """Tensors of a safetensors file. Its library bounds the table, and checks it against the file's length."""
     try:
         files.size(file)
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="np") as opened:  # `pt` would import torch
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             entries = {name: Entry(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
     except FileNotFoundError as error:

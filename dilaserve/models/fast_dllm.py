@@ -9,7 +9,7 @@ import msgspec
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import BLOCK, TOKEN_ID, llama_spec
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 from dilaserve.types import CONFIDENCE_RULES, FamilyTraits
 
 EXAMPLES = ("Efficient-Large-Model/Fast_dLLM_v2_1.5B", "Efficient-Large-Model/Fast_dLLM_v2_7B")

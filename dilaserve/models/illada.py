@@ -3,7 +3,7 @@
 from dilaserve.models.checkpoint import Checkpoint, shown
 from dilaserve.models.config_fields import TOKEN_ID, llama_spec
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 
 EXAMPLES = ("GSAI-ML/iLLaDA-8B-Instruct", "GSAI-ML/iLLaDA-8B-Base")
 NAMES = TensorNames()

@@ -5,7 +5,7 @@ import math
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import LAYERS, LENGTH, MAX_DEGREE, NORM_EPS, ROPE_THETA, SIZE
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 
 EXAMPLES = ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-1.5")
 MLP_RATIO = (2**-10, 2**10)

@@ -8,7 +8,7 @@ import msgspec
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import LAYERS, SIZE, expert_counts, llama_spec, mask_token
 from dilaserve.models.spec import Experts, ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 from dilaserve.types import FamilyTraits
 
 EXAMPLES = ("inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.0-flash")

@@ -6,7 +6,7 @@ Its `model_type` is that of LLaDA-8B; `architectures` tells them apart.
 from dilaserve.models.checkpoint import Checkpoint, shown
 from dilaserve.models.config_fields import LAYERS, SIZE, expert_counts, llama_spec, mask_token
 from dilaserve.models.spec import Experts, ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 
 EXAMPLES = ("inclusionAI/LLaDA-MoE-7B-A1B-Instruct", "inclusionAI/LLaDA-MoE-7B-A1B-Base")
 NAMES = TensorNames(expert_bias="mlp.expert_bias", shared="shared_expert.")

@@ -8,7 +8,7 @@ import msgspec
 from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.models.config_fields import TOKEN_ID, llama_spec
 from dilaserve.models.spec import ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 from dilaserve.types import CONFIDENCE_RULES, FamilyTraits
 
 EXAMPLES = (

@@ -9,7 +9,7 @@ import msgspec
 from dilaserve.models.checkpoint import Checkpoint, shown
 from dilaserve.models.config_fields import BLOCK, LAYERS, SIZE, TOKEN_ID, expert_counts, llama_spec
 from dilaserve.models.spec import Experts, ModelSpec
-from dilaserve.models.weights import TensorNames
+from dilaserve.models.tensor_names import TensorNames
 from dilaserve.types import FamilyTraits
 
 EXAMPLES = ("JetLM/SDAR-1.7B-Chat", "JetLM/SDAR-4B-Chat", "JetLM/SDAR-8B-Chat")
