@@ -10,9 +10,24 @@ import torch
 
 from dilaserve.config import CacheKind
 from dilaserve.errors import CheckpointError, ConfigError
-from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, weights
+from dilaserve.models import (
+    a2d,
+    diffusion_gemma,
+    dream,
+    fast_dllm,
+    gemma_weights,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    nemotron,
+    sdar,
+    weights,
+)
 from dilaserve.models.checkpoint import Checkpoint, Tensors, first_architecture
+from dilaserve.models.gemma_transformer import GemmaModel
 from dilaserve.models.spec import ModelSpec, Shard
+from dilaserve.models.transformer import Model, alone
 from dilaserve.models.weights import TensorNames, Weights
 from dilaserve.system.files import read_json
 from dilaserve.types import FamilyTraits
@@ -23,6 +38,18 @@ IGNORED = (
     "*.self_attn.k_scale",  # of K/V in FP8, which ours are not
     "*.self_attn.v_scale",
 )
+
+
+class Layers(NamedTuple):
+    """The tensors of a kind of layers, how they are read, and what computes them."""
+
+    tensors: Callable[[ModelSpec, TensorNames], dict[str, tuple[int, ...]]]
+    load: Callable[..., Weights]
+    model: type[Model]
+
+
+LLAMA = Layers(weights.tensors, weights.load, Model)
+GEMMA = Layers(gemma_weights.tensors, gemma_weights.load, GemmaModel)
 
 
 class Family(NamedTuple):
@@ -36,6 +63,7 @@ class Family(NamedTuple):
     caches: tuple[CacheKind, ...] = ("none", "prefix", "dual")  # kinds of K/V reuse that make sense
     blockwise: FamilyTraits | None = None  # of its models with block-causal attention, whose files look the same
     blockwise_name: str = ""  # what stands in their names
+    layers: Layers = LLAMA
 
 
 A2D = Family(
@@ -68,6 +96,15 @@ FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
         fast_dllm.describe, fast_dllm.NAMES, title="Fast-dLLM v2", examples=fast_dllm.EXAMPLES, caches=EXACT
     ),
     "LLaDA2MoeModelLM": Family(llada2.describe, llada2.NAMES, title="LLaDA2.0", examples=llada2.EXAMPLES, caches=EXACT),
+    "DiffusionGemmaForBlockDiffusion": Family(
+        diffusion_gemma.describe,
+        diffusion_gemma.NAMES,
+        (*IGNORED, *diffusion_gemma.IGNORED),
+        title="DiffusionGemma",
+        examples=diffusion_gemma.EXAMPLES,
+        caches=EXACT,
+        layers=GEMMA,
+    ),
 }
 
 
@@ -83,7 +120,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     """
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    names, tensors = family.names, weights.tensors(spec, family.names)
+    names, tensors = family.names, family.layers.tensors(spec, family.names)
     ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
     checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
     return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
@@ -94,7 +131,7 @@ def outline(directory: Path) -> ModelSpec:
     checkpoint = Checkpoint.outline(directory)
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, weights.tensors(spec, family.names).values())))
+    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, family.layers.tensors(spec, family.names).values())))
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -135,4 +172,16 @@ def load(
     held: Shard = Shard(),  # noqa: B008 - a frozen value
 ) -> Weights:
     """The weights of a checkpoint on a device; see `weights.load`."""
-    return weights.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)
+    family = FAMILIES[spec.architecture]
+    return family.layers.load(spec, family.names, source, device, dtype, placed, held)
+
+
+def model(
+    spec: ModelSpec,
+    weights: Weights,
+    shard: Shard = Shard(),  # noqa: B008 - a frozen value
+    reduce: Callable[[torch.Tensor], torch.Tensor] = alone,
+    turns: torch.Tensor | None = None,
+) -> Model:
+    """The forward pass of one rank; see `transformer.Model`."""
+    return FAMILIES[spec.architecture].layers.model(spec, weights, shard, reduce, turns)
