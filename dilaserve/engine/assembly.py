@@ -86,8 +86,6 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         log.warning("%s %s that the model has no part for", directory, tensors_sentence("holds", checkpoint.unused))
     check_defaults(config.decode, spec.traits)
     text = Text(directory, config.model.chat_template)
-    if spec.noise is not None:
-        raise CheckpointError(f"{directory}: models whose blocks begin as noise are not served yet, only read")
     if (highest := text.highest_id()) >= spec.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {directory} has ids up to {highest}, but the model knows {spec.vocab_size} tokens; "

@@ -131,7 +131,9 @@ def outline(directory: Path) -> ModelSpec:
     checkpoint = Checkpoint.outline(directory)
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, family.layers.tensors(spec, family.names).values())))
+    return msgspec.structs.replace(
+        spec, parameters=sum(map(math.prod, family.layers.tensors(spec, family.names).values()))
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -61,6 +61,8 @@ class Tensors:
 class Checkpoint:
     """`directory` must hold config.json and all the shards; raises `CheckpointError` otherwise."""
 
+    source = "config.json"  # the file that `config` is from
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
@@ -72,7 +74,6 @@ class Checkpoint:
                 f"there is no model directory {directory}; --model takes one, or org/name of a model on the hub"
             )
         self.config = read_json(directory / "config.json")
-        self.source = "config.json"  # the file that `config` is from
         self.files = shards(directory)
         headers = {file: header(file) for file in set(self.files.values())}
         self.shapes: dict[str, tuple[int, ...]] = {}

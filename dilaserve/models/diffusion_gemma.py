@@ -87,7 +87,13 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
         softcap=text.number("final_logit_softcapping", POSITIVE, 30.0),
         unsharded=unsharded(hidden, mlp, len(kinds), count),
         noise=noise,
-        traits=FamilyTraits(attention="causal", block_length=block, steps_per_block=True),
+        traits=FamilyTraits(
+            attention="causal",
+            block_length=block,
+            steps_per_block=True,
+            noise_steps=noise.steps,
+            rules=("entropy-bound",),
+        ),
     )
     return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors(spec, NAMES).values())))
 

@@ -89,7 +89,7 @@ class GemmaModel(Model):
         """The layers' input, [tokens, hidden], and which of the tokens are of open blocks, bool [tokens, 1]."""
         x = F.embedding(ids, self.weights.embedding) * self.embed_scale
         open_tokens = torch.zeros(len(ids), 1, dtype=torch.bool, device=x.device)
-        if noisy is None:
+        if noisy is None or not len(noisy.places):
             return x, open_tokens
         told = self.told(noisy.expected.to(x.dtype))
         x[noisy.places] = norm(x[noisy.places] + told, None, self.spec.norm_eps)
