@@ -267,6 +267,7 @@ def test_a_pool_or_a_table_that_does_not_fit_is_said_with_its_flag():
         "stop_ids": (),
         "tied": False,
         "experts": None,
+        "full": None,
     }
     for tokens, pattern in ((10**15, r"takes 7450580\.6 GiB and cpu has .* lower it"), (1, "less than a page")):
         with pytest.raises(CheckpointError, match=f"--kv-cache-tokens {tokens} {pattern}|{pattern}"):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dilaserve.config import CacheKind, DecodeConfig
+from dilaserve.engine import noise_options
 from dilaserve.errors import BadRequest, ConfigError, quoted
 from dilaserve.types import MAX_STOP_IDS, MAX_TOP_LOGPROBS, DecodeRule, Decoding, Ending, FamilyTraits, OnMiss, Slo
 from dilaserve.validation import converted, plain, whole
@@ -22,7 +23,7 @@ RENAMED = {
 }  # old name: the new one, and its units in an old one
 KNOBS: dict[str, tuple[DecodeRule, ...]] = {  # the rules under which a knob has a meaning; without `decode` the first
     "confidence_threshold": ("threshold", "dynamic"),
-    "num_denoising_steps": ("steps", "dynamic", "sequential", "entropy", "margin"),
+    "num_denoising_steps": ("steps", "dynamic", "sequential", "entropy", "margin", "entropy-bound"),
     "factor": ("factor",),
 }
 NO_EDITS = "this model's family does not replace tokens that are unmasked; leave editing_threshold out"
@@ -130,13 +131,19 @@ def resolve(
     The options are `validated`. The answer's region is rounded up to whole blocks where the canvas has room. Raises
     `BadRequest`.
     """
+    if traits.noise_steps:
+        noise_options.check({name: getattr(options, name) for name in noise_options.USUAL}, traits.block_length)
     rule = rule_of(options, traits)
     cache = cache_of(options, defaults, traits)
     block_length = options.block_length or defaults.block_length or traits.block_length or DEFAULT_BLOCK
+    if traits.noise_steps and traits.block_length:
+        block_length = traits.block_length
     max_tokens = answer_length(options, prompt_tokens, limit, defaults)
     begin = prompt_tokens if traits.grid == "prompt" else prompt_tokens // block_length * block_length
     end = prompt_tokens + max_tokens
     canvas_tokens = min(begin + -(-(end - begin) // block_length) * block_length, limit)
+    if traits.noise_steps:
+        noise_options.check_room(prompt_tokens, canvas_tokens - begin, block_length, limit)
     if traits.grid == "prompt":
         block_length = min(block_length, canvas_tokens - prompt_tokens)
     steps = steps_of(options, rule, canvas_tokens - begin, block_length, traits)
@@ -298,7 +305,7 @@ def rule_of(options: Options, traits: FamilyTraits) -> DecodeRule:
     if rule not in traits.rules:
         known = ", ".join(traits.rules)
         raise BadRequest(f"this model's family does not decode by {rule!r}; it knows {known}", param="decode")
-    if rule in KNOBS["num_denoising_steps"] and options.num_denoising_steps is None:
+    if rule in KNOBS["num_denoising_steps"] and options.num_denoising_steps is None and not traits.noise_steps:
         raise BadRequest(f"decode {rule!r} needs num_denoising_steps", param="num_denoising_steps")
     return rule
 
@@ -306,11 +313,11 @@ def rule_of(options: Options, traits: FamilyTraits) -> DecodeRule:
 def implied(given: Sequence[str], traits: FamilyTraits) -> DecodeRule:
     """The rule that has a use for all these knobs. Raises `BadRequest`."""
     if not given:
-        return "threshold"
+        return "threshold" if "threshold" in traits.rules else traits.rules[0]
     shared = [rule for rule in KNOBS[given[0]] if all(rule in KNOBS[knob] for knob in given)]
     if len(given) > 1 and not set(shared) & set(traits.rules):
         raise BadRequest(f"{given[0]} and {given[-1]} belong to different decode rules; give one", param=given[-1])
-    return shared[0]
+    return next((rule for rule in shared if rule in traits.rules), shared[0])
 
 
 def cache_of(options: Options, defaults: DecodeConfig, traits: FamilyTraits) -> CacheKind:
@@ -378,6 +385,8 @@ def answer_length(options: Options, prompt_tokens: int, limit: int, defaults: De
 def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int, traits: FamilyTraits) -> int:
     """Denoising steps of the answer, or of each block; 0 for rules that do not count them."""
     steps = options.num_denoising_steps
+    if traits.noise_steps:
+        return min(traits.noise_steps if steps is None else steps, MOST_STEPS)
     if rule not in KNOBS["num_denoising_steps"] or steps is None:
         return 0
     if traits.steps_per_block:

@@ -6,13 +6,26 @@ Describing a checkpoint does not import torch, which takes seconds.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from dilaserve.config import CacheKind
 from dilaserve.errors import CheckpointError, ConfigError
-from dilaserve.models import a2d, dream, fast_dllm, illada, llada, llada2, llada_moe, nemotron, sdar, tensor_names
+from dilaserve.models import (
+    a2d,
+    diffusion_gemma,
+    dream,
+    fast_dllm,
+    gemma_tensor_names,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    nemotron,
+    sdar,
+    tensor_names,
+)
 from dilaserve.models.checkpoint import Checkpoint, Tensors, first_architecture
 from dilaserve.models.spec import ModelSpec, Shard
 from dilaserve.models.tensor_names import TensorNames
@@ -22,6 +35,7 @@ from dilaserve.types import FamilyTraits
 if TYPE_CHECKING:
     import torch
 
+    from dilaserve.models.transformer import Model
     from dilaserve.models.weights import Weights
 
 EXACT: tuple[CacheKind, ...] = ("exact",)
@@ -43,6 +57,8 @@ class Family(NamedTuple):
     caches: tuple[CacheKind, ...] = ("none", "prefix", "dual")  # kinds of K/V reuse that make sense
     blockwise: FamilyTraits | None = None  # of its models with block-causal attention, whose files look the same
     blockwise_name: str = ""  # what stands in their names
+    tensors: Callable[[ModelSpec, TensorNames], dict[str, tuple[int, ...]]] = tensor_names.tensors  # names and shapes
+    layers: Literal["llama", "gemma"] = "llama"  # see `layers.LAYERS`
 
 
 A2D = Family(
@@ -75,6 +91,16 @@ FAMILIES: dict[str, Family] = {  # by `architectures` in config.json
         fast_dllm.describe, fast_dllm.NAMES, title="Fast-dLLM v2", examples=fast_dllm.EXAMPLES, caches=EXACT
     ),
     "LLaDA2MoeModelLM": Family(llada2.describe, llada2.NAMES, title="LLaDA2.0", examples=llada2.EXAMPLES, caches=EXACT),
+    "DiffusionGemmaForBlockDiffusion": Family(
+        diffusion_gemma.describe,
+        diffusion_gemma.NAMES,
+        (*IGNORED, *diffusion_gemma.IGNORED),
+        title="DiffusionGemma",
+        examples=diffusion_gemma.EXAMPLES,
+        caches=EXACT,
+        tensors=gemma_tensor_names.tensors,
+        layers="gemma",
+    ),
 }
 
 
@@ -90,7 +116,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     """
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    names, tensors = family.names, tensor_names.tensors(spec, family.names)
+    names, tensors = family.names, family.tensors(spec, family.names)
     ignored = (*family.ignored, f"{names.head}.weight") if spec.tied else family.ignored
     checkpoint.expect(tensors, names.layer.split("{}")[0], ignored)
     return msgspec.structs.replace(spec, parameters=sum(map(math.prod, tensors.values())))
@@ -101,9 +127,7 @@ def outline(directory: Path) -> ModelSpec:
     checkpoint = Checkpoint.outline(directory)
     family = family_of(checkpoint)
     spec = family.describe(checkpoint)
-    return msgspec.structs.replace(
-        spec, parameters=sum(map(math.prod, tensor_names.tensors(spec, family.names).values()))
-    )
+    return msgspec.structs.replace(spec, parameters=sum(map(math.prod, family.tensors(spec, family.names).values())))
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -144,6 +168,21 @@ def load(
     held: Shard = Shard(),  # noqa: B008 - a frozen value
 ) -> "Weights":
     """The weights of a checkpoint on a device; see `weights.load`."""
-    from dilaserve.models import weights
+    from dilaserve.models.layers import LAYERS
 
-    return weights.load(spec, FAMILIES[spec.architecture].names, source, device, dtype, placed, held)
+    family = FAMILIES[spec.architecture]
+    return LAYERS[family.layers].load(spec, family.names, source, device, dtype, placed, held)
+
+
+def model(
+    spec: ModelSpec,
+    weights: "Weights",
+    shard: Shard,
+    reduce: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
+    turns: "torch.Tensor | None" = None,
+) -> "Model":
+    """The forward pass of one rank; see `transformer.Model`."""
+    from dilaserve.models.layers import LAYERS
+    from dilaserve.models.transformer import alone
+
+    return LAYERS[FAMILIES[spec.architecture].layers].model(spec, weights, shard, reduce or alone, turns)

@@ -128,6 +128,15 @@ def grouped(spans: list[PackedSpan], device: torch.device) -> list[SpanGroup]:
     return [group(run, device) for run in runs]
 
 
+def windowed(spans: list[PackedSpan], window: int) -> list[PackedSpan]:
+    """The spans as a layer with a sliding window sees them, without the keys before every window."""
+    found = []
+    for span in spans:
+        unseen = max(0, span.keys - span.length - (window - 1))
+        found.append(span._replace(kv_start=span.kv_start + unseen, keys=span.keys - unseen, window=window))
+    return found
+
+
 def group(run: list[PackedSpan], device: torch.device) -> SpanGroup:
     if len(run) == 1:
         return SpanGroup(run[0], 1, None, by_grain(run[0], device) if run[0].grain else None)
@@ -147,5 +156,8 @@ def by_grain(span: PackedSpan, device: torch.device) -> torch.Tensor:
     behind = np.arange(span.length) + span.past
     ends = np.where(behind < 0, (behind // span.grain + 1) * span.grain, span.length + span.past)  # from the origin
     key = np.arange(span.keys) - (span.keys - span.length - span.past)
-    hidden = np.where(key >= ends[:, None], np.float32(-np.inf), np.float32(0.0))
+    seen = key < ends[:, None]
+    if span.window:
+        seen &= key > np.minimum(behind, 0)[:, None] - span.window
+    hidden = np.where(seen, np.float32(0.0), np.float32(-np.inf))
     return torch.from_numpy(hidden).to(device)[None, None]

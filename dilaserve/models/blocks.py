@@ -15,10 +15,18 @@ log = logging.getLogger(__name__)
 
 
 def rotary_table(
-    length: int, rotary_dim: int, theta: float, device: torch.device, yarn: Yarn | None = None
+    length: int,
+    rotary_dim: int,
+    theta: float,
+    device: torch.device,
+    yarn: Yarn | None = None,
+    whole_dim: int | None = None,
 ) -> torch.Tensor:
-    """cos + i sin of every position and frequency, complex64 [length, rotary_dim / 2] (RoFormer, section 3.4)."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    """cos + i sin of every position and frequency, complex64 [length, rotary_dim / 2] (RoFormer, section 3.4).
+
+    `whole_dim`: the frequencies are the first ones of so many dimensions (Gemma 4's "proportional" rotation).
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / (whole_dim or rotary_dim)
     frequencies = theta**-exponents
     if yarn:
         frequencies = stretched(frequencies, rotary_dim, theta, yarn)

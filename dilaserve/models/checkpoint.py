@@ -63,6 +63,8 @@ class Tensors:
 class Checkpoint:
     """`directory` must hold config.json and all the shards; raises `CheckpointError` otherwise."""
 
+    source = "config.json"  # the file that `config` is from
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
@@ -110,6 +112,12 @@ class Checkpoint:
         """The checkpoint with only the fields inside this field, which must be an object; without it there are none."""
         found = copy.copy(self)
         found.config = self.field(name, dict, {})
+        return found
+
+    def generation(self) -> "Checkpoint":
+        """The checkpoint with the fields of generation_config.json in place of config.json's; there may be none."""
+        found = copy.copy(self)
+        found.config, found.source = read_json_if_present(self.directory / GENERATION), GENERATION
         return found
 
     def expect_fields(self, supported: Mapping[str, tuple[object, ...]]) -> None:
@@ -169,8 +177,8 @@ class Checkpoint:
         found = [(one.get("content"), one.get("id")) for one in table if isinstance(one, dict)]
         return [(token, id) for token, id in found if isinstance(token, str) and type(id) is int]
 
-    def wrong(self, reason: str, file: str = "config.json") -> CheckpointError:
-        return CheckpointError(f"{self.directory / file}: {reason}")
+    def wrong(self, reason: str, file: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{self.directory / (file or self.source)}: {reason}")
 
     def expect(self, tensors: Mapping[str, tuple[int, ...]], layers: str, ignored: Iterable[str] = ()) -> None:
         """Check that `tensors` are all there in their shapes, and that no others are part of the same computation.

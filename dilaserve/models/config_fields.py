@@ -80,10 +80,12 @@ def llama_spec(
     )
 
 
-def expert_counts(checkpoint: Checkpoint, count: str = "num_experts") -> tuple[int, int]:
+def expert_counts(
+    checkpoint: Checkpoint, count: str = "num_experts", per_token: str = "num_experts_per_tok"
+) -> tuple[int, int]:
     """Experts of a layer, and those of a token."""
     experts = checkpoint.whole(count, EXPERTS)
-    return experts, checkpoint.whole("num_experts_per_tok", (1, experts))
+    return experts, checkpoint.whole(per_token, (1, experts))
 
 
 def mask_token(checkpoint: Checkpoint, text: str) -> int:

@@ -28,6 +28,7 @@ class ExpertWeights(NamedTuple):
     gate_up: torch.Tensor  # [experts / size, 2 · width, hidden]
     down: torch.Tensor  # [experts / size, hidden, width]
     bias: torch.Tensor | None = None  # float32 [experts], of all ranks
+    scale: torch.Tensor | None = None  # [experts], of all ranks; factors of their weights
 
 
 class Routing(NamedTuple):
@@ -57,7 +58,20 @@ def feed_forward(
 
     `multiply` is what `grouped_for` gives. With it, nothing waits for the device.
     """
-    routing = ascending(ROUTERS[spec.router](x, weights, spec))
+    return routed(x, ROUTERS[spec.router](x, weights, spec), weights, spec, first, gated, multiply)
+
+
+def routed(
+    x: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    spec: Experts,
+    first: int,
+    gated: Gated,
+    multiply: Multiply | None,
+) -> torch.Tensor:
+    """The same for a choice of experts that was made from something else than `x`."""
+    routing = ascending(routing)
     rows = sorted_rows(routing.experts, spec.count, first, len(weights.down))
     if multiply is None:
         return each_expert(x, rows, routing.weights, weights, spec, gated)
@@ -79,6 +93,13 @@ def renormalised_router(x: torch.Tensor, weights: ExpertWeights, spec: Experts) 
     return Routing(odds / odds.sum(-1, keepdim=True), experts)
 
 
+def scaled_router(x: torch.Tensor, weights: ExpertWeights, spec: Experts) -> Routing:
+    """The same, times a factor of each expert (Gemma 4)."""
+    odds, experts = renormalised_router(x, weights, spec)
+    assert weights.scale is not None
+    return Routing(odds * weights.scale[experts], experts)
+
+
 def sigmoid_router(x: torch.Tensor, weights: ExpertWeights, spec: Experts) -> Routing:
     """The best experts of the best groups by sigmoid plus bias, weighted by the sigmoid (DeepSeek-V3, LLaDA2)."""
     scores = F.linear(x.float(), weights.router.float()).sigmoid()
@@ -96,6 +117,7 @@ def sigmoid_router(x: torch.Tensor, weights: ExpertWeights, spec: Experts) -> Ro
 ROUTERS: dict[str, Router] = {
     "softmax": softmax_router,
     "softmax-renormalised": renormalised_router,
+    "softmax-scaled": scaled_router,
     "sigmoid-groups": sigmoid_router,
 }
 

@@ -1,5 +1,7 @@
 """The K/V pool of one instance: one flat allocation, viewed per layer. Positions of a row lie next to each other."""
 
+import math
+
 import torch
 
 from dilaserve.models.spec import ModelSpec, Shard
@@ -7,17 +9,21 @@ from dilaserve.types import PAGE
 
 
 class KVPool:
-    """K and V in `flat`; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim].
+    """K and V in `flat`; `keys[layer]` and `values[layer]` are [tokens, kv_heads / size, head_dim] of the layer.
 
     A shard has fewer heads and so more tokens in the same memory. Nothing in it is ever needed to rebuild it.
     """
 
     def __init__(self, spec: ModelSpec, shard: Shard, flat: torch.Tensor) -> None:
-        heads = spec.kv_heads // shard.size
-        self.tokens = flat.numel() // (spec.layers * 2 * heads * spec.head_dim)
-        pool = flat.view(spec.layers, 2, self.tokens, heads, spec.head_dim)
-        self.keys = list(pool[:, 0].unbind())
-        self.values = list(pool[:, 1].unbind())
+        self.tokens = flat.numel() * shard.size // spec.kv_elements
+        self.keys, self.values, start = list[torch.Tensor](), list[torch.Tensor](), 0
+        for layer in range(spec.layers):
+            heads, head_dim = spec.kv_shape(layer)
+            shape = 2, self.tokens, heads // shard.size, head_dim
+            keys, values = flat[start : start + math.prod(shape)].view(shape)
+            self.keys.append(keys)
+            self.values.append(values)
+            start += math.prod(shape)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy K/V of so many tokens of all layers; the two places may overlap."""

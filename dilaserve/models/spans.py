@@ -11,6 +11,9 @@ class PackedSpan(NamedTuple):
 
     With a `grain` a query before the origin sees no further than the end of its own run of so many tokens; the first
     query lies `past` tokens behind the origin, before it if that is negative (see `types.Span`).
+
+    With a `window` a query before the origin sees only so many keys, itself the last; all others see those that are
+    less than `window` tokens before the origin, and what follows.
     """
 
     offset: int
@@ -19,6 +22,7 @@ class PackedSpan(NamedTuple):
     keys: int
     grain: int = 0
     past: int = 0
+    window: int = 0
 
 
 class SpanGroup(NamedTuple):
@@ -60,11 +64,20 @@ class SplitRuns(NamedTuple):
     causal: Runs
 
 
+class NoisyTokens(NamedTuple):
+    """The tokens of blocks that began as noise: their places among the packed ones, and their embedding as the last
+    step expected it, zeros in a block's first step.
+    """
+
+    places: torch.Tensor  # [noisy]
+    expected: torch.Tensor  # [noisy, hidden]
+
+
 class Packed(NamedTuple):
     """The tokens of one step, without padding.
 
     `kept` are the packed tokens whose hidden states are wanted after the last layer, span by span, as `kept_groups`
-    says in packed coordinates of their own; None keeps all.
+    says in packed coordinates of their own; None keeps all. `windows` are the groups of layers with a sliding window.
     """
 
     ids: torch.Tensor  # [tokens]
@@ -73,6 +86,8 @@ class Packed(NamedTuple):
     groups: list[SpanGroup] | Runs | SplitRuns
     kept: torch.Tensor | None  # [kept]
     kept_groups: list[SpanGroup] | Runs
+    windows: list[SpanGroup] | None = None
+    noisy: NoisyTokens | None = None
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs], torch.Tensor]

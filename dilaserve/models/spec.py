@@ -1,5 +1,6 @@
 """What the engine and the workers need to know of a model."""
 
+import math
 from typing import Literal
 
 import msgspec
@@ -42,13 +43,40 @@ class QueryScale(msgspec.Struct, frozen=True, kw_only=True):
     length: int
 
 
+class FullLayers(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers that see all that lies before, among others with a sliding window; their heads have a shape of their own.
+
+    Their values are the keys before norm and rotation: they have no projection for values (Gemma 4).
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rotary: int  # dimensions of a head that are rotated
+
+
+class NoiseSchedule(msgspec.Struct, frozen=True, kw_only=True):
+    """How a block without masks is denoised (DiffusionGemma's generation_config.json).
+
+    It begins as random tokens. Step s of N divides the logits by `coldest` + (`hottest` - `coldest`) · (N - s + 1) / N.
+    """
+
+    steps: int  # N, at most
+    coldest: float
+    hottest: float
+    entropy_bound: float  # nats; drawn tokens are kept, the surest first, until the entropies before exceed it
+    stable_steps: int  # the best tokens must be those of so many steps before ...
+    mean_entropy: float  # ... and the entropy per position below this, in nats, so that a block ends before step N
+
+
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
     """The experts of a mixture-of-experts model. Layers that are not `dense` have them in place of the MLP."""
 
     count: int  # of a layer
     chosen: int  # for each token
     width: int  # of one expert's MLP
-    router: Literal["softmax", "softmax-renormalised", "sigmoid-groups"]
+    router: Literal["softmax", "softmax-renormalised", "softmax-scaled", "sigmoid-groups"]
     dense: tuple[int, ...] = ()  # layers
     shared: int = 0  # width of the expert beside the others that takes every token
     bias: bool = False  # the router adds one to the scores by which it chooses
@@ -83,6 +111,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     query_scale: QueryScale | None = None
     rotary: int | None = None  # dimensions of a head that are rotated, the first ones; None: all
     experts: Experts | None = None
+    window: int | None = None  # keys that a query sees, itself among them, in layers that are not `full`; None: all
+    full: FullLayers | None = None
+    softcap: float | None = None  # logits are this · tanh(logits / this)
+    unsharded: int = 0  # parameters beyond norms, routers and the embedding that every shard holds whole
+    noise: NoiseSchedule | None = None  # None: blocks begin as masks
     traits: FamilyTraits = FamilyTraits()
 
     @property
@@ -99,10 +132,19 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         experts = self.experts_of(layer)
         return self.mlp if experts is None else experts.shared
 
+    def is_full(self, layer: int) -> bool:
+        """Whether the layer's heads have the shape of `full`."""
+        return self.full is not None and layer in self.full.layers
+
+    def kv_shape(self, layer: int) -> tuple[int, int]:
+        """K/V heads of the layer, and their size."""
+        full = self.full
+        return (full.kv_heads, full.head_dim) if full and self.is_full(layer) else (self.kv_heads, self.head_dim)
+
     def shard_parameters(self, size: int) -> int:
         """Parameters that one of `size` shards holds: the embedding, norms and routers whole, of the rest its part."""
         table, norms = self.vocab_size * self.hidden, self.hidden * (2 * self.layers + 1)
-        whole = table + norms + 2 * self.layers * self.head_dim * self.qk_norm
+        whole = table + norms + self.unsharded + 2 * self.layers * self.head_dim * self.qk_norm
         if self.experts is not None:
             routers = self.layers - len(self.experts.dense)
             whole += routers * self.experts.count * (self.hidden + self.experts.bias)
@@ -116,4 +158,4 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_elements(self) -> int:
         """K and V of one token over all layers, in elements."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return 2 * sum(math.prod(self.kv_shape(layer)) for layer in range(self.layers))

@@ -91,6 +91,11 @@ class Model:
         """[n, hidden] → [n, the rank's part of the vocabulary] in the model's type, unscaled."""
         return F.linear(hidden, self.head)
 
+    def expected_embedding(self, chances: torch.Tensor) -> torch.Tensor:
+        """The mean embedding under chances of the rank's part of the vocabulary, float32 [n, part] → [n, hidden]."""
+        mine = self.weights.embedding[self.vocabulary]
+        return self.reduce(chances.to(mine.dtype) @ mine)
+
     def project(self, block: Block, x: torch.Tensor) -> torch.Tensor:
         """q, k and v of each head group, [tokens, groups, q + 2 kv, head_dim]; q and k are not rotated yet."""
         shape = len(x), self.groups, self.q + 2 * self.kv, self.spec.head_dim

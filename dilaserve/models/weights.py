@@ -11,6 +11,7 @@ import torch
 from dilaserve.models.blocks import interleaved
 from dilaserve.models.checkpoint import Tensors
 from dilaserve.models.experts import ExpertWeights
+from dilaserve.models.gemma_parts import GemmaParts
 from dilaserve.models.spec import Experts, ModelSpec, Shard
 from dilaserve.models.tensor_names import MLP, TensorNames, mlp_names
 
@@ -43,6 +44,7 @@ class Weights(NamedTuple):
     norm: torch.Tensor  # [hidden]
     head: torch.Tensor  # [vocab / size, hidden]
     held: Shard
+    gemma: GemmaParts | None = None
 
 
 def load(

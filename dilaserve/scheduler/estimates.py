@@ -191,6 +191,9 @@ class Estimates:
 
         The law says nothing of steps for the `first` token of a block.
         """
+        if state.request.decoding.traits.noise_steps:
+            self.watched_noise(state, masks_before, unmasked, ended)
+            return
         if state.quotas or state.request.decoding.rule != "threshold" or first or not masks_before:
             return
         forecast, kind = self.forecast, state.kind
@@ -200,6 +203,17 @@ class Estimates:
         forecast.observe(kind, level, part, masks_before, 0 if ended else unmasked)
         state.observed += 1.0
         state.expected += steps[masks_before] - left
+
+    def watched_noise(self, state: RequestState, masks: int, unmasked: int, ended: bool) -> None:
+        """After a step of a block that began as noise: once it is finished, as if its steps had shared its tokens."""
+        if not unmasked:
+            return
+        steps, level, part = max(1, state.block_steps), 0, part_of(state.place - 1)
+        for place in range(steps):
+            left, after = (masks * (steps - done) // steps for done in (place, place + 1))
+            if left:
+                last = ended and place == steps - 1
+                self.forecast.observe(state.kind, level, part, left, 0 if last else max(1, left - after))
 
 
 def counted(state: RequestState) -> Track:

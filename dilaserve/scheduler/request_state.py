@@ -146,6 +146,7 @@ class RequestState:
         self.cached = 0  # tokens from the canvas's start whose K/V may be reused
         self.cached_prompt_tokens = 0  # the part of them that came from another request
         self.room = 0  # tokens of its run in the pool
+        self.block_steps = 0  # steps that the block had which was finished last
         self.checks = 0  # steps of the block that began without a mask, where tokens may be replaced
         self.in_chunk = False  # its step in flight unmasks nothing
         self.timeline: list[TimedStep] = []  # its last steps, for those who look at running requests
@@ -257,7 +258,12 @@ class RequestState:
     def steady(self, most: int) -> int:
         """How many of its next steps may be of one launch, up to `most`, judged by the request alone."""
         decoding = self.request.decoding
-        if decoding.refresh_interval or decoding.temperature or decoding.editing_threshold is not None:
+        if (
+            decoding.traits.noise_steps
+            or decoding.refresh_interval
+            or decoding.temperature
+            or decoding.editing_threshold is not None
+        ):
             return 1
         if self.ready and self.ready.work.chunk:
             return 1
@@ -314,6 +320,7 @@ class RequestState:
         self.suspect = False
         self.steps += 1
         self.part_step += 1
+        self.block_steps = self.part_step
         self.unmasked += result.unmasked
         self.confidence += result.confidence
         self.threshold_sum += self.table_threshold
@@ -374,7 +381,7 @@ class RequestState:
 
 def quotas_of(request: Request, parts: list[Part]) -> list[list[int]]:
     """Tokens to unmask by part and step under the rules that count; empty for the others."""
-    if not request.decoding.num_denoising_steps:
+    if not request.decoding.num_denoising_steps or request.decoding.traits.noise_steps:
         return []
     blocks: dict[int, BlockMasks] = {}
     for part in parts:

@@ -302,7 +302,7 @@ class Scheduler:
             state.did_chunk()
             return
         masks, part = state.block_masks, state.part
-        if result.masks_left and not result.unmasked:
+        if result.masks_left and not result.unmasked and not request.decoding.traits.noise_steps:
             raise RuntimeError("a step has unmasked nothing, so that the request would never end")
         result = state.advance(result)
         end = request.prompt_tokens + request.max_tokens

@@ -14,7 +14,16 @@ import torch
 from dilaserve.system.shared_memory import SharedBytes
 from dilaserve.types import MAX_STOP_IDS, Decoding, Ending
 
-RULES = {"threshold": 0, "steps": 1, "factor": 2, "dynamic": 3, "sequential": 4, "entropy": 5, "margin": 6}
+RULES = {
+    "threshold": 0,
+    "steps": 1,
+    "factor": 2,
+    "dynamic": 3,
+    "sequential": 4,
+    "entropy": 5,
+    "margin": 6,
+    "entropy-bound": 7,
+}
 NO_TOKEN = -1  # fills up a row's end tokens
 ALIGNMENT = 64  # bytes; a column starts on a cache line of its own
 
@@ -38,6 +47,7 @@ COLUMNS = (
     Column("exceeds", "bool"),  # of a row whose confidences must be above its threshold, which is then the next number
     Column("editing_threshold", "float64"),  # reached by what replaces a token; infinite where nothing does
     Column("factor", "float64"),
+    Column("num_denoising_steps", "int32"),  # of each block at most, where blocks begin as noise
     Column("temperature", "float32"),
     Column("top_p", "float32"),
     Column("top_k", "int32"),  # 0: no limit
@@ -65,6 +75,7 @@ class RequestTable:
     exceeds: np.ndarray[Any, np.dtype[np.bool_]]
     editing_threshold: np.ndarray[Any, np.dtype[np.float64]]
     factor: np.ndarray[Any, np.dtype[np.float64]]
+    num_denoising_steps: np.ndarray[Any, np.dtype[np.int32]]
     temperature: np.ndarray[Any, np.dtype[np.float32]]
     top_p: np.ndarray[Any, np.dtype[np.float32]]
     top_k: np.ndarray[Any, np.dtype[np.int32]]
@@ -114,6 +125,7 @@ class RequestTable:
         edits = decoding.editing_threshold
         self.editing_threshold[row] = math.inf if edits is None else self.reached(row, edits)
         self.factor[row] = decoding.factor
+        self.num_denoising_steps[row] = min(decoding.num_denoising_steps, 2**31 - 1)
         self.temperature[row] = decoding.temperature
         self.top_p[row] = decoding.top_p
         self.top_k[row] = decoding.top_k

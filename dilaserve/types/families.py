@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-DecodeRule = Literal["threshold", "steps", "factor", "dynamic", "sequential", "entropy", "margin"]
+DecodeRule = Literal["threshold", "steps", "factor", "dynamic", "sequential", "entropy", "margin", "entropy-bound"]
 Schedule = Literal["even", "block", "mdlm", "dream"]
 CONFIDENCE_RULES: tuple[DecodeRule, ...] = ("threshold", "steps", "factor", "dynamic")
 
@@ -26,6 +26,8 @@ class FamilyTraits(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `exceeds`: a confidence must be above the threshold, not only reach it. `schedule`: how the steps rule divides a
     block's tokens among its steps. `steps_per_block`: `num_denoising_steps` counts for each block, not for the answer.
+    `noise_steps`: above 0 the open block has no masks; it begins as random tokens, all of which are judged anew in each
+    step, and is written when the worker finds it finished, after so many steps at most. A block is never cut short.
     `edits`: unmasked tokens may be replaced until their block is done. `rules` are those that the family's authors use,
     `confidence_threshold` their default.
     """
@@ -40,6 +42,7 @@ class FamilyTraits(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     schedule: Schedule = "even"
     steps_per_block: bool = False
     edits: bool = False
+    noise_steps: int = 0
     rules: tuple[DecodeRule, ...] = ("threshold", "steps", "factor")
     confidence_threshold: float = 0.9
 

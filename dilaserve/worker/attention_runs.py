@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dilaserve.models.spans import Runs, SplitRuns
-from dilaserve.worker.step_arrays import Array, Columns, SeenRuns, visible_keys
+from dilaserve.models.spans import PackedSpan, Runs, SplitRuns
+from dilaserve.worker.step_arrays import Array, Columns, SeenRuns, starts, visible_keys
 
 
 class RunArrays(NamedTuple):
@@ -60,3 +60,10 @@ def joined(parts: Sequence[RunArrays], there: Sequence[torch.Tensor]) -> Runs | 
         return parts[0].runs(there)
     (opened, causal), size = parts, len(parts[0].sent)
     return SplitRuns(there[0], opened.runs(there[:size]), there[size], causal.runs(there[size:]))
+
+
+def packed_spans(lengths: Array, columns: Columns) -> list[PackedSpan]:
+    """The spans with so many queries each, one after the other."""
+    fields = (starts(lengths), lengths, columns.kv_start, columns.keys, columns.grain, columns.start - columns.origin)
+    spans = [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
+    return [span for span in spans if span.length]

@@ -118,7 +118,7 @@ class Worker:
         lives = dict(zip(order.ranks, order.lives, strict=True))
         group = self.groups.join(order.instance, ranks, [lives[rank] for rank in ranks])
         shard = Shard(group.rank, group.size)
-        model = Model(self.spec, self.weights, shard, group.all_reduce, self.turns)
+        model = models.model(self.spec, self.weights, shard, group.all_reduce, self.turns)
         self.turns = model.turns
         pool = KVPool(self.spec, shard, self.flat)
         if group.size == 1:
@@ -132,7 +132,7 @@ class Worker:
         not pay.
         """
         varlen = varlen_for(self.flat.device, self.flat.dtype, self.spec.head_dim)
-        if self.reuse is None and varlen and not model.waits:
+        if self.reuse is None and varlen and not model.waits and self.spec.noise is None:
             self.reuse = ReuseSteps(self.spec, model, pool, self.job.max_rows, self.job.eager)
             self.forward = ForwardGraphs(self.spec, model, pool, self.job.batched_tokens, self.job.eager)
 
@@ -165,7 +165,7 @@ def kv_tokens(job: WorkerJob, spec: ModelSpec, weights: Weights) -> int:
     """The K/V pool that was asked for, or else what is wanted and fits beside the largest step."""
     device, dtype = weights.norm.device, weights.norm.dtype
     if device.type == "cuda":
-        model = Model(spec, weights, weights.held)
+        model = models.model(spec, weights, weights.held)
         need = warm_up.nbytes(spec, model, job.batched_tokens, job.max_rows)
     else:
         need = memory.activation_bytes(spec, dtype, job.batched_tokens)

@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from dilaserve.models.attention import grouped, varlen_for
+from dilaserve.models.attention import grouped, varlen_for, windowed
 from dilaserve.models.kv_pool import KVPool
-from dilaserve.models.spans import Packed, PackedSpan
+from dilaserve.models.spans import NoisyTokens, Packed
 from dilaserve.models.spec import ModelSpec
 from dilaserve.models.transformer import Model
 from dilaserve.transport.request_table import NO_TOKEN, RULES, RequestTable
 from dilaserve.types import Copy, RowResult, Span
 from dilaserve.worker.alternatives import Likeliest, by_row, likeliest
-from dilaserve.worker.attention_runs import joined, run_arrays, split_by_kind
+from dilaserve.worker.attention_runs import joined, packed_spans, run_arrays, split_by_kind
 from dilaserve.worker.candidates import Candidates
 from dilaserve.worker.forward_graphs import ForwardGraphs
 from dilaserve.worker.graph_steps import MAX_LOGITS, ReuseSteps
 from dilaserve.worker.multi_step import Courses
+from dilaserve.worker.open_blocks import OpenBlocks
 from dilaserve.worker.sampler import (
     BY_CONFIDENCE,
     Edits,
@@ -42,7 +43,6 @@ from dilaserve.worker.step_arrays import (
     columns_of,
     kept_tokens,
     ranges,
-    starts,
 )
 from dilaserve.worker.step_buffers import DEPTH
 from dilaserve.worker.tp_group import Alone, TPGroup
@@ -87,7 +87,9 @@ class Runner:
         self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
         self.reuse, self.forward, self.max_tokens = reuse, forward, max_tokens
         self.device = pool.keys[0].device
-        self.varlen = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
+        known = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
+        self.varlen = known and spec.window is None
+        self.noise = OpenBlocks(spec, model, table, group, self.device) if spec.noise else None
         self.staging = Staging(self.device)
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
 
@@ -168,6 +170,8 @@ class Runner:
 
         Raises `Abandoned` when a peer is gone.
         """
+        if self.noise is not None:
+            return self.noise_step(columns, self.noise)
         began = time.perf_counter()
         blocks = active_blocks(columns)
         canvas = self.table.canvas[columns.row[:, None], blocks.positions]
@@ -204,6 +208,27 @@ class Runner:
     def masks(self, canvas: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which positions are masked, those of known tokens included."""
         return np.asarray((canvas == self.spec.mask_id) | (canvas < 0))
+
+    def noise_step(self, columns: Columns, noise: OpenBlocks) -> LaunchResult | None:
+        """The same where blocks begin as noise: nothing is written before a block is finished."""
+        began = time.perf_counter()
+        blocks = active_blocks(columns)
+        ids, expected = noise.begin(columns)
+        packed, (noisy,) = self.pack(columns, [ids])
+        places = torch.arange(len(packed.ids), device=self.device) if packed.kept is None else packed.kept
+        packed.ids[places] = noisy
+        spans = windowed(packed_spans(columns.length, columns), self.spec.window or self.spec.max_length)
+        entered = time.perf_counter()
+        packed = packed._replace(windows=grouped(spans, self.device), noisy=NoisyTokens(places, expected))
+        token, sure = noise.advance(columns, blocks, self.model.hidden(packed, self.pool))
+        left = time.perf_counter()
+        if self.group.rank:
+            return None
+        self.group.check()
+        masked = self.table.canvas[columns.row[:, None], blocks.positions] == self.spec.mask_id
+        written, confidence = self.write(columns, blocks, (token >= 0) & masked, token, sure)
+        results = self.results(columns, blocks, written, confidence)
+        return LaunchResult(results, time.perf_counter() - began, left - entered)
 
     def candidates(self, hidden: torch.Tensor, sampling: Sampling | None) -> Candidates:
         """The candidate of each masked position, [masks], from its hidden state; a slice of the logits at a time."""
@@ -368,10 +393,3 @@ class Runner:
 def answered(results: list[RowResult]) -> bool:
     """Whether a row has no mask before a stop token."""
     return any(0 <= result.stop_at < result.prefix for result in results)
-
-
-def packed_spans(lengths: Array, columns: Columns) -> list[PackedSpan]:
-    """The spans with so many queries each, one after the other."""
-    fields = (starts(lengths), lengths, columns.kv_start, columns.keys, columns.grain, columns.start - columns.origin)
-    spans = [PackedSpan(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
-    return [span for span in spans if span.length]

@@ -38,7 +38,7 @@ def rehearsed(spec: ModelSpec, model: Model, tokens: int, rows: int) -> int:
     refresh = peak(device, lambda: refreshed(spec, model, pool, tokens, rows))
     reuse = graphs = 0
     alone = model.weights.held.size == 1  # else no instance is of this device alone, and no step is on fixed buffers
-    if alone and not model.waits and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
+    if alone and not model.waits and spec.noise is None and varlen_for(device, model.weights.norm.dtype, spec.head_dim):
         steps = ReuseSteps(spec, model, pool, rows, eager=True)
         reuse = peak(device, lambda: steps.rehearse(steps.buckets[-1]))
         sizes = steps.graphs.sizes
@@ -78,7 +78,7 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
     offsets = np.cumsum([0, *lengths])
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     kept = torch.arange(min(tokens, rows * WIDTH), device=device)
-    varlen = varlen_for(device, pool.keys[0].dtype, spec.head_dim)
+    varlen = varlen_for(device, pool.keys[0].dtype, spec.head_dim) if spec.window is None else None
     packed = Packed(
         ids=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=positions,
