@@ -4,18 +4,19 @@ import argparse
 import asyncio
 import difflib
 import logging
-import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from dilaserve import __version__, config
+from dilaserve import __version__, config, setting_names
 from dilaserve.config import Config, Setting
 from dilaserve.errors import ConfigError, DilaserveError
+from dilaserve.flag_values import amount, devices, folder, positive, tokens
+from dilaserve.help_text import ShowAll, epilog, is_usual
 from dilaserve.server.listening import bound
+from dilaserve.setting_types import literals
 from dilaserve.system import logs, signals
 from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
@@ -26,12 +27,10 @@ if TYPE_CHECKING:
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 log = logging.getLogger(__name__)
 DESCRIPTORS = 65536  # open files, so also connections, that a server asks for
-MOST = 1_000_000  # of whatever a flag counts
 KEYS_SHOWN = (
     "every user of this machine sees the key in the list of processes; "
     "give it as DILASERVE_API_KEY or DILASERVE_ADMIN_KEY, or in the file of --api-key-file"
 )
-MOST_DEVICES = 4096  # that a plan is made for
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,39 +73,51 @@ def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
     shown = "api_key" in given or "admin_key" in given
     file = given.pop("config", None)
     own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
-    settings = config.load(given, file=file) if COMMANDS[command].settings else Config()
+    if not COMMANDS[command].settings:
+        return Config(), argparse.Namespace(**own)
+    for slip in setting_names.slips(os.environ, config.ENVIRONMENT, config.settings()):
+        print(f"dilaserve: {slip}", file=sys.stderr)
+    values, sources = config.gathered(given, file=file)
+    own["sources"] = dict.fromkeys(given, "flag") | sources
+    settings = config.build(values, sources)
     if shown:
         print(f"dilaserve: {KEYS_SHOWN}", file=sys.stderr)
     return settings, argparse.Namespace(**own)
 
 
-def flags(command: str = "serve") -> Parser:
+def flags(command: str = "serve", everything: bool = False) -> Parser:
+    """The parser of a command; its help has the usual settings, or `everything`."""
     parser = Parser(
         prog="dilaserve",
         usage=f"dilaserve {'[serve]' if command == 'serve' else command} [flags]",
-        description=COMMANDS[command].about + (OTHERS if command == "serve" else ""),
-        epilog=SETTINGS if COMMANDS[command].settings else None,
+        description=COMMANDS[command].about,
+        epilog=epilog(command, {name: one.about for name, one in COMMANDS.items()}, COMMANDS[command].settings),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dilaserve {__version__}")
     if COMMANDS[command].settings:
+        parser.add_argument(
+            "--help-all", action=ShowAll, whole=lambda: flags(command, True), help="show every setting and exit"
+        )
         parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
     COMMANDS[command].flags(parser)
     groups: dict[str, Any] = {}
     for setting in config.settings().values() if COMMANDS[command].settings else ():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.heading)
-        action = "append" if setting.name in config.REPEATABLE else "store"
+        several = {"action": "extend", "nargs": "+"} if setting.name in config.REPEATABLE else {}
+        text = described(setting) if everything or is_usual(setting.name) else argparse.SUPPRESS
         groups[setting.group].add_argument(
-            setting.flag, dest=setting.name, metavar=shape(setting), help=described(setting), action=action
+            setting.flag, dest=setting.name, metavar=shape(setting), help=text, **several
         )
     return parser
 
 
 def shape(setting: Setting) -> str:
     """What stands behind the flag in the help: the choices, or the kind of value."""
-    choices = config.literals(setting.type)
+    choices = literals(setting.type)
     return "{" + ",".join(choices) + "}" if choices else setting.name.split("_")[-1].upper()
 
 
@@ -331,45 +342,38 @@ def list_models(settings: Config, extras: argparse.Namespace) -> int:
     return 0
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
-    return number
-
-
-def tokens(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
-def devices(text: str) -> int:
-    if (number := positive(text)) > MOST_DEVICES:
-        raise argparse.ArgumentTypeError(f"{number} devices are too many to plan for; at most {MOST_DEVICES}")
-    return number
-
-
-def amount(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return number
-
-
-def folder(text: str) -> Path:
-    """A directory to write to, made if it is missing: before hours of work, not after."""
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=text):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
-    return Path(text)
-
-
 def no_flags(parser: argparse.ArgumentParser) -> None:
     """This command has only the settings."""
+
+
+def show_config(settings: Config, extras: argparse.Namespace) -> int:
+    """Print every setting with its value and where that comes from; keys are masked."""
+    from dilaserve import config_report
+
+    lines = config_report.as_toml if extras.toml else config_report.as_table
+    for line in lines(config_report.entries(settings, extras.sources)):
+        say(line)
+    return 0
+
+
+def config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--toml", action="store_true", default=False, help="as a file for --config")
+
+
+def completion_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose completion to print")
+
+
+def complete(settings: Config, extras: argparse.Namespace) -> int:
+    """Print a completion script."""
+    from dilaserve import completion
+
+    say(
+        completion.script(
+            extras.shell, {name: (one.about, flags(name, everything=True)) for name, one in COMMANDS.items()}
+        )
+    )
+    return 0
 
 
 class Command(NamedTuple):
@@ -381,8 +385,6 @@ class Command(NamedTuple):
 
 
 PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
-OTHERS = " Other commands: simulate, emulate, calibrate, models."
-SETTINGS = "Every setting can also be given as DILASERVE_NAME in the environment, or in the file of --config."
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP.", True),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
@@ -396,4 +398,6 @@ COMMANDS: dict[str, Command] = {
         "List the models that can be served: bundled, in the hub's cache, on the hub.",
         settings=False,
     ),
+    "config": Command(show_config, config_flags, "Print every setting, its value and its source."),
+    "completion": Command(complete, completion_flags, "Print completions for bash, zsh or fish.", settings=False),
 }
