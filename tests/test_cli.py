@@ -17,8 +17,8 @@ import pytest
 from command_line import ask, failed, run
 
 from dilaserve import config
-from dilaserve.cli import folder
 from dilaserve.errors import ConfigError
+from dilaserve.flag_values import folder
 from dilaserve.models.checkpoint import locate
 from dilaserve.profile import profile_file
 from dilaserve.setting_types import takes_numbers
