@@ -9,6 +9,10 @@ FINITE = {
     "simulate",
     "calibrate",
     "models",
+    "config",
+    "completion",
+    "chat",
+    "bench",
 }  # commands that are cut short when they are interrupted; a server just ends
 INTERRUPTED = 130
 

@@ -4,18 +4,29 @@ import argparse
 import asyncio
 import difflib
 import logging
-import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from dilaserve import __version__, config
+from dilaserve import __version__, config, setting_names
+from dilaserve.command_flags import (
+    bench_flags,
+    calibration_flags,
+    chat_flags,
+    completion_flags,
+    config_flags,
+    listing_flags,
+    no_flags,
+    pretending_flags,
+    simulation_flags,
+)
 from dilaserve.config import Config, Setting
 from dilaserve.errors import ConfigError, DilaserveError
+from dilaserve.help_text import ShowAll, epilog, is_usual
 from dilaserve.server.listening import bound
+from dilaserve.setting_types import literals
 from dilaserve.system import logs, signals
 from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
@@ -26,12 +37,10 @@ if TYPE_CHECKING:
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 log = logging.getLogger(__name__)
 DESCRIPTORS = 65536  # open files, so also connections, that a server asks for
-MOST = 1_000_000  # of whatever a flag counts
 KEYS_SHOWN = (
     "every user of this machine sees the key in the list of processes; "
     "give it as DILASERVE_API_KEY or DILASERVE_ADMIN_KEY, or in the file of --api-key-file"
 )
-MOST_DEVICES = 4096  # that a plan is made for
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,42 +80,54 @@ def parsed(words: list[str], command: str) -> tuple[Config, argparse.Namespace]:
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     given = vars(found)
+    if not COMMANDS[command].settings:
+        return Config(), found
     shown = "api_key" in given or "admin_key" in given
     file = given.pop("config", None)
     own = {name: given.pop(name) for name in list(given) if name not in config.settings()}
-    settings = config.load(given, file=file) if COMMANDS[command].settings else Config()
+    for slip in setting_names.slips(os.environ, config.ENVIRONMENT, config.settings()):
+        print(f"dilaserve: {slip}", file=sys.stderr)
+    values, sources = config.gathered(given, file=file)
+    own["sources"] = dict.fromkeys(given, "flag") | sources
+    settings = config.build(values, sources)
     if shown:
         print(f"dilaserve: {KEYS_SHOWN}", file=sys.stderr)
     return settings, argparse.Namespace(**own)
 
 
-def flags(command: str = "serve") -> Parser:
+def flags(command: str = "serve", everything: bool = False) -> Parser:
+    """The parser of a command; its help has the usual settings, or `everything`."""
     parser = Parser(
         prog="dilaserve",
         usage=f"dilaserve {'[serve]' if command == 'serve' else command} [flags]",
-        description=COMMANDS[command].about + (OTHERS if command == "serve" else ""),
-        epilog=SETTINGS if COMMANDS[command].settings else None,
+        description=COMMANDS[command].about,
+        epilog=epilog(command, {name: one.about for name, one in COMMANDS.items()}, COMMANDS[command].settings),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dilaserve {__version__}")
     if COMMANDS[command].settings:
+        parser.add_argument(
+            "--help-all", action=ShowAll, whole=lambda: flags(command, True), help="show every setting and exit"
+        )
         parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
     COMMANDS[command].flags(parser)
     groups: dict[str, Any] = {}
     for setting in config.settings().values() if COMMANDS[command].settings else ():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.heading)
-        action = "append" if setting.name in config.REPEATABLE else "store"
+        several = {"action": "extend", "nargs": "+"} if setting.name in config.REPEATABLE else {}
+        text = described(setting) if everything or is_usual(setting.name) else argparse.SUPPRESS
         groups[setting.group].add_argument(
-            setting.flag, dest=setting.name, metavar=shape(setting), help=described(setting), action=action
+            setting.flag, dest=setting.name, metavar=shape(setting), help=text, **several
         )
     return parser
 
 
 def shape(setting: Setting) -> str:
     """What stands behind the flag in the help: the choices, or the kind of value."""
-    choices = config.literals(setting.type)
+    choices = literals(setting.type)
     return "{" + ",".join(choices) + "}" if choices else setting.name.split("_")[-1].upper()
 
 
@@ -208,15 +229,6 @@ def say(line: str) -> None:
         lead_nowhere(1)
 
 
-def calibration_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Calibration")
-    group.add_argument("--problems", type=Path, default=None, metavar="FILE", help=PROBLEMS)
-    group.add_argument(
-        "--per-task", type=positive, default=300, metavar="N", help="problems of each task (default: 300)"
-    )
-    group.add_argument("--plots", type=folder, default=None, metavar="DIR", help="where to draw the curves (PNG)")
-
-
 def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
@@ -266,43 +278,6 @@ def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
         return None
 
 
-def pretending_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("Pretended devices").add_argument
-    from dilaserve.sim.published import NAMES
-
-    costs = (
-        "a profile from `calibrate`, h200: LLaDA-8B, data-sheet costs (default), or a model on H200s by data sheets: "
-        f"{', '.join(NAMES)}"
-    )
-    add("--costs", default="h200", metavar="FILE", help=costs)
-    add("--sim-devices", type=devices, default=8, metavar="N", help="how many (default: 8)")
-    add("--sim-seed", type=int, default=0, metavar="N", help="seed of arrivals, steps and times")
-
-
-def simulation_flags(parser: argparse.ArgumentParser) -> None:
-    pretending_flags(parser)
-    add = parser.add_argument_group("Simulation").add_argument
-    add(
-        "--trace", type=Path, default=None, metavar="FILE", help="CSV of arrival_s,prompt_tokens,output_tokens; .gz too"
-    )
-    add("--arrivals", default="poisson", metavar="KIND", help="without a trace: poisson, gamma2, gamma4, bursts")
-    add(
-        "--rate",
-        type=amount,
-        default=10.0,
-        metavar="R",
-        help="requests a second; a trace is stretched to it (default: 10)",
-    )
-    add("--seconds", type=amount, default=120.0, metavar="S", help="how long requests arrive (default: 120)")
-    add("--prompt", type=positive, default=256, metavar="N", help="prompt tokens without a trace (default: 256)")
-    add("--answer", type=positive, default=256, metavar="N", help="answer tokens without a trace (default: 256)")
-    add("--deadline", default="2.0", metavar="X", help="times the unloaded latency, as 2.0, none, or a mix 1.5:1,8:1")
-    add("--on-miss", default="best_effort", choices=("best_effort", "reject", "cancel_when_late"), help="then")
-    add("--shared-prompt", type=tokens, default=0, metavar="N", help="tokens with which all prompts begin (default: 0)")
-    add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
-    add("--out", type=folder, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
-
-
 def simulate(settings: Config, extras: argparse.Namespace) -> int:
     """Run made-up traffic through the real engine on a virtual clock."""
     from dilaserve.display import counting
@@ -313,10 +288,6 @@ def simulate(settings: Config, extras: argparse.Namespace) -> int:
         for line in run(settings, extras, seen):
             print(line)
     return 0
-
-
-def listing_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", default=False, help="as JSON")
 
 
 def list_models(settings: Config, extras: argparse.Namespace) -> int:
@@ -331,45 +302,46 @@ def list_models(settings: Config, extras: argparse.Namespace) -> int:
     return 0
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
-    return number
+def show_config(settings: Config, extras: argparse.Namespace) -> int:
+    """Print every setting with its value and where that comes from; keys are masked."""
+    from dilaserve import config_report
+
+    lines = config_report.as_toml if extras.toml else config_report.as_table
+    for line in lines(config_report.entries(settings, extras.sources)):
+        say(line)
+    return 0
 
 
-def tokens(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+def complete(settings: Config, extras: argparse.Namespace) -> int:
+    """Print a completion script."""
+    from dilaserve import completion
+
+    say(
+        completion.script(
+            extras.shell, {name: (one.about, flags(name, everything=True)) for name, one in COMMANDS.items()}
+        )
+    )
+    return 0
 
 
-def devices(text: str) -> int:
-    if (number := positive(text)) > MOST_DEVICES:
-        raise argparse.ArgumentTypeError(f"{number} devices are too many to plan for; at most {MOST_DEVICES}")
-    return number
+def chat(settings: Config, extras: argparse.Namespace) -> int:
+    """Talk to a server from the terminal."""
+    from dilaserve.client import chat_command
+
+    chat_command.run(extras)
+    return 0
 
 
-def amount(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return number
+def bench(settings: Config, extras: argparse.Namespace) -> int:
+    """Put load on an endpoint and say how it did."""
+    from dilaserve.client.bench_command import bench as run
+    from dilaserve.display import counting
 
-
-def folder(text: str) -> Path:
-    """A directory to write to, made if it is missing: before hours of work, not after."""
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=text):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
-    return Path(text)
-
-
-def no_flags(parser: argparse.ArgumentParser) -> None:
-    """This command has only the settings."""
+    signals.raise_keyboard_interrupt()
+    with counting() as seen:
+        found = list(run(extras, seen))
+    print("\n".join(found))
+    return 0
 
 
 class Command(NamedTuple):
@@ -380,9 +352,6 @@ class Command(NamedTuple):
     settings: bool = True  # whether it takes the settings
 
 
-PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
-OTHERS = " Other commands: simulate, emulate, calibrate, models."
-SETTINGS = "Every setting can also be given as DILASERVE_NAME in the environment, or in the file of --config."
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP.", True),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
@@ -396,4 +365,8 @@ COMMANDS: dict[str, Command] = {
         "List the models that can be served: bundled, in the hub's cache, on the hub.",
         settings=False,
     ),
+    "chat": Command(chat, chat_flags, "Talk to a server from the terminal; answers denoise live.", settings=False),
+    "bench": Command(bench, bench_flags, "Put load with deadlines on any OpenAI endpoint.", settings=False),
+    "config": Command(show_config, config_flags, "Print every setting, its value and its source."),
+    "completion": Command(complete, completion_flags, "Print completions for bash, zsh or fish.", settings=False),
 }

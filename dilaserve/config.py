@@ -8,13 +8,15 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Unpack, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Unpack, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from dilaserve.errors import ConfigError
 from dilaserve.keywords import Keywords
+from dilaserve.setting_names import flattened, nearest
+from dilaserve.setting_types import choice, takes_numbers
 
 BUNDLED = "dilaserve-tiny"
 CacheKind = Literal["none", "prefix", "dual", "exact"]
@@ -23,7 +25,7 @@ ENVIRONMENT = "DILASERVE_"
 BODIES_IN_FLIGHT = (
     16  # request bodies of the largest size that may be received at once, unless a setting says otherwise
 )
-REPEATABLE = {"host"}  # settings whose flag may be given several times
+REPEATABLE = {"host", "served_model_name"}  # settings whose flag may be given several times
 LINKED = re.compile(r"[a-z]+://")  # how the address of a service begins that Kubernetes puts into DILASERVE_PORT
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -50,9 +52,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Literal["auto", "full", "block"],
         Meta(description="that the model was trained with, where its files do not tell (A2D); auto: by its name"),
     ] = "auto"
-    served_model_name: Annotated[Words | None, Meta(description="name in the API (default: the directory's name)")] = (
-        None
-    )
+    served_model_name: Annotated[
+        Words | None,
+        Meta(description="name in the API, or several: all answer, the first is shown (default: the directory's name)"),
+    ] = None
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2)] | None, Meta(description="longest canvas, prompt and answer, in tokens")
     ] = None
@@ -64,8 +67,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ),
     ] = None
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: float32 on CPU, bfloat16 on CUDA")
+        Literal["auto", "float32", "bfloat16", "float16", "half", "float"],
+        Meta(description="auto: float32 on CPU, bfloat16 on CUDA; half is float16, float is float32"),
     ] = "auto"
+
+    @property
+    def names(self) -> list[str]:
+        """The names that --served-model-name gives, the shown one first; none where the directory names the model."""
+        return [name.strip() for name in (self.served_model_name or "").split(",") if name.strip()]
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +84,12 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     plan: Annotated[
         str, Meta(description="which devices form instances: auto, or COUNTxDEGREE such as 8x1, 2x4, 4x1+2x2")
     ] = "auto"
+    tensor_parallel_size: Annotated[
+        Positive | None, Meta(description="devices of each instance, instead of --plan (default: by --plan)")
+    ] = None
+    data_parallel_size: Annotated[
+        Positive | None, Meta(description="how many instances, instead of --plan (default: by --plan)")
+    ] = None
     group_backend: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
         Meta(description="what carries tensor-parallel groups; auto: nccl where it can, else shared memory"),
@@ -99,6 +114,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="threads of one CPU worker (default: cores / CPU workers)"),
     ] = None
 
+    @property
+    def planned(self) -> bool:
+        """Whether the layout is the planner's to choose."""
+        return self.plan == "auto" and not (self.tensor_parallel_size or self.data_parallel_size)
+
 
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Decoding defaults, for requests that do not say otherwise"""
@@ -119,6 +139,10 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="K/V reuse: none, prefix or dual between refreshes (default: dual), exact where it is so"),
     ] = None
     default_max_tokens: Annotated[Positive, Meta(description="max_tokens of a request that states none")] = 128
+    seed: Annotated[
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
+        Meta(description="seed of requests that state none, so that answers repeat (default: another each time)"),
+    ] = None
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -266,6 +290,19 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file
 
     Raises `ConfigError` for an unknown name or a value outside its limits.
     """
+    values, sources = gathered(flags, environ, file)
+    return build(values, sources)
+
+
+class Gathered(NamedTuple):
+    """Settings that are given, unchecked, and where those come from that are no flags."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+
+
+def gathered(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None) -> Gathered:
+    """What flags, environment and file give. Raises `ConfigError` for a file that cannot be read."""
     merged: dict[str, Any] = read(file) if file else {}
     sources = dict.fromkeys(merged, f"in {file}")
     for name, setting in settings().items():
@@ -274,7 +311,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file
             sources[name] = f"in the environment, as {setting.environment}"
     for name in flags:
         sources.pop(name, None)
-    return build({**merged, **flags}, sources)
+    return Gathered({**merged, **flags}, sources)
 
 
 def linked(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -285,7 +322,7 @@ def linked(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
+        return flattened(tomllib.loads(file.read_text()), {one.name: one.group for one in settings().values()})
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -299,11 +336,23 @@ def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -
     for name, value in values.items():
         source = f" ({sources[name]})" if sources and name in sources else ""
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r}{source}; `dilaserve --help` lists them all", param=name)
+            cure = (
+                f"did you mean {near}?" if (near := nearest(name, known)) else "`dilaserve --help-all` lists them all"
+            )
+            raise ConfigError(f"unknown setting {name!r}{source}; {cure}", param=name)
         tree.setdefault(known[name].group, {})[name] = convert(known[name], value, source)
     built = msgspec.convert(tree, Config)
     check_bodies(built.server)
+    check_plan(built.device)
     return built
+
+
+def check_plan(device: DeviceConfig) -> None:
+    if device.plan != "auto" and (device.tensor_parallel_size or device.data_parallel_size):
+        raise ConfigError(
+            f"--plan {device.plan} already says what --tensor-parallel-size and --data-parallel-size say; give one",
+            param="plan",
+        )
 
 
 def check_bodies(server: ServerConfig) -> None:
@@ -326,32 +375,3 @@ def convert(setting: Setting, value: Any, source: str = "") -> Any:
         raise ConfigError(
             f"{setting.flag} {value!r}{source}: {choice(setting.type) or error}", param=setting.name
         ) from error
-
-
-def choice(hint: Any) -> str:
-    """What there is to choose from, in words; nothing where a type is no choice."""
-    words = literals(hint)
-    if words[:1] == ["number"]:
-        span = limits(hint)
-        return f"a number from {span.ge:g} to {span.le:g}, or {' or '.join(words[1:])}"
-    return f"one of {', '.join(words)}" if words else ""
-
-
-def limits(hint: Any) -> Any:
-    """Between what a choice's numbers lie."""
-    if get_args(hint)[:1] == (float,) and isinstance(found := get_args(hint)[1], Meta):
-        return found
-    return next(filter(None, map(limits, get_args(hint))), None)
-
-
-def literals(hint: Any) -> list[str]:
-    """The values among which a setting of this type chooses, if it does; a number may be one of them."""
-    if get_origin(hint) is Literal:
-        return [str(choice) for choice in get_args(hint)]
-    choices = [choice for part in get_args(hint) for choice in literals(part)]
-    return ["number", *choices] if choices and "number" not in choices and takes_numbers(hint) else choices
-
-
-def takes_numbers(hint: Any) -> bool:
-    """Whether a fraction may be a value of this type."""
-    return hint is float or any(takes_numbers(part) for part in get_args(hint))

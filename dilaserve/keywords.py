@@ -13,10 +13,12 @@ class Keywords(TypedDict, total=False):
     served_model_name: str | None
     max_model_len: int | None
     chat_template: str | None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
     # devices
     devices: str
     plan: str
+    tensor_parallel_size: int | None
+    data_parallel_size: int | None
     group_backend: Literal["auto", "shm", "gloo", "nccl"]
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -32,6 +34,7 @@ class Keywords(TypedDict, total=False):
     editing_threshold: float | None
     cache: Literal["none", "prefix", "dual", "exact"] | None
     default_max_tokens: int
+    seed: int | None
     # scheduling
     scheduling: Literal["fcfs", "edf", "least-slack", "composed"]
     shed: Literal["on", "off"]

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from dilaserve.config import literals
 from dilaserve.errors import BadRequest, quoted, shortened
+from dilaserve.setting_types import literals
 
 T = TypeVar("T")
 NAMES = {

@@ -98,7 +98,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         )
     profile = profile_file.find(directory, config.scheduler.profile) if measured else None
     card = ModelCard(
-        config.model.served_model_name or named(directory),
+        next(iter(config.model.names), named(directory)),
         limit,
         int(time.time()),
         spec.parameters,
@@ -116,7 +116,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
     claim = memory.host_claim(names.count("cpu")) if "cpu" in names else memory.Claim()
     degrees = possible_degrees(spec, names, config, claim)
     shared["shards"] = min(degrees)
-    plan = first_plan(config.device.plan, len(names), degrees)
+    plan = first_plan(plan_text(config.device, len(names)), len(names), degrees)
     mapped = Shared(table, Exchange(len(names)))
     executor = ProcessExecutor([job(config, name, names, shared, claim) for name in names], mapped, progress)
     if profile and profile.model not in (card.name, directory.resolve().name):
@@ -186,6 +186,22 @@ def weights_room(name: str, names: list[str], config: DeviceConfig, claim: memor
         return claim.nbytes
     total: int = torch.cuda.get_device_properties(name).total_memory
     return total * config.gpu_memory_utilization / names.count(name)
+
+
+def plan_text(device: DeviceConfig, devices: int) -> str:
+    """--plan, or what the two sizes say; a size that is not given is what the other leaves. Raises `ConfigError`."""
+    degree, count = device.tensor_parallel_size, device.data_parallel_size
+    if degree is None and count is None:
+        return device.plan
+    degree = degree or max(1, devices // (count or 1))
+    count = count or max(1, devices // degree)
+    if count * degree != devices:
+        raise ConfigError(
+            f"{count} instances of {degree} devices need {count * degree} devices, and there are {devices}; change "
+            "--devices, --tensor-parallel-size or --data-parallel-size",
+            param="tensor_parallel_size",
+        )
+    return f"{count}x{degree}"
 
 
 def first_plan(text: str, devices: int, degrees: tuple[int, ...]) -> Plan:

@@ -108,7 +108,7 @@ class Engine:
         self.devices, self.degrees = parts.devices, parts.degrees
         self.planner = self.planner or parts.planner
         self.unplanned = None if self.planner else parts.unplanned or NO_CHOICE
-        automatic = self.config.device.plan == "auto"
+        automatic = self.config.device.planned
         self.advice = advised(parts.note, parts.unplanned if automatic and not self.planner else None)
         steps = steps_for(self.devices, self.config.device)
         solves = automatic and self.planner is not None
@@ -269,7 +269,8 @@ class Engine:
         id: str | None,
         answer: np.ndarray[Any, np.dtype[np.int32]] | None = None,
     ) -> Stream:
-        limit, seed, length = self.model.max_model_len, secrets.randbits(63), len(prompt_ids)
+        limit, seed, length = self.model.max_model_len, self.config.decode.seed, len(prompt_ids)
+        seed = secrets.randbits(63) if seed is None else seed
         resolved = resolve(options, length, limit, seed, self.config.decode, self.model.traits)
         hasher = prefix_hasher(resolved.decoding)
         hashes = await self.off_loop(length, lambda: hasher.extend(prompt_ids)) if hasher else ()

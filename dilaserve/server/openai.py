@@ -77,17 +77,19 @@ def deadlines(request: Common) -> dict[str, Any]:
     }
 
 
-def options(request: Common, choice: int, tenant: Tenant | None = None) -> Options:
-    """The engine's options for one of the choices; a given seed is counted up from choice to choice.
+def options(request: Common, choice: int, tenant: Tenant | None = None, seed: int | None = None) -> Options:
+    """The engine's options for one of the choices; a seed is counted up from choice to choice, also `seed`, which is
+    that of requests that state none.
 
     What the tenant of a named key may do goes before what the request says. Raises `BadRequest`.
     """
     stop = request.stop
+    seed = seed if request.seed is None else request.seed
     given: dict[str, Any] = {
         "max_tokens": max_tokens(request),
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "seed": None if request.seed is None else wrapped(request.seed, choice),
+        "seed": None if seed is None else wrapped(seed, choice),
         "stop": (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop),
         "top_logprobs": top_logprobs(request),
         "stop_token_ids": None if request.stop_token_ids is None else tuple(request.stop_token_ids),

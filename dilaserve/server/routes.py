@@ -110,18 +110,24 @@ async def documented(request: web.Request) -> web.StreamResponse:
 
 
 async def models(request: web.Request) -> web.StreamResponse:
-    return json_response({"object": "list", "data": [card(request.app[ENGINE])]})
+    engine = request.app[ENGINE]
+    return json_response({"object": "list", "data": [card(engine, name) for name in served(engine)]})
 
 
 async def model(request: web.Request) -> web.StreamResponse:
     known(request.app[ENGINE], request.match_info["model"])
-    return json_response(card(request.app[ENGINE]))
+    return json_response(card(request.app[ENGINE], request.match_info["model"]))
 
 
-def card(engine: Engine) -> Json:
+def served(engine: Engine) -> list[str]:
+    """Every name that the model answers to, the shown one first."""
+    return list(dict.fromkeys([engine.model.name, *engine.config.model.names]))
+
+
+def card(engine: Engine, name: str) -> Json:
     about = engine.model
     return {
-        "id": about.name,
+        "id": name,
         "object": "model",
         "created": about.created,
         "owned_by": "dilaserve",
@@ -131,9 +137,9 @@ def card(engine: Engine) -> Json:
 
 
 def known(engine: Engine, name: str | None) -> None:
-    if name is not None and name != engine.model.name:
+    if name is not None and name not in (names := served(engine)):
         raise NotFound(
-            f"the model {quoted(name)} is not served here, only {engine.model.name!r}",
+            f"the model {quoted(name)} is not served here, only {', '.join(map(repr, names))}",
             param="model",
             code="model_not_found",
         )
@@ -256,7 +262,7 @@ async def respond(
         for prompt in prompts:
             for _ in range(n):
                 with openai.spelled(asked):
-                    options = openai.options(asked, len(streams), tenant)
+                    options = openai.options(asked, len(streams), tenant, engine.config.decode.seed)
                     started = await engine.submit(prompt, options, id=ids[len(streams)])
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])

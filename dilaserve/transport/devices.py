@@ -10,6 +10,7 @@ from dilaserve.errors import ConfigError
 from dilaserve.system import host
 
 STEPS = 8
+SYNONYMS = {"half": "float16", "float": "float32"}  # names of vLLM for the same numbers
 FORMS = "write --devices auto, or a list such as cuda:0,cuda:1 or cpu,cpu"
 
 
@@ -29,7 +30,7 @@ def listed(devices: str) -> list[str]:
 
 def dtype_for(device: str, dtype: str) -> str:
     if dtype != "auto":
-        return dtype
+        return SYNONYMS.get(dtype, dtype)
     return "float32" if device == "cpu" else "bfloat16"
 
 

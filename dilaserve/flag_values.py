@@ -1,0 +1,46 @@
+"""What flags take that are no settings: numbers, folders. Errors are argparse's."""
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+MOST = 1_000_000  # of whatever a flag counts
+MOST_DEVICES = 4096  # that a plan is made for
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
+    return number
+
+
+def tokens(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def devices(text: str) -> int:
+    if (number := positive(text)) > MOST_DEVICES:
+        raise argparse.ArgumentTypeError(f"{number} devices are too many to plan for; at most {MOST_DEVICES}")
+    return number
+
+
+def amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def folder(text: str) -> Path:
+    """A directory to write to, made if it is missing: before hours of work, not after."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=text):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
+    return Path(text)
