@@ -230,6 +230,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     grace_period: Annotated[Seconds, Meta(description="seconds that running requests get to finish at shutdown")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least level logged")] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="of the log on standard error")] = "text"
+    otlp_traces_endpoint: Annotated[
+        Words | None,
+        Meta(
+            description="address that takes OpenTelemetry spans of requests over HTTP, such as http://HOST:4318/v1/traces"
+        ),
+    ] = None
     vllm_metrics: Annotated[
         Switch, Meta(description="on: /metrics gives what vLLM has too under its names as well (vllm:…)")
     ] = "off"

@@ -66,4 +66,5 @@ class Keywords(TypedDict, total=False):
     grace_period: float
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]
+    otlp_traces_endpoint: str | None
     vllm_metrics: Literal["on", "off"]

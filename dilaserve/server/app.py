@@ -269,4 +269,4 @@ async def mark_origin(request: web.Request, response: web.StreamResponse) -> Non
 
 async def close(app: web.Application) -> None:
     app[INTAKE].close()
-    app[TELEMETRY].close()
+    await asyncio.to_thread(app[TELEMETRY].close)

@@ -258,6 +258,9 @@ async def respond(
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(counted(request, len(ids)))
+        if tracing := request.app[TELEMETRY].tracing:
+            tracing.begin(ids, request.headers)
+            stack.callback(tracing.answered, ids)
         tenant, streams = request.get(TENANT), list[Stream]()
         for prompt in prompts:
             for _ in range(n):

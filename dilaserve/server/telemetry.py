@@ -12,6 +12,7 @@ from dilaserve.server.history import History
 from dilaserve.server.metrics import EngineCollector
 from dilaserve.server.request_log import RequestLog
 from dilaserve.server.request_metrics import RequestMetrics
+from dilaserve.server.tracing import Tracing, exporter_to
 from dilaserve.server.vllm_metrics import VllmCollector
 
 
@@ -29,8 +30,11 @@ class Telemetry:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.history = History(engine)
+        endpoint = config.server.otlp_traces_endpoint
+        self.tracing = Tracing(engine, exporter_to(endpoint)) if endpoint else None
         log = RequestLog(config.server.log_format == "json")
         self.observers: list[Observer] = [self.requests, self.history, log]
+        self.observers += [self.tracing] if self.tracing else []
         engine.observers.extend(self.observers)
         self.history.start()
 
@@ -46,3 +50,5 @@ class Telemetry:
         self.history.close()
         for observer in self.observers:
             self.engine.observers.remove(observer)
+        if self.tracing:
+            self.tracing.close()

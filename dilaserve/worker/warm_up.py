@@ -92,7 +92,7 @@ def refreshed(spec: ModelSpec, model: Model, pool: KVPool, tokens: int, rows: in
     for part in torch.split(hidden, max(1, MAX_LOGITS // spec.vocab_size)):
         half, places = torch.full((len(part),), 0.5, device=device), torch.arange(len(part), device=device)
         never = places[:, None]
-        knobs = Sampling(half, half, places.int(), half, places, places, places, never, places - 1)
+        knobs = Sampling(half, half, places.int(), half, places, places, places, never, places.clamp(max=mask_id) - 1)
         best_candidates(model.logits(part), mask_id, knobs)
 
 
