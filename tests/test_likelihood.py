@@ -75,7 +75,7 @@ async def test_groups_and_rounds_give_the_mean_of_plain_passes_and_its_standard_
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_canvas_of_known_tokens_gets_them_back_in_one_step(engine):
     canvas = KnownCanvas(np.array(TEXT, dtype=np.int32), np.array([2, 5, 9]))
-    async with await engine.submit_known(canvas, Options(user="x", temperature=1.5, max_tokens=3)) as stream:
+    async with await engine._submit_known(canvas, Options(user="x", temperature=1.5, max_tokens=3)) as stream:
         (*chunks, last) = [chunk async for chunk in stream]
     assert [token for chunk in chunks for token in chunk.token_ids] == TEXT[2:]
     assert (last.usage.steps, last.finish_reason) == (1, "length")

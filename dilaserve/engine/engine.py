@@ -252,7 +252,7 @@ class Engine:
         ids = await self.tokenize(prompt, self.model.max_model_len)
         return await self._submit(np.array(ids, dtype=np.int32), options, id)
 
-    async def submit_known(self, canvas: KnownCanvas, options: Options, *, id: str | None = None) -> Stream:
+    async def _submit_known(self, canvas: KnownCanvas, options: Options, *, id: str | None = None) -> Stream:
         """Denoise in one step a canvas whose masked tokens are known: they are put back whatever the model prefers, and
         their confidences are the probabilities that it gave them.
 

@@ -133,7 +133,7 @@ def partitions(tokens: int, sampling: Sampling) -> Iterator[list[Places]]:
 
 async def scored(engine: Engine, canvas: np.ndarray[Any, Any], group: Places, options: Options, id: str) -> list[Found]:
     """What one step tells of the tokens of a group, which it does not see."""
-    stream = await engine.submit_known(KnownCanvas(canvas, np.sort(group)), options, id=id)
+    stream = await engine._submit_known(KnownCanvas(canvas, np.sort(group)), options, id=id)
     async with stream:
         answer = await collect(stream)
     places = group.tolist()
