@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilaserve.config import DecodeConfig
-from dilaserve.engine.submit import Options, parse_classes, resolve, validated
+from dilaserve.engine.slo_classes import parse_classes
+from dilaserve.engine.submit import Options, resolve, validated
 from dilaserve.errors import BadRequest, ConfigError
 
 DEFAULTS = DecodeConfig()

@@ -19,8 +19,9 @@ from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
 from dilaserve.engine.prefix_hashes import PrefixHasher, prefix_hasher
 from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
+from dilaserve.engine.slo_classes import parse_classes, wanted
 from dilaserve.engine.stream import Chunk, Completion, Stream, collect, cutting
-from dilaserve.engine.submit import Options, ResolvedOptions, ending, parse_classes, resolve, validated, wanted
+from dilaserve.engine.submit import Options, ResolvedOptions, ending, resolve, validated
 from dilaserve.errors import BadRequest, ConfigError, Unavailable, quoted
 from dilaserve.executor.executor import Progress
 from dilaserve.planner.planner import PlannerPort
