@@ -8,7 +8,7 @@ from dilaserve.config import Config
 from dilaserve.scheduler.estimates import Estimates, batch_features
 from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
-from dilaserve.scheduler.request_state import ReadyRow, RequestState, Status
+from dilaserve.scheduler.request_state import ReadyRow, RequestState, Status, Transition
 from dilaserve.scheduler.rules.best_effort import after_step
 from dilaserve.scheduler.rules.composition import COMPOSITIONS, Candidate
 from dilaserve.scheduler.rules.fairness import Ride, allowances, left_over, riders
@@ -88,7 +88,9 @@ class Batcher:
             ahead = self.ahead(candidates, longest, steps)
             then = [state.stages(span, ahead) for state, span in zip(chosen, spans, strict=True)]
         batch = Batch(self.batches, replica.instance.id, tuple(spans), steps, tuple(then), tuple(replica.copies))
-        for state, work in zip(chosen, works, strict=True):  # last: an error before leaves rows as they are
+        for state in chosen:  # last: an error before leaves rows as they are, and one in here what they count
+            state.did(Transition.LAUNCHED)
+        for state, work in zip(chosen, works, strict=True):
             state.launched(work, now)
         replica.in_flight, replica.batch, replica.spans, replica.copies = chosen, batch, spans, []
         replica.multi_step, replica.stops_early, replica.disturbed, replica.launched_at = False, False, False, now

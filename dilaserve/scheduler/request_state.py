@@ -281,7 +281,7 @@ class RequestState:
         return next((count for count, shares in enumerate(later) if len(set(shares)) > 1), len(later))
 
     def launched(self, todo: Work, now: float) -> None:
-        self.did(Transition.LAUNCHED)
+        """Count the step that has begun."""
         if self.started_at is None:
             self.started_at = now
         self.in_chunk = todo.chunk
