@@ -5,8 +5,10 @@ import json
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import checkpoints
+import numpy as np
 import pytest
 import torch
 from gemma_passes import doubled, reference
@@ -14,8 +16,11 @@ from http_requests import client_of, post
 from worker_faults import wait_for_plan
 
 from dilaserve import Config, Engine, Options, Plan
+from dilaserve.transport.request_table import RequestTable
 from dilaserve.worker.noise_sampler import fresh
+from dilaserve.worker.open_blocks import OpenBlocks
 from dilaserve.worker.sampler import gumbel
+from dilaserve.worker.tp_group import Alone
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 BLOCK, STEPS = 16, 6
@@ -155,3 +160,17 @@ async def test_options_without_a_meaning_are_refused_with_the_reason_over_http_t
         ):
             status, answer, _ = await post(client, "/v1/completions", body | {name: value})
             assert (status, words in answer["error"]["message"]) == (400, True), (name, answer)
+
+
+async def test_blocks_of_rows_that_have_left_do_not_pile_up():
+    """Those of the rows that step stay, whichever came first."""
+    spec = SimpleNamespace(noise=object(), vocab_size=50, hidden=4)
+    model = SimpleNamespace(weights=SimpleNamespace(norm=torch.zeros(4)))
+    blocks = OpenBlocks(spec, model, RequestTable(9, 64), Alone(), torch.device("cpu"), 3)
+    for row in range(1, 9):
+        both = np.array([0, row])
+        columns = SimpleNamespace(row=both, generation=both, block_start=np.array([0, 0]), block_end=np.array([16, 16]))
+        ids, told = blocks.begin(columns)
+        assert (ids.shape, told.shape) == ((32,), (32, 4))
+        assert {0, row} <= blocks.held.keys()
+        assert len(blocks.held) <= 3

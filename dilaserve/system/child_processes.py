@@ -72,7 +72,7 @@ def start(
     """
     command = [get_executable(), "-c", BOOT, name]
     environment = environment_of(threads)
-    written = pickle.dumps([os.path.join(HERE, entry) for entry in sys.path]) + pickle.dumps((run, tuple(arguments)))
+    written = pickle.dumps(absolute_path()) + pickle.dumps((run, tuple(arguments)))
     with blocked(signal.SIGINT, signal.SIGTERM):
         child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=inherited, cwd="/", env=environment)
     running[child] = line
@@ -125,12 +125,13 @@ class ForkServers:
     ) -> ForkedChild:
         """Have a child forked; by another server where the present one has died just now."""
         server = self.current([run.__module__])
+        wanted = name, run, arguments, inherited, environment, absolute_path()
         try:
-            child = fork_server.ask(server.control, name, run, arguments, inherited, environment)
+            child = fork_server.ask(server.control, *wanted)
         except (BrokenPipeError, ConnectionResetError):
             self.end([server])
             server = self.current([run.__module__])
-            child = fork_server.ask(server.control, name, run, arguments, inherited, environment)
+            child = fork_server.ask(server.control, *wanted)
         self.forks[child] = server
         return child
 
@@ -179,6 +180,11 @@ def fork(
         child = fork_servers.fork(name, run, arguments, inherited, environment_of(threads))
     running[child] = line
     return child
+
+
+def absolute_path() -> list[str]:
+    """`sys.path` for a process that works in another directory."""
+    return [os.path.join(HERE, entry) for entry in sys.path]
 
 
 def environment_of(threads: int) -> dict[str, str]:

@@ -257,12 +257,15 @@ def ask(
     arguments: Sequence[Any],
     inherited: Sequence[int],
     environment: Mapping[str, str],
+    path: list[str],
 ) -> ForkedChild:
-    """Have a fork of the server run this. Raises `OSError` where the request cannot be sent."""
+    """Have a fork of the server run this, with that environment and `sys.path`. Raises `OSError` where the request
+    cannot be sent.
+    """
     streams = [fd for fd in (1, 2) if is_open(fd)]
     numbers = (*streams, *inherited)
     call = pickle.dumps((run, tuple(arguments)))
-    request = Request(name, call, numbers, dict(environment), list(sys.path), os.sched_getaffinity(0))
+    request = Request(name, call, numbers, dict(environment), path, os.sched_getaffinity(0))
     data = pickle.dumps(request)
     if len(data) > MOST_BYTES:
         raise OSError(f"a request of {len(data)} bytes is too large for the fork server")

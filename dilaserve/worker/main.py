@@ -125,7 +125,9 @@ class Worker:
             self.prepare_alone(model, pool)
         reuse, forward = (self.reuse, self.forward) if group.size == 1 else (None, None)
         table, tokens = self.shared.table, self.job.batched_tokens
-        return Runner(self.spec, model, pool, table, self.job.stop_ids, group, reuse, tokens, forward)
+        return Runner(
+            self.spec, model, pool, table, self.job.stop_ids, group, reuse, tokens, forward, self.job.max_rows
+        )
 
     def prepare_alone(self, model: Model, pool: KVPool) -> None:
         """Steps on fixed buffers, once: whenever the device is alone they read the same memory. Not where they would

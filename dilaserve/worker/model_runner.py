@@ -83,13 +83,16 @@ class Runner:
         reuse: ReuseSteps | None = None,
         max_tokens: int | None = None,
         forward: ForwardGraphs | None = None,
+        max_rows: int = 64,
     ) -> None:
         self.spec, self.model, self.pool, self.table, self.group = spec, model, pool, table, group
         self.reuse, self.forward, self.max_tokens = reuse, forward, max_tokens
         self.device = pool.keys[0].device
         known = varlen_for(self.device, pool.keys[0].dtype, spec.head_dim) is not None
         self.varlen = known and spec.window is None
-        self.noise = OpenBlocks(spec, model, table, group, self.device) if spec.noise else None
+        self.noise = (
+            OpenBlocks(spec, model, table, group, self.device, 2 * group.size * max_rows) if spec.noise else None
+        )
         self.staging = Staging(self.device)
         self.stop_ids = np.array(stop_ids, dtype=np.int32)
 

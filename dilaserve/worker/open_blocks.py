@@ -37,12 +37,17 @@ class Held(NamedTuple):
 
 
 class OpenBlocks:
-    """All ranks of an instance hold the same; `held` is by row."""
+    """All ranks of an instance hold the same; `held` is by row, the one that stepped last at the end.
+
+    Nobody says that a row has left. `most` blocks are held, so that those of rows that have do not pile up: as many as
+    an instance has rows at once, or more.
+    """
 
     def __init__(
-        self, spec: ModelSpec, model: Model, table: RequestTable, group: TPGroup, device: torch.device
+        self, spec: ModelSpec, model: Model, table: RequestTable, group: TPGroup, device: torch.device, most: int
     ) -> None:
         assert spec.noise is not None
+        self.most = most
         self.spec, self.model, self.table, self.group, self.device = spec, model, table, group, device
         self.schedule = spec.noise
         self.held: dict[int, Held] = {}
@@ -50,6 +55,8 @@ class OpenBlocks:
     def begin(self, columns: Columns) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
         """The tokens of the batch's open blocks, [tokens], and what they are told, [tokens, hidden]."""
         blocks = [self.of(*one) for one in self.rows(columns)]
+        while len(self.held) > self.most:
+            del self.held[next(iter(self.held))]
         zeros = self.model.weights.norm.new_zeros
         nothing = zeros(0, self.spec.hidden)
         told = [zeros(len(one.ids), self.spec.hidden) if one.expected is None else one.expected for one in blocks]
@@ -63,10 +70,11 @@ class OpenBlocks:
         return [(row, generation, start, end) for row, generation, start, end in found if end > start]
 
     def of(self, row: int, generation: int, start: int, end: int) -> OpenBlock:
-        held = self.held.get(row)
+        held = self.held.pop(row, None)
         if held is None or (held.generation, held.start) != (generation, start):
             block = begun(int(self.table.seed[row]), self.positions(start, end), self.spec.vocab_size)
-            held = self.held[row] = Held(generation, start, block)
+            held = Held(generation, start, block)
+        self.held[row] = held
         return held.block
 
     def positions(self, start: int, end: int) -> torch.Tensor:
