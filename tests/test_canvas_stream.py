@@ -3,7 +3,6 @@
 import asyncio
 from itertools import groupby, pairwise
 
-import aiohttp
 import openai
 import pytest
 import pytest_asyncio
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from dilaserve import Config, Engine, Options
 from dilaserve.engine.canvas import CONTEXT, pieces
-from dilaserve.server.app import running
 from dilaserve.tokenizer.detokenizer import Detokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -31,18 +29,6 @@ async def engine():
 def bundled(engine):
     """The text of the bundled model."""
     return engine.text
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def address(engine):
-    async with running(engine, engine.config) as address:
-        yield address
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def client(address):
-    async with aiohttp.ClientSession(address) as session:
-        yield session
 
 
 def canvases(chunks, index=0):

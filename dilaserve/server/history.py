@@ -17,7 +17,18 @@ LATELY = 10.0  # seconds of answers that the latencies of one second are of
 MOST_ANSWERS = 2048  # of these
 
 
-class Second(msgspec.Struct, frozen=True):
+class Counts(msgspec.Struct, frozen=True):
+    """Counters: since the start, or of one second."""
+
+    arrivals: int
+    answered: int
+    met: int
+    late: int
+    declined: int
+    tokens: int
+
+
+class Second(Counts, frozen=True):
     """One second of the server, which ended `at`, in Unix seconds.
 
     Of requests that came or ended in it: `arrivals`, `answered` ones, and of those with a deadline `met`, `late` and
@@ -29,12 +40,6 @@ class Second(msgspec.Struct, frozen=True):
     """
 
     at: float
-    arrivals: int
-    answered: int
-    met: int
-    late: int
-    declined: int
-    tokens: int
     running: int
     waiting: int
     p50: float | None
@@ -44,17 +49,6 @@ class Second(msgspec.Struct, frozen=True):
     lowest_threshold: float | None
     budget_used: float | None
     accuracy_drop: float
-
-
-class Counts(msgspec.Struct, frozen=True):
-    """Counters since the start."""
-
-    arrivals: int
-    answered: int
-    met: int
-    late: int
-    declined: int
-    tokens: int
 
 
 class History:
