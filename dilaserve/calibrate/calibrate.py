@@ -37,7 +37,7 @@ async def calibrate(
 ) -> tuple[ModelProfile, list[Sample], StepCost]:
     """Measure quality, then step costs; those of other devices are taken from `known`. The profile is not written.
 
-    `say` is told first how long it will take.
+    `say` first gets how long it will take.
     """
     questions = questions_from(problems, per_task)
     device = listed(config.device.devices)[0]

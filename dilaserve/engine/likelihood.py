@@ -65,7 +65,7 @@ class Likelihood(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one canvas has told of a position."""
+    """What one canvas has shown of a position."""
 
     place: int
     logprob: float

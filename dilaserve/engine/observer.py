@@ -1,4 +1,4 @@
-"""What is told of requests to whoever watches them: metrics, logs, traces. They change nothing."""
+"""What watchers of requests hear of them: metrics, logs, traces. They change nothing."""
 
 from typing import Protocol, TypeAlias
 

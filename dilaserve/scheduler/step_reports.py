@@ -1,4 +1,4 @@
-"""What is told of single steps, to clients that see the canvas and to those who look at requests. No decisions."""
+"""Reports of single steps, for clients that see the canvas and for those who look at requests. No decisions."""
 
 from dilaserve.scheduler.request_state import RequestState
 from dilaserve.scheduler.rules.blocks import Part

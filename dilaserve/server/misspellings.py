@@ -1,4 +1,4 @@
-"""Unknown fields that look like known ones, or stand in the wrong place: what a client is told of them."""
+"""Unknown fields that look like known ones, or stand in the wrong place: the warnings that clients get."""
 
 import difflib
 from collections.abc import Mapping
