@@ -144,7 +144,9 @@ def serve(settings: Config, extras: argparse.Namespace) -> int:
 
         hub.directory_of(settings.model.model, settings.model.revision)  # before any other progress is shown
         from dilaserve.engine.assembly import real
+        from dilaserve.system.child_processes import fork_servers
 
+        fork_servers.divide(["dilaserve.worker.main"])
         return real
 
     return listen(settings, assemble)
@@ -171,15 +173,14 @@ def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
         log.warning("%s=%s is ignored: it is the address of a service and no port", name, os.environ[name][:100])
     allow_connections()
     with bound(settings.server.host, settings.server.port) as sockets:
-        from dilaserve.server import heap
-
-        heap.keep_small()
         made = assemble()
         import uvloop
 
         from dilaserve.display import loading
+        from dilaserve.server import heap
         from dilaserve.server.app import serve as run
 
+        heap.keep_small()  # of this process alone, and not of the workers
         with loading() as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             code = runner.run(run(settings, progress, announce, made, sockets))
             signals.leave_soon(code)

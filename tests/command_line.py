@@ -3,19 +3,14 @@
 import json
 import os
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 
+import forked_python
+
 
 def run(*words, **environ):
-    return subprocess.run(
-        [sys.executable, "-m", "dilaserve", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | environ,
-    )
+    return forked_python.run("-m", "dilaserve", *words, env=os.environ | environ, timeout=300)
 
 
 def failed(code, out, err):

@@ -6,10 +6,10 @@ import os
 import signal
 import ssl
 import subprocess
-import sys
 
 import aiohttp
 import pytest
+from forked_python import Python
 from http_requests import CHAT, HELLO, post
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,8 +135,7 @@ def certificate(tmp_path):
 
 
 def test_keys_are_read_again_on_sighup_and_a_broken_file_changes_nothing(key_file):
-    words = [sys.executable, "-m", "dilaserve", "--port", "0", "--api-key-file", str(key_file)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with Python("-m", "dilaserve", "--port", "0", "--api-key-file", key_file) as server:
         try:
             address = server.stdout.readline().split(" on ")[1].split()[0]
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import re
 import signal
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from command_line import ask, failed, run
+from forked_python import Python
 
 from dilaserve import config
 from dilaserve.errors import ConfigError
@@ -30,12 +30,7 @@ def test_emulate_serves_filler_on_pretended_devices_and_a_model_without_chats_co
     (tmp_path / "tokenizer.json").write_bytes((locate("dilaserve-tiny") / "tokenizer.json").read_bytes())
     templates = {"chat_template": [{"name": "tools", "template": "{{ messages }}"}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(templates))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dilaserve", "emulate", "--port", "0", "--sim-devices", "2", "--model", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Python("-m", "dilaserve", "emulate", "--port", "0", "--sim-devices", "2", "--model", tmp_path)
     try:
         line = process.stdout.readline()
         address = re.search(r"on (http://\S+)", line)[1]
@@ -191,12 +186,16 @@ def test_a_model_that_is_not_there_and_an_address_that_cannot_be_had(random_mode
 
 
 def test_a_bench_that_is_terminated_leaves_no_checkpoint_behind():
-    code = "import gpu, time\nwith gpu.room(None, 1.0) as place: print(place, flush=True); time.sleep(60)"
-    bench = Path(__file__).parent.parent / "bench"
-    path = {"PYTHONPATH": os.pathsep.join(map(str, (bench, bench.parent)))}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | path
-    ) as one:
+    paths = [str(Path(__file__).parent.parent / "bench"), str(Path(__file__).parent.parent)]
+    code = f"""
+import sys, time
+sys.path[:0] = {paths}
+import gpu
+with gpu.room(None, 1.0) as place:
+    print(place, flush=True)
+    time.sleep(60)
+"""
+    with Python("-c", code) as one:
         place = Path(one.stdout.readline().strip())
         assert place.is_dir()
         one.send_signal(signal.SIGTERM)

@@ -4,12 +4,11 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 
 import checkpoints
+import forked_python
 import pytest
 import pytest_asyncio
 from worker_waits import children, until
@@ -262,7 +261,7 @@ def test_an_embedding_script_needs_no_main_guard(random_model, tmp_path):
         asyncio.run(main())
         """)
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    done = forked_python.run(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
@@ -284,7 +283,7 @@ def test_a_failed_start_prints_nothing_at_exit(random_model, tmp_path):
             print(error)
         """)
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    done = forked_python.run(script)
     assert (done.returncode, done.stderr) == (0, "")
     assert "lower it" in done.stdout
 

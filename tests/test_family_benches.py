@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import block_loops
+import forked_python
 import pytest
 import reference_loops
 import throughput
@@ -75,7 +74,7 @@ def test_the_bench_of_prefix_reuse_can_be_run(tmp_path):
     file = tmp_path / "figures.json"
     words = ["--size", "tiny", "--system", "64", "--rounds", "1", "--json", str(file)]
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); import prefix; prefix.main()"
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    done = forked_python.run("-c", code, *words, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [(row["family"], row["block"], row["cached_tokens"]) for row in json.loads(file.read_text())]
     assert rows == [("sdar", 4, 64), ("nemotron", 32, 64), ("nemotron", 8, 64)]

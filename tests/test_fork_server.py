@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
+import forked_python
 import pytest
 
 from dilaserve.system import child_processes, fork_server
@@ -117,6 +120,62 @@ def test_a_running_child_is_killed_whatever_it_does():
     os.kill(forked.child.pid, signal.SIGSTOP)
     forked.child.kill()
     assert forked.child.wait(20) == -9
+
+
+def test_descriptors_beyond_the_first_1024_are_waited_for_too():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        forked = Forked()
+        assert forked.line.fileno() > 1024
+        assert forked.heard()[2] == forked.child.pid
+        assert forked.end() == 0
+    finally:
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_program_may_be_divided_so_that_a_fork_of_it_is_the_server(tmp_path):
+    """The server has none of the program's descriptors; where it dies another is started, and the workers come back."""
+    script = f"""
+import asyncio, glob, os, signal
+from dilaserve import Config, Engine, Options
+from dilaserve.system.child_processes import fork_servers
+
+held = os.open({str(tmp_path)!r}, os.O_RDONLY)
+(server,) = fork_servers.servers
+
+async def main():
+    async with Engine(Config.of(devices="cpu")) as engine:
+        async def answer():
+            return (await engine.generate([1, 2, 3], Options(max_tokens=8, ignore_eos=True))).token_ids
+        (worker,) = engine.executor.workers.values()
+        with open(f"/proc/{{worker.process.pid}}/stat") as file:
+            print(int(file.read().rpartition(") ")[2].split()[1]) == server.process.pid)
+        files = glob.glob(f"/proc/{{server.process.pid}}/fd/*")
+        print({str(tmp_path)!r} in map(os.readlink, files), len(fork_servers.servers))
+        first = await answer()
+        os.kill(server.process.pid, signal.SIGKILL)
+        print(await answer() == first, fork_servers.servers[0].process.pid != server.process.pid)
+
+asyncio.run(main())
+print(server.process.wait(), fork_servers.servers)
+"""
+    done = forked_python.run("-c", script)
+    assert done.stdout.splitlines() == ["True", "False 1", "True True", "-9 []"], done
+
+
+def test_a_program_with_threads_is_not_divided():
+    """Locks that other threads hold would stay locked in the fork."""
+    servers, over = child_processes.ForkServers(), threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    servers.divide(["dilaserve.worker.main"])
+    over.set()
+    thread.join()
+    assert not servers.servers
 
 
 def test_a_server_that_cannot_fork_says_why(monkeypatch):

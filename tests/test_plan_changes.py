@@ -2,11 +2,10 @@
 
 import asyncio
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import aiohttp
+import forked_python
 import msgspec
 import pytest
 import pytest_asyncio
@@ -182,7 +181,7 @@ async def test_a_model_too_large_for_one_device_is_read_in_shards(random_model):
 async def test_a_short_soak(random_model, what):
     words = [what, "--seconds", "4", "--clients", "8", "--model", str(random_model)]
     bench = Path(__file__).parent.parent / "bench" / "soak.py"
-    done = subprocess.run([sys.executable, str(bench), *words], capture_output=True, text=True)  # noqa: ASYNC221
+    done = forked_python.run(bench, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("all goals reached\n")
 

@@ -1,10 +1,9 @@
 """What the READMEs say and a machine can check."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked_python
 import pytest
 
 from dilaserve import cli
@@ -20,7 +19,7 @@ OTHERS = {"--local-dir", "--family", "--size", "--rounds", "--requests", "--quic
 def test_the_embedding_example_runs_as_it_stands():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (example,) = [block for block in blocks if "Engine(" in block]
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120)
+    done = forked_python.run("-c", example)
     assert (done.returncode, done.stderr) == (0, "")
     whole, streamed = done.stdout.splitlines()
     assert re.fullmatch(r"\S+ (stop|length) \d+", whole)

@@ -10,18 +10,14 @@ import time
 
 import pytest
 from command_line import ask, no_children
+from forked_python import Python
 from worker_waits import workers_of
 
 
 @pytest.fixture
 def served(random_model):
     """A server process, after its ready line; gives the process and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dilaserve", "--model", str(random_model), "--port", "0", "--devices", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Python("-m", "dilaserve", "--model", random_model, "--port", "0", "--devices", "cpu")
     line = process.stdout.readline()
     address = re.search(r"on (http://\S+)", line)
     assert address, line + process.stderr.read()
@@ -118,12 +114,7 @@ def test_ctrl_c_ends_a_serving_and_a_loading_server_quietly(served, random_model
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     assert "Traceback" not in process.stderr.read()
-    loading = subprocess.Popen(
-        [sys.executable, "-m", "dilaserve", "--model", str(random_model), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    loading = Python("-m", "dilaserve", "--model", random_model, "--port", "0")
     while no_children(loading.pid):  # until a worker loads
         time.sleep(0.01)
     loading.send_signal(signal.SIGINT)

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 
+import forked_python
 import pytest
 
 from dilaserve import BadRequest, Config, ConfigError, DilaServe, Engine, Options, Unavailable
@@ -201,7 +202,7 @@ SCRIPTS = {
 def test_a_script_ends_cleanly_however_it_ends(random_model, how):
     body, code, said = SCRIPTS[how]
     head = f"from dilaserve import DilaServe, Options; served = DilaServe(model={str(random_model)!r}, devices='cpu')"
-    done = subprocess.run([sys.executable, "-c", f"{head}\n{body}"], capture_output=True, text=True, timeout=120)
+    done = forked_python.run("-c", f"{head}\n{body}")
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 

@@ -6,11 +6,11 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked_python
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -220,7 +220,7 @@ def test_every_way_in_which_a_worker_ends_is_described():
 
 def run(script):
     text = textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", text], cwd=HOME, capture_output=True, text=True, timeout=100)
+    done = forked_python.run("-c", text, cwd=HOME)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout.splitlines()
 

@@ -87,5 +87,9 @@ def left_behind() -> set[str]:
     children = {f"process {pid}" for pid in found.stdout.split()}
     temporary = set(glob.glob(f"{tempfile.gettempdir()}/dilaserve-{os.getpid()}-*"))
     files = {os.readlink(file) for file in glob.glob("/proc/self/fd/*") if os.path.islink(file)}
-    counts = {f"{sum(kind in name for name in files)} open of kind {kind}" for kind in ("socket", "eventfd", "shm")}
-    return children | set(glob.glob(f"/dev/shm/*{os.getpid()}*")) | temporary | counts
+    counted = {
+        f"open {kind} number {number + 1}"
+        for kind in ("socket", "eventfd", "shm")
+        for number in range(sum(kind in name for name in files))
+    }
+    return children | set(glob.glob(f"/dev/shm/*{os.getpid()}*")) | temporary | counted

@@ -22,7 +22,7 @@ from multiprocessing.spawn import get_executable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from dilaserve.system import fork_server
-from dilaserve.system.fork_server import ForkedChild
+from dilaserve.system.fork_server import ForkedChild, OwnFork
 
 log = logging.getLogger(__name__)
 BOOT = (
@@ -52,7 +52,7 @@ class Line(Protocol):
     def close(self) -> None: ...
 
 
-Child: TypeAlias = subprocess.Popen[bytes] | ForkedChild
+Child: TypeAlias = subprocess.Popen[bytes] | ForkedChild | OwnFork
 running: dict[Child, Line] = {}  # the children of this very process, and the lines to them
 
 
@@ -88,7 +88,7 @@ def start(
 class ForkServer(NamedTuple):
     """A fork server, the line to it, and what was in force when it began to import."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | OwnFork
     control: socket.socket
     imported_with: tuple[object, ...]
 
@@ -135,10 +135,21 @@ class ForkServers:
         self.forks[child] = server
         return child
 
+    def divide(self, modules: Sequence[str]) -> None:
+        """Have a fork of this process be the server, so that nothing is imported twice. For a program that has imported
+        the modules and begun nothing else: of threads nothing is left in a fork but the locks that they held.
+        """
+        if threading.active_count() > 1:
+            return
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, blocked(signal.SIGINT, signal.SIGTERM):
+            process = fork_server.divide(theirs, modules)
+        self.servers.append(ForkServer(process, mine, imported_now(modules)))
+        running[process] = mine
+
     def current(self, modules: Sequence[str]) -> ForkServer:
         """The server that has imported these modules as they would be imported now."""
-        counts = sorted(item for item in os.environ.items() if item[0].startswith(COUNT_AT_IMPORT))
-        wanted: tuple[object, ...] = (*modules, get_executable(), *sys.path, *counts)
+        wanted = imported_now(modules)
         for server in self.servers:
             if server.imported_with == wanted and server.process.poll() is None:
                 return server
@@ -147,7 +158,7 @@ class ForkServers:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with socket.socket(fileno=heritable(theirs.detach())) as end:
             arguments = end.fileno(), tuple(modules)
-            process = start("dilaserve fork server", fork_server.serve, arguments, mine, [end.fileno()])
+            process = start(fork_server.NAME, fork_server.serve, arguments, mine, [end.fileno()])
         self.servers.append(ForkServer(process, mine, wanted))
         return self.servers[-1]
 
@@ -180,6 +191,12 @@ def fork(
         child = fork_servers.fork(name, run, arguments, inherited, environment_of(threads))
     running[child] = line
     return child
+
+
+def imported_now(modules: Sequence[str]) -> tuple[object, ...]:
+    """What decides how these modules are imported."""
+    counts = sorted(item for item in os.environ.items() if item[0].startswith(COUNT_AT_IMPORT))
+    return *modules, get_executable(), *sys.path, *counts
 
 
 def absolute_path() -> list[str]:

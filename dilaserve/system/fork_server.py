@@ -29,11 +29,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from setproctitle import setproctitle
 
-from dilaserve.system.descriptors import ensure_standard_streams
+from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
 MOST_BYTES = 2**16  # of a request, in one message
 MOST_DESCRIPTORS = 64
 PR_SET_PDEATHSIG = 1
+NAME = "dilaserve fork server"  # in the list of processes
 STARTED, REFUSED, ENDED = range(3)  # what a status line says: pid, errno, exit status as of `Popen.returncode`
 SAID = struct.Struct("=Bi")
 
@@ -60,6 +61,31 @@ def serve(fd: int, modules: Sequence[str]) -> None:
     gc.collect()
     gc.freeze()  # a collection in a fork would copy all pages
     Server(control).run()
+
+
+def divide(control: socket.socket, modules: Sequence[str]) -> "OwnFork":
+    """Fork this process as a server for the other end of `control`."""
+    pid = os.fork()
+    if not pid:
+        become(control, modules)
+    return OwnFork(NAME, pid)
+
+
+def become(control: socket.socket, modules: Sequence[str]) -> NoReturn:
+    """The whole life of a server that is a fork of its engine's process."""
+    code = 1
+    try:
+        setproctitle(NAME)
+        os.chdir("/")
+        lead_nowhere(0)
+        fd = control.detach()
+        place([fd], [fd])
+        serve(fd, modules)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 class Server:
@@ -173,6 +199,38 @@ def place(received: Sequence[int], numbers: Sequence[int]) -> None:
         os.close(fd)
 
 
+class OwnFork:
+    """A fork of this very process, with the methods of `subprocess.Popen` that are used of one."""
+
+    def __init__(self, name: str, pid: int) -> None:
+        self.args = [name]
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                os.close(self.pidfd)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
+        if self.poll() is None:
+            readable(self.pidfd, timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
 class ForkedChild:
     """A fork as its engine sees it, with the methods of `subprocess.Popen` that are used of one.
 
@@ -192,7 +250,7 @@ class ForkedChild:
     @property
     def pid(self) -> int:
         while self.poll() is None and not self._pid:
-            select.select([self.line], [], [])
+            readable(self.line.fileno())
         return self._pid
 
     def poll(self) -> int | None:
@@ -209,7 +267,7 @@ class ForkedChild:
         until = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
             left = None if until is None else max(0.0, until - time.monotonic())
-            if not select.select([self.line], [], [], left)[0]:
+            if not readable(self.line.fileno(), left):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         assert self.returncode is not None
         return self.returncode
@@ -277,6 +335,13 @@ def ask(
             mine.close()
             raise
     return ForkedChild(name, mine)
+
+
+def readable(fd: int, timeout: float | None = None) -> bool:
+    """Wait until there is something to read; of any descriptor, where `select.select` knows the first 1024 only."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else 1000 * timeout))
 
 
 def is_open(fd: int) -> bool:
