@@ -17,6 +17,16 @@ from dilaserve.cli import main
 from dilaserve.server.app import running
 from dilaserve.system import child_processes
 
+def share_of_cores() -> set[int]:
+    """Those of one of the processes that share the test files. Else a worker, which gives way to everybody, would wait
+    for a core on which another's test computes, and the second thread of a step with it.
+    """
+    cores, number = sorted(os.sched_getaffinity(0)), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return set(cores[int(number.removeprefix("gw")) % len(cores) :: count])
+
+
+os.sched_setaffinity(0, share_of_cores())
 # Dozens of tests start a Python of their own; without bytecode on the disk each would compile the whole package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
