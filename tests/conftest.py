@@ -17,6 +17,7 @@ from dilaserve.cli import main
 from dilaserve.server.app import running
 from dilaserve.system import child_processes
 
+
 def share_of_cores() -> set[int]:
     """Those of one of the processes that share the test files. Else a worker, which gives way to everybody, would wait
     for a core on which another's test computes, and the second thread of a step with it.
