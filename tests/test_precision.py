@@ -19,7 +19,8 @@ from dilaserve.worker.model_runner import Runner
 from dilaserve.worker.step_arrays import columns_of
 from dilaserve.worker.tp_group import add
 
-BLOCK, ROOM, PER_TASK = 32, 512, 4
+BLOCK, ROOM, PER_TASK = 32, 512, 3
+CIRCUIT = (1, 2, 4, 1, 4, 2, 1)  # every degree is followed by every other
 TINY = "dilaserve-tiny"
 
 
@@ -111,14 +112,11 @@ def together(size, work):
 
 def test_bfloat16_at_any_degree_and_after_a_reshard_is_as_likely_to_be_right_as_float32(canvases):
     exact, short = Harness(torch.float32, canvases), Harness(torch.bfloat16, canvases)
-    assert short.spec.degrees == (1, 2, 4)
+    assert short.spec.degrees == tuple(sorted(set(CIRCUIT)))
     for share in (0.0, 0.5):
         for harness in (exact, short):
             harness.commit(share)
         expected = exact.loss(1, refresh=True), exact.loss(1, refresh=False)
-        for before in short.spec.degrees:
-            found = short.loss(before, refresh=True), short.loss(before, refresh=False)
-            assert found == pytest.approx(expected, rel=1e-2), (share, before)
-            for after in short.spec.degrees:  # the first step behind a reshard refreshes, whatever the pool holds
-                moved = short.loss(after, refresh=True), short.loss(after, refresh=False)
-                assert moved == pytest.approx(expected, rel=1e-2), (share, before, after)
+        for degree in CIRCUIT:  # the first step behind a reshard refreshes, whatever the pool holds
+            found = short.loss(degree, refresh=True), short.loss(degree, refresh=False)
+            assert found == pytest.approx(expected, rel=1e-2), (share, degree)

@@ -86,7 +86,7 @@ async def test_workers_that_are_killed_while_they_load_cost_time_alone(engine, m
         struck |= (alive := pids())
         for i, pid in enumerate(alive):
             strike(pid, (signal.SIGKILL, signal.SIGHUP, 40)[(len(struck) + i) % 3])
-        await until(lambda: pids() - struck)  # one that loads, unless this process was kept waiting
+        await until(lambda: pids() - struck)  # noqa: B023 - one that loads, unless this process was kept waiting
         assert engine.alive
     assert engine.executor.failures == [0, 0]
     assert (await waiting).token_ids == known.token_ids
