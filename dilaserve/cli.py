@@ -289,20 +289,22 @@ def chat(settings: Config, extras: argparse.Namespace) -> int:
     """Talk to a server from the terminal."""
     from dilaserve.client import chat_command
 
+    signals.raise_system_exit()
     chat_command.run(extras)
     return 0
 
 
 def bench(settings: Config, extras: argparse.Namespace) -> int:
-    """Put load on an endpoint and say how it did."""
+    """Put load on an endpoint and say how it did; also how it did until Ctrl-C."""
     from dilaserve.client.bench_command import bench as run
     from dilaserve.display import counting
 
     signals.raise_keyboard_interrupt()
     with counting() as seen:
-        found = list(run(extras, seen))
-    print("\n".join(found))
-    return 0
+        done = run(extras, seen)
+    for line in done.lines:
+        say(line)
+    return INTERRUPTED if done.interrupted else 0
 
 
 class Command(NamedTuple):
