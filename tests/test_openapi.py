@@ -105,7 +105,12 @@ async def test_canvases_of_a_stream_are_what_the_document_says(client, path, bod
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_likelihood_is_what_the_document_says(client):
-    for wish in ({"likelihood": "pseudo", "max_tokens": 0}, {"likelihood": {"groups": 2}, "max_tokens": 1}):
+    samples = {"kind": "monte-carlo", "samples": 2}
+    for wish in (
+        {"likelihood": "pseudo", "max_tokens": 0},
+        {"likelihood": {"groups": 2}, "max_tokens": 1},
+        {"likelihood": samples, "max_tokens": 0},
+    ):
         body = {"prompt": ["hello", "you"], "echo": True, "logprobs": 1} | wish
         check(named("CompletionRequest"), body)
         status, answer, _ = await post(client, COMPLETE, body)

@@ -160,14 +160,18 @@ class CompletionLogprobs(Out):
     text_offset: list[int]
 
 
-class PromptLikelihood(Out):
-    """The estimate for a prompt; the `standard_error` of its total is 0 where that is exact, null after one round."""
+class PromptLikelihood(Out, kw_only=True):
+    """The estimate for a prompt; the `standard_error` of its total is 0 where that is exact, null after one round.
 
-    kind: Literal["pseudo"]
+    `groups` and `rounds` stand in pseudo, `samples` in monte-carlo.
+    """
+
+    kind: Literal["pseudo", "monte-carlo"]
     log_likelihood: float
     standard_error: float | None
-    groups: int
-    rounds: int
+    groups: int | UnsetType = UNSET
+    rounds: int | UnsetType = UNSET
+    samples: int | UnsetType = UNSET
     start: int
     seed: int
 
