@@ -52,9 +52,13 @@ def interrupted_at(file, lines):
 
 @pytest.fixture(scope="module")
 def twice(random_model, tmp_path_factory):
-    """A calibration that Ctrl-C ends, and one with the same arguments after it: (first, kept, second, folder)."""
+    """A calibration that Ctrl-C ends, and one with the same arguments after it: (first, kept, second, folder).
+
+    A damaged profile lies beside the model.
+    """
     folder = tmp_path_factory.mktemp("calibrated")
     model = Path(shutil.copytree(random_model, folder / "model"))
+    (model / profile_file.FILE).write_text("[]")
     (folder / "problems.jsonl").write_text(QUESTIONS)
     flags = ("--problems", str(folder / "problems.jsonl"), "--plots", str(folder / "plots"))
     words = ("calibrate", *calibrating(model), *flags)
@@ -109,15 +113,20 @@ def test_calibrate_refuses_problems_that_cannot_be_asked_or_read(model, tmp_path
     assert "holds no problems" in failed(*run_main(*flags, "/dev/null"))
 
 
-def test_a_damaged_profile_stops_the_server_and_is_replaced_by_calibrate(model, tmp_path, run_main):
+def test_a_damaged_profile_stops_the_server_and_is_replaced_by_calibrate(twice, model, run_main):
+    _, _, (_, _, err), folder = twice
+    assert "the old profile is replaced" in err
     (model / profile_file.FILE).write_text("[]")
-    flags = calibrating(model)
-    assert "damaged" in failed(*run_main(*flags, "--port", "0"))
-    assert "cannot be written" in failed(*run_main("calibrate", *flags, "--profile", str(tmp_path)))
-    elsewhere, problems = tmp_path / "elsewhere.json", tmp_path / "problems.jsonl"
-    elsewhere.write_text("[]")
-    problems.write_text('{"prompt": "hello"}\n')
-    code, _, told = run_main("calibrate", *flags, "--problems", str(problems), "--profile", str(elsewhere))
-    assert (code, "the old profile is replaced" in told) == (0, True), told
-    assert profile_file.read(elsewhere).costs.keys() == {"cpu x1"}
-    assert (model / profile_file.FILE).read_text() == "[]"
+    assert "damaged" in failed(*run_main(*calibrating(model), "--port", "0"))
+    profile = profile_file.read(folder / "model" / profile_file.FILE)
+    assert profile.costs.keys() == {"cpu x1"}
+
+
+def test_a_profile_is_written_to_the_file_that_is_given(twice, model, tmp_path, run_main):
+    *_, folder = twice
+    profile = profile_file.read(folder / "model" / profile_file.FILE)
+    elsewhere = tmp_path / "elsewhere.json"
+    assert profile_file.write(profile, model, str(elsewhere)) == elsewhere
+    assert profile_file.read(elsewhere) == profile
+    assert not (model / profile_file.FILE).exists()
+    assert "cannot be written" in failed(*run_main("calibrate", *calibrating(model), "--profile", str(tmp_path)))
