@@ -32,7 +32,6 @@ from dilaserve.system.descriptors import ensure_standard_streams, lead_nowhere
 
 if TYPE_CHECKING:
     from dilaserve.engine.assembly import Assemble
-    from dilaserve.profile.profile_file import ModelProfile
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 log = logging.getLogger(__name__)
@@ -233,50 +232,11 @@ def say(line: str) -> None:
 def calibrate(settings: Config, extras: argparse.Namespace) -> int:
     """Measure the model, write its profile (to --profile, if that is given), draw it."""
     quiet()
-    from dilaserve.calibrate.calibrate import calibrate as measure
-    from dilaserve.calibrate.summary import doubts, table_of
-    from dilaserve.display import counting, show
-    from dilaserve.models import hub
-    from dilaserve.profile import profile_file
+    from dilaserve.calibrate.command import calibrate as run
 
     signals.raise_keyboard_interrupt()
-    directory = hub.directory_of(settings.model.model, settings.model.revision)
-    given = settings.scheduler.profile
-    if given:
-        profile_file.check_writable(Path(given))
-    known = replaced(directory, given)
-    with counting() as seen:
-        profile, samples, law = asyncio.run(measure(settings, extras.problems, extras.per_task, seen, known, note))
-    file = profile_file.write(profile, directory, given)
-    print(f"step costs: {law.samples} kinds of steps, {100 * law.error:.1f} % mean error on those held out")
-    show(table_of(profile.quality))
-    for line in doubts(profile.quality, law):
-        note(line)
-    print(f"profile: {file}")
-    if extras.plots:
-        from dilaserve.profile import plots
-
-        plots.step_cost(law, samples, extras.plots / "step-cost.png")
-        plots.quality(profile.quality, extras.plots / "quality.png")
-        print(f"plots: {extras.plots / 'step-cost.png'}, {extras.plots / 'quality.png'}")
+    run(settings, extras)
     return 0
-
-
-def note(line: str) -> None:
-    print(f"dilaserve: {line}", file=sys.stderr, flush=True)
-
-
-def replaced(directory: Path, given: str | None) -> "ModelProfile | None":
-    """The profile that is measured anew. None where there is none, or it cannot be read, which is said."""
-    from dilaserve.profile import profile_file
-
-    if given and not Path(given).exists():
-        return None
-    try:
-        return profile_file.find(directory, given)
-    except ConfigError as error:
-        print(f"dilaserve: the old profile is replaced as a whole, other devices too: {error}", file=sys.stderr)
-        return None
 
 
 def simulate(settings: Config, extras: argparse.Namespace) -> int:
@@ -329,20 +289,22 @@ def chat(settings: Config, extras: argparse.Namespace) -> int:
     """Talk to a server from the terminal."""
     from dilaserve.client import chat_command
 
+    signals.raise_system_exit()
     chat_command.run(extras)
     return 0
 
 
 def bench(settings: Config, extras: argparse.Namespace) -> int:
-    """Put load on an endpoint and say how it did."""
+    """Put load on an endpoint and say how it did; also how it did until Ctrl-C."""
     from dilaserve.client.bench_command import bench as run
     from dilaserve.display import counting
 
     signals.raise_keyboard_interrupt()
     with counting() as seen:
-        found = list(run(extras, seen))
-    print("\n".join(found))
-    return 0
+        done = run(extras, seen)
+    for line in done.lines:
+        say(line)
+    return INTERRUPTED if done.interrupted else 0
 
 
 class Command(NamedTuple):

@@ -48,6 +48,8 @@ def calibration_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--per-task", type=positive, default=300, metavar="N", help="problems of each task (default: 300)"
     )
+    again = "measure anew what an interrupted run has measured (default: go on from it)"
+    group.add_argument("--restart", action="store_true", default=False, help=again)
     group.add_argument("--plots", type=folder, default=None, metavar="DIR", help="where to draw the curves (PNG)")
 
 

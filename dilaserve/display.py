@@ -58,8 +58,8 @@ def counting() -> Iterator[Callable[[str, int, int], None]]:
         tasks = {}
 
         def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+            if what not in tasks:  # what is done by then tells nothing of the speed
+                tasks[what] = bars.add_task(what, total=total, completed=done)
             bars.update(tasks[what], completed=done, total=total)
 
         yield show

@@ -17,7 +17,7 @@ from parity import best_of, same_tops
 from worker_faults import wait_for_plan
 
 from dilaserve import BadRequest, Config, Engine, Options
-from dilaserve.engine.likelihood import Sampling, estimate
+from dilaserve.engine.likelihood import Pseudo, estimate
 from dilaserve.server.app import running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -127,7 +127,7 @@ async def test_options_without_a_meaning_are_refused_with_a_reason(engine, field
 async def test_known_tokens_have_the_likelihood_of_the_logits_before_them(engine, reference):
     """On two ranks, one of which has the logit of each."""
     text, mask = [40, 7, 99, 181, 3, 3, 60, 250], reference.mask_id
-    found = await estimate(engine, text, Sampling(groups=100), Options(), "exact")
+    found = await estimate(engine, text, Pseudo(groups=100), Options(), "exact")
     visible = torch.ones(len(text), len(text)).bool()
     for i in range(1, len(text)):
         logits = reference.logits([mask if place == i else token for place, token in enumerate(text)], visible)[i - 1]

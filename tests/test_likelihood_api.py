@@ -4,7 +4,7 @@ import pytest
 from http_requests import COMPLETE, post
 
 from dilaserve import Options
-from dilaserve.engine.likelihood import Sampling, estimate
+from dilaserve.engine.likelihood import MonteCarlo, Pseudo, estimate
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPTS = [[40, 7, 99, 181, 3, 3, 60], [12, 77, 140, 9]]
@@ -27,7 +27,7 @@ async def test_lm_eval_reads_the_likelihoods_of_continuations(client, engine):
     wish = ASKED | {"prompt": PROMPTS, "max_tokens": 1, "model": "random"}
     status, body, _ = await post(client, COMPLETE, wish, **{"x-likelihood": "pseudo"})
     assert status == 200, body
-    known = [await estimate(engine, ids, Sampling(seed=1234), Options(), f"known{len(ids)}") for ids in PROMPTS]
+    known = [await estimate(engine, ids, Pseudo(seed=1234), Options(), f"known{len(ids)}") for ids in PROMPTS]
     read = read_by_lm_eval(body, (3, 2))
     for (value, greedy), one, ids, context in zip(read, known, PROMPTS, (3, 2), strict=True):
         assert value == pytest.approx(sum(one.logprobs[context:]), abs=1e-3)
@@ -43,7 +43,7 @@ async def test_the_answer_says_how_its_estimate_was_made(client, engine):
     _, body, _ = await post(client, COMPLETE, PSEUDO | {"likelihood": how})
     (choice,) = body["choices"]
     ids = await engine.tokenize("hello you")
-    known = await estimate(engine, ids, Sampling(**how, seed=1234), Options(), "known")
+    known = await estimate(engine, ids, Pseudo(**how, seed=1234), Options(), "known")
     about = choice["likelihood"]
     assert about == {"kind": "pseudo", **how, "seed": 1234} | {
         "log_likelihood": pytest.approx(known.total, abs=1e-3),
@@ -62,6 +62,23 @@ async def test_the_answer_says_how_its_estimate_was_made(client, engine):
     assert bare["choices"][0]["logprobs"]["top_logprobs"] is None
 
 
+async def test_the_bound_is_asked_for_by_name_by_fields_or_by_the_header(client, engine):
+    ids = await engine.tokenize("hello you")
+    known = await estimate(engine, ids, MonteCarlo(samples=5, start=3, seed=1234), Options(), "known")
+    wish = PSEUDO | {"likelihood": {"kind": "monte-carlo", "samples": 5, "start": 3}}
+    _, body, _ = await post(client, COMPLETE, wish)
+    assert body["choices"][0]["likelihood"] == {"kind": "monte-carlo", "samples": 5, "start": 3, "seed": 1234} | {
+        "log_likelihood": pytest.approx(known.total, abs=1e-3),
+        "standard_error": pytest.approx(known.standard_error, abs=1e-3),
+    }
+    assert body["choices"][0]["logprobs"]["token_logprobs"][3:] == pytest.approx(known.logprobs[3:], abs=1e-3)
+    _, named, _ = await post(client, COMPLETE, PSEUDO | {"likelihood": "monte-carlo"})
+    _, headed, _ = await post(client, COMPLETE, PSEUDO | {"likelihood": None}, **{"x-likelihood": "monte-carlo"})
+    for one in (named, headed):
+        assert one["choices"][0]["likelihood"]["samples"] == 128
+    assert headed["choices"][0]["likelihood"] == pytest.approx(named["choices"][0]["likelihood"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("wish", "param"),
     [
@@ -69,6 +86,9 @@ async def test_the_answer_says_how_its_estimate_was_made(client, engine):
         ({"likelihood": "exact"}, "likelihood"),
         ({"likelihood": {"groups": 0}}, "likelihood"),
         ({"likelihood": {"group": 2}}, "likelihood"),
+        ({"likelihood": {"samples": 2}}, "likelihood"),
+        ({"likelihood": {"kind": "monte-carlo", "groups": 2}}, "likelihood"),
+        ({"likelihood": {"kind": "monte-carlo", "samples": 2000}}, "likelihood"),
         ({"echo": False}, "echo"),
         ({"logprobs": 2}, "logprobs"),
         ({"logprobs": None}, "logprobs"),

@@ -2,10 +2,11 @@
 
 import msgspec
 import pytest
-from http_requests import CHAT, COMPLETE, HELLO, post
-from jsonschema import Draft202012Validator
+from http_requests import CHAT, COMPLETE, HELLO, post, stream
+from jsonschema import Draft202012Validator, ValidationError
 from openapi_spec_validator import validate
 
+from dilaserve.engine.canvas import Canvas
 from dilaserve.server import schema
 from dilaserve.server.app import application
 from dilaserve.server.openapi import FIELDS, ROUTES, document
@@ -27,13 +28,13 @@ BODIES = [
 ]
 
 
-def check(name, value):
+def check(content, value):
     """Raise an error that names what of the value is not as the document says."""
-    Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}).validate(value)
+    Draft202012Validator(content["schema"] | {"components": DOCUMENT["components"]}).validate(value)
 
 
-def name_of(content):
-    return content["schema"]["$ref"].rpartition("/")[2]
+def named(name):
+    return {"schema": {"$ref": f"#/components/schemas/{name}"}}
 
 
 def answered(path, method="post", code="200"):
@@ -57,7 +58,7 @@ async def test_all_routes_of_the_application_are_described(engine):
 
 
 def test_what_the_document_says_of_fields_is_of_fields_that_there_are():
-    kinds = [route.body for route in ROUTES if route.body] + [schema.Slo]
+    kinds = [route.body for route in ROUTES if route.body] + [schema.Slo, schema.StreamOptions]
     names = {field.encode_name for kind in kinds for field in msgspec.structs.fields(kind)}
     assert FIELDS.keys() <= names
     assert set(schema.Shared.__struct_fields__) <= FIELDS.keys()
@@ -66,28 +67,55 @@ def test_what_the_document_says_of_fields_is_of_fields_that_there_are():
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("path", "body"), BODIES)
 async def test_answers_and_events_are_what_the_document_says(client, path, body):
-    check(name_of(DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]), body)
+    check(DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"], body)
     content = answered(path)
     status, answer, _ = await post(client, path, body)
     assert status == 200, answer
-    check(name_of(content["application/json"]), answer)
+    check(content["application/json"], answer)
     options = {} if path in (RESPONSES, MESSAGES) else {"stream_options": {"include_usage": True}}
     async with client.post(path, json=body | {"stream": True} | options) as response:
         raw = (await response.read()).decode()
     data = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: {")]
     assert len(data) > 3
     for one in data:
-        check(name_of(content["text/event-stream"]), msgspec.json.decode(one))
+        check(content["text/event-stream"], msgspec.json.decode(one))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [(CHAT, HELLO, "ChatCanvasChunk"), (COMPLETE, {"prompt": "hello", "max_tokens": 8}, "TextCanvasChunk")],
+)
+async def test_canvases_of_a_stream_are_what_the_document_says(client, path, body, kind):
+    chunks = await stream(client, path, body | {"stream_options": {"include_canvas": True}})
+    canvases = [chunk for chunk in chunks if "canvas" in chunk.get("dilaserve", {})]
+    assert canvases
+    for chunk in chunks:
+        check(answered(path)["text/event-stream"], chunk)
+    for chunk in canvases:
+        check(named(kind), chunk)
+        chunk["dilaserve"]["canvas"]["other"] = 1
+        with pytest.raises(ValidationError):
+            check(answered(path)["text/event-stream"], chunk)
+    fields = DOCUMENT["components"]["schemas"]["ShownCanvas"]
+    assert set(fields["required"]) == set(fields["properties"]) == {*Canvas.__struct_fields__, "masked"}
+    asked = DOCUMENT["components"]["schemas"]["StreamOptions"]["properties"]["include_canvas"]
+    assert "open block" in asked["description"]
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_likelihood_is_what_the_document_says(client):
-    for wish in ({"likelihood": "pseudo", "max_tokens": 0}, {"likelihood": {"groups": 2}, "max_tokens": 1}):
+    samples = {"kind": "monte-carlo", "samples": 2}
+    for wish in (
+        {"likelihood": "pseudo", "max_tokens": 0},
+        {"likelihood": {"groups": 2}, "max_tokens": 1},
+        {"likelihood": samples, "max_tokens": 0},
+    ):
         body = {"prompt": ["hello", "you"], "echo": True, "logprobs": 1} | wish
-        check("CompletionRequest", body)
+        check(named("CompletionRequest"), body)
         status, answer, _ = await post(client, COMPLETE, body)
         assert status == 200, answer
-        check("TextCompletion", answer)
+        check(named("TextCompletion"), answer)
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -96,7 +124,7 @@ async def test_answers_of_other_routes_are_what_the_document_says(client):
     for path in paths:
         async with client.get(path.replace("{model}", "random")) as response:
             assert response.status == 200, path
-            check(name_of(answered(path, "get")["application/json"]), await response.json())
+            check(answered(path, "get")["application/json"], await response.json())
     async with client.get("/openapi.json") as response:
         assert (await response.read(), response.content_type) == (document(), "application/json")
     others = {
@@ -106,11 +134,11 @@ async def test_answers_of_other_routes_are_what_the_document_says(client):
     }
     for path, body in others.items():
         _, answer, _ = await post(client, path, body)
-        check(name_of(answered(path)["application/json"]), answer)
+        check(answered(path)["application/json"], answer)
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_errors_are_what_the_document_says(client):
     for path in (CHAT, COMPLETE, RESPONSES, MESSAGES):
         status, answer, _ = await post(client, path, {"max_tokens": "x", "max_output_tokens": "x"})
-        check(name_of(answered(path, code=str(status))["application/json"]), answer)
+        check(answered(path, code=str(status))["application/json"], answer)

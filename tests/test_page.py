@@ -17,6 +17,10 @@ window.seen = [];
 const count = () => window.seen.push(document.querySelectorAll('.run:last-child .mask').length);
 new MutationObserver(count).observe(document.querySelector('#runs'), { childList: true, subtree: true });
 """
+STOP_AT_THE_FIRST_CANVAS = """
+const press = () => { if (document.querySelector('.run .mask')) document.querySelector('#stop').click(); };
+new MutationObserver(press).observe(document.querySelector('#runs'), { childList: true, subtree: true });
+"""
 CONTRAST = """
 const shade = (color) => {
   const parts = color.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255);
@@ -110,6 +114,23 @@ def test_steps_that_are_over_can_be_looked_at_again(page, address):
     page.slide(".scrub input", 1)
     assert page.all(".run .mask")
     assert page.find(".scrub span").text.startswith("Step 1 of")
+
+
+def test_stop_ends_the_answer_here_and_on_the_server(page, address):
+    def cancelled():
+        return json.loads(fetched(address, "/v1/stats")[1])["requests"]["fates"]["cancelled"]
+
+    started(page, address)
+    before = cancelled()
+    page.slide("#threshold", 1)  # one token a step
+    page.run(STOP_AT_THE_FIRST_CANVAS)
+    ask(page, "Start with 34: +3 +2 -2 -9 -8 +7 -6 +5 -4 +3")
+    assert page.find(".run .failure").text == page.find("#said").get_attribute("textContent") == "Stopped."
+    assert page.find("#run").is_enabled()
+    page.wait(lambda: cancelled() == before + 1)
+    started(page, address)
+    ask(page, "What is 347+85?")
+    assert page.find(".run .answer").text == "432"
 
 
 def test_a_second_run_at_another_threshold_marks_what_differs(page, address):

@@ -6,7 +6,7 @@ from pathlib import Path
 import forked_python
 import pytest
 
-from dilaserve import cli
+from dilaserve import cli, config
 from dilaserve.server import schema, unsupported
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,12 @@ def test_every_flag_that_is_named_exists():
         flag for command in cli.COMMANDS for action in cli.flags(command)._actions for flag in action.option_strings
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - OTHERS <= flags
+
+
+def test_every_setting_of_the_server_is_mentioned_on_its_page():
+    page = (ROOT / "dilaserve/server/README.md").read_text()
+    flags = [setting.flag for setting in config.settings().values() if setting.group == "server"]
+    assert [flag for flag in flags if not re.search(rf"{flag}\b(?!-)", page)] == []
 
 
 def test_every_field_that_is_named_is_known():

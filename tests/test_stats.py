@@ -7,9 +7,10 @@ from http_requests import CHAT, HELLO, post
 from virtual_time import run_on_virtual_time
 
 from dilaserve import Config, Engine, Options
-from dilaserve.engine.request_views import views
+from dilaserve.engine.request_views import thresholds_in_force, under_way, views
 from dilaserve.scheduler.step_reports import KEPT_STEPS
 from dilaserve.server.history import KEPT, History, percentile
+from dilaserve.server.metrics import EngineCollector
 from dilaserve.server.stats import columns
 from dilaserve.sim.h200 import llada_8b_h200
 from dilaserve.sim.run import pretended
@@ -94,6 +95,29 @@ def test_a_running_request_shows_its_last_steps_and_the_history_its_last_minutes
     assert len(seconds) == KEPT
     assert [second.arrivals for second in seconds] == [0] * KEPT
     assert seconds[-1].at > 0
+
+
+def test_only_requests_that_go_by_a_threshold_have_one_in_force():
+    async def watched():
+        profile = llada_8b_h200()
+        config = Config.of(max_model_len=1024, plan="1x1", max_num_seqs=2, confidence_threshold=0.4)
+        async with Engine(config, assemble=pretended(profile, 1, 1024)) as engine:
+            by_steps = Options(max_tokens=512, num_denoising_steps=512, ignore_eos=True)
+            by_threshold = Options(max_tokens=512, confidence_threshold=0.8, ignore_eos=True)
+            for options in (by_steps, by_threshold, by_threshold):
+                await engine.submit([5] * 64, options)
+            await asyncio.sleep(0.05)
+            families = {family.name: family.samples for family in EngineCollector(engine).collect()}
+            return thresholds_in_force(engine.scheduler), under_way(engine.scheduler), families
+
+    in_force, now, found = run_on_virtual_time(watched())
+    assert (in_force, now) == ([0.8], (2, 1))
+    assert {one.labels["of"]: one.value for one in found["dilaserve_confidence_threshold"]} == {
+        "lowest": 0.8,
+        "mean": 0.8,
+    }
+    (running,), (waiting,) = found["dilaserve_requests_running"], found["dilaserve_requests_waiting"]
+    assert (running.value, waiting.value) == (2, 1)
 
 
 async def seen_after(engine, steps):

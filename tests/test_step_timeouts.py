@@ -9,6 +9,7 @@ from virtual_time import run_on_virtual_time
 
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate.answers import Question
+from dilaserve.calibrate.kept import Measurements
 from dilaserve.calibrate.quality import quality
 from dilaserve.scheduler.rules.time_limits import forming_limit, step_limit
 from dilaserve.sim.h200 import llada_8b_h200
@@ -152,7 +153,7 @@ def test_calibrate_measures_a_slow_machine(random_model):
     async def measured():
         async with Engine(Config.of(), assemble=slow(30.0, Text(random_model))) as engine:
             question = Question("a" * 20, task="prompts")
-            return await quality(engine, {"prompts": [(question, None)]}, lambda what, done, total: None)
+            return await quality(engine, {"prompts": [(question, None)]}, lambda *seen: None, Measurements())
 
     assert run_on_virtual_time(measured()).tasks["prompts"].samples == 1
 

@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from dilaserve.calibrate.kept import AnswerCount, MeasuredAnswer
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, ConfigError
 from dilaserve.profile import problems
-from dilaserve.profile.decode_speed import LEVELS
+from dilaserve.profile.decode_speed import LEVELS, Step
 from dilaserve.profile.problems import TASKS, held_out
 from dilaserve.profile.problems.problem import Problem
 
@@ -27,47 +28,61 @@ class Question(msgspec.Struct, frozen=True):
     task: str = "prompts"
 
 
+Questions = Mapping[str, Sequence[tuple[Question, Problem | None]]]  # by task, with the package's own problem
+
+
 class Answer(NamedTuple):
     right: bool
     steps: int
 
 
 async def asked(
-    engine: Engine, task: str, prompts: Sequence[str], level: float, one_more: Callable[[], None]
-) -> list[tuple[str, int]]:
-    """Answers and their steps, a few requests at a time."""
-    gate = asyncio.Semaphore(CHATTER)
-    options = Options(confidence_threshold=level, task=task, max_tokens=longest_answer(engine))
+    engine: Engine, task: str, prompts: Mapping[int, str], level: int, heard: Callable[[MeasuredAnswer], None]
+) -> None:
+    """Ask the problems of a task, given by their place in it, a few at a time; `heard` gets each answer at its end.
 
-    async def ask(prompt: str) -> tuple[str, int]:
-        async with gate:
-            try:
-                answer = await engine.generate(chat(engine, prompt), options)
-            except BadRequest as error:
-                raise ConfigError(f"the problem {prompt[:60]!r} cannot be asked: {error.message}") from error
-        one_more()
-        return answer.text, answer.usage.steps
-
-    return list(await asyncio.gather(*(ask(prompt) for prompt in prompts)))
-
-
-async def duration(engine: Engine, questions: Mapping[str, Sequence[tuple[Question, Problem | None]]]) -> str:
-    """A sentence on how long the questions will take, by how long the first few take."""
+    A request has one of `CHATTER` names as its task, so that its steps are counted apart from those of the others.
+    """
+    names: asyncio.Queue[str] = asyncio.Queue()
+    for name in range(CHATTER):
+        names.put_nowait(str(name))
     forecast = engine.scheduler.estimates.forecast
-    forecast.learns = False
+    forecast.learns = False  # it counts by these names
+    length = longest_answer(engine)
+
+    async def ask(place: int, prompt: str) -> None:
+        name = await names.get()
+        options = Options(confidence_threshold=LEVELS[level], task=name, max_tokens=length)
+        try:
+            answer = await engine.generate(chat(engine, prompt), options)
+        except BadRequest as error:
+            raise ConfigError(f"the problem {prompt[:60]!r} cannot be asked: {error.message}") from error
+        steps = tuple(taken(forecast.counts, name))
+        names.put_nowait(name)
+        heard(MeasuredAnswer(task, level, place, answer.text, answer.usage.steps, steps))
+
+    await asyncio.gather(*(ask(*one) for one in prompts.items()))
+
+
+def taken(counts: dict[Step, int], kind: str) -> Iterator[AnswerCount]:
+    """Take the steps of this kind out of the counts."""
+    for step in [step for step in counts if step[0] == kind]:
+        yield AnswerCount(*step[1:], counts.pop(step))
+
+
+async def duration(engine: Engine, questions: Questions, missing: int) -> str:
+    """A sentence on how long the `missing` answers will take, by how long the first few take."""
     task, items = next(iter(questions.items()))
     prompts = [item[0].prompt for item in items[:CHATTER]]
-    await asked(engine, task, prompts[:1], LEVELS[0], unheard)  # the first steps are slower
+    await asked(engine, task, dict(enumerate(prompts[:1])), 0, unheard)  # the first steps are slower
     began = time.perf_counter()
-    await asked(engine, task, prompts, LEVELS[0], unheard)
-    forecast.counts.clear()  # they are asked again
-    total = len(LEVELS) * sum(map(len, questions.values()))
-    minutes = (time.perf_counter() - began) * total / len(prompts) / 60
+    await asked(engine, task, dict(enumerate(prompts)), 0, unheard)
+    minutes = (time.perf_counter() - began) * missing / len(prompts) / 60
     about = f"{max(1, round(minutes))} min" if minutes >= 1 else "less than a minute"
-    return f"{total} answers will take about {about}, then some hundreds of steps are timed"
+    return f"{missing} answers will take about {about}, then some hundreds of steps are timed"
 
 
-def unheard() -> None:
+def unheard(answer: MeasuredAnswer) -> None:
     """The answers by which the time is estimated are not counted."""
 
 

@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import msgspec
 
-from dilaserve.calibrate.answers import Answer, Question, asked, chat, judged, longest_answer
+from dilaserve.calibrate.answers import Answer, Question, Questions, asked, chat, judged, longest_answer
 from dilaserve.calibrate.fitting import isotonic, parted
+from dilaserve.calibrate.kept import MeasuredAnswer, Measurements
 from dilaserve.calibrate.progress import Seen
 from dilaserve.engine.engine import Engine
 from dilaserve.profile.decode_speed import (
@@ -21,6 +22,7 @@ from dilaserve.profile.decode_speed import (
     Laws,
     QualityProfile,
     TaskProfile,
+    gather,
     kind_of,
     summed,
 )
@@ -35,43 +37,75 @@ GAIN = 0.01  # share that a further kind must explain
 Counts = dict[tuple[str, int, int], list[list[float]]]  # of steps, by kind of request, level and part of the canvas
 
 
-async def quality(
-    engine: Engine, questions: dict[str, list[tuple[Question, Problem | None]]], seen: Seen
-) -> QualityProfile:
-    """Ask every question at every level; steps are counted from what the workers report, accuracy is paired."""
-    forecast = engine.scheduler.estimates.forecast
-    forecast.learns = False
-    total = sum(map(len, questions.values())) * len(LEVELS)
-    done = 0
+async def quality(engine: Engine, questions: Questions, seen: Seen, measured: Measurements) -> QualityProfile:
+    """Ask every question at every level that is not `measured` yet; accuracy is paired.
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        seen("quality", done, total)
-
-    found: dict[str, list[list[Answer]]] = {}
-    lengths: dict[str, list[int]] = {}
-    for task, items in questions.items():
-        prompts = [item[0].prompt for item in items]
-        lengths[task] = [len(await engine.tokenize(chat(engine, prompt))) for prompt in prompts]
-        if edges := quantiles(lengths[task]):
-            forecast.lengths[task] = edges
-        reference: list[str] = []
-        found[task] = []
-        for level in LEVELS:
-            texts = await asked(engine, task, prompts, level, one_more)
-            reference = reference or [text for text, _ in texts]
-            rows = zip(items, texts, reference, strict=True)
-            found[task].append([Answer(judged(item, text, own), steps) for item, (text, steps), own in rows])
-    seen_steps = forecast.seen()
+    Steps are counted from what the workers report.
+    """
+    await ask_missing(engine, questions, seen, measured)
+    lengths = {task: await prompt_lengths(engine, items) for task, items in questions.items()}
+    edges = {task: ends for task, found in lengths.items() if (ends := quantiles(found))}
+    found = {task: judged_answers(task, items, measured) for task, items in questions.items()}
+    seen_steps = counted(measured, lengths, edges)
     profile = profile_of(found, seen_steps)
     profile = msgspec.structs.replace(profile, block_length=engine.model.traits.block_length or profile.block_length)
     steps = {task: [answer.steps for answer in levels[0]] for task, levels in found.items()}
     known = dict(profile.tasks)
-    for task, edges in forecast.lengths.items():
-        known[task] = split(known[task], task, edges, by_kind(lengths[task], edges, steps[task]), seen_steps)
+    for task, ends in edges.items():
+        known[task] = split(known[task], task, ends, by_kind(lengths[task], ends, steps[task]), seen_steps)
     profile = msgspec.structs.replace(profile, tasks=known)
     return msgspec.structs.replace(profile, spread=unexplained_spread(profile, lengths, steps, longest_answer(engine)))
+
+
+async def ask_missing(engine: Engine, questions: Questions, seen: Seen, measured: Measurements) -> None:
+    """Add the answers that are not measured yet, task by task and level by level."""
+    total = answers_of(questions)
+    if measured.answers:
+        seen("quality", len(measured.answers), total)
+
+    def heard(answer: MeasuredAnswer) -> None:
+        measured.add(answer)
+        seen("quality", len(measured.answers), total)
+
+    for task, items in questions.items():
+        for level in range(len(LEVELS)):
+            prompts = {place: item[0].prompt for place, item in enumerate(items)}
+            missing = {place: one for place, one in prompts.items() if (task, level, place) not in measured.answers}
+            await asked(engine, task, missing, level, heard)
+
+
+def answers_of(questions: Questions) -> int:
+    """How many answers are measured in all."""
+    return sum(map(len, questions.values())) * len(LEVELS)
+
+
+async def prompt_lengths(engine: Engine, items: Sequence[tuple[Question, Problem | None]]) -> list[int]:
+    """Tokens of the problems' prompts."""
+    return [len(await engine.tokenize(chat(engine, question.prompt))) for question, _ in items]
+
+
+def judged_answers(
+    task: str, items: Sequence[tuple[Question, Problem | None]], measured: Measurements
+) -> list[list[Answer]]:
+    """The answers to a task's problems, by level; the first level's are the reference."""
+    found = []
+    for level in range(len(LEVELS)):
+        given = [measured.answers[task, level, place] for place in range(len(items))]
+        texts = [measured.answers[task, 0, place].text for place in range(len(items))]
+        rows = zip(items, given, texts, strict=True)
+        found.append([Answer(judged(item, one.text, reference), one.steps) for item, one, reference in rows])
+    return found
+
+
+def counted(measured: Measurements, lengths: Mapping[str, Sequence[int]], edges: Mapping[str, Sequence[int]]) -> Counts:
+    """What the steps of all answers did, of each kind of request, of its task, and of any."""
+    found: Counts = {}
+    for answer in measured.answers.values():
+        ends = edges.get(answer.task)
+        length = bisect_left(ends, lengths[answer.task][answer.problem]) if ends else 0
+        kind = kind_of(answer.task, length) if ends else answer.task
+        gather(found, (((kind, *step[:-1]), step.times) for step in answer.counts))
+    return found
 
 
 def split(

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from dilaserve.calibrate.kept import MeasuredStep, Measurements
 from dilaserve.calibrate.progress import Seen, quiet
 from dilaserve.config import Config
 from dilaserve.engine.assembly import Assemble, Parts, real
@@ -48,9 +49,11 @@ class Rig(NamedTuple):
     inbox: "asyncio.Queue[Event]"
 
 
-async def step_costs(config: Config, limit: int, seen: Seen, assemble: Assemble = real) -> dict[int, list[Sample]]:
+async def step_costs(
+    config: Config, limit: int, seen: Seen, kept: Measurements, assemble: Assemble = real
+) -> dict[int, list[Sample]]:
     """Seconds of reuse, refresh and mixed steps by tensor-parallel degree, on the first devices; the median of several
-    each.
+    each. Those that are `kept` are not measured again.
     """
     parts = await asyncio.to_thread(assemble, config, quiet)
     started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -68,20 +71,23 @@ async def step_costs(config: Config, limit: int, seen: Seen, assemble: Assemble 
             parts.executor.reshard(Moves(tuple(found), (instance,)))
             await until(inbox, InstanceReady)
             rig = Rig(parts.executor, parts.table, instance.kv_tokens, inbox)
-            found[degree] = await measured(rig, parts, degree, config, limit, seen)
+            found[degree] = await measured(rig, parts, degree, config, limit, seen, kept)
         return found
     finally:
         running.cancel()
         await asyncio.wait([running])
 
 
-async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit: int, seen: Seen) -> list[Sample]:
+async def measured(
+    rig: Rig, parts: Parts, instance: int, config: Config, limit: int, seen: Seen, kept: Measurements
+) -> list[Sample]:
     """Every kind of step in several rounds, each time beside one that is always the same: machines that others use too
     change their speed within seconds, and each is measured relative to that one.
     """
     traits, device = parts.model.traits, config.device
     block = traits.block_length or BLOCK
-    plan = list(layouts(device.max_num_seqs, device.max_num_batched_tokens, rig.kv_tokens, limit, block, traits.exact))
+    every = layouts(device.max_num_seqs, device.max_num_batched_tokens, rig.kv_tokens, limit, block, traits.exact)
+    plan = {described(rows): rows for rows in every}
     rng, numbers = random.Random(0), itertools.count(1)
 
     async def run(rows: list[Shape], times: int, unseen: int = 0) -> tuple[Features, float]:
@@ -96,19 +102,32 @@ async def measured(rig: Rig, parts: Parts, instance: int, config: Config, limit:
         masks = sum(span.block_end - span.block_start for span in spans)
         return batch_features(spans, masks), statistics.median(seconds[unseen:])
 
-    yardstick = sorted(plan, key=packed)[len(plan) // 4]
-    rng.shuffle(plan)
-    kinds: dict[int, Features] = {}
-    ratios: list[list[float]] = [[] for _ in plan]
-    usual = [(await run(yardstick, 1))[1]]
+    yardstick = sorted(plan, key=lambda layout: packed(plan[layout]))[len(plan) // 4]
+    keys = [(instance, yardstick, layout, turn) for turn, layout in in_rounds(list(plan), rng)]
+    missing = [key for key in keys if key not in kept.steps]
+    before = (await run(plan[yardstick], 1))[1] if missing else 0.0
+    for place, key in enumerate(missing, len(keys) - len(missing) + 1):
+        features, seconds = await run(plan[key[2]], REPEATS, 1)
+        after = (await run(plan[yardstick], 1))[1]
+        kept.add(MeasuredStep(*key, features, seconds / statistics.fmean((before, after)), after))
+        seen("step costs", place, len(keys))
+        before = after
+    return samples([kept.steps[key] for key in keys])
+
+
+def in_rounds(layouts: list[str], rng: random.Random) -> Iterator[tuple[int, str]]:
+    """The order in which layouts are measured: each once a round."""
     for turn in range(ROUNDS):
-        for count, kind in enumerate(rng.sample(range(len(plan)), len(plan))):
-            kinds[kind], seconds = await run(plan[kind], REPEATS, 1)
-            usual.append((await run(yardstick, 1))[1])
-            ratios[kind].append(seconds / statistics.fmean(usual[-2:]))
-            seen("step costs", turn * len(plan) + count + 1, ROUNDS * len(plan))
-    unit = statistics.median(usual)
-    return [Sample(kinds[kind], unit * statistics.median(found)) for kind, found in enumerate(ratios)]
+        yield from ((turn, layout) for layout in rng.sample(layouts, len(layouts)))
+
+
+def samples(steps: Sequence[MeasuredStep]) -> list[Sample]:
+    """One sample for each kind of step, the median of its rounds."""
+    unit = statistics.median(step.usual for step in steps)
+    kinds: dict[str, list[MeasuredStep]] = {}
+    for step in steps:
+        kinds.setdefault(step.layout, []).append(step)
+    return [Sample(own[0].features, unit * statistics.median(one.ratio for one in own)) for own in kinds.values()]
 
 
 def drained(inbox: "asyncio.Queue[Event]") -> Iterator[Event]:
@@ -132,6 +151,12 @@ class Shape(NamedTuple):
     canvas: int
     queries: int
     block: int
+
+
+def described(rows: Sequence[Shape]) -> str:
+    """A layout in short, as 3x256/32/32: rows, canvas, queries and block."""
+    parts = [(shape, len(list(group))) for shape, group in itertools.groupby(rows)]
+    return " ".join(f"{count}x{shape.canvas}/{shape.queries}/{shape.block}" for shape, count in parts)
 
 
 def layouts(

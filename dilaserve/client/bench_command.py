@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,12 +22,31 @@ WORDS = ("red", "green", "one", "two", "north", "south", "sun", "moon", "rain", 
 Progress = Callable[[str, int, int], None]
 
 
-def bench(extras: argparse.Namespace, seen: Progress) -> Iterator[str]:
-    """Run the load, give the report's lines, write --out. Raises `ConfigError`."""
+class Done(NamedTuple):
+    """The report's lines, the last of which write --out; `interrupted` by a signal, so that not all was sent."""
+
+    lines: Iterator[str]
+    interrupted: bool
+
+
+class Driven(NamedTuple):
+    """Outcomes in the order in which they came."""
+
+    outcomes: list[Outcome]
+    interrupted: bool
+
+
+def bench(extras: argparse.Namespace, seen: Progress) -> Done:
+    """Run the load. Raises `ConfigError`."""
     asks = planned(extras)
-    outcomes = asyncio.run(driven(extras, asks, seen))
+    outcomes, interrupted = asyncio.run(driven(extras, asks, seen))
+    return Done(told(extras, outcomes, len(asks)), interrupted)
+
+
+def told(extras: argparse.Namespace, outcomes: list[Outcome], count: int) -> Iterator[str]:
+    """The report on the outcomes of so many requests; then it is saved."""
     deadline = None if extras.deadline_ms is None else extras.deadline_ms / 1000
-    found = load_report.report(outcomes, len(asks), deadline)
+    found = load_report.report(outcomes, count, deadline)
     yield from load_report.lines(found)
     if extras.out:
         whole = {"report": found, "url": extras.url, "outcomes": outcomes}
@@ -73,18 +93,25 @@ def made(words: int, rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=words))
 
 
-async def driven(extras: argparse.Namespace, asks: list[Ask], seen: Progress) -> list[Outcome]:
+async def driven(extras: argparse.Namespace, asks: list[Ask], seen: Progress) -> Driven:
     """The outcomes; after Ctrl-C, or once the time is over, of the requests that ended by then."""
-    url = root_of(extras.url)
+    url, interrupted = root_of(extras.url), False
     with collected(lambda outcome: seen("requests", len(outcomes), len(asks))) as (outcomes, add):
         async with opened(extras.api_key, extras.timeout) as session:
             card = await first_model(session, url)
             target = aimed(extras, url, extras.model or str(card["id"]), card.get("owned_by") == "dilaserve")
             work = asyncio.create_task(run(session, target, asks, extras.concurrency, extras.seconds, add))
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, work.cancel)
+
+            def interrupt() -> None:
+                nonlocal interrupted
+                interrupted = True
+                work.cancel()
+
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, interrupt)
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(work, extras.seconds + extras.timeout)
-    return outcomes
+    return Driven(outcomes, interrupted)
 
 
 def aimed(extras: argparse.Namespace, url: str, model: str, ours: bool) -> Target:

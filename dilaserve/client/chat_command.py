@@ -6,16 +6,20 @@ Lines that begin with a slash are commands; everything else is asked, with the h
 import argparse
 import asyncio
 import contextlib
-import signal
+import importlib.util
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, NamedTuple
+import termios
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import msgspec
 
 from dilaserve.client.endpoint import CHAT, Slot, canvas_of, chunks, first_model, opened, reason, root_of, spoken
 from dilaserve.errors import ConfigError, DilaserveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Json = dict[str, Any]
 HELP = "/reset forgets the conversation, /threshold 0.7 and /deadline 800 (ms) set or, alone, unset; Ctrl-D ends"
@@ -79,7 +83,7 @@ class Piece(NamedTuple):
 
 
 async def answer(session: aiohttp.ClientSession, url: str, body: Json) -> AsyncIterator[Piece]:
-    """The pieces of an answer. Raises `DilaserveError` with the server's sentence."""
+    """The pieces of an answer. Raises `DilaserveError` with the server's sentence, or what became of the server."""
     try:
         async with session.post(url + CHAT, json=body) as response:
             if response.status != 200:
@@ -88,68 +92,82 @@ async def answer(session: aiohttp.ClientSession, url: str, body: Json) -> AsyncI
                 if "error" in chunk:
                     raise DilaserveError(reason(msgspec.json.encode(chunk).decode()))
                 yield Piece(spoken(chunk), canvas_of(chunk))
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise DilaserveError(f"the server ended the answer: {error}") from error
+    except aiohttp.ClientConnectorError as error:
+        raise DilaserveError(f"no server answers at {url} any more") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise DilaserveError(f"the connection was lost before the answer was whole ({type(error).__name__})") from error
+    except ValueError as error:
+        raise DilaserveError(f"the server sent what is no event stream: {error}") from error
 
 
-async def chat(extras: argparse.Namespace) -> None:
+def chat(extras: argparse.Namespace) -> None:
     """Ask line by line until the input ends. Raises `ConfigError` where no server answers."""
-    url = root_of(extras.url)
-    async with opened(extras.api_key) as session:
-        card = await first_model(session, url)
+    url, watched = root_of(extras.url), sys.stdin.isatty() and sys.stdout.isatty()
+    with asyncio.Runner() as runner:
+        card = runner.run(listed(url, extras.api_key))
         talk = Conversation(extras.model or str(card["id"]), card.get("owned_by") == "dilaserve")
-        watched = sys.stdin.isatty() and sys.stdout.isatty()
         if watched:
+            edit_lines()
             print(f"{talk.model} on {url}. {HELP}")
-        answering: set[asyncio.Task[str]] = set()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted, answering)
-        async for line in lines(watched):
+        for line in lines(watched):
             if line.startswith("/"):
                 print(talk.command(line), file=sys.stdout if watched else sys.stderr, flush=True)
             elif line:
-                await exchanged(answer(session, url, talk.body(line)), talk, line, watched, answering)
+                exchanged(runner, asked(url, extras.api_key, talk.body(line), watched), talk, line)
 
 
-async def lines(watched: bool) -> AsyncIterator[str]:
-    """Lines of the input. Reading waits in a thread, so that the connection stays alive meanwhile."""
+async def listed(url: str, key: str | None) -> Json:
+    async with opened(key) as session:
+        return await first_model(session, url)
+
+
+async def asked(url: str, key: str | None, body: Json, watched: bool) -> str:
+    """Ask on a connection of its own, as one that waits while the user thinks may be closed; gives the answer."""
+    async with opened(key) as session:
+        return await shown(answer(session, url, body), watched)
+
+
+def edit_lines() -> None:
+    """Arrow keys edit the line and go through the earlier ones, where Python has its readline."""
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # which makes `input` do it
+
+
+def lines(watched: bool) -> Iterator[str]:
+    """Lines of the input, up to its end. At the prompt, Ctrl-C drops the line and says how to end."""
     while True:
         try:
-            line = await asyncio.to_thread(input, "> " if watched else "")
+            yield input("> " if watched else "").strip()
         except EOFError:
+            if watched:
+                print()
             return
-        yield line.strip()
+        except KeyboardInterrupt:
+            if not watched:
+                raise
+            print("\nCtrl-D ends the chat")
 
 
-def interrupted(answering: set[asyncio.Task[str]]) -> None:
-    """Ctrl-C cancels the answer that comes; at the prompt it says how to end."""
-    for task in answering:
-        task.cancel()
-    if not answering:
-        print("\nCtrl-D ends the chat\n> ", end="", flush=True)
-
-
-async def exchanged(
-    pieces: AsyncIterator[Piece], talk: Conversation, question: str, watched: bool, answering: set[asyncio.Task[str]]
-) -> None:
-    """One question and its answer, which may be cancelled; only whole answers enter the history."""
-    answering.add(task := asyncio.ensure_future(shown(pieces, watched)))
+def exchanged(runner: asyncio.Runner, asking: Coroutine[Any, Any, str], talk: Conversation, question: str) -> None:
+    """One question and its answer, which Ctrl-C cancels; only whole answers enter the history."""
     try:
-        talk.answered(question, await task)
-    except asyncio.CancelledError:
+        talk.answered(question, runner.run(asking))
+    except KeyboardInterrupt:
         print("(cancelled)", flush=True)
     except DilaserveError as error:
         print(f"dilaserve: {error.message}", file=sys.stderr, flush=True)
-    finally:
-        answering.discard(task)
 
 
 async def shown(pieces: AsyncIterator[Piece], watched: bool) -> str:
     """Show an answer as it comes; gives its text."""
     text = ""
     with (drawing if watched else plain)() as show:
-        async for piece in pieces:
-            text += piece.text
-            show(text, piece.block)
+        try:
+            async for piece in pieces:
+                text += piece.text
+                show(text, piece.block)
+        finally:
+            show(text, [])
     if not watched:
         print(text, flush=True)
     return text
@@ -164,20 +182,49 @@ def plain() -> Iterator[Show]:
 
 
 @contextlib.contextmanager
-def drawing() -> Iterator[Show]:
-    """The text, and after it the open block in colours of its confidence."""
+def drawing(console: "Console | None" = None) -> Iterator[Show]:
+    """The text, and after it the open block in colours of its confidence.
+
+    A full line of text is printed for good, above what is drawn anew, as a terminal redraws nothing that has left it.
+    """
     from rich.live import Live
     from rich.text import Text
 
-    with Live(refresh_per_second=30, vertical_overflow="visible") as live:
+    with unechoed(), Live(console=console, auto_refresh=False) as live:
+        width, printed = live.console.width, 0
 
         def show(text: str, block: list[Slot]) -> None:
-            drawn = Text(text)
+            nonlocal printed
+            rows = Text(printable(text)).wrap(live.console, width) or [Text()]
+            for row in rows[printed:-1]:
+                live.console.print(row)
+            printed = max(printed, len(rows) - 1)
+            drawn = Text(rows[-1].plain.rstrip(" ") + " " * (len(text) - len(text.rstrip(" "))))
             for slot in block:
-                drawn.append(MASKED if slot.text is None else slot.text, "dim" if slot.text is None else style(slot))
-            live.update(drawn)
+                drawn.append(*(MASKED, "dim") if slot.text is None else (printable(slot.text), style(slot)))
+            live.update(Text("\n").join(drawn.wrap(live.console, width)[-live.console.height + 1 :]), refresh=True)
 
         yield show
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey."""
+    return "".join(one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+@contextlib.contextmanager
+def unechoed() -> Iterator[None]:
+    """What is typed meanwhile is not shown in what is drawn; it is read at the next prompt."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def style(slot: Slot) -> str:
@@ -188,4 +235,4 @@ def run(extras: argparse.Namespace) -> None:
     """The command. Raises `ConfigError`."""
     if extras.api_key == "":
         raise ConfigError("--api-key is empty; leave it out where the server needs none")
-    asyncio.run(chat(extras))
+    chat(extras)

@@ -1,7 +1,8 @@
 """Requests as those who look at the server see them: how far each is, and the steps that it took. Nothing changes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from itertools import chain, islice
+from typing import NamedTuple
 
 import msgspec
 
@@ -33,11 +34,32 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     timeline: tuple[TimedStep, ...]
 
 
+class UnderWay(NamedTuple):
+    """Requests that have not ended: `running` ones have a row on an instance, `waiting` ones have none."""
+
+    running: int
+    waiting: int
+
+
+def under_way(scheduler: Scheduler) -> UnderWay:
+    running = scheduler.placement.running
+    return UnderWay(running, len(scheduler.requests) - running)
+
+
+def thresholds_in_force(scheduler: Scheduler) -> list[float]:
+    """Of the running requests that go by a threshold; other decode rules leave the table's value unread."""
+    return [state.table_threshold for state in residents(scheduler) if state.by_threshold]
+
+
+def residents(scheduler: Scheduler) -> Iterator[RequestState]:
+    """The running requests."""
+    rows = chain.from_iterable(replica.residents.values() for replica in scheduler.placement.all_replicas())
+    return (state for state in rows if state.request.id in scheduler.requests)
+
+
 def views(scheduler: Scheduler, most: int) -> list[RequestView]:
     """The requests on instances, `most` at most, and a few that have just ended, the newest first."""
-    residents = chain.from_iterable(replica.residents.values() for replica in scheduler.placement.all_replicas())
-    running: Iterable[RequestState] = (state for state in residents if state.request.id in scheduler.requests)
-    return [*(view(state, False) for state in islice(running, most)), *ended(scheduler)]
+    return [*(view(state, False) for state in islice(residents(scheduler), most)), *ended(scheduler)]
 
 
 def ended(scheduler: Scheduler) -> list[RequestView]:

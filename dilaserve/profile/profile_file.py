@@ -127,11 +127,16 @@ def check_writable(file: Path) -> None:
         raise ConfigError(f"the profile cannot be written to {file}: {error.strerror}", param="profile") from error
 
 
+def places(directory: Path, given: str | None) -> list[Path]:
+    """Where a profile is written, if it can be: to the `given` file, else beside the model, else in the cache."""
+    return [Path(given)] if given else [directory / FILE, cache_file(directory)]
+
+
 def write(profile: ModelProfile, directory: Path, given: str | None = None) -> Path:
-    """To the `given` file, else beside the model or in the cache directory; returns the file."""
+    """To the first of its `places` that can be written; returns the file."""
     text = NUMBERS.sub(lambda found: b"[" + b" ".join(found[1].split()) + b"]", indented(profile))
     beside, cached = directory / FILE, cache_file(directory)
-    for file in [Path(given)] if given else [beside, cached]:
+    for file in places(directory, given):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(".new")

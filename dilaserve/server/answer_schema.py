@@ -8,6 +8,8 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from dilaserve.engine.canvas import Canvas
+
 
 class Out(msgspec.Struct, forbid_unknown_fields=True):
     """Whatever goes out has no fields but these."""
@@ -130,6 +132,27 @@ class ChatChunk(Headed, kw_only=True):
     usage: Usage | UnsetType = UNSET
 
 
+class ShownCanvas(Canvas, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The open block after a step: for each position its token, null for a mask, and the token's confidence.
+
+    `step` counts from 1, `block` from 0, `start` from the answer's first token; `seconds` from the request's arrival.
+    """
+
+    masked: tuple[bool, ...]
+
+
+class CanvasBeside(Out):
+    canvas: ShownCanvas
+
+
+class ChatCanvasChunk(Headed, kw_only=True):
+    """An event that comes after each step with `stream_options.include_canvas`; its delta is empty."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice]
+    dilaserve: CanvasBeside  # type: ignore[assignment]  # in place of the cost
+
+
 class CompletionLogprobs(Out):
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -137,14 +160,18 @@ class CompletionLogprobs(Out):
     text_offset: list[int]
 
 
-class PromptLikelihood(Out):
-    """The estimate for a prompt; the `standard_error` of its total is 0 where that is exact, null after one round."""
+class PromptLikelihood(Out, kw_only=True):
+    """The estimate for a prompt; the `standard_error` of its total is 0 where that is exact, null after one round.
 
-    kind: Literal["pseudo"]
+    `groups` and `rounds` stand in pseudo, `samples` in monte-carlo.
+    """
+
+    kind: Literal["pseudo", "monte-carlo"]
     log_likelihood: float
     standard_error: float | None
-    groups: int
-    rounds: int
+    groups: int | UnsetType = UNSET
+    rounds: int | UnsetType = UNSET
+    samples: int | UnsetType = UNSET
     start: int
     seed: int
 
@@ -163,6 +190,14 @@ class TextCompletion(Headed, kw_only=True):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage | UnsetType = UNSET
+
+
+class TextCanvasChunk(Headed, kw_only=True):
+    """An event that comes after each step with `stream_options.include_canvas`; its text is empty."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    dilaserve: CanvasBeside  # type: ignore[assignment]  # in place of the cost
 
 
 # around it

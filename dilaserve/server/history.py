@@ -10,6 +10,7 @@ import msgspec
 
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.observer import Ended
+from dilaserve.engine.request_views import thresholds_in_force, under_way
 from dilaserve.types import Request
 
 KEPT = 600  # seconds
@@ -88,7 +89,7 @@ class History:
             self.answers.popleft()
         before, self.counted = self.counted, counts(self.engine)
         latencies = [seconds for _, seconds in self.answers]
-        thresholds = self.thresholds + thresholds_in_force(self.engine)
+        thresholds = self.thresholds + thresholds_in_force(self.engine.scheduler)
         self.thresholds = []
         self.seconds.append(second(self.engine, before, self.counted, latencies, thresholds, at))
 
@@ -115,13 +116,13 @@ def second(
     at: float,
 ) -> Second:
     """The second between two counts, with the latencies of the last answers."""
-    scheduler, ordered = engine.scheduler, sorted(latencies)
-    running, ledger = scheduler.placement.running, scheduler.deadlines.ledger
+    ordered, ledger = sorted(latencies), engine.scheduler.deadlines.ledger
+    running, waiting = under_way(engine.scheduler)
     return Second(
         at=round(at, 3),
         **{name: getattr(after, name) - getattr(before, name) for name in Counts.__struct_fields__},
         running=running,
-        waiting=len(scheduler.requests) - running,
+        waiting=waiting,
         p50=percentile(ordered, 0.5),
         p90=percentile(ordered, 0.9),
         p99=percentile(ordered, 0.99),
@@ -130,12 +131,6 @@ def second(
         budget_used=ledger.used,
         accuracy_drop=ledger.all.spent / max(1.0, ledger.all.served),
     )
-
-
-def thresholds_in_force(engine: Engine) -> list[float]:
-    """Of the requests on instances that go by a threshold."""
-    residents = [state for replica in engine.scheduler.placement.all_replicas() for state in replica.residents.values()]
-    return [state.table_threshold for state in residents if state.by_threshold]
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:

@@ -4,38 +4,41 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from dilaserve.engine.engine import Completion
-from dilaserve.engine.likelihood import Likelihood, Sampling
+from dilaserve.engine.likelihood import Likelihood, MonteCarlo, Pseudo, Sampling
 from dilaserve.errors import BadRequest, quoted
 from dilaserve.server.responses import Json, ResponseFormat, Token, usage
-from dilaserve.server.schema import CompletionRequest, PseudoLikelihood
+from dilaserve.server.schema import CompletionRequest, LikelihoodKind, LikelihoodWish
 
 HEADER = "x-likelihood"  # of clients that cannot touch the body
 ALLOWED = {  # fields that say something about a likelihood, or about the token behind the prompt
     *("model", "prompt", "echo", "logprobs", "max_tokens", "max_completion_tokens", "likelihood", "seed", "user"),
     *("priority", "temperature", "top_p", "top_k", "min_p", "n", "stream", "stream_options"),
 }
+KINDS: tuple[LikelihoodKind, ...] = ("pseudo", "monte-carlo")
 NO_LIKELIHOOD = (
     "echo with logprobs cannot be honoured: a diffusion model has no left-to-right likelihood of a prompt; send "
-    '"likelihood": "pseudo" for an estimate, or leave out either'
+    '"likelihood": "pseudo" or "monte-carlo" for an estimate, or leave out either'
 )
 
 
-def wanted(request: CompletionRequest, headers: Mapping[str, str]) -> PseudoLikelihood | None:
+def wanted(request: CompletionRequest, headers: Mapping[str, str]) -> LikelihoodWish | None:
     """The estimate that is asked for, if any. Raises `BadRequest` for the likelihood that there is not."""
     asked = request.likelihood
     if asked is None and (named := headers.get(HEADER)) is not None:
-        if named != "pseudo":
-            raise BadRequest(f"the header {HEADER} knows pseudo alone, not {quoted(named)}", param=HEADER)
-        asked = "pseudo"
+        if named not in KINDS:
+            raise BadRequest(f"the header {HEADER} knows {' and '.join(KINDS)}, not {quoted(named)}", param=HEADER)
+        asked = KINDS[KINDS.index(named)]
     if asked is not None:
-        return check(request, PseudoLikelihood() if isinstance(asked, str) else asked)
+        return check(request, LikelihoodWish(kind=asked) if isinstance(asked, str) else asked)
     if request.echo and request.logprobs is not None:
         raise BadRequest(NO_LIKELIHOOD, param="logprobs", code="unsupported_parameter")
     return None
 
 
-def check(request: CompletionRequest, asked: PseudoLikelihood) -> PseudoLikelihood:
+def check(request: CompletionRequest, asked: LikelihoodWish) -> LikelihoodWish:
     """Raise `BadRequest` for whatever does not go together with a likelihood."""
     for name in (name for name in CompletionRequest.__struct_fields__ if name not in ALLOWED):
         if getattr(request, name) is None:
@@ -58,8 +61,14 @@ def longest(request: CompletionRequest) -> int | None:
     return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
 
 
-def sampling(asked: PseudoLikelihood, seed: int | None) -> Sampling:
-    return Sampling(groups=asked.groups, rounds=asked.rounds, start=asked.start, seed=seed or 0)
+def sampling(asked: LikelihoodWish, seed: int | None) -> Sampling:
+    """How the estimate is made. Raises `BadRequest` for a field of the other kind."""
+    known = {name: value for name in ("groups", "rounds", "samples") if (value := getattr(asked, name)) is not None}
+    kind: type[Sampling] = MonteCarlo if asked.kind == "monte-carlo" else Pseudo
+    for name in known:
+        if name not in kind.__struct_fields__:
+            raise BadRequest(f"{name} says nothing about {asked.kind}; leave it out", param="likelihood")
+    return kind(**known, start=asked.start, seed=seed or 0)
 
 
 def choice(
@@ -91,15 +100,9 @@ def choice(
 
 def estimated(found: Likelihood, sampling: Sampling) -> Json:
     """What stands beside a choice of the estimate itself."""
-    return {
-        "kind": "pseudo",
-        "log_likelihood": found.total,
-        "standard_error": found.standard_error,
-        "groups": sampling.groups,
-        "rounds": sampling.rounds,
-        "start": sampling.start,
-        "seed": sampling.seed,
-    }
+    kind: LikelihoodKind = "monte-carlo" if isinstance(sampling, MonteCarlo) else "pseudo"
+    values = {"kind": kind, "log_likelihood": found.total, "standard_error": found.standard_error}
+    return values | msgspec.structs.asdict(sampling)
 
 
 def answer(form: ResponseFormat, choices: list[Json], prompt_tokens: int, completion_tokens: int) -> Json:

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from dilaserve import __version__
 from dilaserve.engine.engine import Engine
+from dilaserve.engine.request_views import thresholds_in_force, under_way
 
 PREFIX = "dilaserve_"
 MOST_TENANTS = 16  # with a label of their own, those with most requests; the others share the label "other"
@@ -39,10 +40,9 @@ class EngineCollector(Collector):
         )
 
     def requests(self) -> Iterator[Metric]:
-        scheduler = self.engine.scheduler
-        totals, running = scheduler.totals, scheduler.placement.running
-        yield gauge("requests_running", "Requests with a row on an instance", running)
-        yield gauge("requests_waiting", "Requests that wait for a row", len(scheduler.requests) - running)
+        totals, now = self.engine.scheduler.totals, under_way(self.engine.scheduler)
+        yield gauge("requests_running", "Requests with a row on an instance", now.running)
+        yield gauge("requests_waiting", "Requests that wait for a row", now.waiting)
         yield counter("requests_received", "Requests that came (each choice counts), refused ones too", totals.received)
         yield by_fate("requests", "Requests that have ended, each once, by what became of them", totals.fates)
         about = "Requests with a deadline that have ended; met and missed are answered ones"
@@ -117,10 +117,9 @@ class EngineCollector(Collector):
         """Thresholds in force, and what they are expected to cost."""
         scheduler = self.engine.scheduler
         deadlines = scheduler.deadlines
-        about = "Confidence threshold of the rows that run, lowest and mean; 1 while none runs"
+        about = "Confidence threshold of the rows that go by one, lowest and mean; 1 while there is none"
         thresholds = GaugeMetricFamily(PREFIX + "confidence_threshold", about, labels=["of"])
-        rows = [row for replica in scheduler.placement.all_replicas() for row in replica.residents.values()]
-        in_force = [row.table_threshold for row in rows] or [1.0]
+        in_force = thresholds_in_force(scheduler) or [1.0]
         thresholds.add_metric(["lowest"], min(in_force))
         thresholds.add_metric(["mean"], sum(in_force) / len(in_force))
         yield thresholds

@@ -22,21 +22,21 @@ REF = "#/components/schemas/{name}"
 
 
 class Route(NamedTuple):
-    """`answer` None: text. `event`: what each event of a stream holds. `open`: no key is asked for."""
+    """`answer` None: text. `events`: what an event of a stream holds, one of them. `open`: no key is asked for."""
 
     method: str
     path: str
     summary: str
     answer: type | None
     body: type | None = None
-    event: type | None = None
+    events: tuple[type, ...] = ()
     open: bool = False
 
 
-CHAT = out.ChatCompletion, schema.ChatRequest, out.ChatChunk
-COMPLETION = out.TextCompletion, schema.CompletionRequest, out.TextCompletion
-RESPONSE = responses_schema.Response, schema.ResponsesRequest, responses_schema.ResponseEvent
-MESSAGE = messages_schema.AnthropicAnswer, schema.MessagesRequest, messages_schema.MessageEvent
+CHAT = out.ChatCompletion, schema.ChatRequest, (out.ChatChunk, out.ChatCanvasChunk)
+COMPLETION = out.TextCompletion, schema.CompletionRequest, (out.TextCompletion, out.TextCanvasChunk)
+RESPONSE = responses_schema.Response, schema.ResponsesRequest, (responses_schema.ResponseEvent,)
+MESSAGE = messages_schema.AnthropicAnswer, schema.MessagesRequest, (messages_schema.MessageEvent,)
 COUNT = messages_schema.TokenCount, schema.CountTokensRequest
 ROUTES = (
     Route("post", "/v1/chat/completions", "Answer a conversation", *CHAT),
@@ -111,6 +111,8 @@ FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its
     "stop_token_ids": ("up to 32 tokens that end the answer", {}),
     "include_stop_str_in_output": ("what ends the answer is part of its text", {}),
     "stream": ("server-sent events instead of one answer", {}),
+    "include_usage": ("a last event with the tokens of all choices", {}),
+    "include_canvas": ("an event after each step with the open block: its tokens, masks and confidences", {}),
     "decode": ("the rule by which positions are unmasked", {}),
     "confidence_threshold": ("what reaches it is unmasked", between(0, 1)),
     "num_denoising_steps": ("a fixed number of steps", between(1)),
@@ -159,7 +161,7 @@ def document(root_path: str = "") -> bytes:
 
 
 def described(root_path: str) -> Json:
-    types = {one for route in ROUTES for one in (route.answer, route.body, route.event) if one not in (None, dict)}
+    types = {one for route in ROUTES for one in (route.answer, route.body, *route.events) if one not in (None, dict)}
     named = sorted({*types, out.Error, messages_schema.AnthropicError}, key=lambda one: one.__name__)
     _, components = msgspec.json.schema_components(named, ref_template=REF)
     paths: dict[str, Json] = {}
@@ -197,7 +199,7 @@ def operation(route: Route) -> Json:
         found["security"] = []
     if route.body:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": of(route.body)}}}
-    parameters = [parameter(name, *about) for name, about in HEADERS.items()] if route.event else []
+    parameters = [parameter(name, *about) for name, about in HEADERS.items()] if route.events else []
     places = re.findall(r"{(\w+)}", route.path)
     parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in places]
     return found | ({"parameters": parameters} if parameters else {})
@@ -208,10 +210,11 @@ def answer(route: Route) -> Json:
         return {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}
     kind = {"type": "object"} if route.answer is dict else of(route.answer)
     content = {"application/json": {"schema": kind}}
-    if route.event:
-        content["text/event-stream"] = {"schema": of(route.event)}
+    if route.events:
+        kinds = [of(event) for event in route.events]
+        content["text/event-stream"] = {"schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}}
     return {
-        "description": "the answer; with `stream: true` events of it" if route.event else "the answer",
+        "description": "the answer; with `stream: true` events of it" if route.events else "the answer",
         "content": content,
     }
 

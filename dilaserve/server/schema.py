@@ -15,6 +15,7 @@ from dilaserve.types import DecodeRule, OnMiss
 from dilaserve.validation import complaint
 
 T = TypeVar("T")
+LikelihoodKind = Literal["pseudo", "monte-carlo"]
 HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
 HALF_WITHIN = 2**18  # bytes of a body that is not JSON in which that reason is looked for
 MAX_DEFAULT = 8192  # bytes of a value that can be a default; longer ones are refused unread
@@ -82,12 +83,16 @@ class ChatRequest(Common, kw_only=True):
     top_logprobs: int | None = None
 
 
-class PseudoLikelihood(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the likelihood of a prompt is estimated, see dilaserve/engine/likelihood.py."""
+class LikelihoodWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the likelihood of a prompt is estimated, see dilaserve/engine/likelihood.py.
 
-    kind: Literal["pseudo"] = "pseudo"
-    groups: int = 8
-    rounds: int = 4
+    `groups` (8) and `rounds` (4) belong to pseudo, `samples` (128) to monte-carlo.
+    """
+
+    kind: LikelihoodKind = "pseudo"
+    groups: int | None = None
+    rounds: int | None = None
+    samples: int | None = None
     start: int = 1
 
 
@@ -95,7 +100,7 @@ class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
-    likelihood: Literal["pseudo"] | PseudoLikelihood | None = None
+    likelihood: LikelihoodKind | LikelihoodWish | None = None
 
 
 class InputItem(msgspec.Struct, frozen=True):

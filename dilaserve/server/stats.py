@@ -7,7 +7,7 @@ import msgspec
 
 from dilaserve import __version__
 from dilaserve.engine.engine import Engine
-from dilaserve.engine.request_views import RequestView, views
+from dilaserve.engine.request_views import RequestView, under_way, views
 from dilaserve.errors import BadRequest, quoted
 from dilaserve.server import plan_api
 from dilaserve.server.history import History, Second
@@ -54,9 +54,8 @@ def about(engine: Engine) -> Json:
 
 def requests(engine: Engine) -> Json:
     """Counts since the start, and of now."""
-    scheduler = engine.scheduler
-    totals, running = scheduler.totals, scheduler.placement.running
-    now = {"running": running, "waiting": len(scheduler.requests) - running, "received": totals.received}
+    totals = engine.scheduler.totals
+    now = under_way(engine.scheduler)._asdict() | {"received": totals.received}
     return now | {"fates": totals.fates, "deadlines": totals.deadlines, "steps": totals.steps}
 
 

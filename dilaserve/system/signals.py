@@ -30,6 +30,13 @@ def raise_keyboard_interrupt() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
+def raise_system_exit() -> None:
+    """From now on SIGTERM raises `SystemExit`, so that a terminal gets its settings back, and SIGINT an interrupt."""
+    if _code is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_code))
+
+
 def leave_soon(code: int) -> None:
     """Leave with this exit code in a few seconds, whatever threads are still busy with."""
     if _code is not None:
