@@ -32,6 +32,15 @@ def check(name, value):
     Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}).validate(value)
 
 
+def check_event(content, data):
+    """The same for the data of an event."""
+    stated = content["text/event-stream"]["schema"]
+    held = stated["properties"]["data"]
+    Draft202012Validator(stated).validate({"data": data})
+    kind = held.get("contentSchema") or held["anyOf"][1]["contentSchema"]
+    Draft202012Validator(kind | {"components": DOCUMENT["components"]}).validate(msgspec.json.decode(data))
+
+
 def name_of(content):
     return content["schema"]["$ref"].rpartition("/")[2]
 
@@ -57,7 +66,7 @@ async def test_all_routes_of_the_application_are_described(engine):
 
 
 def test_what_the_document_says_of_fields_is_of_fields_that_there_are():
-    kinds = [route.body for route in ROUTES if route.body] + [schema.Slo]
+    kinds = [route.body for route in ROUTES if route.body] + [schema.Slo, schema.PseudoLikelihood]
     names = {field.encode_name for kind in kinds for field in msgspec.structs.fields(kind)}
     assert FIELDS.keys() <= names
     assert set(schema.Shared.__struct_fields__) <= FIELDS.keys()
@@ -71,13 +80,14 @@ async def test_answers_and_events_are_what_the_document_says(client, path, body)
     status, answer, _ = await post(client, path, body)
     assert status == 200, answer
     check(name_of(content["application/json"]), answer)
-    options = {} if path in (RESPONSES, MESSAGES) else {"stream_options": {"include_usage": True}}
+    wished = {"include_usage": True, "include_canvas": True}
+    options = {} if path in (RESPONSES, MESSAGES) else {"stream_options": wished}
     async with client.post(path, json=body | {"stream": True} | options) as response:
         raw = (await response.read()).decode()
     data = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: {")]
     assert len(data) > 3
     for one in data:
-        check(name_of(content["text/event-stream"]), msgspec.json.decode(one))
+        check_event(content, one)
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -107,6 +117,14 @@ async def test_answers_of_other_routes_are_what_the_document_says(client):
     for path, body in others.items():
         _, answer, _ = await post(client, path, body)
         check(name_of(answered(path)["application/json"]), answer)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_page_and_its_files_are_of_the_types_that_the_document_names(client):
+    for path in ("/", "/static/style.css", "/static/icon.svg", "/static/api.js", "/static/none"):
+        route = path if path == "/" else "/static/{name}"
+        async with client.get(path) as response:
+            assert response.content_type in answered(route, "get", str(response.status)), path
 
 
 @pytest.mark.asyncio(loop_scope="module")

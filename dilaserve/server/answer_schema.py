@@ -53,6 +53,25 @@ class PromptTokens(Out):
     cached_tokens: int
 
 
+class Canvas(Out):
+    """The open block after a step; dilaserve.engine.canvas says what the fields are."""
+
+    step: int
+    kind: Literal["refresh", "reuse", "commit"]
+    refresh: bool
+    seconds: float
+    block: int
+    start: int
+    tokens: list[str | None]
+    masked: list[bool]
+    confidences: list[float | None]
+    threshold: float | None
+
+
+class CanvasStep(Out):
+    canvas: Canvas
+
+
 class Usage(Out):
     prompt_tokens: int
     completion_tokens: int
@@ -77,11 +96,16 @@ class Costed(Out, kw_only=True):
     warnings: list[str] | UnsetType = UNSET
 
 
-class Headed(Costed, kw_only=True):
+class Headed(Out, kw_only=True):
     id: str
     created: int
     model: str
     system_fingerprint: str
+
+
+class HeadedCosted(Headed, kw_only=True):
+    dilaserve: Cost | UnsetType = UNSET
+    warnings: list[str] | UnsetType = UNSET
 
 
 # chat and completions
@@ -104,7 +128,7 @@ class ChatChoice(Out):
     logprobs: ChatLogprobs | None
 
 
-class ChatCompletion(Headed, kw_only=True):
+class ChatCompletion(HeadedCosted, kw_only=True):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -122,12 +146,20 @@ class ChunkChoice(Out, kw_only=True):
     logprobs: ChatLogprobs | UnsetType | None = UNSET
 
 
-class ChatChunk(Headed, kw_only=True):
-    """One event of a stream, which ends with `data: [DONE]`; an error within it is an `Error` instead."""
+class ChatChunk(HeadedCosted, kw_only=True):
+    """One event of a stream; the last one may count what was used."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     usage: Usage | UnsetType = UNSET
+
+
+class ChatCanvas(Headed, kw_only=True):
+    """The event of a step, where `stream_options.include_canvas` asks for it."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice]
+    dilaserve: CanvasStep
 
 
 class CompletionLogprobs(Out):
@@ -157,12 +189,26 @@ class CompletionChoice(Out, kw_only=True):
     likelihood: PromptLikelihood | UnsetType = UNSET
 
 
-class TextCompletion(Headed, kw_only=True):
-    """An answer, or one event of a stream, which ends with `data: [DONE]`; the last one may count what was used."""
+class TextCompletion(HeadedCosted, kw_only=True):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TextChunk(HeadedCosted, kw_only=True):
+    """One event of a stream; the last one may count what was used."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage | UnsetType = UNSET
+
+
+class TextCanvas(Headed, kw_only=True):
+    """The event of a step, where `stream_options.include_canvas` asks for it."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    dilaserve: CanvasStep
 
 
 # around it
