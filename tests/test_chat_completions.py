@@ -59,6 +59,18 @@ async def test_a_chat_stream_is_written_chunk_by_chunk(client):
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
 
 
+async def test_each_chunk_counts_the_tokens_so_far_where_that_is_asked_for(client):
+    """As guidellm and aiperf ask, to divide by the tokens of a chunk."""
+    wanted = {"include_usage": True, "continuous_usage_stats": True, "include_canvas": True}
+    *chunks, last = await stream(client, CHAT, HELLO | {"n": 2, "stream_options": wanted})
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert (counts[0], counts[-1]) == (0, last["usage"]["completion_tokens"])
+    assert counts == sorted(counts)
+    for one in (chunk["usage"] for chunk in chunks):
+        assert one["prompt_tokens"] == last["usage"]["prompt_tokens"]
+        assert one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"]
+
+
 async def test_a_request_with_time_to_spare_meets_its_deadline(client):
     for slo, headers in (({"deadline_ms": 60_000}, {}), (None, {"x-slo-deadline-ms": "60000", "x-priority": "1"})):
         status, body, _ = await post(client, CHAT, HELLO | {"slo": slo}, **headers)

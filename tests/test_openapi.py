@@ -80,7 +80,7 @@ async def test_answers_and_events_are_what_the_document_says(client, path, body)
     status, answer, _ = await post(client, path, body)
     assert status == 200, answer
     check(name_of(content["application/json"]), answer)
-    wished = {"include_usage": True, "include_canvas": True}
+    wished = {"include_usage": True, "include_canvas": True, "continuous_usage_stats": True}
     options = {} if path in (RESPONSES, MESSAGES) else {"stream_options": wished}
     async with client.post(path, json=body | {"stream": True} | options) as response:
         raw = (await response.read()).decode()

@@ -72,6 +72,15 @@ class CanvasStep(Out):
     canvas: Canvas
 
 
+class UsageSoFar(Out):
+    """What a stream has used so far: all its prompts and choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens | UnsetType = UNSET
+
+
 class Usage(Out):
     prompt_tokens: int
     completion_tokens: int
@@ -147,11 +156,11 @@ class ChunkChoice(Out, kw_only=True):
 
 
 class ChatChunk(HeadedCosted, kw_only=True):
-    """One event of a stream; the last one may count what was used."""
+    """One event of a stream; the last one, or all, may count what was used."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
-    usage: Usage | UnsetType = UNSET
+    usage: UsageSoFar | UnsetType = UNSET
 
 
 class ChatCanvas(Headed, kw_only=True):
@@ -160,6 +169,7 @@ class ChatCanvas(Headed, kw_only=True):
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     dilaserve: CanvasStep
+    usage: UsageSoFar | UnsetType = UNSET
 
 
 class CompletionLogprobs(Out):
@@ -196,11 +206,11 @@ class TextCompletion(HeadedCosted, kw_only=True):
 
 
 class TextChunk(HeadedCosted, kw_only=True):
-    """One event of a stream; the last one may count what was used."""
+    """One event of a stream; the last one, or all, may count what was used."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    usage: Usage | UnsetType = UNSET
+    usage: UsageSoFar | UnsetType = UNSET
 
 
 class TextCanvas(Headed, kw_only=True):
@@ -209,6 +219,7 @@ class TextCanvas(Headed, kw_only=True):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     dilaserve: CanvasStep
+    usage: UsageSoFar | UnsetType = UNSET
 
 
 # around it
