@@ -7,6 +7,8 @@ import pytest
 from http_requests import CHAT, COMPLETE, HELLO, post, stream
 
 from dilaserve import Options
+from dilaserve.engine.stream import Chunk
+from dilaserve.server.responses import ResponseFormat
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 COSTS = {
@@ -69,6 +71,14 @@ async def test_each_chunk_counts_the_tokens_so_far_where_that_is_asked_for(clien
     for one in (chunk["usage"] for chunk in chunks):
         assert one["prompt_tokens"] == last["usage"]["prompt_tokens"]
         assert one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"]
+
+
+async def test_tokens_without_text_are_a_chunk_too(engine):
+    """As of a request that ignores end tokens; vllm's bench counts an answer without chunks as failed."""
+    form = ResponseFormat(engine, True, False)
+    said = form.delta(0, Chunk("", token_ids=(7,)))
+    assert said and said["choices"][0]["delta"] == {"content": ""}
+    assert form.delta(0, Chunk("")) is None
 
 
 async def test_a_request_with_time_to_spare_meets_its_deadline(client):

@@ -13,8 +13,8 @@ from typing import Any
 import schemathesis
 
 SHARE = 4  # one body in so many asks for the one, and one for the other
-TEXT = ("prompt", "messages")
-LIKELIHOOD = {"echo": True, "max_tokens": 0, "logprobs": 1}
+SAID = {"prompt": "Reverse: lamu", "messages": [{"role": "user", "content": "Reverse: lamu"}]}
+LIKELIHOOD = {"echo": True, "max_tokens": 0, "logprobs": 1, "likelihood": "pseudo"}
 CANVAS = {"stream": True, "max_tokens": 8, "stream_options": {"include_canvas": True}}
 ROUTES = {"/v1/completions": (LIKELIHOOD, CANVAS), "/v1/chat/completions": (CANVAS,)}
 answered: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -24,12 +24,15 @@ answered: collections.Counter[tuple[str, int]] = collections.Counter()
 def map_body(context: Any, body: Any) -> Any:
     """Replaces a part of the bodies, always the same ones, by requests with a likelihood or a canvas."""
     wishes = ROUTES.get(context.operation.path, ())
-    drawn = zlib.crc32(json.dumps(body, default=str).encode()) % SHARE
+    turn, drawn = divmod(zlib.crc32(json.dumps(body, default=str).encode()), SHARE)
     if not isinstance(body, dict) or drawn >= len(wishes):
         return body
-    kept = {name: value for name, value in body.items() if name in (*TEXT, "seed")}
-    named = {"likelihood": body.get("likelihood") or "pseudo"} if wishes[drawn] is LIKELIHOOD else {}
-    return kept | wishes[drawn] | named
+    said = {name: text for name, text in SAID.items() if name in body}
+    if turn % 2:  # as it was drawn, which is mostly refused
+        said = {name: value for name, value in body.items() if name in (*SAID, "seed", "likelihood") and value}
+    if wishes[drawn] is CANVAS:
+        said.pop("likelihood", None)
+    return wishes[drawn] | said
 
 
 @schemathesis.hook

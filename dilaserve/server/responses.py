@@ -99,9 +99,9 @@ class ResponseFormat:
         return self.piece({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
     def delta(self, index: int, chunk: Chunk) -> Json | None:
-        """None if there is nothing to say."""
+        """None if there are no new tokens. Those of no text, such as special ones, are said too, as vLLM does."""
         tokens = self.tokens(index, chunk)
-        if not chunk.text and not tokens:
+        if not (chunk.text or tokens or chunk.token_ids):
             return None
         said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
         logprobs = self.probabilities(index, tokens)
