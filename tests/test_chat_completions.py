@@ -77,7 +77,8 @@ async def test_tokens_without_text_are_a_chunk_too(engine):
     """As of a request that ignores end tokens; vllm's bench counts an answer without chunks as failed."""
     form = ResponseFormat(engine, True, False)
     said = form.delta(0, Chunk("", token_ids=(7,)))
-    assert said and said["choices"][0]["delta"] == {"content": ""}
+    assert said
+    assert said["choices"][0]["delta"] == {"content": ""}
     assert form.delta(0, Chunk("")) is None
 
 
