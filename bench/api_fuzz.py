@@ -12,7 +12,9 @@ import asyncio
 import os
 import shutil
 import sys
+from pathlib import Path
 
+import soaking
 from soaking.processes import Server, serving
 
 KEY = "secret"
@@ -24,6 +26,7 @@ LEFT_OUT = (  # checks that do not hold for this server
 )
 ENDPOINTS = 9  # with bodies, to which almost all cases go
 WORKERS = 4  # that send at a time
+HOOKS = Path(soaking.__file__).with_name("schemathesis_hooks.py")
 
 
 async def main() -> int:
@@ -52,7 +55,8 @@ async def fuzz(server: Server, command: str, cases: int, seed: int) -> int:
         *("--header", f"Authorization: Bearer {KEY}", "--exclude-checks", ",".join(LEFT_OUT)),
         *("--request-timeout", "60", "--continue-on-failure"),
     ]
-    process = await asyncio.create_subprocess_exec(command, *words, env=os.environ | {"PYTHONPATH": ""})
+    hooks = {"PYTHONPATH": str(HOOKS.parent), "SCHEMATHESIS_HOOKS": HOOKS.stem}
+    process = await asyncio.create_subprocess_exec(command, *words, env=os.environ | hooks)
     return await process.wait()
 
 

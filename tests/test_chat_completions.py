@@ -7,6 +7,8 @@ import pytest
 from http_requests import CHAT, COMPLETE, HELLO, post, stream
 
 from dilaserve import Options
+from dilaserve.engine.stream import Chunk
+from dilaserve.server.responses import ResponseFormat
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 COSTS = {
@@ -57,6 +59,27 @@ async def test_a_chat_stream_is_written_chunk_by_chunk(client):
     assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+
+
+async def test_each_chunk_counts_the_tokens_so_far_where_that_is_asked_for(client):
+    """As guidellm and aiperf ask, to divide by the tokens of a chunk."""
+    wanted = {"include_usage": True, "continuous_usage_stats": True, "include_canvas": True}
+    *chunks, last = await stream(client, CHAT, HELLO | {"n": 2, "stream_options": wanted})
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert (counts[0], counts[-1]) == (0, last["usage"]["completion_tokens"])
+    assert counts == sorted(counts)
+    for one in (chunk["usage"] for chunk in chunks):
+        assert one["prompt_tokens"] == last["usage"]["prompt_tokens"]
+        assert one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"]
+
+
+async def test_tokens_without_text_are_a_chunk_too(engine):
+    """As of a request that ignores end tokens; vllm's bench counts an answer without chunks as failed."""
+    form = ResponseFormat(engine, True, False)
+    said = form.delta(0, Chunk("", token_ids=(7,)))
+    assert said
+    assert said["choices"][0]["delta"] == {"content": ""}
+    assert form.delta(0, Chunk("")) is None
 
 
 async def test_a_request_with_time_to_spare_meets_its_deadline(client):

@@ -100,6 +100,7 @@ async def test_a_compressed_body_is_read_and_no_more_is_made_of_it_than_allowed(
         (CHAT, {"user": "u" * 1000}, 400, "user"),
         (CHAT, {"min_confidence_threshold": 2}, 400, "min_confidence_threshold"),
         (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        (CHAT, {"stream_options": {"continuous_usage_stats": True}}, 400, "stream_options"),
         (CHAT, {"model": "gpt-4"}, 404, "model"),
         (COMPLETE, {"prompt": None}, 400, "prompt"),
         (COMPLETE, {"prompt": ""}, 400, "prompt"),

@@ -84,6 +84,14 @@ async def test_each_request_has_a_line_with_its_id_in_the_log(client, caplog):
     assert all(record.queued + record.served > 0 and record.stepping > 0 and record.alone > 0 for record in lines)
 
 
+async def test_the_log_says_why_a_request_was_refused(client, caplog):
+    caplog.set_level(logging.INFO, "dilaserve.server.guard")
+    _, body, _ = await post(client, CHAT, HELLO | {"n": 0})
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "dilaserve.server.guard"]
+    assert line.startswith(f"POST '{CHAT}' answered with 400 after ")
+    assert line.endswith(f" s: {body['error']['message']}")
+
+
 async def test_an_observer_that_raises_harms_no_request(client, engine, caplog):
     class Broken:
         def emitted(self, *_):

@@ -2,11 +2,10 @@
 
 import msgspec
 import pytest
-from http_requests import CHAT, COMPLETE, HELLO, post, stream
-from jsonschema import Draft202012Validator, ValidationError
+from http_requests import CHAT, COMPLETE, HELLO, post
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from dilaserve.engine.canvas import Canvas
 from dilaserve.server import schema
 from dilaserve.server.app import application
 from dilaserve.server.openapi import FIELDS, ROUTES, document
@@ -28,13 +27,22 @@ BODIES = [
 ]
 
 
-def check(content, value):
+def check(name, value):
     """Raise an error that names what of the value is not as the document says."""
-    Draft202012Validator(content["schema"] | {"components": DOCUMENT["components"]}).validate(value)
+    Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}).validate(value)
 
 
-def named(name):
-    return {"schema": {"$ref": f"#/components/schemas/{name}"}}
+def check_event(content, data):
+    """The same for the data of an event."""
+    stated = content["text/event-stream"]["schema"]
+    held = stated["properties"]["data"]
+    Draft202012Validator(stated).validate({"data": data})
+    kind = held.get("contentSchema") or held["anyOf"][1]["contentSchema"]
+    Draft202012Validator(kind | {"components": DOCUMENT["components"]}).validate(msgspec.json.decode(data))
+
+
+def name_of(content):
+    return content["schema"]["$ref"].rpartition("/")[2]
 
 
 def answered(path, method="post", code="200"):
@@ -58,7 +66,7 @@ async def test_all_routes_of_the_application_are_described(engine):
 
 
 def test_what_the_document_says_of_fields_is_of_fields_that_there_are():
-    kinds = [route.body for route in ROUTES if route.body] + [schema.Slo, schema.StreamOptions]
+    kinds = [route.body for route in ROUTES if route.body] + [schema.Slo, schema.LikelihoodWish, schema.StreamOptions]
     names = {field.encode_name for kind in kinds for field in msgspec.structs.fields(kind)}
     assert FIELDS.keys() <= names
     assert set(schema.Shared.__struct_fields__) <= FIELDS.keys()
@@ -67,55 +75,29 @@ def test_what_the_document_says_of_fields_is_of_fields_that_there_are():
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("path", "body"), BODIES)
 async def test_answers_and_events_are_what_the_document_says(client, path, body):
-    check(DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"], body)
+    check(name_of(DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]), body)
     content = answered(path)
     status, answer, _ = await post(client, path, body)
     assert status == 200, answer
-    check(content["application/json"], answer)
-    options = {} if path in (RESPONSES, MESSAGES) else {"stream_options": {"include_usage": True}}
+    check(name_of(content["application/json"]), answer)
+    wished = {"include_usage": True, "include_canvas": True, "continuous_usage_stats": True}
+    options = {} if path in (RESPONSES, MESSAGES) else {"stream_options": wished}
     async with client.post(path, json=body | {"stream": True} | options) as response:
         raw = (await response.read()).decode()
     data = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: {")]
     assert len(data) > 3
     for one in data:
-        check(content["text/event-stream"], msgspec.json.decode(one))
-
-
-@pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize(
-    ("path", "body", "kind"),
-    [(CHAT, HELLO, "ChatCanvasChunk"), (COMPLETE, {"prompt": "hello", "max_tokens": 8}, "TextCanvasChunk")],
-)
-async def test_canvases_of_a_stream_are_what_the_document_says(client, path, body, kind):
-    chunks = await stream(client, path, body | {"stream_options": {"include_canvas": True}})
-    canvases = [chunk for chunk in chunks if "canvas" in chunk.get("dilaserve", {})]
-    assert canvases
-    for chunk in chunks:
-        check(answered(path)["text/event-stream"], chunk)
-    for chunk in canvases:
-        check(named(kind), chunk)
-        chunk["dilaserve"]["canvas"]["other"] = 1
-        with pytest.raises(ValidationError):
-            check(answered(path)["text/event-stream"], chunk)
-    fields = DOCUMENT["components"]["schemas"]["ShownCanvas"]
-    assert set(fields["required"]) == set(fields["properties"]) == {*Canvas.__struct_fields__, "masked"}
-    asked = DOCUMENT["components"]["schemas"]["StreamOptions"]["properties"]["include_canvas"]
-    assert "open block" in asked["description"]
+        check_event(content, one)
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_likelihood_is_what_the_document_says(client):
-    samples = {"kind": "monte-carlo", "samples": 2}
-    for wish in (
-        {"likelihood": "pseudo", "max_tokens": 0},
-        {"likelihood": {"groups": 2}, "max_tokens": 1},
-        {"likelihood": samples, "max_tokens": 0},
-    ):
+    for wish in ({"likelihood": "pseudo", "max_tokens": 0}, {"likelihood": {"groups": 2}, "max_tokens": 1}):
         body = {"prompt": ["hello", "you"], "echo": True, "logprobs": 1} | wish
-        check(named("CompletionRequest"), body)
+        check("CompletionRequest", body)
         status, answer, _ = await post(client, COMPLETE, body)
         assert status == 200, answer
-        check(named("TextCompletion"), answer)
+        check("TextCompletion", answer)
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -124,7 +106,7 @@ async def test_answers_of_other_routes_are_what_the_document_says(client):
     for path in paths:
         async with client.get(path.replace("{model}", "random")) as response:
             assert response.status == 200, path
-            check(answered(path, "get")["application/json"], await response.json())
+            check(name_of(answered(path, "get")["application/json"]), await response.json())
     async with client.get("/openapi.json") as response:
         assert (await response.read(), response.content_type) == (document(), "application/json")
     others = {
@@ -134,11 +116,19 @@ async def test_answers_of_other_routes_are_what_the_document_says(client):
     }
     for path, body in others.items():
         _, answer, _ = await post(client, path, body)
-        check(answered(path)["application/json"], answer)
+        check(name_of(answered(path)["application/json"]), answer)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_page_and_its_files_are_of_the_types_that_the_document_names(client):
+    for path in ("/", "/static/style.css", "/static/icon.svg", "/static/api.js", "/static/none"):
+        route = path if path == "/" else "/static/{name}"
+        async with client.get(path) as response:
+            assert response.content_type in answered(route, "get", str(response.status)), path
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_errors_are_what_the_document_says(client):
     for path in (CHAT, COMPLETE, RESPONSES, MESSAGES):
         status, answer, _ = await post(client, path, {"max_tokens": "x", "max_output_tokens": "x"})
-        check(answered(path, code=str(status))["application/json"], answer)
+        check(name_of(answered(path, code=str(status))["application/json"]), answer)

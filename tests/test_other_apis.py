@@ -63,6 +63,8 @@ async def test_openais_client_reads_a_response(address, known):
         cut = await client.responses.create(**RESPONSE | {"extra_body": OWN | {"stop": stop}})
         assert (cut.output_text, cut.status) == (known.text.partition(stop)[0], "completed")
         sure = await client.responses.create(**RESPONSE, include=["message.output_text.logprobs"])
+        bare = await client.responses.create(**RESPONSE, include=["reasoning.encrypted_content"])
+        assert (bare.output_text, bare.output[0].content[0].logprobs) == (known.text, [])
         logprobs = sure.output[0].content[0].logprobs
         assert (len(logprobs), all(one.logprob <= 0 for one in logprobs)) == (24, True)
 

@@ -18,6 +18,7 @@ from dilaserve.models import hub
 from dilaserve.profile import profile_file
 from dilaserve.profile.profile_file import ModelProfile
 from dilaserve.profile.step_cost import Sample, StepCost
+from dilaserve.system import child_processes
 
 
 class Found(NamedTuple):
@@ -37,6 +38,7 @@ def calibrate(settings: Config, extras: argparse.Namespace) -> None:
     known = replaced(directory, given)
     questions = questions_from(extras.problems, extras.per_task)
     places, about = profile_file.places(directory, given), subject(settings, directory, questions)
+    child_processes.fork_servers.divide(["dilaserve.worker.main"])
     with resumed(places, about, extras.restart, note) as (kept, file):
         found = measured(settings, questions, kept, file, known)
         written = profile_file.write(found.profile, directory, given)

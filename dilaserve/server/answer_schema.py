@@ -8,8 +8,6 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dilaserve.engine.canvas import Canvas
-
 
 class Out(msgspec.Struct, forbid_unknown_fields=True):
     """Whatever goes out has no fields but these."""
@@ -55,6 +53,34 @@ class PromptTokens(Out):
     cached_tokens: int
 
 
+class Canvas(Out):
+    """The open block after a step; dilaserve.engine.canvas says what the fields are."""
+
+    step: int
+    kind: Literal["refresh", "reuse", "commit"]
+    refresh: bool
+    seconds: float
+    block: int
+    start: int
+    tokens: list[str | None]
+    masked: list[bool]
+    confidences: list[float | None]
+    threshold: float | None
+
+
+class CanvasStep(Out):
+    canvas: Canvas
+
+
+class UsageSoFar(Out):
+    """What a stream has used so far: all its prompts and choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens | UnsetType = UNSET
+
+
 class Usage(Out):
     prompt_tokens: int
     completion_tokens: int
@@ -79,11 +105,16 @@ class Costed(Out, kw_only=True):
     warnings: list[str] | UnsetType = UNSET
 
 
-class Headed(Costed, kw_only=True):
+class Headed(Out, kw_only=True):
     id: str
     created: int
     model: str
     system_fingerprint: str
+
+
+class HeadedCosted(Headed, kw_only=True):
+    dilaserve: Cost | UnsetType = UNSET
+    warnings: list[str] | UnsetType = UNSET
 
 
 # chat and completions
@@ -106,7 +137,7 @@ class ChatChoice(Out):
     logprobs: ChatLogprobs | None
 
 
-class ChatCompletion(Headed, kw_only=True):
+class ChatCompletion(HeadedCosted, kw_only=True):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -124,33 +155,21 @@ class ChunkChoice(Out, kw_only=True):
     logprobs: ChatLogprobs | UnsetType | None = UNSET
 
 
-class ChatChunk(Headed, kw_only=True):
-    """One event of a stream, which ends with `data: [DONE]`; an error within it is an `Error` instead."""
+class ChatChunk(HeadedCosted, kw_only=True):
+    """One event of a stream; the last one, or all, may count what was used."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
-    usage: Usage | UnsetType = UNSET
+    usage: UsageSoFar | UnsetType = UNSET
 
 
-class ShownCanvas(Canvas, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The open block after a step: for each position its token, null for a mask, and the token's confidence.
-
-    `step` counts from 1, `block` from 0, `start` from the answer's first token; `seconds` from the request's arrival.
-    """
-
-    masked: tuple[bool, ...]
-
-
-class CanvasBeside(Out):
-    canvas: ShownCanvas
-
-
-class ChatCanvasChunk(Headed, kw_only=True):
-    """An event that comes after each step with `stream_options.include_canvas`; its delta is empty."""
+class ChatCanvas(Headed, kw_only=True):
+    """The event of a step, where `stream_options.include_canvas` asks for it."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
-    dilaserve: CanvasBeside  # type: ignore[assignment]  # in place of the cost
+    dilaserve: CanvasStep
+    usage: UsageSoFar | UnsetType = UNSET
 
 
 class CompletionLogprobs(Out):
@@ -184,20 +203,27 @@ class CompletionChoice(Out, kw_only=True):
     likelihood: PromptLikelihood | UnsetType = UNSET
 
 
-class TextCompletion(Headed, kw_only=True):
-    """An answer, or one event of a stream, which ends with `data: [DONE]`; the last one may count what was used."""
+class TextCompletion(HeadedCosted, kw_only=True):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TextChunk(HeadedCosted, kw_only=True):
+    """One event of a stream; the last one, or all, may count what was used."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    usage: Usage | UnsetType = UNSET
+    usage: UsageSoFar | UnsetType = UNSET
 
 
-class TextCanvasChunk(Headed, kw_only=True):
-    """An event that comes after each step with `stream_options.include_canvas`; its text is empty."""
+class TextCanvas(Headed, kw_only=True):
+    """The event of a step, where `stream_options.include_canvas` asks for it."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    dilaserve: CanvasBeside  # type: ignore[assignment]  # in place of the cost
+    dilaserve: CanvasStep
+    usage: UsageSoFar | UnsetType = UNSET
 
 
 # around it

@@ -29,7 +29,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Seen = Callable[[str, str, int, float], None]
 CLIENT_LEFT = 499  # as nginx has it, for logs and metrics only
 METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
-LINE = "%.20s %.200r answered with %d after %.3f s"
+LINE = "%.20s %.200r answered with %d after %.3f s%s"
+REFUSAL: web.RequestKey[str] = web.RequestKey("refusal", str)  # what the client was told
 PLAN = "/v1/plan"
 OPEN = {"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"}  # no key needed
 FILES = "/static/"  # nor for what the page loads
@@ -59,9 +60,8 @@ def answered(handle: Handler, seen: Seen) -> Handler:
         finally:
             seconds = time.perf_counter() - began
             seen(route(request), request.method if request.method in METHODS else "other", status, seconds)
-            log.log(
-                logging.INFO if status >= 400 else logging.DEBUG, LINE, request.method, request.path, status, seconds
-            )
+            level, said = logging.INFO if status >= 400 else logging.DEBUG, request.get(REFUSAL, "")
+            log.log(level, LINE, request.method, request.path, status, seconds, said and f": {said}")
         if not response.prepared:
             response.headers["x-request-id"] = id
         return response
@@ -147,7 +147,8 @@ def refused(error: DilaserveError, request: web.Request) -> web.Response:
 
 
 def shaped(error: DilaserveError, request: web.Request) -> Json:
-    """The error in the shape that clients of this path read."""
+    """The error in the shape that clients of this path read; the log will have its sentence."""
+    request[REFUSAL] = error.message
     if request.path.startswith(messages_api.MESSAGES):
         return messages_api.failure(error, request[sse.REQUEST_ID])
     return failure(error)

@@ -16,17 +16,11 @@ N = TypeVar("N", int, float)
 
 
 def check_stream(request: Common) -> None:
-    """Raise `BadRequest` for options of a stream that is none, or that cannot be honoured."""
+    """Raise `BadRequest` for options of a stream that is none."""
     if (wanted := request.stream_options) is None:
         return
-    if (wanted.include_usage or wanted.include_canvas) and not request.stream:
+    if (wanted.include_usage or wanted.include_canvas or wanted.continuous_usage_stats) and not request.stream:
         raise BadRequest("stream_options needs stream: true", param="stream_options")
-    if wanted.continuous_usage_stats:
-        raise BadRequest(
-            "continuous_usage_stats cannot be honoured: usage is counted at the end",
-            param="stream_options.continuous_usage_stats",
-            code="unsupported_parameter",
-        )
 
 
 def check_tokenize(request: TokenizeRequest) -> None:

@@ -12,6 +12,7 @@ from dilaserve.engine.prompts import ROLES, TEXTS
 from dilaserve.engine.submit import MAX_DEADLINE
 from dilaserve.server import answer_schema as out
 from dilaserve.server import messages_schema, responses_schema, schema
+from dilaserve.server.likelihood_api import HEADER, KINDS
 from dilaserve.server.messages_api import BLOCKS
 from dilaserve.server.plan_api import PlanRequest
 from dilaserve.server.responses_api import ITEMS
@@ -22,7 +23,9 @@ REF = "#/components/schemas/{name}"
 
 
 class Route(NamedTuple):
-    """`answer` None: text. `events`: what an event of a stream holds, one of them. `open`: no key is asked for."""
+    """`answer` None: text. `events`: what an event of a stream holds. `open`: no key is asked for. `texts`: the media
+    types of text that it has instead of, or beside, JSON.
+    """
 
     method: str
     path: str
@@ -31,10 +34,13 @@ class Route(NamedTuple):
     body: type | None = None
     events: tuple[type, ...] = ()
     open: bool = False
+    texts: tuple[str, ...] = ()
 
 
-CHAT = out.ChatCompletion, schema.ChatRequest, (out.ChatChunk, out.ChatCanvasChunk)
-COMPLETION = out.TextCompletion, schema.CompletionRequest, (out.TextCompletion, out.TextCanvasChunk)
+TEXT: Json = {"type": "string"}
+FILES = "text/css", "text/html", "text/javascript", "image/svg+xml"
+CHAT = out.ChatCompletion, schema.ChatRequest, (out.ChatChunk, out.ChatCanvas)
+COMPLETION = out.TextCompletion, schema.CompletionRequest, (out.TextChunk, out.TextCanvas)
 RESPONSE = responses_schema.Response, schema.ResponsesRequest, (responses_schema.ResponseEvent,)
 MESSAGE = messages_schema.AnthropicAnswer, schema.MessagesRequest, (messages_schema.MessageEvent,)
 COUNT = messages_schema.TokenCount, schema.CountTokensRequest
@@ -51,12 +57,19 @@ ROUTES = (
     Route("post", "/tokenize", "Tokens of a text or a conversation", out.Tokens, schema.TokenizeRequest),
     Route("post", "/detokenize", "The text of tokens", out.Detokenized, schema.DetokenizeRequest),
     Route("get", "/v1/stats", "The last minutes, the plan, and the steps of requests", dict),
-    Route("get", "/", "The page for browsers; for clients that want JSON, the routes", dict, open=True),
-    Route("get", "/static/{name}", "A file of the page", None, open=True),
+    Route(
+        "get",
+        "/",
+        "The page for browsers; for clients that want JSON, the routes",
+        dict,
+        open=True,
+        texts=("text/html",),
+    ),
+    Route("get", "/static/{name}", "A file of the page", None, open=True, texts=FILES),
     Route("get", "/health", "Whether the engine is alive", out.Status, open=True),
     Route("get", "/ready", "Whether requests are taken", out.Status, open=True),
     Route("get", "/version", "The server's version", out.Version, open=True),
-    Route("get", "/metrics", "Counts for Prometheus", None, open=True),
+    Route("get", "/metrics", "Counts for Prometheus", None, open=True, texts=("text/plain",)),
     Route("get", "/openapi.json", "This document", dict, open=True),
 )
 ERRORS = {
@@ -73,6 +86,8 @@ ERRORS = {
     504: "the deadline has passed",
 }
 RETRIED = (429, 503)
+DONE = "[DONE]"  # what the streams of OpenAI's older routes end with
+STRICT = ("Slo", "LikelihoodWish")  # parts of requests that take no other fields
 LIMITED = ("integer", "number", "string")
 HEADERS = {
     "x-request-id": ("the name of the request in answers and in the log; made if missing", {"type": "string"}),
@@ -80,6 +95,7 @@ HEADERS = {
     "x-slo-class": ("`slo.class`", {"type": "string"}),
     "x-priority": ("`priority`", {"type": "integer"}),
 }
+LIKELIHOOD = {HEADER: ("`likelihood`, for clients that cannot touch the body", {"enum": [*KINDS]})}
 
 
 def between(least: float, most: float | None = None) -> Json:
@@ -94,7 +110,6 @@ def listed(items: Json) -> Json:
     return {"type": "array", "minItems": 1, "items": items}
 
 
-TEXT: Json = {"type": "string"}
 TOKENS = listed({"type": "integer", "minimum": 0})
 FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its limits
     "model": ("the name in /v1/models; may be left out", {}),
@@ -136,6 +151,9 @@ FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its
     "n": ("answers to each prompt", between(1)),
     "user": ("the tenant", {"maxLength": 512}),
     "top_logprobs": ("most probable tokens of each position", between(0, MAX_TOP_LOGPROBS)),
+    "groups": ("parts into which the tokens are divided", between(1)),
+    "rounds": ("divisions of the tokens whose values are averaged", between(1)),
+    "start": ("the first token that is scored", between(0)),
 }
 
 
@@ -199,31 +217,43 @@ def operation(route: Route) -> Json:
         found["security"] = []
     if route.body:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": of(route.body)}}}
-    parameters = [parameter(name, *about) for name, about in HEADERS.items()] if route.events else []
+    headers = HEADERS | (LIKELIHOOD if route.body is schema.CompletionRequest else {}) if route.events else {}
+    parameters = [parameter(name, *about) for name, about in headers.items()]
     places = re.findall(r"{(\w+)}", route.path)
     parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in places]
     return found | ({"parameters": parameters} if parameters else {})
 
 
 def answer(route: Route) -> Json:
-    if route.answer is None:
-        return {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}
-    kind = {"type": "object"} if route.answer is dict else of(route.answer)
-    content = {"application/json": {"schema": kind}}
+    content: Json = {kind: {"schema": TEXT} for kind in route.texts}
+    if route.answer:
+        content["application/json"] = {"schema": {"type": "object"} if route.answer is dict else of(route.answer)}
     if route.events:
-        kinds = [of(event) for event in route.events]
-        content["text/event-stream"] = {"schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}}
+        content["text/event-stream"] = {"schema": event(route)}
     return {
         "description": "the answer; with `stream: true` events of it" if route.events else "the answer",
         "content": content,
     }
 
 
+def event(route: Route) -> Json:
+    """One event of a stream, with its data as text, as OpenAPI 3.2 describes events too."""
+    kinds = [of(one) for one in (*route.events, error_of(route))]
+    holds = {"contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    data = {"anyOf": [{"const": DONE}, holds]} if out.Error is error_of(route) else holds
+    return {"type": "object", "required": ["data"], "properties": {"event": TEXT, "data": TEXT | data}}
+
+
 def errors(route: Route) -> Json:
     """What may go wrong; Anthropic's routes have the shape that Anthropic's clients read."""
-    codes = set(ERRORS) if route.body else {401, 404, 500, 503} if not route.open else {500, 503}
-    kind = "Anthropic" if route.path.startswith("/v1/messages") else ""
+    codes = set(ERRORS) if route.body else {500, 503} if route.open else {401, 404, 500, 503}
+    codes |= {404} if "{" in route.path else set()
+    kind = "Anthropic" if error_of(route) is messages_schema.AnthropicError else ""
     return {str(code): {"$ref": f"#/components/responses/{kind}{code}"} for code in sorted(codes)}
+
+
+def error_of(route: Route) -> type:
+    return messages_schema.AnthropicError if route.path.startswith("/v1/messages") else out.Error
 
 
 def responses() -> Json:
@@ -249,7 +279,7 @@ def of(kind: type) -> Json:
 
 def explained(one: Json) -> Json:
     """A struct's schema, with what `FIELDS` says of its fields; answers, which take no others, stay as they are."""
-    if "additionalProperties" in one and one.get("title") != "Slo":
+    if "additionalProperties" in one and one.get("title") not in STRICT:
         return one
     fields = {
         name: field(name, about) | PLACES.get((one["title"], name), {})

@@ -14,6 +14,7 @@ from dilaserve.engine.canvas import Canvas
 from dilaserve.engine.engine import Chunk, Completion, Engine
 from dilaserve.engine.stream import TopLogprob
 from dilaserve.errors import DilaserveError
+from dilaserve.server.schema import StreamOptions
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.tokenizer import UNFINISHED, Text
 from dilaserve.types import Usage
@@ -35,7 +36,7 @@ class Candidate(NamedTuple):
 
 class ResponseFormat:
     """OpenAI's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
-    into the answer, or into the last chunk of each choice. `counts`: a stream ends with what was used.
+    into the answer, or into the last chunk of each choice. `wanted` says where a stream counts its tokens.
     """
 
     named = False
@@ -48,9 +49,10 @@ class ResponseFormat:
         logprobs: bool,
         stops: bool = False,
         warnings: Sequence[str] = (),
-        counts: bool = False,
+        wanted: StreamOptions | None = None,
     ) -> None:
-        self.counts = counts
+        self.wanted = wanted or StreamOptions()
+        self.prompt_tokens = self.streamed = 0  # tokens of all prompts, and of what has been written of all choices
         self.warned: Json = {"warnings": list(warnings)} if warnings else {}
         self.engine, self.chat, self.logprobs, self.stops = engine, chat, logprobs, stops
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
@@ -72,11 +74,13 @@ class ResponseFormat:
     # streams
 
     def started(self, choices: int, echoes: Sequence[str], prompt_tokens: int) -> Iterator[Json]:
+        self.prompt_tokens = prompt_tokens
         if self.chat:
             yield from map(self.opening, range(choices))
         yield from (self.echo(index, echo) for index, echo in enumerate(echoes) if echo)
 
     def more(self, index: int, chunk: Chunk) -> Iterator[Json]:
+        self.streamed += len(chunk.token_ids)
         if chunk.canvas:
             yield self.canvas(index, chunk.canvas)
         if delta := self.delta(index, chunk):
@@ -85,7 +89,7 @@ class ResponseFormat:
             yield self.closing(index, chunk)
 
     def done(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Iterator[Json]:
-        if self.counts:
+        if self.wanted.include_usage:
             yield self.counted(prompt_tokens, completion_tokens, cached_tokens)
 
     def failed(self, error: DilaserveError) -> Iterator[Json]:
@@ -95,9 +99,9 @@ class ResponseFormat:
         return self.piece({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
     def delta(self, index: int, chunk: Chunk) -> Json | None:
-        """None if there is nothing to say."""
+        """None if there are no new tokens. Those of no text, such as special ones, are said too, as vLLM does."""
         tokens = self.tokens(index, chunk)
-        if not chunk.text and not tokens:
+        if not (chunk.text or tokens or chunk.token_ids):
             return None
         said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
         logprobs = self.probabilities(index, tokens)
@@ -124,7 +128,8 @@ class ResponseFormat:
         return self.head(True) | {"choices": [], "usage": usage(prompt_tokens, completion_tokens, cached_tokens)}
 
     def piece(self, choice: Json) -> Json:
-        return self.head(True) | {"choices": [choice]}
+        used = {"usage": usage(self.prompt_tokens, self.streamed)} if self.wanted.continuous_usage_stats else {}
+        return self.head(True) | {"choices": [choice]} | used
 
     # whole answers
 
@@ -230,13 +235,11 @@ def spelled(token: str) -> list[int] | None:
     return None if UNFINISHED in token else list(token.encode())
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> Json:
+    """`cached_tokens` None: not known yet."""
+    known = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    known["total_tokens"] = prompt_tokens + completion_tokens
+    return known if cached_tokens is None else known | {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
 
 
 def cached(usages: Iterable[Usage]) -> int:

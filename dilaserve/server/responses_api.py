@@ -12,6 +12,7 @@ NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "messages": "inpu
 CALLS, OUTPUTS = ("function_call", "custom_tool_call"), ("function_call_output", "custom_tool_call_output")
 ITEMS = ("message", *CALLS, *OUTPUTS)
 LOGPROBS = "message.output_text.logprobs"
+REASONING = "reasoning.encrypted_content"  # of reasoning items, which no answer has; LiteLLM always asks for it
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # of metadata, as OpenAI limits them
 
 
@@ -40,13 +41,13 @@ def as_chat(request: ResponsesRequest) -> Translated:
 def wants_logprobs(request: ResponsesRequest) -> bool:
     """Raises `BadRequest` for an `include` that cannot be honoured."""
     for i, name in enumerate(request.include or ()):
-        if name != LOGPROBS:
+        if name not in (LOGPROBS, REASONING):
             raise BadRequest(
                 f"include knows {LOGPROBS!r} alone here, not {quoted(name)}; leave it out",
                 param=f"include[{i}]",
                 code="unsupported_parameter",
             )
-    return bool(request.include) or bool(request.top_logprobs)
+    return LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
 
 
 def message(item: InputItem, place: str) -> Message:

@@ -180,8 +180,7 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
 
 def openais(engine: Engine, asked: schema.ChatRequest, warnings: Sequence[str]) -> ResponseFormat:
     """How OpenAI writes the answer of this chat."""
-    counts = bool(asked.stream_options and asked.stream_options.include_usage)
-    return ResponseFormat(engine, True, bool(asked.logprobs), bool(asked.stop), warnings, counts)
+    return ResponseFormat(engine, True, bool(asked.logprobs), bool(asked.stop), warnings, asked.stream_options)
 
 
 async def chatted(engine: Engine, said: list[Message]) -> Prompt:
@@ -191,8 +190,8 @@ async def chatted(engine: Engine, said: list[Message]) -> Prompt:
 async def complete(request: web.Request) -> web.StreamResponse:
     asked, warnings = await read_warned(request, schema.CompletionRequest)
     engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
-    counts = bool(asked.stream_options and asked.stream_options.include_usage)
-    form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, counts)
+    wanted = asked.stream_options
+    form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, wanted)
     if (estimated := likelihood_api.wanted(asked, request.headers)) is not None:
         return await score(request, asked, form, prompts, likelihood_api.sampling(estimated, asked.seed))
     return await respond(request, asked, form, prompts, bool(asked.echo))
