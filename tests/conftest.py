@@ -17,17 +17,22 @@ from dilaserve.cli import main
 from dilaserve.server.app import running
 from dilaserve.system import child_processes
 
+CORES = sorted(os.sched_getaffinity(0))
+# Files whose workers compute together: on one core each would wait for the others' turns.
+TOGETHER = {
+    *("test_cuda_engine.py", "test_cuda_steps.py", "test_plan_changes.py", "test_tp_group.py", "test_lost_ranks.py"),
+    *("test_fake_cuda.py", "test_process_groups.py"),
+}
 
-def share_of_cores() -> set[int]:
+
+def share_of_cores() -> list[int]:
     """Those of one of the processes that share the test files. Else a worker, which gives way to everybody, would wait
     for a core on which another's test computes, and the second thread of a step with it.
     """
-    cores, number = sorted(os.sched_getaffinity(0)), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return set(cores[int(number.removeprefix("gw")) % len(cores) :: count])
+    number, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    return CORES[int(number.removeprefix("gw")) % len(CORES) :: int(count)]
 
 
-os.sched_setaffinity(0, share_of_cores())
 # Dozens of tests start a Python of their own; without bytecode on the disk each would compile the whole package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
@@ -45,6 +50,12 @@ def one_fork_server():
     """Dozens of engines have their workers from processes that import torch once, instead of one each."""
     with child_processes.fork_servers.used():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cores(request):
+    """Of this process, and so of the children that it starts."""
+    os.sched_setaffinity(0, CORES if request.path.name in TOGETHER else share_of_cores())
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
