@@ -48,24 +48,26 @@ def plain(value: T) -> T:
     return str.__str__(value) if isinstance(value, str) and type(value) is not str else value  # type: ignore[return-value]
 
 
-def complaint(error: msgspec.ValidationError, kind: Any, name: str = "") -> BadRequest:
-    """The sentence about a value that is not of its type; `param` is the path of the field."""
+def complaint(error: msgspec.ValidationError, kind: Any, name: str = "", root: str = "the value") -> BadRequest:
+    """The sentence about a value that is not of its type; `param` is its path, `root` the name of the whole."""
     text, _, path = str(error).partition(" - at ")
     missing = re.search(r"missing required field `(\w+)`", text)
     place = re.search(r"`\$([^`]*)`", path)
     parts = [f"{name}{place[1] if place else ''}".removeprefix("."), missing[1] if missing else ""]
     param = shortened(".".join(filter(None, parts)))
     if path.startswith("`key`"):
-        return BadRequest(f"{param or 'the value'} must have strings as keys", param=param or None)
-    return BadRequest(sentence(text, param, kind), param=param or None)
+        return BadRequest(f"{param or root} must have strings as keys", param=param or None)
+    return BadRequest(sentence(text, param, kind, root), param=param or None)
 
 
-def sentence(text: str, param: str, kind: Any) -> str:
+def sentence(text: str, param: str, kind: Any, root: str) -> str:
     """What msgspec says of a field, in plain words."""
-    what = param or "the value"
+    what = param or root
     if found := re.fullmatch(r"Expected `(.+)`, got `(.+)`", text):
         wanted = [NAMES.get(one, one) for one in found[1].split(" | ") if one != "null"]
         return f"{what} must be {' or '.join(wanted)}, not {GOT.get(found[2], shortened(found[2]))}"
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL):
+        return f"{what} has no field {quoted(found[1])}; correct its name or leave it out"
     if "missing required field" in text:
         return f"{what} is missing"
     if text == "Number out of range":

@@ -99,6 +99,22 @@ def test_each_refused_field_takes_null_and_no_nonsense(kind):
                 decoded(body(kind, **{name: {"non": "sense"}}), kind)
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"null", "the body must be an object, not null"),
+        (b"[1]", "the body must be an object, not a list"),
+        (
+            b'{"messages": [], "slo": {"deadlin_ms": 5}}',
+            "slo has no field 'deadlin_ms'; correct its name or leave it out",
+        ),
+    ],
+)
+def test_a_body_of_another_shape_is_told_in_plain_words(body, words):
+    with pytest.raises(BadRequest, match=words):
+        decoded(body, ChatRequest)
+
+
 def test_a_bias_of_nothing_is_harmless_and_true_is_no_number():
     decoded(body(ChatRequest, logit_bias={"5": 0, "6": 0.0}), ChatRequest)
     for name in ("frequency_penalty", "best_of"):

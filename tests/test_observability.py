@@ -13,8 +13,9 @@ from http_requests import CHAT, HELLO, post
 from dilaserve import Config
 from dilaserve.engine.observer import Ended
 from dilaserve.server.app import running
+from dilaserve.server.lateness import cause
 from dilaserve.server.metrics import MOST_TENANTS, drops
-from dilaserve.server.request_log import cause, fields, pairs
+from dilaserve.server.request_log import fields, pairs
 from dilaserve.system import logs
 from dilaserve.types import Decoding, Request, Slo, Usage
 
@@ -48,6 +49,7 @@ async def test_metrics_count_a_request_where_dashboards_look_for_it(engine):
         for body in (TIMED, HELLO):
             assert (await post(client, CHAT, body))[0] == 200
         assert (await post(client, CHAT, {"messages": 1}))[0] == 400
+        assert (await post(client, CHAT, HELLO | {"slo": {"deadline_ms": 0.001, "on_miss": "reject"}}))[0] == 429
         async with client.get("/nothing/here") as response:
             assert response.status == 404
         found = await scraped(client)
@@ -55,6 +57,9 @@ async def test_metrics_count_a_request_where_dashboards_look_for_it(engine):
     assert found[f'dilaserve_http_requests_total{{method="POST",route="{CHAT}",status="400"}}'] == 1
     assert found['dilaserve_http_requests_total{method="GET",route="unknown",status="404"}'] == 1
     assert found['dilaserve_deadlines_by_class_total{class="slow",fate="met"}'] == 1
+    causes = {name: value for name, value in found.items() if name.startswith("dilaserve_deadline_causes_total")}
+    assert len(causes) == 5
+    assert {name for name, value in causes.items() if value} == {'dilaserve_deadline_causes_total{cause="too_short"}'}
     assert found["dilaserve_generation_tokens_total"] == found["dilaserve_request_generation_tokens_sum"] == 48
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
         count = found[f"dilaserve_{name}_count"]

@@ -78,8 +78,8 @@ async def duration(engine: Engine, questions: Questions, missing: int) -> str:
     began = time.perf_counter()
     await asked(engine, task, dict(enumerate(prompts)), 0, unheard)
     minutes = (time.perf_counter() - began) * missing / len(prompts) / 60
-    about = f"{max(1, round(minutes))} min" if minutes >= 1 else "less than a minute"
-    return f"{missing} answers will take about {about}, then some hundreds of steps are timed"
+    about = f"about {max(1, round(minutes))} min" if minutes >= 1 else "less than a minute"
+    return f"{missing} answers will take {about}, then some hundreds of steps are timed"
 
 
 def unheard(answer: MeasuredAnswer) -> None:

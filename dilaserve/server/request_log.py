@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 from dilaserve.engine.observer import Ended
-from dilaserve.types import Request, Usage
+from dilaserve.server.lateness import cause
+from dilaserve.types import Request
 
 log = logging.getLogger("dilaserve.requests")
 LEVELS = {"failed": logging.ERROR, "refused": logging.WARNING, "declined": logging.WARNING}
@@ -55,22 +56,6 @@ def fields(ended: Ended) -> dict[str, Any]:
         if ended.deadline_fate in ("missed", "declined"):
             known["cause"] = cause(usage)
     return {name: rounded(value) for name, value in known.items() if value not in (None, "")}
-
-
-def cause(usage: Usage) -> str:
-    """What took most of the time beyond that of the request alone."""
-    if usage.deadline is not None and usage.alone >= usage.deadline:
-        return "the deadline is shorter than the request takes alone"
-    between = usage.served - usage.stepping
-    lost = (
-        f"it lost its K/V {usage.restarts} times and waited to go on" if usage.restarts else "it waited between steps"
-    )
-    waits = {
-        "it waited for a row": usage.queued,
-        "its steps took longer than expected or were shared": usage.stepping - usage.alone,
-        lost: between,
-    }
-    return max(waits, key=lambda name: waits[name])
 
 
 def rounded(value: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dilaserve.engine.observer import Ended
+from dilaserve.server.lateness import CAUSES, cause_label
 from dilaserve.types import Request
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
@@ -47,6 +48,10 @@ class RequestMetrics:
         self.finished = self.counter("finish_reasons", "Answers by why they ended: stop or length", "finish_reason")
         about = "Requests with a deadline that have ended, by class of --slo-class (none: deadline_ms) and fate"
         self.deadlines = self.counter("deadlines_by_class", about, "class", "fate")
+        about = "Requests that missed their deadline or were declined, by what took most of the time beyond that alone"
+        self.causes = self.counter("deadline_causes", about, "cause")
+        for label in CAUSES:
+            self.causes.labels(label)
         about = "Times that requests lost their K/V: to other requests, to a change of the plan, or with a worker"
         self.restarts = self.counter("request_restarts", about)
         about = "HTTP requests by route, method and status; 499: the client left"
@@ -75,6 +80,8 @@ class RequestMetrics:
         if usage is None:
             return
         self.restarts.inc(usage.restarts)
+        if ended.deadline_fate in ("missed", "declined"):
+            self.causes.labels(cause_label(usage)).inc()
         if ended.fate != "answered":
             return
         self.finished.labels(ended.reason).inc()

@@ -239,7 +239,7 @@ def parsed(body: bytes | bytearray, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise complaint(error, decoder.type) from error
+        raise complaint(error, decoder.type, root="the body") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if not body or body.isspace():
             raise BadRequest("the body is empty; send JSON") from error
