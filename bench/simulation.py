@@ -78,7 +78,7 @@ def shown(found: Sequence[Report]) -> str:
 
 
 def measure(args: argparse.Namespace) -> str:
-    profile = costs(args.costs)
+    profile = costs(args.costs).profile
     rate = args.rate or saturation(args, profile)
     about = f"{args.trace.name}" if args.trace else f"{args.arrivals}, {args.prompt}+{args.answer} tokens"
     head = (

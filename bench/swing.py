@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from dilaserve import Config, Engine, Options
 from dilaserve.calibrate.calibrate import machine
+from dilaserve.calibrate.kept import Measurements
 from dilaserve.calibrate.step_timing import step_costs
 from dilaserve.errors import DilaserveError
 from dilaserve.models.checkpoint import locate
@@ -111,7 +112,9 @@ def configured(directory: Path, plan: str) -> Config:
 def profiled(directory: Path) -> dict[int, StepCost]:
     """Measure the laws by degree and leave them beside the model."""
     limit = PROMPT + ANSWER
-    samples = asyncio.run(step_costs(configured(directory, "2x1"), limit, lambda what, done, total: None))
+    samples = asyncio.run(
+        step_costs(configured(directory, "2x1"), limit, lambda what, done, total: None, Measurements())
+    )
     laws = {degree: fit(found) for degree, found in samples.items()}
     profile = ModelProfile(
         model=directory.name,

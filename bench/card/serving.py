@@ -15,6 +15,7 @@ from baselines import Plain, loop
 
 from card.rig import BLOCK, SHAPES, Bench, Goal, Shape, build, name_of, prompts_for
 from dilaserve import Engine, Options
+from dilaserve.calibrate.kept import Measurements
 from dilaserve.calibrate.step_timing import step_costs
 from dilaserve.profile import profile_file
 from dilaserve.profile.step_cost import Sample, fit
@@ -108,7 +109,7 @@ def law(bench: Bench) -> Iterator[str]:
     config = bench.config(max_num_seqs=64)
     told = lambda what, done, total: None  # noqa: E731
     limit = min(1024, bench.shape.length)
-    found: dict[int, list[Sample]] = bounded(bench, step_costs(config, limit, told))
+    found: dict[int, list[Sample]] = bounded(bench, step_costs(config, limit, told, Measurements()))
     fitted = {degree: fit(samples) for degree, samples in found.items()}
     known = llada_8b_h200()
     costs = {**known.costs, **{profile_file.cost_key(str(bench.device), degree): one for degree, one in fitted.items()}}
