@@ -25,6 +25,20 @@ def test_no_request_is_declined_while_step_costs_are_a_guess():
     assert isinstance(late[0], Decline)
 
 
+def test_of_requests_that_come_together_those_that_find_no_place_are_rejected_at_once():
+    """Each one alone would be in time, and all of them together are not."""
+    machine = scheduler()
+    feed(machine, InstanceReady(Instance(0, (0,), 4096)))
+    slo = Slo(seconds=0.7, on_miss="reject")
+    for row in range(30):
+        assert not list(machine.observe(Arrival(request(row, slo=slo)), 0.0))
+    declined = {one.request.row for one in machine.decide(0.0) if isinstance(one, Decline)}
+    seated = {row.request.row for row in machine.placement.replicas[0].with_deadline}
+    assert seated
+    assert declined == set(range(30)) - seated
+    assert not machine.placement.queue
+
+
 @pytest.mark.parametrize("on_miss", ["reject", "cancel_when_late"])
 def test_a_declined_request_says_whether_its_deadline_was_feasible_on_an_idle_instance(on_miss):
     machine = scheduler()

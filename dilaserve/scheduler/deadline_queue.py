@@ -33,11 +33,15 @@ class DeadlineQueue(WaitingQueue):
     def next_tested(self, most: int) -> list[RequestState]:
         return list(islice(self.tested.values(), most))
 
-    def failed(self, state: RequestState) -> None:
-        """The request was tested and waits on; all others that wait are tested on all instances before it is again."""
-        self.untested.pop(state.request.row, None)
+    def failed(self, state: RequestState) -> bool:
+        """The request was tested and waits on; all others that wait are tested on all instances before it is again.
+
+        Returns whether that was its first test.
+        """
+        first = self.untested.pop(state.request.row, None) is not None
         self.tested[state.request.row] = state
         self.tested.move_to_end(state.request.row)
+        return first
 
     def in_order(
         self, some: Iterable[RequestState], turns: Turns, seconds: Callable[[RequestState], float]

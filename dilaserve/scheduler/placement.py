@@ -50,6 +50,7 @@ class Placement:
         self.moving: list[RequestState] = []  # rows of an old plan that wait for the instances of the new one
         self.replicas: dict[int, InstanceState] = {}
         self.closing: dict[int, InstanceState] = {}  # instances of an old plan that finish their step in flight
+        self.unplaced: list[RequestState] = []  # that have failed their first test
         self.places_more = False  # there was more to place than one decision does
         # reserved for a starved request; admits no requests with deadlines meanwhile
         self.reserved_instance: InstanceState | None = None
@@ -147,9 +148,10 @@ class Placement:
         looked = self.affordable([*queue.next_untested(WINDOW), *(queue.next_tested(WINDOW) if everywhere else ())])
         rows_of: RowsByInstance = {}
         for state in queue.in_order([*head, *looked.values()], self.turns, self.estimates.unloaded):
-            replicas = self.open if state.request.row in looked else idle
-            if not self.place_one(state, replicas, rows_of, now) and state.request.row in looked:
-                queue.failed(state)
+            row = state.request.row
+            replicas = self.open if row in looked else idle
+            if not self.place_one(state, replicas, rows_of, now) and row in looked and queue.failed(state):
+                self.unplaced.append(state)
 
     def affordable(self, some: Sequence[RequestState]) -> dict[int, RequestState]:
         """The first of these, by row, as many as a decision may test on all instances; one at least."""

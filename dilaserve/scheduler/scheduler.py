@@ -139,6 +139,7 @@ class Scheduler:
         if ticks:
             self.tick(now)
         self.placement.place(now, everywhere=ticks)
+        yield from self.reject_unplaced(now)
         yield from self.launch_idle(now)
         yield from self.batcher.stop_early()
         yield from self.complete_change(now)
@@ -152,6 +153,13 @@ class Scheduler:
         """Requests whose client does not want the answer late, at their deadline."""
         for state in self.expiry.passed(now, MOST_ENDS):
             yield from self.endings.decline(state, now)
+
+    def reject_unplaced(self, now: float) -> Iterator[Command]:
+        """Requests that came together were compared with the rows that there were; now some of them are rows too."""
+        unplaced, self.placement.unplaced = self.placement.unplaced, []
+        for state in unplaced:
+            if state.request.slo.on_miss == "reject" and not state.steps and not self.admissible(state, now):
+                yield from self.endings.decline(state, now)
 
     def ask_planner(self, now: float) -> Iterator[Command]:
         if now >= self.questions.solve_at and self.questions.asks:
