@@ -208,7 +208,7 @@ async def test_what_is_no_http_gets_openais_error_shape_and_no_traceback(address
 
 
 async def test_a_client_that_leaves_before_its_stream_begins_leaves_no_traceback(engine, caplog, monkeypatch):
-    async def gone(*_):
+    def gone(*_):
         raise ConnectionResetError("Cannot write to closing transport")
 
     monkeypatch.setattr(routes.sse, "relay", gone)

@@ -90,9 +90,9 @@ async def test_each_request_has_a_line_with_its_id_in_the_log(client, caplog):
 
 
 async def test_the_log_says_why_a_request_was_refused(client, caplog):
-    caplog.set_level(logging.INFO, "dilaserve.server.guard")
+    caplog.set_level(logging.INFO, "dilaserve.server.edge")
     _, body, _ = await post(client, CHAT, HELLO | {"n": 0})
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "dilaserve.server.guard"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "dilaserve.server.edge"]
     assert line.startswith(f"POST '{CHAT}' answered with 400 after ")
     assert line.endswith(f" s: {body['error']['message']}")
 

@@ -1,9 +1,9 @@
 """The stream of one answer: tokens become final, text comes out, once and in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import chain
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -65,6 +65,21 @@ class Cut(NamedTuple):
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
     shown: bool = False
+
+
+class AnswerStream(Protocol):
+    """One answer, chunk by chunk. Leaving it early cancels its request."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+    async def whole(self) -> list[Chunk]: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exception: object) -> None: ...
 
 
 class Stream:
@@ -220,7 +235,7 @@ class Stream:
         await self.aclose()
 
 
-async def collect(stream: Stream) -> Completion:
+async def collect(stream: AnswerStream) -> Completion:
     """Read a stream to its end; raises the stream's error, and `Unavailable` if it was cancelled from elsewhere."""
     chunks = await stream.whole()
     if not chunks or (last := chunks[-1]).finish_reason is None or last.usage is None:

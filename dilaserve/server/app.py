@@ -9,7 +9,6 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 
 from aiohttp import web
 
@@ -20,39 +19,11 @@ from dilaserve.engine.engine import Engine
 from dilaserve.errors import ConfigError
 from dilaserve.executor.executor import Progress
 from dilaserve.plans import spelled
-from dilaserve.server import api_keys, listening, tls
-from dilaserve.server.api_keys import Keyring, Tenant
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, ORIGINS, PAGE, TELEMETRY
+from dilaserve.server import aiohttp_edge, listening, tls
+from dilaserve.server.backend import LocalBackend
 from dilaserve.server.connection import Connection
-from dilaserve.server.cors import Origins
 from dilaserve.server.feeder import Feeder
-from dilaserve.server.guard import PLAN, answered, guarded
-from dilaserve.server.intake import Intake
-from dilaserve.server.messages_api import COUNT_TOKENS, MESSAGES
-from dilaserve.server.page_files import Page
-from dilaserve.server.paths import rooted
-from dilaserve.server.routes import (
-    chat,
-    complete,
-    count_tokens,
-    detokenize,
-    documented,
-    front,
-    health,
-    measured,
-    messages,
-    model,
-    models,
-    plan,
-    ready,
-    replan,
-    responses,
-    static,
-    statistics,
-    tokenize,
-    version,
-)
-from dilaserve.server.telemetry import Telemetry
+from dilaserve.server.service import Service, tenants
 from dilaserve.system import child_processes, signals
 
 log = logging.getLogger(__name__)
@@ -155,43 +126,40 @@ async def running(
     """
     server = config.server
     with listening.bound(server.host, server.port) if sockets is None else contextlib.nullcontext(sockets) as bound:
-        app, encrypted = application(engine, config), tls.context(server)
+        service, encrypted = Service(LocalBackend(engine, config), config), tls.context(server)
         if on_hangup and (encrypted or config.server.api_key_file is not None):
-            on_hangup(lambda: read_again(app, config, encrypted))
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LINGER)
+            on_hangup(lambda: read_again(service, config, encrypted))
+        runner = web.ServerRunner(aiohttp_edge.server(service), shutdown_timeout=LINGER)
         await runner.setup()
         try:
-            async with opened(runner.server, bound, server.root_path, app[TELEMETRY], encrypted):
+            async with opened(runner.server, bound, encrypted):
                 yield " and ".join(listening.url(one, encrypted is not None) for one in bound)
         finally:
             await runner.cleanup()
+            await service.close()
 
 
-def read_again(app: web.Application, config: Config, encrypted: ssl.SSLContext | None) -> None:
+def read_again(service: Service, config: Config, encrypted: ssl.SSLContext | None) -> None:
     """Read keys and certificate again, or keep the old ones if that fails."""
     try:
         if config.server.api_key_file is not None:
-            app[KEYS].replace(tenants(config))
+            service.keys.replace(tenants(config))
         if encrypted:
             tls.load(encrypted, config.server)
     except ConfigError as error:
         log.error("%s; what was read before stays", error.message)
         return
-    log.info("read again: %d keys%s", len(app[KEYS].tenants), ", the certificate" if encrypted else "")
+    log.info("read again: %d keys%s", len(service.keys.tenants), ", the certificate" if encrypted else "")
 
 
 @contextlib.asynccontextmanager
 async def opened(
     server: web.Server | None,
     sockets: Sequence[socket.socket],
-    root_path: str,
-    telemetry: Telemetry,
     encrypted: ssl.SSLContext | None,
 ) -> AsyncIterator[None]:
     """What web.SockSite does, with connections of our own."""
     assert server
-    server.request_factory = rooted(server.request_factory, root_path)
-    server.request_handler = answered(server.request_handler, telemetry.requests.answered)  # type: ignore[assignment]
 
     def connected() -> Connection:
         return Connection(  # which inflates nothing: it would, without a bound, what comes behind a refusal
@@ -216,57 +184,3 @@ async def opened(
                 raise listening.refusal(host, port, error) from error
             stack.callback(listener.close)
         yield
-
-
-def application(engine: Engine, config: Config) -> web.Application:
-    app = web.Application(middlewares=[guarded], client_max_size=config.server.max_body_bytes)
-    app[ENGINE], app[CONFIG] = engine, config
-    app[INTAKE] = Intake(config.server.max_body_bytes, config.server.inflight_bytes)
-    app[TELEMETRY] = Telemetry(engine, config)
-    app[KEYS], app[ORIGINS] = Keyring(tenants(config)), Origins(config.server.allowed_origins)
-    app.on_response_prepare.append(mark_origin)
-    app[PAGE] = Page(config.server.root_path)
-    app.on_cleanup.append(close)
-    app.add_routes(
-        [
-            web.get("/", front),
-            web.get("/static/{name}", static),
-            web.get("/health", health),
-            web.get("/ready", ready),
-            web.get("/version", version),
-            web.get("/metrics", measured),
-            web.get("/openapi.json", documented),
-            web.get("/v1/stats", statistics),
-            web.get("/v1/models", models),
-            web.get("/v1/models/{model:.+}", model),
-            web.post("/v1/chat/completions", chat),
-            web.post("/v1/completions", complete),
-            web.post("/v1/responses", responses),
-            web.post(MESSAGES, messages),
-            web.post(COUNT_TOKENS, count_tokens),
-            web.get(PLAN, plan),
-            web.post(PLAN, replan),
-            web.post("/tokenize", tokenize),
-            web.post("/detokenize", detokenize),
-        ]
-    )
-    return app
-
-
-def tenants(config: Config) -> list[Tenant]:
-    """Those of --api-key-file. Raises `ConfigError`."""
-    if config.server.api_key_file is None:
-        return []
-    file, budget = Path(config.server.api_key_file), config.scheduler.accuracy_budget
-    found = api_keys.read(file)
-    api_keys.budgets_within(found, None if budget == "off" else budget, file)
-    return found
-
-
-async def mark_origin(request: web.Request, response: web.StreamResponse) -> None:
-    request.app[ORIGINS].mark(request, response)
-
-
-async def close(app: web.Application) -> None:
-    app[INTAKE].close()
-    await asyncio.to_thread(app[TELEMETRY].close)

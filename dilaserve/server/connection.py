@@ -100,6 +100,10 @@ class Connection(web.RequestHandler):
         self.asked, self.probe = body, self.send_interim
         self.close_after_last()
 
+    def on_probe(self, act: Callable[[], None]) -> None:
+        """What to do from now on, until the next request, when somebody asks whether the client still reads."""
+        self.probe = act
+
     def close_after_last(self) -> None:
         if self.half_closed and not self._messages:
             self.close()

@@ -1,6 +1,6 @@
 """Cross-origin requests from browsers (the Fetch standard, CORS protocol): which pages of other sites may ask."""
 
-from aiohttp import web
+from dilaserve.server.http import HttpRequest, HttpResponse
 
 METHODS = "GET, POST, OPTIONS"
 LONGEST = "600"  # seconds that a browser may remember the answer to a preflight
@@ -13,7 +13,7 @@ class Origins:
     def __init__(self, allowed: str) -> None:
         self.allowed = frozenset(filter(None, (one.strip().rstrip("/") for one in allowed.split(","))))
 
-    def allow(self, request: web.BaseRequest) -> str | None:
+    def allow(self, request: HttpRequest) -> str | None:
         """The origin to name in the answer; None where the request comes from no page that may read it."""
         origin = request.headers.get("origin")
         if origin is None or not self.allowed:
@@ -22,16 +22,16 @@ class Origins:
             return "*"
         return origin if origin in self.allowed else None
 
-    def preflight(self, request: web.BaseRequest) -> web.Response | None:
+    def preflight(self, request: HttpRequest) -> HttpResponse | None:
         """The answer to a browser that asks whether it may ask; None if this is another request. It needs no key."""
         asked = request.headers.get("access-control-request-method")
         if request.method != "OPTIONS" or asked is None or self.allow(request) is None:
             return None
         headers = {"access-control-allow-methods": METHODS, "access-control-max-age": LONGEST}
         headers["access-control-allow-headers"] = request.headers.get("access-control-request-headers", "*")
-        return web.Response(status=204, headers=headers)
+        return HttpResponse(status=204, headers=headers, media_type="")
 
-    def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+    def mark(self, request: HttpRequest, response: HttpResponse) -> None:
         """Let the page read the answer, whatever its status; to be called before its head is sent."""
         if not self.allowed:
             return
@@ -39,4 +39,5 @@ class Origins:
             response.headers["access-control-allow-origin"] = origin
             response.headers["access-control-expose-headers"] = EXPOSED
         if "*" not in self.allowed:
-            response.headers.add("vary", "origin")
+            known = response.headers.get("vary")
+            response.headers["vary"] = f"{known}, origin" if known else "origin"

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from aiohttp import web
-
 from dilaserve.errors import Unavailable
 from dilaserve.server import heap, json_shape
+from dilaserve.server.http import JSON, HttpError, HttpRequest
 from dilaserve.server.json_shape import Buffer
 from dilaserve.server.loop_share import LoopShare
 
@@ -44,11 +43,11 @@ class Intake:
             self.trimming.cancel()
         self.thread.shutdown(wait=False, cancel_futures=True)
 
-    async def read(self, request: web.Request, *decoders: Callable[[Buffer], Any]) -> list[Any]:
+    async def read(self, request: HttpRequest, *decoders: Callable[[Buffer], Any]) -> list[Any]:
         """What each of the decoders makes of the body.
 
         Raises `BadRequest` for one that holds too much, `Unavailable` while too many bytes are in flight, and
-        aiohttp's errors for one that cannot be read.
+        `HttpError` for one that cannot be read.
         """
         window = window_of(request)
         async with self.claimed() as claim:
@@ -123,33 +122,34 @@ class Claim:
         self.held = min(self.held, to)
 
 
-def window_of(request: web.Request) -> int | None:
+def window_of(request: HttpRequest) -> int | None:
     """How the body is inflated, if it must be."""
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(text="send the body with content-type: application/json")
+    if request.media_type != JSON:
+        raise HttpError(415, "send the body with content-type: application/json")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in WINDOWS:
-        raise web.HTTPUnsupportedMediaType(text="send the body as it is, or with content-encoding: gzip")
+        raise HttpError(415, "send the body as it is, or with content-encoding: gzip")
     return WINDOWS[encoding]
 
 
-async def received(request: web.Request, claim: Claim) -> Buffer:
+async def received(request: HttpRequest, claim: Claim) -> Buffer:
     most, body = claim.intake.most_each, bytearray()
-    if (request.content_length or 0) > most:
-        raise web.HTTPRequestEntityTooLarge(most, request.content_length or 0)
+    if (request.body.length or 0) > most:
+        raise too_large(most)
     try:
         async with asyncio.timeout(BODY_WITHIN):
-            async for piece in request.content.iter_any():
+            async for piece in request.body:
                 if len(body) + len(piece) > most:
-                    raise web.HTTPRequestEntityTooLarge(most, len(body) + len(piece))
+                    raise too_large(most)
                 claim.grow(len(piece))
                 body += piece
-    except web.RequestPayloadError as error:
-        request.content.feed_eof()  # aiohttp would read on, and fail again
-        raise web.HTTPBadRequest(text=f"the body cannot be read: {' '.join(str(error).split())}") from error
     except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
+        raise HttpError(408, f"the body did not arrive within {BODY_WITHIN:g} seconds") from error
     return body
+
+
+def too_large(most: int) -> HttpError:
+    return HttpError(413, f"the body exceeds {most} bytes (--max-body-bytes)")
 
 
 def inflated(body: Buffer, window: int, most: int) -> Buffer:
@@ -158,9 +158,9 @@ def inflated(body: Buffer, window: int, most: int) -> Buffer:
     try:
         found = inflater.decompress(body, most + 1)
     except zlib.error as error:
-        raise web.HTTPBadRequest(text=f"the body cannot be read by its content-encoding: {error}") from error
+        raise HttpError(400, f"the body cannot be read by its content-encoding: {error}", closes=True) from error
     if len(found) > most:
-        raise web.HTTPRequestEntityTooLarge(most, len(found))
+        raise too_large(most)
     if not inflater.eof or inflater.unused_data:
-        raise web.HTTPBadRequest(text="the body does not end where its content-encoding does")
+        raise HttpError(400, "the body does not end where its content-encoding does", closes=True)
     return found

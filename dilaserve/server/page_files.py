@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from aiohttp import web
+from dilaserve.errors import shortened
+from dilaserve.server.http import HttpError, HttpRequest, HttpResponse
 
 FOLDER = Path(__file__).parent / "page"
 CHARTS = "plotly.min.js"
@@ -50,18 +51,18 @@ class Page:
         self.loaded: Loaded | None = None
         self.zipped: dict[str, bytes] = {}  # of those that have been sent
 
-    async def answer(self, request: web.Request, name: str) -> web.Response:
-        """The file of this name. Raises `HTTPNotFound`."""
+    async def answer(self, request: HttpRequest, name: str) -> HttpResponse:
+        """The file of this name. Raises `HttpError`."""
         files, policy = await self.load()
         if (file := files.get(name)) is None:
-            raise web.HTTPNotFound
+            raise HttpError(404, f"there is no {request.method} {shortened(request.path)}")
         headers = {**HEADERS, "etag": file.etag, "content-security-policy": policy, "vary": "accept-encoding"}
         if request.headers.get("if-none-match") == file.etag:
-            return web.Response(status=304, headers=headers)
+            return HttpResponse(status=304, headers=headers, media_type="")
         body = file.body
         if "gzip" in request.headers.get("accept-encoding", ""):
             body, headers["content-encoding"] = await self.compressed(name, file.body), "gzip"
-        return web.Response(body=body, headers=headers, content_type=file.kind, charset="utf-8")
+        return HttpResponse(body, headers=headers, media_type=f"{file.kind}; charset=utf-8")
 
     async def load(self) -> Loaded:
         """Read them once, beside the event loop."""
@@ -125,7 +126,7 @@ def policy(inline_styles: list[bytes]) -> str:
     )
 
 
-def wants_page(request: web.Request) -> bool:
+def wants_page(request: HttpRequest) -> bool:
     """Whether the client takes HTML as soon as JSON."""
     accepted = request.headers.get("accept", "*/*").lower()
     return "json" not in accepted or "html" in accepted

@@ -1,40 +1,26 @@
 """The path of a request as routes know it: without the prefix of a proxy, doubled slashes and a slash at the end."""
 
 import re
-from collections.abc import Callable
-from typing import Any
-
-from aiohttp import web
-from aiohttp.http_parser import RawRequestMessage
-from yarl import URL
+from urllib.parse import unquote
 
 SLASHES = re.compile("/{2,}")
-MakeRequest = Callable[..., web.BaseRequest]
 
 
-def rooted(make: MakeRequest, root_path: str) -> MakeRequest:
-    """What makes a request of a message, given the message with its canonical path."""
-    root = f"/{root_path.strip('/')}" if root_path.strip("/") else ""
-
-    def made(message: RawRequestMessage, *rest: Any) -> web.BaseRequest:
-        return make(at_canonical_path(message, root), *rest)
-
-    return made
-
-
-def at_canonical_path(message: RawRequestMessage, root: str) -> RawRequestMessage:
-    path = canonical(message.url.raw_path, root)
-    if path == message.url.raw_path:
-        return message
-    url = URL.build(path=path, query_string=message.url.raw_query_string, encoded=True)
-    return message._replace(path=str(url), url=url)
+def root_of(prefix: str) -> str:
+    """The prefix of a proxy as paths begin with it; nothing for none."""
+    return f"/{prefix.strip('/')}" if prefix.strip("/") else ""
 
 
 def canonical(path: str, root: str) -> str:
-    """Proxies may strip the prefix `root` or leave it."""
+    """A path as it came. Proxies may strip the prefix `root` or leave it."""
     if not path.startswith("/"):
         return path
     path = SLASHES.sub("/", path)
     if root and (path == root or path.startswith(f"{root}/")):
         path = path.removeprefix(root)
     return path.rstrip("/") or "/"
+
+
+def decoded(path: str, root: str) -> str:
+    """The same with its percent encoding undone, as routes are compared with it."""
+    return unquote(canonical(path, root), errors="replace")

@@ -5,13 +5,14 @@ import secrets
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from dilaserve import __version__
+from dilaserve.engine.assembly import ModelCard
 from dilaserve.engine.canvas import Canvas
-from dilaserve.engine.engine import Chunk, Completion, Engine
+from dilaserve.engine.engine import Chunk, Completion
 from dilaserve.engine.stream import TopLogprob
 from dilaserve.errors import DilaserveError
 from dilaserve.server.schema import StreamOptions
@@ -34,6 +35,15 @@ class Candidate(NamedTuple):
     logprob: float
 
 
+class ModelText(Protocol):
+    """What writing an answer needs of a server: the model's name, and its tokenizer."""
+
+    model: ModelCard
+    text: Text
+
+    def detokenize(self, ids: Sequence[int]) -> str: ...
+
+
 class ResponseFormat:
     """OpenAI's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
     into the answer, or into the last chunk of each choice. `wanted` says where a stream counts its tokens.
@@ -44,7 +54,7 @@ class ResponseFormat:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ModelText,
         chat: bool,
         logprobs: bool,
         stops: bool = False,

@@ -5,24 +5,18 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
-from aiohttp import web
 
 from dilaserve import __version__
 from dilaserve.engine import likelihood
-from dilaserve.engine.engine import Engine, Stream
+from dilaserve.engine.engine import Completion
 from dilaserve.engine.prompts import Message, Prompt, conversation
-from dilaserve.engine.stream import collect
-from dilaserve.errors import (
-    BadRequest,
-    DilaserveError,
-    NotFound,
-    Unavailable,
-    quoted,
-)
+from dilaserve.engine.stream import AnswerStream, collect
+from dilaserve.engine.submit import Options
+from dilaserve.errors import BadRequest, NotFound, quoted
 from dilaserve.server import (
     likelihood_api,
     messages_api,
@@ -36,95 +30,92 @@ from dilaserve.server import (
     sse,
     stats,
 )
-from dilaserve.server.app_keys import CONFIG, ENGINE, INTAKE, KEYS, PAGE, TELEMETRY, TENANT
-from dilaserve.server.guard import json_response, refused
+from dilaserve.server.backend import Backend
+from dilaserve.server.http import HttpRequest, HttpResponse, json_response
 from dilaserve.server.messages_events import MessagesFormat
 from dilaserve.server.responses import Json, ResponseFormat
 from dilaserve.server.responses_events import ResponsesFormat
+from dilaserve.server.service import Service
 from dilaserve.tokenizer.tokenizer import LONGEST, MARKS
 
 log = logging.getLogger(__name__)
+Handler = Callable[[Service, HttpRequest], Awaitable[HttpResponse]]
 T = TypeVar("T")
 Asked = TypeVar("Asked", bound=schema.Shared)
 
 
-async def read(request: web.Request, kind: type[T]) -> T:
+async def read(service: Service, request: HttpRequest, kind: type[T]) -> T:
     """The body as a request of this kind."""
-    asked: list[T] = await request.app[INTAKE].read(request, lambda body: schema.decoded(body, kind))
+    asked: list[T] = await service.intake.read(request, lambda body: schema.decoded(body, kind))
     return asked[0]
 
 
-async def read_warned(request: web.Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
+async def read_warned(service: Service, request: HttpRequest, kind: type[Asked]) -> tuple[Asked, list[str]]:
     """The body, and warnings about it, which go into the answer and the log."""
-    asked, warnings = await request.app[INTAKE].read(
+    asked, warnings = await service.intake.read(
         request, lambda body: schema.decoded(body, kind), lambda body: misspellings.misspelled(body, kind)
     )
     for warning in warnings:
-        log.warning("request %s: %s", request[sse.REQUEST_ID], warning)
+        log.warning("request %s: %s", request.id, warning)
     return asked, warnings
 
 
-async def front(request: web.Request) -> web.StreamResponse:
+async def front(service: Service, request: HttpRequest) -> HttpResponse:
     """The page; for clients that want JSON, what this is and the routes that it has."""
     if page_files.wants_page(request):
-        return await request.app[PAGE].answer(request, "index.html")
-    routes = sorted({resource.canonical for resource in request.app.router.resources()})
+        return await service.page.answer(request, "index.html")
+    routes = sorted({pattern for _, pattern, _ in ROUTES})
     return json_response({"service": "dilaserve", "version": __version__, "routes": routes})
 
 
-async def static(request: web.Request) -> web.StreamResponse:
-    return await request.app[PAGE].answer(request, request.match_info["name"])
+async def static(service: Service, request: HttpRequest) -> HttpResponse:
+    return await service.page.answer(request, request.names["name"])
 
 
-async def statistics(request: web.Request) -> web.StreamResponse:
+async def statistics(service: Service, request: HttpRequest) -> HttpResponse:
     since = stats.since_of(request.query.get("since"))
-    return json_response(stats.shown(request.app[ENGINE], request.app[TELEMETRY].history, since, time.time()))
+    return json_response(await service.backend.stats(since, time.time()))
 
 
-async def health(request: web.Request) -> web.StreamResponse:
-    return (
-        json_response({"status": "ok"})
-        if request.app[ENGINE].alive
-        else refused(DilaserveError("the engine has stopped"), request)
-    )
+async def health(service: Service, request: HttpRequest) -> HttpResponse:
+    service.backend.check_alive()
+    return json_response({"status": "ok"})
 
 
-async def ready(request: web.Request) -> web.StreamResponse:
-    engine = request.app[ENGINE]
-    if not engine.ready:
-        raise Unavailable("the server is draining" if engine.draining else "no worker is ready", retry_after=1.0)
+async def ready(service: Service, request: HttpRequest) -> HttpResponse:
+    service.backend.check_ready()
     return json_response({"status": "ready"})
 
 
-async def version(request: web.Request) -> web.StreamResponse:
+async def version(service: Service, request: HttpRequest) -> HttpResponse:
     return json_response({"version": __version__})
 
 
-async def measured(request: web.Request) -> web.StreamResponse:
-    return web.Response(body=request.app[TELEMETRY].text(), content_type="text/plain", charset="utf-8")
+async def measured(service: Service, request: HttpRequest) -> HttpResponse:
+    return HttpResponse(await service.backend.metrics(), media_type="text/plain; charset=utf-8")
 
 
-async def documented(request: web.Request) -> web.StreamResponse:
-    root = request.app[CONFIG].server.root_path
-    return web.Response(body=openapi.document(root), content_type="application/json")
+async def documented(service: Service, request: HttpRequest) -> HttpResponse:
+    root = service.config.server.root_path
+    return HttpResponse(openapi.document(root))
 
 
-async def models(request: web.Request) -> web.StreamResponse:
-    engine = request.app[ENGINE]
+async def models(service: Service, request: HttpRequest) -> HttpResponse:
+    engine = service.backend
     return json_response({"object": "list", "data": [card(engine, name) for name in served(engine)]})
 
 
-async def model(request: web.Request) -> web.StreamResponse:
-    known(request.app[ENGINE], request.match_info["model"])
-    return json_response(card(request.app[ENGINE], request.match_info["model"]))
+async def model(service: Service, request: HttpRequest) -> HttpResponse:
+    known(service.backend, request.names["model"])
+    return json_response(card(service.backend, request.names["model"]))
 
 
-def served(engine: Engine) -> list[str]:
+def served(engine: Backend) -> list[str]:
     """Every name that the model answers to, the shown one first."""
     return list(dict.fromkeys([engine.model.name, *engine.config.model.names]))
 
 
-def card(engine: Engine, name: str) -> Json:
+def card(engine: Backend, name: str) -> Json:
     about = engine.model
     return {
         "id": name,
@@ -136,7 +127,7 @@ def card(engine: Engine, name: str) -> Json:
     }
 
 
-def known(engine: Engine, name: str | None) -> None:
+def known(engine: Backend, name: str | None) -> None:
     if name is not None and name not in (names := served(engine)):
         raise NotFound(
             f"the model {quoted(name)} is not served here, only {', '.join(map(repr, names))}",
@@ -145,32 +136,34 @@ def known(engine: Engine, name: str | None) -> None:
         )
 
 
-async def chat(request: web.Request) -> web.StreamResponse:
-    asked, warnings = await read_warned(request, schema.ChatRequest)
-    engine = request.app[ENGINE]
-    return await respond(request, asked, openais(engine, asked, warnings), [await chatted(engine, asked.messages)])
+async def chat(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, warnings = await read_warned(service, request, schema.ChatRequest)
+    engine = service.backend
+    return await respond(
+        service, request, asked, openais(engine, asked, warnings), [await chatted(engine, asked.messages)]
+    )
 
 
-async def responses(request: web.Request) -> web.StreamResponse:
-    asked, warnings = await read_warned(request, schema.ResponsesRequest)
-    engine, heard = request.app[ENGINE], responses_api.as_chat(asked)
+async def responses(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, warnings = await read_warned(service, request, schema.ResponsesRequest)
+    engine, heard = service.backend, responses_api.as_chat(asked)
     form = ResponsesFormat(openais(engine, heard.chat, warnings), responses_api.repeated(asked))
     with heard.spelled():
         prompt = await chatted(engine, heard.chat.messages)
-        return await respond(request, heard.chat, form, [prompt])
+        return await respond(service, request, heard.chat, form, [prompt])
 
 
-async def messages(request: web.Request) -> web.StreamResponse:
-    asked, warnings = await read_warned(request, schema.MessagesRequest)
-    engine, heard = request.app[ENGINE], messages_api.as_chat(asked)
-    form = MessagesFormat(openais(engine, heard.chat, warnings), request[sse.REQUEST_ID])
+async def messages(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, warnings = await read_warned(service, request, schema.MessagesRequest)
+    engine, heard = service.backend, messages_api.as_chat(asked)
+    form = MessagesFormat(openais(engine, heard.chat, warnings), request.id)
     with heard.spelled():
         prompt = await chatted(engine, heard.chat.messages)
-        return await respond(request, heard.chat, form, [prompt])
+        return await respond(service, request, heard.chat, form, [prompt])
 
 
-async def count_tokens(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, schema.CountTokensRequest), request.app[ENGINE]
+async def count_tokens(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, engine = await read(service, request, schema.CountTokensRequest), service.backend
     heard = messages_api.counted(asked)
     known(engine, asked.model)
     with heard.spelled():
@@ -178,57 +171,63 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
     return json_response({"input_tokens": len(ids)})
 
 
-def openais(engine: Engine, asked: schema.ChatRequest, warnings: Sequence[str]) -> ResponseFormat:
+def openais(engine: Backend, asked: schema.ChatRequest, warnings: Sequence[str]) -> ResponseFormat:
     """How OpenAI writes the answer of this chat."""
     return ResponseFormat(engine, True, bool(asked.logprobs), bool(asked.stop), warnings, asked.stream_options)
 
 
-async def chatted(engine: Engine, said: list[Message]) -> Prompt:
+async def chatted(engine: Backend, said: list[Message]) -> Prompt:
     return await engine.off_loop(MARKS * len(said), lambda: conversation(said, engine.text))
 
 
-async def complete(request: web.Request) -> web.StreamResponse:
-    asked, warnings = await read_warned(request, schema.CompletionRequest)
-    engine, prompts = request.app[ENGINE], openai.prompts(asked.prompt)
+async def complete(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, warnings = await read_warned(service, request, schema.CompletionRequest)
+    engine, prompts = service.backend, openai.prompts(asked.prompt)
     wanted = asked.stream_options
     form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, wanted)
     if (estimated := likelihood_api.wanted(asked, request.headers)) is not None:
-        return await score(request, asked, form, prompts, likelihood_api.sampling(estimated, asked.seed))
-    return await respond(request, asked, form, prompts, bool(asked.echo))
+        return await score(service, request, asked, form, prompts, likelihood_api.sampling(estimated, asked.seed))
+    return await respond(service, request, asked, form, prompts, bool(asked.echo))
 
 
 async def score(
-    request: web.Request,
+    service: Service,
+    request: HttpRequest,
     asked: schema.CompletionRequest,
     form: ResponseFormat,
     prompts: Sequence[Prompt],
     sampling: likelihood.Sampling,
-) -> web.StreamResponse:
+) -> HttpResponse:
     """Estimate the likelihood of each prompt, one after the other; leaving early cancels what runs."""
-    engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
+    engine, limit = service.backend, service.config.server.max_choices
     known(engine, asked.model)
     openai.with_headers(asked, request.headers)
     openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
-    tenant, tops, choices, spent, total = request.get(TENANT), bool(asked.logprobs), list[Json](), 0, 0
-    with counted(request, len(prompts)), openai.spelled(asked):
+    tenant, tops, choices, spent, total = request.tenant, bool(asked.logprobs), list[Json](), 0, 0
+    with counted(service, request, len(prompts)), openai.spelled(asked):
         options = openai.options(msgspec.structs.replace(asked, max_tokens=1, max_completion_tokens=None), 0, tenant)
         for id, prompt in zip(engine_ids(request, len(prompts)), prompts, strict=True):
             ids = await engine.tokenize(prompt, engine.model.max_model_len)
-            found = await likelihood.estimate(engine, ids, sampling, options, id)
-            more = await engine.generate(ids, options) if likelihood_api.longest(asked) else None
+            found = await engine.estimate(ids, sampling, options, id)
+            more = await generated(engine, ids, options) if likelihood_api.longest(asked) else None
             one = likelihood_api.choice(form, len(choices), ids, await echo(engine, prompt), found, more, tops)
             choices.append(one | {"likelihood": likelihood_api.estimated(found, sampling.fitted(len(ids)))})
             spent, total = spent + len(more.token_ids if more else ()), total + len(ids)
     return json_response(likelihood_api.answer(form, choices, total, spent))
 
 
+async def generated(engine: Backend, ids: list[int], options: Options) -> Completion:
+    async with await engine.submit(ids, options) as stream:
+        return await collect(stream)
+
+
 @contextlib.contextmanager
-def counted(request: web.Request, count: int) -> Iterator[None]:
+def counted(service: Service, request: HttpRequest, count: int) -> Iterator[None]:
     """So many requests of the key's owner run meanwhile. Raises `Overloaded` above what the key allows."""
-    if (tenant := request.get(TENANT)) is None:
+    if (tenant := request.tenant) is None:
         yield
         return
-    keys = request.app[KEYS]
+    keys = service.keys
     keys.begin(tenant, count, asyncio.get_running_loop().time())
     try:
         yield
@@ -236,19 +235,24 @@ def counted(request: web.Request, count: int) -> Iterator[None]:
         keys.end(tenant, count)
 
 
-async def echo(engine: Engine, prompt: Prompt) -> str:
+async def echo(engine: Backend, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else await spoken(engine, await engine.tokenize(prompt))
 
 
-async def spoken(engine: Engine, ids: list[int]) -> str:
+async def spoken(engine: Backend, ids: list[int]) -> str:
     return await engine.off_loop(len(ids), lambda: engine.detokenize(ids))
 
 
 async def respond(
-    request: web.Request, asked: schema.Common, form: sse.AnswerFormat, prompts: Sequence[Prompt], echoes: bool = False
-) -> web.StreamResponse:
+    service: Service,
+    request: HttpRequest,
+    asked: schema.Common,
+    form: sse.AnswerFormat,
+    prompts: Sequence[Prompt],
+    echoes: bool = False,
+) -> HttpResponse:
     """Start every choice, then answer whole or as a stream; leaving early cancels them all."""
-    engine, limit = request.app[ENGINE], request.app[CONFIG].server.max_choices
+    engine, limit = service.backend, service.config.server.max_choices
     known(engine, asked.model)
     openai.check_stream(asked)
     openai.with_headers(asked, request.headers)
@@ -256,47 +260,44 @@ async def respond(
     ids = engine_ids(request, n * len(prompts))
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(counted(request, len(ids)))
-        if tracing := request.app[TELEMETRY].tracing:
-            tracing.begin(ids, request.headers)
-            stack.callback(tracing.answered, ids)
-        tenant, streams = request.get(TENANT), list[Stream]()
+        stack.enter_context(counted(service, request, len(ids)))
+        stack.callback(engine.traced(ids, request.headers))
+        streams = list[AnswerStream]()
         for prompt in prompts:
             for _ in range(n):
                 with openai.spelled(asked):
-                    options = openai.options(asked, len(streams), tenant, engine.config.decode.seed)
+                    options = openai.options(asked, len(streams), request.tenant, engine.config.decode.seed)
                     started = await engine.submit(prompt, options, id=ids[len(streams)])
                 streams.append(await stack.enter_async_context(started))
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         if asked.stream:
-            return await sse.relay(request, form, streams, each, prompt_tokens)
+            return sse.relay(request, form, streams, each, prompt_tokens, stack.pop_all())
         completions = await asyncio.gather(*(collect(stream) for stream in streams))
         return json_response(form.answer(completions, each, prompt_tokens))
 
 
-def engine_ids(request: web.Request, count: int) -> list[str]:
+def engine_ids(request: HttpRequest, count: int) -> list[str]:
     """The engine's ids of a request's choices: the request's own, with numbers behind it for several.
 
     Clients may send the same id again while the first still runs, so an id of theirs is made unique.
     """
-    id = request[sse.REQUEST_ID]
+    id = request.id
     if "x-request-id" in request.headers:
         id = f"{id}-{secrets.token_hex(4)}"
     return [id] if count == 1 else [f"{id}-{index}" for index in range(count)]
 
 
-async def plan(request: web.Request) -> web.StreamResponse:
-    return json_response(plan_api.shown(request.app[ENGINE]))
+async def plan(service: Service, request: HttpRequest) -> HttpResponse:
+    return json_response(await service.backend.plan())
 
 
-async def replan(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, plan_api.PlanRequest), request.app[ENGINE]
-    change = await engine.replan(plan_api.wanted(asked), plan_api.because(asked))
-    return json_response(plan_api.as_json(engine, change))
+async def replan(service: Service, request: HttpRequest) -> HttpResponse:
+    asked = await read(service, request, plan_api.PlanRequest)
+    return json_response(await service.backend.replan(asked))
 
 
-async def tokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, schema.TokenizeRequest), request.app[ENGINE]
+async def tokenize(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, engine = await read(service, request, schema.TokenizeRequest), service.backend
     known(engine, asked.model)
     openai.check_tokenize(asked)
     prompt = asked.prompt if asked.prompt is not None else await chatted(engine, asked.messages or [])
@@ -304,8 +305,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": engine.model.max_model_len})
 
 
-async def detokenize(request: web.Request) -> web.StreamResponse:
-    asked, engine = await read(request, schema.DetokenizeRequest), request.app[ENGINE]
+async def detokenize(service: Service, request: HttpRequest) -> HttpResponse:
+    asked, engine = await read(service, request, schema.DetokenizeRequest), service.backend
     known(engine, asked.model)
     try:
         if len(asked.tokens) > LONGEST:
@@ -314,3 +315,26 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     except BadRequest as error:
         raise BadRequest(error.message, param="tokens") from error
     return json_response({"prompt": await spoken(engine, ids)})
+
+
+ROUTES: tuple[tuple[str, str, Handler], ...] = (  # a name in braces stands for a part of the path
+    ("GET", "/", front),
+    ("GET", "/static/{name}", static),
+    ("GET", "/health", health),
+    ("GET", "/ready", ready),
+    ("GET", "/version", version),
+    ("GET", "/metrics", measured),
+    ("GET", "/openapi.json", documented),
+    ("GET", "/v1/stats", statistics),
+    ("GET", "/v1/models", models),
+    ("GET", "/v1/models/{model}", model),
+    ("POST", "/v1/chat/completions", chat),
+    ("POST", "/v1/completions", complete),
+    ("POST", "/v1/responses", responses),
+    ("POST", messages_api.MESSAGES, messages),
+    ("POST", messages_api.COUNT_TOKENS, count_tokens),
+    ("GET", "/v1/plan", plan),
+    ("POST", "/v1/plan", replan),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+)

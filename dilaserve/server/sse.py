@@ -2,22 +2,23 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import logging
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
-from aiohttp import web
 
-from dilaserve.engine.engine import Chunk, Completion, Stream
+from dilaserve.engine.engine import Chunk, Completion
+from dilaserve.engine.stream import AnswerStream
 from dilaserve.errors import DilaserveError
-from dilaserve.server.connection import Connection
+from dilaserve.server.http import HttpRequest, HttpResponse
 from dilaserve.server.responses import Json, cached
 from dilaserve.types import Usage
 
-REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+log = logging.getLogger(__name__)
 PING_AFTER = 15.0  # seconds of silence before a comment line keeps proxies awake
-STALLED_AFTER = 60.0  # seconds that a client may refuse to read
-HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+EVENTS = "text/event-stream"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 PING = Chunk("")  # stands for a comment line
 _json = msgspec.json.Encoder()
 
@@ -41,31 +42,49 @@ class AnswerFormat(Protocol):
     def failed(self, error: DilaserveError) -> Iterator[Json]: ...
 
 
-async def relay(
-    request: web.Request,
+def relay(
+    request: HttpRequest,
     form: AnswerFormat,
-    streams: Sequence[Stream],
+    streams: Sequence[AnswerStream],
     echoes: Sequence[str],
     prompt_tokens: int,
-) -> web.StreamResponse:
-    """Write the streams as one event stream; errors after the first byte become an event."""
-    response = web.StreamResponse(headers={**HEADERS, "x-request-id": request[REQUEST_ID]})
-    await response.prepare(request)
+    resources: contextlib.AsyncExitStack,
+) -> HttpResponse:
+    """The streams as one event stream, which holds `resources` until it is closed."""
+    return HttpResponse(
+        headers=HEADERS,
+        media_type=EVENTS,
+        events=events(request, form, streams, echoes, prompt_tokens),
+        resources=resources,
+    )
+
+
+async def events(
+    request: HttpRequest, form: AnswerFormat, streams: Sequence[AnswerStream], echoes: Sequence[str], prompt_tokens: int
+) -> AsyncGenerator[bytes, None]:
+    """All events as they are written; errors become one."""
     spent, usages = 0, list[Usage]()
     try:
-        await write(response, written(form, form.started(len(streams), echoes, prompt_tokens)))
-        async for index, chunk in merged(request, response, streams):
-            spent += len(chunk.token_ids)
-            usages += [chunk.usage] if chunk.usage else []
-            await write(response, written(form, form.more(index, chunk)))
-        last = form.done(prompt_tokens, spent, cached(usages))
-        await write(response, written(form, last) + form.ending)
+        yield written(form, form.started(len(streams), echoes, prompt_tokens))
+        async with contextlib.aclosing(merged(request, streams)) as arrivals:
+            async for index, chunk in arrivals:
+                if chunk is PING:
+                    yield b": ping\n\n"
+                    continue
+                spent += len(chunk.token_ids)
+                usages += [chunk.usage] if chunk.usage else []
+                yield written(form, form.more(index, chunk))
+        yield written(form, form.done(prompt_tokens, spent, cached(usages))) + form.ending
     except DilaserveError as error:
-        await write(response, written(form, form.failed(error)))
-    except TimeoutError:
-        if request.transport:
-            request.transport.abort()
-    return response
+        yield written(form, form.failed(error))
+    except Exception:
+        log.exception("request %s failed", request.id)
+        yield written(form, form.failed(internal(request.id)))
+
+
+def internal(id: str) -> DilaserveError:
+    """What clients hear of an error that is ours."""
+    return DilaserveError(f"internal error; the log has more under request id {id}", code="internal")
 
 
 def written(form: AnswerFormat, events: Iterable[Json]) -> bytes:
@@ -77,25 +96,15 @@ def event(data: Json, name: str | None = None) -> bytes:
     return head + b"data: " + _json.encode(data) + b"\n\n"
 
 
-async def write(response: web.StreamResponse, data: bytes) -> None:
-    """Raises `TimeoutError` when the client has stopped reading."""
-    if data:
-        async with asyncio.timeout(STALLED_AFTER):
-            await response.write(data)
-
-
-async def merged(
-    request: web.Request, response: web.StreamResponse, streams: Sequence[Stream]
-) -> AsyncIterator[tuple[int, Chunk]]:
-    """Chunks of all streams as they come, with the stream's index; pings while none comes, and when the connection
+async def merged(request: HttpRequest, streams: Sequence[AnswerStream]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Chunks of all streams as they come, with the stream's index; `PING` while none comes, and when the connection
     asks whether anybody is there.
     """
     arrivals: asyncio.Queue[tuple[int, Chunk | DilaserveError | None]] = asyncio.Queue()
     ahead = asyncio.Semaphore(len(streams))  # chunks that are taken out of their streams before they are written
-    if isinstance(request.protocol, Connection):
-        request.protocol.probe = lambda: arrivals.put_nowait((0, PING))
+    request.probed(lambda: arrivals.put_nowait((0, PING)))
 
-    async def pump(index: int, stream: Stream) -> None:
+    async def pump(index: int, stream: AnswerStream) -> None:
         try:
             async for chunk in stream:
                 await ahead.acquire()
@@ -113,14 +122,12 @@ async def merged(
                     index, chunk = await arrivals.get()
             except TimeoutError:
                 index, chunk = 0, PING
-            if chunk is PING:
-                await write(response, b": ping\n\n")
-                continue
             if isinstance(chunk, DilaserveError):
                 raise chunk
             left -= chunk is None
             if chunk is not None:
                 yield index, chunk
+            if chunk is not None and chunk is not PING:
                 ahead.release()
     finally:
         for task in pumps:
