@@ -18,16 +18,16 @@ from dilaserve.engine.observer import Observer
 from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
 from dilaserve.engine.prefix_hashes import PrefixHasher, prefix_hasher
-from dilaserve.engine.prompts import Prompt, conversation, is_conversation, listed, token_ids
+from dilaserve.engine.prompts import Prompt, token_ids
 from dilaserve.engine.slo_classes import parse_classes, wanted
 from dilaserve.engine.stream import Chunk, Completion, Stream, collect, cutting
 from dilaserve.engine.submit import Options, ResolvedOptions, ending, resolve, validated
+from dilaserve.engine.tokenization import Tokenization
 from dilaserve.errors import BadRequest, ConfigError, Unavailable, quoted
 from dilaserve.executor.executor import Progress
 from dilaserve.planner.planner import PlannerPort
 from dilaserve.plans import checked, parsed
 from dilaserve.scheduler.scheduler import Scheduler
-from dilaserve.tokenizer.tokenizer import MARKS
 from dilaserve.transport.devices import steps_for
 from dilaserve.types import Arrival, Cancel, Change, Demand, Plan, Replan, Request, Slo
 from dilaserve.validation import converted, plain
@@ -106,6 +106,7 @@ class Engine:
         """Take over the parts, and make the scheduler and the consumer."""
         self.executor, self.table, self.text = parts.executor, parts.table, parts.text
         self.model, self.mask_id, self.vocab_size = parts.model, parts.mask_id, parts.vocab_size
+        self.tokenization = Tokenization(self.text, self.vocab_size, self.off_loop)
         self.devices, self.degrees = parts.devices, parts.degrees
         self.planner = self.planner or parts.planner
         self.unplanned = None if self.planner else parts.unplanned or NO_CHOICE
@@ -307,18 +308,11 @@ class Engine:
         Raises `BadRequest`, also for a text that has more than `limit` tokens for sure.
         """
         self._check_running()
-        held = listed(prompt)
-        if isinstance(held, str):
-            return await self.off_loop(len(held), lambda: self.text.encode(held, limit))
-        if is_conversation(held):
-            messages = await self.off_loop(MARKS * len(held), lambda: conversation(held, self.text))
-            text = await self.text.rendered(messages, limit)
-            return await self.off_loop(len(text), lambda: self.text.ids(text, limit, special=False))
-        return await self.off_loop(len(held), lambda: token_ids(held, self.vocab_size))
+        return await self.tokenization.tokenize(prompt, limit)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens. Raises `BadRequest`."""
-        return self.text.decode(token_ids(ids, self.vocab_size, "ids"))
+        return self.tokenization.detokenize(ids)
 
     def _check_running(self) -> None:
         """Raises `Unavailable` if the engine does not run in the caller's loop."""

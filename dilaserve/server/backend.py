@@ -12,7 +12,7 @@ from dilaserve.engine.offload import Offload
 from dilaserve.engine.prompts import Prompt
 from dilaserve.engine.stream import AnswerStream
 from dilaserve.engine.submit import Options
-from dilaserve.errors import DilaserveError, Unavailable
+from dilaserve.errors import BadRequest, DilaserveError, Unavailable
 from dilaserve.server import plan_api, stats
 from dilaserve.server.plan_api import PlanRequest
 from dilaserve.server.telemetry import Telemetry
@@ -33,9 +33,7 @@ class Backend(Protocol):
 
     def detokenize(self, ids: Sequence[int]) -> str: ...
 
-    async def submit(
-        self, prompt: Prompt, options: Options | None = None, *, id: str | None = None
-    ) -> AnswerStream: ...
+    async def submit(self, prompt: Prompt, options: Options, *, id: str) -> AnswerStream: ...
 
     async def estimate(self, ids: list[int], sampling: Sampling, options: Options, id: str) -> Likelihood: ...
 
@@ -43,11 +41,11 @@ class Backend(Protocol):
         """Requests of these ids belong to the trace of the headers; to be called when they are answered."""
         ...
 
-    def check_alive(self) -> None:
+    async def check_alive(self) -> None:
         """Raises `DilaserveError` when nothing will be answered any more."""
         ...
 
-    def check_ready(self) -> None:
+    async def check_ready(self) -> None:
         """Raises `Unavailable` while no requests are taken."""
         ...
 
@@ -75,7 +73,7 @@ class LocalBackend:
         self.engine, self.telemetry = engine, Telemetry(engine, config)
         self.model, self.config, self.text, self.off_loop = engine.model, engine.config, engine.text, engine.off_loop
         self.tokenize, self.detokenize, self.submit = engine.tokenize, engine.detokenize, engine.submit
-        self.answered = self.telemetry.requests.answered
+        self.answered = self.telemetry.http.answered
 
     async def estimate(self, ids: list[int], sampling: Sampling, options: Options, id: str) -> Likelihood:
         return await likelihood.estimate(self.engine, ids, sampling, options, id)
@@ -86,11 +84,11 @@ class LocalBackend:
         tracing.begin(ids, headers)
         return lambda: tracing.answered(ids)
 
-    def check_alive(self) -> None:
+    async def check_alive(self) -> None:
         if not self.engine.alive:
             raise DilaserveError("the engine has stopped")
 
-    def check_ready(self) -> None:
+    async def check_ready(self) -> None:
         if not self.engine.ready:
             raise Unavailable(
                 "the server is draining" if self.engine.draining else "no worker is ready", retry_after=1.0
@@ -106,6 +104,8 @@ class LocalBackend:
         return plan_api.shown(self.engine)
 
     async def replan(self, asked: PlanRequest) -> Json:
+        if asked.node is not None:
+            raise BadRequest("there is one node here; leave out node", param="node")
         change = await self.engine.replan(plan_api.wanted(asked), plan_api.because(asked))
         return plan_api.as_json(self.engine, change)
 

@@ -119,4 +119,8 @@ def refusal(host: str, port: int, error: OSError) -> ConfigError:
 def url(one: socket.socket, encrypted: bool = False) -> str:
     """Where a socket is reached."""
     host, port = one.getsockname()[:2]
+    return url_of(host, port, encrypted)
+
+
+def url_of(host: str, port: int, encrypted: bool = False) -> str:
     return f"http{'s' if encrypted else ''}://{f'[{host}]' if ':' in host else host}:{port}"

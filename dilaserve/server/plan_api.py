@@ -12,10 +12,11 @@ from dilaserve.types import Change, Plan
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """`plan` as COUNTxDEGREE, or as groups of device numbers."""
+    """`plan` as COUNTxDEGREE, or as groups of device numbers; of one `node` where there are several, else of all."""
 
     plan: str | list[list[int]]
     reason: str | None = None
+    node: str | None = None
 
 
 def wanted(asked: PlanRequest) -> Plan | str:

@@ -54,10 +54,6 @@ class RequestMetrics:
             self.causes.labels(label)
         about = "Times that requests lost their K/V: to other requests, to a change of the plan, or with a worker"
         self.restarts = self.counter("request_restarts", about)
-        about = "HTTP requests by route, method and status; 499: the client left"
-        self.http = self.counter("http_requests", about, "route", "method", "status")
-        about = "Seconds from the head of an HTTP request to the end of its answer"
-        self.http_seconds = self.histogram("http_request_duration_seconds", about, SECONDS, "route")
 
     def histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"dilaserve_{name}", about, labels, buckets=buckets, registry=self.registry)
@@ -100,8 +96,3 @@ class RequestMetrics:
             self.slack.observe(ended.slack)
         if ended.tokens > 1 and ended.first_at is not None:
             self.per_token.observe((ended.ended_at - ended.first_at) / (ended.tokens - 1))
-
-    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count an HTTP request; `route` is its pattern, so that labels are few."""
-        self.http.labels(route, method, str(status)).inc()
-        self.http_seconds.labels(route).observe(seconds)

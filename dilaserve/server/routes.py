@@ -78,12 +78,12 @@ async def statistics(service: Service, request: HttpRequest) -> HttpResponse:
 
 
 async def health(service: Service, request: HttpRequest) -> HttpResponse:
-    service.backend.check_alive()
+    await service.backend.check_alive()
     return json_response({"status": "ok"})
 
 
 async def ready(service: Service, request: HttpRequest) -> HttpResponse:
-    service.backend.check_ready()
+    await service.backend.check_ready()
     return json_response({"status": "ready"})
 
 
@@ -209,15 +209,15 @@ async def score(
         for id, prompt in zip(engine_ids(request, len(prompts)), prompts, strict=True):
             ids = await engine.tokenize(prompt, engine.model.max_model_len)
             found = await engine.estimate(ids, sampling, options, id)
-            more = await generated(engine, ids, options) if likelihood_api.longest(asked) else None
+            more = await generated(engine, ids, options, f"{id}-next") if likelihood_api.longest(asked) else None
             one = likelihood_api.choice(form, len(choices), ids, await echo(engine, prompt), found, more, tops)
             choices.append(one | {"likelihood": likelihood_api.estimated(found, sampling.fitted(len(ids)))})
             spent, total = spent + len(more.token_ids if more else ()), total + len(ids)
     return json_response(likelihood_api.answer(form, choices, total, spent))
 
 
-async def generated(engine: Backend, ids: list[int], options: Options) -> Completion:
-    async with await engine.submit(ids, options) as stream:
+async def generated(engine: Backend, ids: list[int], options: Options, id: str) -> Completion:
+    async with await engine.submit(ids, options, id=id) as stream:
         return await collect(stream)
 
 

@@ -9,6 +9,7 @@ from dilaserve.config import Config
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.observer import Observer
 from dilaserve.server.history import History
+from dilaserve.server.http_metrics import HttpMetrics
 from dilaserve.server.metrics import EngineCollector
 from dilaserve.server.request_log import RequestLog
 from dilaserve.server.request_metrics import RequestMetrics
@@ -21,7 +22,7 @@ class Telemetry:
 
     def __init__(self, engine: Engine, config: Config) -> None:
         self.engine = engine
-        self.requests = RequestMetrics(engine.classes)
+        self.requests, self.http = RequestMetrics(engine.classes), HttpMetrics()
         self.counts = EngineCollector(engine)
         self.registry = CollectorRegistry()
         self.registry.register(self.counts)
@@ -44,7 +45,7 @@ class Telemetry:
 
     def text(self) -> bytes:
         """What Prometheus reads."""
-        return generate_latest(self.registry) + generate_latest(self.requests.registry)
+        return b"".join(map(generate_latest, (self.registry, self.requests.registry, self.http.registry)))
 
     def close(self) -> None:
         self.history.close()

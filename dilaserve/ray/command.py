@@ -1,0 +1,105 @@
+"""`dilaserve ray`: the door and the nodes on Ray, here or on a cluster that runs."""
+
+import argparse
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import serve
+
+from dilaserve.config import Config
+from dilaserve.errors import ConfigError, DilaserveError
+from dilaserve.ray.app import Layout, application
+from dilaserve.server.listening import url_of
+
+log = logging.getLogger(__name__)
+NAME = "dilaserve"  # of the application
+STORE = 80 * 2**20  # bytes of Ray's object store, which holds nothing of ours but pieces of answers
+USUAL = {  # of Ray's processes, unless the environment says otherwise
+    "RAY_worker_niceness": "0",  # else the engine would run at 15, and its workers even below
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_ENABLE_TELEMETRY": "0",
+}
+Announce = Callable[[str, str, bool, bool], None]
+
+
+def run(settings: Config, extras: argparse.Namespace, announce: Announce) -> int:
+    """Deploy, say where, and stay until a signal comes; with --address, leave once nodes answer.
+
+    Raises `ConfigError` before Ray starts, and `DilaserveError` when the nodes do not come up.
+    """
+    layout = layout_of(extras)
+    check(settings)
+    deployed = application(settings, layout)
+    stop = signalled()
+    with cluster(extras.address, layout):
+        serve.start(http_options={"host": settings.server.host, "port": settings.server.port})
+        try:
+            serve.run(deployed, name=NAME, route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            raise DilaserveError(f"the nodes did not come up: {error}; their logs are below {logs_of()}") from error
+        announce(url_of(settings.server.host, settings.server.port), "", settings.server.api_key is not None, True)
+        if extras.address is None:
+            stop.wait()
+            serve.delete(NAME)
+    return 0
+
+
+def layout_of(extras: argparse.Namespace) -> Layout:
+    given = {name: value for name, value in vars(extras).items() if name in Layout.__struct_fields__}
+    layout = Layout(**given)
+    layout.bounds()
+    return layout
+
+
+def check(settings: Config) -> None:
+    """Raises `ConfigError` for settings that Ray's proxies do not have."""
+    if settings.server.ssl_certfile is not None:
+        raise ConfigError("TLS is for a proxy before Ray; leave out --ssl-certfile", param="ssl_certfile")
+    if "," in settings.server.host or settings.server.port == 0:
+        raise ConfigError("Ray's proxy listens on one --host and one --port; give one of each, and not port 0")
+
+
+@contextmanager
+def cluster(address: str | None, layout: Layout) -> Iterator[None]:
+    """The Ray that is at the address, or one of this machine alone while the block runs. Raises `DilaserveError`."""
+    for name, value in USUAL.items():
+        os.environ.setdefault(name, value)
+    local: dict[str, Any] = {}
+    if address is None:
+        least, most = layout.bounds()
+        cores = most * layout.cpus + layout.doors + 1
+        local = {"object_store_memory": STORE, "num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise DilaserveError(f"Ray could not be reached or started: {error}") from error
+    try:
+        yield
+    finally:
+        if address is None:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def signalled() -> threading.Event:
+    """Set by SIGINT or SIGTERM; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def asked(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked)
+    return stop
+
+
+def logs_of() -> str:
+    return "/tmp/ray/session_latest/logs/serve"
