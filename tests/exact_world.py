@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 from scheduler_builders import request
-from scheduler_world import World
+from scheduler_world import World, opening
 
 from dilaserve.engine.prefix_hashes import prefix_hasher
 from dilaserve.types import Emit, FamilyTraits, PrefixGrown
@@ -29,7 +29,7 @@ class Canvas:
     """One request as the model of the pools sees it: the tokens of its canvas in the end, and which are final."""
 
     def __init__(self, wanted, tokens, hasher):
-        self.request, self.final, self.hasher = wanted, wanted.prompt_tokens, hasher
+        self.request, self.final, self.hasher = wanted, opening(wanted), hasher
         self.ids, self.tokens = tokens, tokens.astype(np.uint8).tobytes()
         self.exact = [self.right(position) for position in range(wanted.canvas_tokens)]
 
@@ -69,7 +69,8 @@ class ExactWorld(World):
             self.rows, prompt, answer, self.now, self.slo(), cache="exact", block_length=length, traits=traits, **how
         )
         tokens, hasher = rng.choice(STEMS)[: wanted.canvas_tokens], prefix_hasher(wanted.decoding)
-        hashes = hasher.extend(tokens[:prompt]) if hasher else ()
+        wanted = self.resumed(wanted)
+        hashes = hasher.extend(tokens[: opening(wanted)]) if hasher else ()
         wanted = msgspec.structs.replace(wanted, prefix_hashes=hashes)
         self.canvases[self.rows] = Canvas(wanted, tokens, hasher)
         return wanted

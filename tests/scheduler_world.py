@@ -4,14 +4,17 @@ import itertools
 import random
 from collections import Counter
 
+import msgspec
 from scheduler_builders import PAIRS, SINGLES, done, request, result, scheduler
 
 from dilaserve.scheduler.invariants import violations
 from dilaserve.scheduler.request_state import Status
+from dilaserve.scheduler.rules.blocks import first_open, parts
 from dilaserve.types import (
     Arrival,
     Cancel,
     Decline,
+    Emit,
     Fail,
     Finish,
     InstanceLost,
@@ -32,6 +35,12 @@ from dilaserve.worker.model_runner import answered
 from dilaserve.worker.multi_step import Courses
 
 PLANS = (SINGLES, PAIRS, Plan(((0, 1), (2,), (3,))), Plan(((0, 1, 2, 3),)))
+
+
+def opening(wanted):
+    """The first position that is unmasked, or again if the client has it: all before are of whole blocks."""
+    found = parts(wanted)
+    return found[first_open(found, wanted.begin)].start
 
 
 class World:
@@ -60,6 +69,8 @@ class World:
         self.alive, self.ended, self.masks, self.log = set(), set(), {}, []
         self.told, self.timed = Counter(), 0  # last words to clients by kind; those about a deadline
         self.taken, self.refreshed = Counter(), Counter()  # steps and refreshes by row, as usage has them
+        self.prefixes = {}  # by row, canvas positions that are final and that its client has or had before
+        self.begins = {}  # by row, where its first open block begins
 
     def feed(self, event):
         self.now += self.rng.random()
@@ -96,8 +107,13 @@ class World:
                     assert wanted.id not in self.ended
                     self.ended.add(wanted.id)
                     if isinstance(command, Finish):
+                        assert command.usage.resumed_tokens == wanted.resumed_tokens
+                        assert command.reason == (wanted.ended or command.reason)
                         counts = command.usage.steps, command.usage.refreshes
                         assert counts == (self.taken[wanted.row], self.refreshed[wanted.row])
+                case Emit(wanted, prefix):
+                    assert self.prefixes[wanted.row] < prefix <= wanted.prompt_tokens + wanted.max_tokens
+                    self.prefixes[wanted.row] = prefix
                 case Release(row):
                     self.alive.remove(row)
                 case Reshard(moves):
@@ -120,6 +136,7 @@ class World:
         assert len(set(rows)) == len(rows)
         assert not set(rows) & set(busy)
         assert set(rows) <= self.alive
+        assert all(span.block_start >= self.begins[span.row] for span in batch.spans)
         places = sorted((span.kv_start, span.kv_start + span.keys) for span in batch.spans)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
         self.in_flight[batch.instance] = batch
@@ -134,6 +151,8 @@ class World:
         if choice < 0.3:
             wanted = self.request()
             self.alive.add(self.rows)
+            self.prefixes[self.rows] = wanted.begin
+            self.begins[self.rows] = None if wanted.ended else opening(wanted)
             self.rows += 1
             self.feed(Arrival(wanted))
         elif choice < 0.35 and self.rows:
@@ -155,7 +174,17 @@ class World:
         prompt, answer = self.rng.randint(1, 60), self.rng.randint(1, 100)
         cache = self.rng.choice(("none", "prefix", "dual"))
         length = self.rng.choice((8, 32))
-        return request(self.rows, prompt, answer, self.now, self.slo(), cache=cache, block_length=length)
+        wanted = request(self.rows, prompt, answer, self.now, self.slo(), cache=cache, block_length=length)
+        return self.resumed(wanted)
+
+    def resumed(self, wanted):
+        """Some requests have come to another server before, and go on behind tokens which may have ended them."""
+        if self.rng.random() < 0.7:
+            return wanted
+        count, elapsed = self.rng.randint(1, wanted.max_tokens), self.rng.choice((0.0, 0.5, 20.0))
+        ended = "length" if count == wanted.max_tokens else self.rng.choice((None, None, None, "stop"))
+        at = wanted.arrived_at - elapsed
+        return msgspec.structs.replace(wanted, resumed_tokens=count, ended=ended, arrived_at=at, elapsed=elapsed)
 
     def refreshes(self, span):
         return span.length == span.keys

@@ -22,6 +22,7 @@ COSTS = {
     "min_threshold",
     "mean_threshold",
     "expected_accuracy_drop",
+    "resumed_tokens",
 }
 
 

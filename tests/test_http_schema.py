@@ -59,7 +59,7 @@ OTHERS = {  # what changes the answer, and cannot be honoured
     **{"guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a", "regex": "a"},
     **{"structured_outputs": {"regex": "a"}, "truncate_prompt_tokens": 5, "continue_final_message": True},
     **{"add_generation_prompt": False, "documents": [{}], "chat_template": "x", "chat_template_kwargs": {"a": 1}},
-    **{"request_id": "x", "return_token_ids": True, "mm_processor_kwargs": {"a": 1}, "no_stop_trim": True},
+    **{"request_id": "x", "return_tokens_as_token_ids": True, "mm_processor_kwargs": {"a": 1}, "no_stop_trim": True},
 }
 
 

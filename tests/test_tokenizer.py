@@ -47,8 +47,18 @@ def test_part_of_a_character_waits_for_the_rest(text):
 def test_broken_bytes_come_out_at_the_end(text):
     detokenizer = Detokenizer(text)
     first = text.encode("漢")[:1]
-    assert detokenizer.push(text.encode("a") + first) == ""
-    assert detokenizer.flush() == "a\ufffd"
+    assert detokenizer.push(text.encode("a") + first) == "a"
+    assert detokenizer.flush() == "\ufffd"
+
+
+@given(st.text(max_size=30), st.data())
+def test_what_is_shown_of_some_tokens_does_not_depend_on_how_many_come_together(text, wanted, data):
+    ids = text.encode(wanted.replace("<|", ""))
+    ids, singly, together = ids[: data.draw(st.integers(0, len(ids)))], Detokenizer(text), Detokenizer(text)
+    shown = "".join([singly.push([id]) for id in ids])
+    cut = data.draw(st.integers(0, len(ids)))
+    assert together.push(ids[:cut]) + together.push(ids[cut:]) == shown
+    assert together.flush() == singly.flush()
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())

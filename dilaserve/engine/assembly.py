@@ -68,6 +68,7 @@ class Parts(NamedTuple):
     note: str | None = None  # what the user should read once the engine is up
     planner: PlannerPort | None = None  # None: there is nothing to choose, or too little is known
     unplanned: str | None = None  # what would have to be known
+    stop_ids: tuple[int, ...] = ()  # tokens that end answers
 
 
 Assemble = Callable[[Config, Progress], Parts]
@@ -138,6 +139,7 @@ def real(config: Config, progress: Progress, measured: bool = True) -> Parts:
         note,
         planner,
         unplanned(laws, degrees, config, names),
+        stop_ids,
     )
 
 

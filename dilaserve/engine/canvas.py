@@ -74,9 +74,14 @@ def drawn(taken: Snapshot, text: Text, mask_id: int) -> Canvas:
         block=about.block,
         start=about.start - about.request.prompt_tokens,
         tokens=tuple(pieces(taken.context, ids, text, mask_id)),
-        confidences=tuple(None if id == mask_id else round(confidence, 4) for id, confidence in sure),
+        confidences=tuple(None if is_mask(id, mask_id) else round(confidence, 4) for id, confidence in sure),
         threshold=about.threshold,
     )
+
+
+def is_mask(id: int, mask_id: int) -> bool:
+    """Whether a position is masked, that of a known token too."""
+    return id == mask_id or id < 0
 
 
 def pieces(context: Sequence[int], ids: Sequence[int], text: Text, mask_id: int) -> Iterator[str | None]:
@@ -85,7 +90,7 @@ def pieces(context: Sequence[int], ids: Sequence[int], text: Text, mask_id: int)
     for id in context:  # one by one, as else the first of them would come again behind part of a character
         run.push([id])
     for id in ids:
-        if id == mask_id:
+        if is_mask(id, mask_id):
             run = Detokenizer(text)
             yield None
         else:

@@ -72,6 +72,7 @@ class Delivery:
             log.exception("request %s could not be reported", request.id)
 
     def pass_on(self, stream: Stream, message: Message | Denoised) -> None:
+        request = message.request
         match message:
             case Emit(_, prefix):
                 self.emit(stream, prefix)
@@ -79,7 +80,7 @@ class Delivery:
                 stream.show(snapshot(self.table, message, self.clock()))
             case Finish(_, reason, usage):
                 self.push(stream)
-                if reason == "stop" and stream.shows_stop_token:
+                if reason == "stop" and stream.shows_stop_token and not request.ended:
                     stream.final += 1
                     self.push(stream)
                 stream.finish(reason, usage)
@@ -108,6 +109,7 @@ class Delivery:
 
     def emit(self, stream: Stream, prefix: int) -> None:
         stream.final = prefix
+        self.table.resumed[stream.request.row] = False  # all is put back, so that its steps are like others again
         if stream.hasher:
             self.hash(stream, stream.hasher)
         if stream.waits or stream.over:
@@ -138,7 +140,7 @@ def ending(message: Finish | Fail | Decline | Refuse, stream: Stream | None, now
         fate=fate,
         reason=reason,
         usage=message.usage,
-        tokens=stream.final - request.prompt_tokens if stream else 0,
+        tokens=stream.final - request.begin if stream else 0,
         first_at=stream.first_at if stream else None,
         last_at=stream.last_at if stream else None,
         ended_at=now,

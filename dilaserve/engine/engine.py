@@ -19,9 +19,10 @@ from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
 from dilaserve.engine.prefix_hashes import PrefixHasher, prefix_hasher
 from dilaserve.engine.prompts import Prompt, token_ids
+from dilaserve.engine.resume import Resumed, Vocabulary, resumed
 from dilaserve.engine.slo_classes import parse_classes, wanted
-from dilaserve.engine.stream import Chunk, Completion, Stream, collect, cutting
-from dilaserve.engine.submit import Options, ResolvedOptions, ending, resolve, validated
+from dilaserve.engine.stream import Chunk, Completion, Stream, collect
+from dilaserve.engine.submit import Options, ResolvedOptions, check_pool, ending, resolve, validated
 from dilaserve.engine.tokenization import Tokenization
 from dilaserve.errors import BadRequest, ConfigError, Unavailable, quoted
 from dilaserve.executor.executor import Progress
@@ -107,6 +108,7 @@ class Engine:
         self.executor, self.table, self.text = parts.executor, parts.table, parts.text
         self.model, self.mask_id, self.vocab_size = parts.model, parts.mask_id, parts.vocab_size
         self.tokenization = Tokenization(self.text, self.vocab_size, self.off_loop)
+        self.vocabulary = Vocabulary(parts.vocab_size, parts.mask_id, parts.stop_ids)
         self.devices, self.degrees = parts.devices, parts.degrees
         self.planner = self.planner or parts.planner
         self.unplanned = None if self.planner else parts.unplanned or NO_CHOICE
@@ -274,15 +276,18 @@ class Engine:
         limit, seed, length = self.model.max_model_len, self.config.decode.seed, len(prompt_ids)
         seed = secrets.randbits(63) if seed is None else seed
         resolved = resolve(options, length, limit, seed, self.config.decode, self.model.traits)
+        given = len(options.resume_token_ids)
+        before = await self.off_loop(given, lambda: resumed(options, resolved, length, self.text, self.vocabulary))
         hasher = prefix_hasher(resolved.decoding)
-        hashes = await self.off_loop(length, lambda: hasher.extend(prompt_ids)) if hasher else ()
+        final = np.concatenate([prompt_ids, before.final])
+        hashes = await self.off_loop(len(final), lambda: hasher.extend(final)) if hasher else ()
         slo = wanted(options, self.classes)
         token_ids(options.stop_token_ids, self.vocab_size, "stop_token_ids")
         self._check_room(resolved)
         id = secrets.token_hex(12) if id is None else plain(converted(id, str, "id"))
         if id in self.streams:
             raise BadRequest(f"a request with the id {quoted(id)} is running; choose another id", param="id")
-        stream = self._start(id, prompt_ids, hashes, hasher, resolved, slo, options, answer)
+        stream = self._start(id, prompt_ids, hashes, hasher, resolved, slo, options, before, answer)
         if slo.on_miss == "reject":
             try:
                 await stream.admitted()
@@ -330,13 +335,17 @@ class Engine:
         resolved: ResolvedOptions,
         slo: Slo,
         options: Options,
+        before: Resumed,
         answer: np.ndarray[Any, np.dtype[np.int32]] | None,
     ) -> Stream:
         """Give a checked request a row, fill it and post its arrival. Raises `Overloaded`."""
         row = self.consumer.take_row(slo)
         try:
+            judged = answer is not None
+            if answer is None:
+                answer = before.canvas(resolved.canvas_tokens - len(prompt), self.mask_id)
             generation = self.table.fill(
-                row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options), answer
+                row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options), answer, judged
             )
             request = Request(
                 id=id,
@@ -345,13 +354,16 @@ class Engine:
                 prompt_tokens=len(prompt),
                 canvas_tokens=resolved.canvas_tokens,
                 max_tokens=resolved.max_tokens,
-                arrived_at=self.loop.time(),
+                arrived_at=self.loop.time() - options.elapsed_ms / 1000,
                 decoding=resolved.decoding,
                 slo=slo,
                 prefix_hashes=hashes,
                 shows_canvas=options.include_canvas,
+                resumed_tokens=len(before.tokens),
+                ended=before.ended,
+                elapsed=options.elapsed_ms / 1000,
             )
-            stream = Stream(request, self.text, cutting(options), self.consumer.post, self.mask_id, hasher)
+            stream = Stream(request, prompt, before, self.text, self.consumer.post, self.mask_id, hasher)
         except BaseException:
             self.consumer.free.append(row)
             raise
@@ -365,13 +377,7 @@ class Engine:
             raise Unavailable("the server is shutting down; try another", retry_after=5.0)
         if not self.consumer.pools:
             return
-        if resolved.canvas_tokens > (pool := self.consumer.smallest_pool(min(self.degrees))):
-            cure = "lower max_tokens" if resolved.max_tokens > resolved.decoding.block_length else "shorten the prompt"
-            raise BadRequest(
-                f"a canvas of {resolved.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
-                f"{cure} or raise --kv-cache-tokens",
-                param="max_tokens",
-            )
+        check_pool(resolved, self.consumer.smallest_pool(min(self.degrees)))
 
 
 def first(broken: BaseException) -> BaseException:

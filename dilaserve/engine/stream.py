@@ -10,10 +10,8 @@ import msgspec
 from dilaserve.engine.canvas import Canvas, Snapshot, drawn
 from dilaserve.engine.doorbell import Bell
 from dilaserve.engine.prefix_hashes import PrefixHasher
-from dilaserve.engine.submit import Options
+from dilaserve.engine.resume import Ids, Resumed
 from dilaserve.errors import DilaserveError, Unavailable
-from dilaserve.tokenizer.detokenizer import Detokenizer
-from dilaserve.tokenizer.stop_strings import StopStrings
 from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.types import Alternatives, Cancel, Event, FinishReason, Request, Usage
 
@@ -57,18 +55,16 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | None = None
 
 
-class Cut(NamedTuple):
-    """Where the text ends: at one of the strings `stop`, once the answer has more than `min_tokens` tokens. `shown`:
-    what stops it, a string or a token, is part of the text.
+class AnswerStream(Protocol):
+    """One answer, chunk by chunk. Leaving it early cancels its request.
+
+    `prompt_ids` are the prompt's tokens; `resumed_ids` those of the answer that its client had before, with so many
+    `resumed_characters` of its text.
     """
 
-    stop: tuple[str, ...] = ()
-    min_tokens: int = 0
-    shown: bool = False
-
-
-class AnswerStream(Protocol):
-    """One answer, chunk by chunk. Leaving it early cancels its request."""
+    prompt_ids: Ids
+    resumed_ids: Ids
+    resumed_characters: int
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -83,23 +79,28 @@ class AnswerStream(Protocol):
 
 
 class Stream:
-    """An async iterator of chunks. Leaving it early (`aclose`, or the `async with` block) cancels the request."""
+    """An async iterator of chunks. Leaving it early (`aclose`, or the `async with` block) cancels the request.
+
+    `prompt_ids` are the prompt's tokens, and `before` those of the answer that its client has.
+    """
 
     def __init__(
         self,
         request: Request,
+        prompt_ids: Ids,
+        before: Resumed,
         text: Text,
-        cut: Cut,
         post: Callable[[Event], None],
         mask_id: int,
         hasher: PrefixHasher | None = None,
     ) -> None:
-        self.request, self.cut, self.post, self.hasher = request, cut, post, hasher
+        self.request, self.post, self.hasher = request, post, hasher
+        self.prompt_ids, self.resumed_ids, self.said = prompt_ids, before.tokens, before.text
         self.text, self.mask_id = text, mask_id
-        self.position = self.final = request.prompt_tokens  # canvas positions before it: pushed; final
+        self.position = self.final = request.begin  # canvas positions before it: pushed; final
         self.first_at: float | None = None  # when the first tokens became final, and the last that have; if observed
         self.last_at: float | None = None
-        self.detokenizer, self.stops = Detokenizer(text), StopStrings(cut.stop, cut.shown)
+        self.resumed_characters = before.text.characters  # of the answer's text that the client had before
         self.alternatives: dict[int, tuple[TopLogprob, ...]] = {}  # by canvas position
         self.chunks: deque[Chunk | DilaserveError | None] = deque()
         self.snapshots: dict[int, Snapshot] = {}  # by block, the latest of each that has not been read
@@ -120,17 +121,17 @@ class Stream:
     @property
     def stopped(self) -> bool:
         """A stop string has come."""
-        return self.stops.found
+        return self.said.stops.found
 
     @property
     def shows_stop_token(self) -> bool:
         """The token that ends the answer belongs to its text; no stop string has ended it before."""
-        return self.cut.shown and not self.stopped
+        return self.said.cut.shown and not self.stopped
 
     @property
     def waits(self) -> bool:
         """Nobody would notice if all came at the end."""
-        return self.patient and not self.stops.stops
+        return self.patient and not self.said.stops.stops
 
     async def admitted(self) -> None:
         """Wait until the scheduler has admitted the request; raises the reason if it declines."""
@@ -143,7 +144,7 @@ class Stream:
 
     def push(self, ids: list[int], confidences: list[float]) -> None:
         """Raises what the tokenizer raises; the stream then has no text any more."""
-        text = self.shown(ids)
+        text = self.said.push(ids)
         top = self.top_of(range(self.position, self.position + len(ids)))
         self.position += len(ids)
         self.chunks.append(Chunk(text, tuple(ids), tuple(confidences), top_logprobs=top))
@@ -161,14 +162,6 @@ class Stream:
             return ()
         return tuple(self.alternatives.pop(position, ()) for position in positions)
 
-    def shown(self, ids: list[int]) -> str:
-        """The text of the next tokens, up to where it is cut. No stop string ends within the first `min_tokens` tokens;
-        those go one by one, so that their text does not depend on how many come together.
-        """
-        early = max(0, self.request.prompt_tokens + self.cut.min_tokens - self.position) if self.stops.stops else 0
-        first = [self.stops.pass_over(self.detokenizer.push([id])) for id in ids[:early]]
-        return "".join(first) + self.stops.push(self.detokenizer.push(ids[early:]))
-
     def show(self, taken: Snapshot) -> None:
         """The block after a step; it takes the place of what the reader has not seen of the same block."""
         self.snapshots[taken.about.block] = taken
@@ -178,9 +171,9 @@ class Stream:
         if reason == "cancelled":
             self.end(None)
             return
-        rest = self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+        rest = self.said.finish()
         reason = "stop" if self.stopped else reason
-        self.end(Chunk(rest, finish_reason=reason, usage=usage, stop=self.stops.stop))
+        self.end(Chunk(rest, finish_reason=reason, usage=usage, stop=self.said.stops.stop))
 
     def fail(self, error: DilaserveError) -> None:
         self.end(error)
@@ -252,7 +245,3 @@ async def collect(stream: AnswerStream) -> Completion:
         top_logprobs=tuple(chain.from_iterable([chunk.top_logprobs for chunk in chunks])),
         stop=last.stop,
     )
-
-
-def cutting(options: Options) -> Cut:
-    return Cut(options.stop, options.min_tokens, options.include_stop_str_in_output)

@@ -56,6 +56,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     quality profile. `top_logprobs`: how many of the most probable tokens of each position chunks carry, as they were
     in the step that unmasked it; 5 at most.
 
+    `resume_token_ids`: tokens of the answer that its client has already, from this or another server. The answer goes
+    on behind them and has only what is new; `max_tokens`, `min_tokens`, `stop` and `seed` mean the whole answer. With
+    the options of the first request, and its seed above temperature 0, all of it is what it would have been without the
+    break, as far as equal steps give equal tokens: not under thresholds that deadlines lower.
+
+    `elapsed_ms`: milliseconds since the request came to the first server that had it; its deadline, and its age in
+    queues, count from then.
+
     `include_canvas`: a stream has chunks between the others that show the open block after each step, and no text.
 
     `deadline` (in seconds) and `tenant` are old names of `deadline_ms` and `user`; they raise a `DeprecationWarning`.
@@ -90,6 +98,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     accuracy_budget: float | None = None
     task: str | None = None
     include_canvas: bool = False
+    resume_token_ids: tuple[int, ...] = ()
+    elapsed_ms: float = 0.0
     # old names
     deadline: float | None = None
     tenant: str | None = None
@@ -210,6 +220,7 @@ def check(options: Options) -> None:
     within("priority", options.priority, -8, 8)
     within("min_confidence_threshold", options.min_confidence_threshold, 0.0, 1.0)
     within("accuracy_budget", options.accuracy_budget, 0.0, 100.0)
+    within("elapsed_ms", options.elapsed_ms, 0.0, MAX_DEADLINE)
     if options.deadline_ms is not None and not 0.0 < options.deadline_ms <= MAX_DEADLINE:
         raise BadRequest(f"deadline_ms must be above 0 and at most {MAX_DEADLINE:.0f} (a day)", param="deadline_ms")
     if options.top_p == 0.0:
@@ -335,6 +346,17 @@ def steps_of(options: Options, rule: DecodeRule, answer: int, block_length: int,
             f"num_denoising_steps must be at least {blocks} (one a block), not {steps}", param="num_denoising_steps"
         )
     return min(steps, answer if traits.schedule == "even" else MOST_STEPS)
+
+
+def check_pool(resolved: ResolvedOptions, pool: int) -> None:
+    """Raise `BadRequest` for a canvas that `pool` tokens of K/V do not hold."""
+    if resolved.canvas_tokens > pool:
+        cure = "lower max_tokens" if resolved.max_tokens > resolved.decoding.block_length else "shorten the prompt"
+        raise BadRequest(
+            f"a canvas of {resolved.canvas_tokens} tokens exceeds the K/V pool of {pool}; "
+            f"{cure} or raise --kv-cache-tokens",
+            param="max_tokens",
+        )
 
 
 def ending(options: Options) -> Ending:

@@ -72,7 +72,7 @@ def cluster(address: str | None, layout: Layout) -> Iterator[None]:
         os.environ.setdefault(name, value)
     local: dict[str, Any] = {}
     if address is None:
-        least, most = layout.bounds()
+        _, most = layout.bounds()
         cores = most * layout.cpus + layout.doors + 1
         local = {"object_store_memory": STORE, "num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
     try:

@@ -50,7 +50,7 @@ class Node:
         done = self.backend.traced([call.id], call.headers)
         try:
             async with await self.engine.submit(list(call.prompt), call.options, id=call.id) as stream:
-                yield Started(self.name)
+                yield Started(self.name, stream.resumed_characters)
                 async for chunk in stream:
                     yield chunk
         except DilaserveError as error:

@@ -27,9 +27,10 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """The first piece of an answer: an engine has taken the request."""
+    """The first piece of an answer: an engine has taken the request. `resumed_characters`: of `AnswerStream`."""
 
     node: str
+    resumed_characters: int = 0
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Self
 
 import msgspec
+import numpy as np
 
 from dilaserve.engine.stream import Chunk
 from dilaserve.engine.submit import Options
@@ -49,6 +50,9 @@ class ResumedStream:
         self.tries = 0  # since the last new token
         self.over = False
         self.pieces: AsyncGenerator[Piece, None] | None = None
+        self.prompt_ids = np.array(call.prompt, dtype=np.int32)
+        self.resumed_ids = np.array(call.options.resume_token_ids, dtype=np.int32)
+        self.resumed_characters = 0  # known once a node has taken the request
 
     @property
     def prompt_tokens(self) -> int:
@@ -79,6 +83,8 @@ class ResumedStream:
                 await self.again(Unavailable("the nodes are being replaced; try again", retry_after=5.0), error)
                 continue
             if isinstance(first, Started):
+                if not self.lost:
+                    self.resumed_characters = first.resumed_characters
                 return
             assert isinstance(first, Failure)
             if first.status != Unavailable.status:

@@ -107,8 +107,8 @@ class Deadlines:
         return alone(query.loads[query.deepest], self.estimates.pace(degree).fixed)
 
     def is_never_feasible(self, state: RequestState) -> bool:
-        """Whether a row without steps had too little time when it came; not known before what steps cost is."""
-        return self.estimates.sure(self.degrees) and self.is_hopeless(state, state.request.arrived_at)
+        """Whether a row without steps had too little time when it came here; not known before what steps cost is."""
+        return self.estimates.sure(self.degrees) and self.is_hopeless(state, state.request.received_at)
 
     def is_past(self, state: RequestState, now: float) -> bool:
         return state.left(now) <= 0.0

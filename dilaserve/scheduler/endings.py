@@ -70,7 +70,7 @@ class Endings:
         self.deadlines.ledger.reserve(state, 0.0)
         if fate == "answered":
             self.deadlines.ledger.charge(state)
-        elif fate in ("cancelled", "failed") and (delivered := state.prefix - state.request.prompt_tokens) > 0:
+        elif fate in ("cancelled", "failed") and (delivered := state.prefix - state.request.begin) > 0:
             self.deadlines.ledger.charge(state, min(1.0, delivered / state.request.max_tokens))
 
     def account(self, state: RequestState, now: float, fate: Fate) -> None:
@@ -78,7 +78,7 @@ class Endings:
         met = None if state.deadline is None else fate == "answered" and now <= state.deadline
         state.wasted = met is False and fate != "cancelled"
         if self.questions.solves and met is not None and fate != "cancelled":
-            self.questions.traffic.ended(state.request.arrived_at, met, now)
+            self.questions.traffic.ended(state.request.received_at, met, now)
         self.totals.ended(fate, met)
         self.totals.spent(state.device, state.wasted)
         self.totals.prompt(state.request.prompt_tokens, state.cached_prompt_tokens)

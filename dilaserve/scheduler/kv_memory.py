@@ -31,7 +31,7 @@ def reuse_prefix(state: RequestState, replica: InstanceState) -> None:
     most = (part.block_start - part.first) // PAGE  # pages; the logits of the position before a first token are wanted
     hit = replica.pages.find(state.prefix_hashes[:most])
     if state.started_at is None:
-        state.cached_prompt_tokens = hit.tokens if hit else 0
+        state.cached_prompt_tokens = min(hit.tokens, state.request.prompt_tokens) if hit else 0
     if hit:
         replica.copies.append(Copy(hit.start, state.kv_start, hit.tokens))
         state.cached, state.loads, state.ready = hit.tokens, None, None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dilaserve.profile.forecast import Track
-from dilaserve.scheduler.rules.blocks import Part, parts
+from dilaserve.scheduler.rules.blocks import Part, first_open, parts
 from dilaserve.scheduler.rules.composition import Candidate
 from dilaserve.scheduler.rules.demand import load
 from dilaserve.scheduler.rules.quotas import BlockMasks, quotas
@@ -141,8 +141,9 @@ class RequestState:
         self.parts = parts(request)
         self.blocks = self.parts[-1].block + 1
         self.takes_first = any(part.first for part in self.parts)
-        self.place = self.part_step = 0  # in `parts`, and steps of that part so far
-        self.prefix = request.prompt_tokens
+        self.place = first_open(self.parts, request.begin)  # in `parts`
+        self.part_step = 0  # steps of that part so far
+        self.prefix = request.begin
         self.cached = 0  # tokens from the canvas's start whose K/V may be reused
         self.cached_prompt_tokens = 0  # the part of them that came from another request
         self.room = 0  # tokens of its run in the pool
@@ -230,7 +231,7 @@ class RequestState:
             part.start,
             end,
             quota,
-            self.steps,
+            self.part_step,
             todo.grain,
             todo.origin,
             1 if part.first else request.decoding.traits.logit_shift,
@@ -331,7 +332,6 @@ class RequestState:
         done = self.is_done(masks, result)
         if not done and self.request.decoding.editing_threshold is not None:
             result = msgspec.structs.replace(result, prefix=self.part.start, stop_at=-1)
-        self.prefix = result.prefix
         if done and self.place + 1 < len(self.parts):
             self.next_part()
         return result
@@ -376,6 +376,7 @@ class RequestState:
             alone=self.seconds,
             stepping=self.stepping,
             restarts=self.restarts,
+            resumed_tokens=request.resumed_tokens,
         )
 
 

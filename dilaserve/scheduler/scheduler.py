@@ -6,7 +6,7 @@ from dilaserve.config import Config
 from dilaserve.profile.decode_speed import QualityProfile
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.scheduler import kv_memory
-from dilaserve.scheduler.arrivals import Seen
+from dilaserve.scheduler.arrival_check import ArrivalCheck
 from dilaserve.scheduler.batching import Batcher
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.endings import Endings
@@ -47,7 +47,6 @@ from dilaserve.types import (
 )
 
 TICK = 0.25  # seconds between two passes over all waiting requests
-BEST_EFFORT_PLACES = 0.75  # share of --max-queue open to requests without an admitted deadline while deadlines come
 MOST_ENDS = 32  # requests that one decision declines at their deadline, and gives up, at most; about 30 µs each
 LATELY = 30.0  # seconds for which a deadline counts as recent, and best-effort work is limited
 NEVER = float("inf")
@@ -82,8 +81,8 @@ class Scheduler:
         self.instance_changes = InstanceChanges(self.placement, self.plan_state, self.batcher, self.endings)
         self.retry_times = RetryTimes(self.placement, self.estimates)
         self.expiry = Expiry()  # of requests whose client does not want the answer late
-        self.most_best_effort = policy.best_effort_backlog, BEST_EFFORT_PLACES * policy.max_queue
         self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
+        self.arrival_check = ArrivalCheck(policy, self.placement, self.plan_state, self.tightest)
         self.selection = RowSelection(self.placement, self.deadlines, self.batcher, self.tightest)
         self.ticked_at = self.decided_at = -NEVER
         self.gives_up = False  # more requests have become hopeless than one decision looks at
@@ -158,7 +157,8 @@ class Scheduler:
         """Requests that came together were compared with the rows that there were; now some of them are rows too."""
         unplaced, self.placement.unplaced = self.placement.unplaced, []
         for state in unplaced:
-            if state.request.slo.on_miss == "reject" and not state.steps and not self.admissible(state, now):
+            rejects = state.request.slo.on_miss == "reject" and not state.steps
+            if rejects and not self.arrival_check.admissible(state, now):
                 yield from self.endings.decline(state, now)
 
     def ask_planner(self, now: float) -> Iterator[Command]:
@@ -206,60 +206,29 @@ class Scheduler:
     def arrival(self, event: Arrival, now: float) -> Iterator[Command]:
         request = event.request
         state = self.deadlines.arrived(request)
-        slo = request.slo
-        if slo.seconds is not None:
-            state.deadline = request.arrived_at + slo.seconds
-        elif slo.multiple is not None:
-            state.deadline = request.arrived_at + slo.multiple * self.estimates.unloaded(state)
+        slo, check = request.slo, self.arrival_check
+        state.deadline = check.deadline(state)
         if state.deadline is not None:
             self.tightest.add(state.deadline - request.arrived_at, now)
         if self.questions.solves:
             self.questions.first_traffic(now)
-            self.questions.traffic.arrived(self.seen(state, now))
+            self.questions.traffic.arrived(check.seen(state, now))
         self.requests[request.id] = state
         self.totals.received += 1
         state.has_deadline = state.deadline is not None
-        rejects = state.has_deadline and slo.on_miss == "reject" and not self.admissible(state, now)
+        rejects = state.has_deadline and slo.on_miss == "reject" and not check.admissible(state, now)
         self.placement.enter(state)
         state.seconds = self.estimates.unloaded(state)
         self.placement.backlog.add(state)
-        if rejects:
+        if request.ended:
+            yield from self.endings.end(state, request.ended, now)
+        elif rejects:
             yield from self.endings.decline(state, now)
-        elif self.is_too_much(state, now):
+        elif check.is_too_much(state, now):
             refuse = Refuse(request, self.retry_times.next(now), state.usage(now))
             yield from self.endings.gone(state, refuse, now, "refused")
         elif self.deadlines.sheds and state.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(state, state.deadline, len(self.requests))
-
-    def is_too_much(self, state: RequestState, now: float) -> bool:
-        """Whether the request would be best effort, while deadlines come and too much such work waits already."""
-        if not self.deadlines.admits or self.tightest.at(now) == NEVER:
-            return False
-        devices = sum(replica.degree for replica in self.placement.replicas.values())
-        seconds, requests = self.most_best_effort
-        if (
-            self.placement.backlog.best_effort <= seconds * max(1, devices)
-            and self.placement.backlog.requests <= requests
-        ):
-            return False
-        if not state.has_deadline:
-            return True
-        return state.request.slo.on_miss == "best_effort" and not self.admissible(state, now)
-
-    def admissible(self, state: RequestState, now: float) -> bool:
-        """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
-        placement = self.placement
-        if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
-            return True
-        check, replicas = placement.check, placement.open
-        return check.passes(state, replicas, now) or check.is_worth_a_try(state, replicas, now)
-
-    def seen(self, state: RequestState, now: float) -> Seen:
-        """The arrival as planning sees it."""
-        request, tightness = state.request, None
-        if state.deadline is not None:
-            tightness = (state.deadline - request.arrived_at) / max(1e-9, self.estimates.unloaded(state))
-        return Seen(now, request.canvas_tokens, request.max_tokens, tightness)
 
     def step_done(self, event: StepDone, now: float) -> Iterator[Command]:
         replica = self.placement.replicas.get(event.instance) or self.placement.closing.get(event.instance)
@@ -318,7 +287,7 @@ class Scheduler:
         self.estimates.watched(state, masks, part.block, result.unmasked - result.edited, stopped, part.first)
         if request.shows_canvas:
             yield denoised(state, part, result)
-        prefix = state.prefix = min(result.stop_at if stopped else result.prefix, end)
+        prefix = state.prefix = max(before, min(result.stop_at if stopped else result.prefix, end))
         if prefix > before:
             yield Emit(request, prefix)
         if stopped and result.stop_at < end:

@@ -34,7 +34,7 @@ class Error(Out):
 
 class Cost(Out):
     """What the answer has cost: steps and refreshes over all choices; seconds queued, served and until the deadline;
-    the points of accuracy that lowered thresholds are expected to cost.
+    the points of accuracy that lowered thresholds are expected to cost; the tokens that the client had before.
     """
 
     steps: int
@@ -47,6 +47,7 @@ class Cost(Out):
     min_threshold: float | None
     mean_threshold: float | None
     expected_accuracy_drop: float | None
+    resumed_tokens: int
 
 
 class PromptTokens(Out):
@@ -135,11 +136,13 @@ class ChatChoice(Out):
     message: ChatMessage
     finish_reason: Literal["stop", "length"]
     logprobs: ChatLogprobs | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(HeadedCosted, kw_only=True):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_token_ids: list[int] | UnsetType = UNSET
     usage: Usage
 
 
@@ -153,6 +156,7 @@ class ChunkChoice(Out, kw_only=True):
     delta: Delta
     finish_reason: Literal["stop", "length"] | None
     logprobs: ChatLogprobs | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(HeadedCosted, kw_only=True):
@@ -160,6 +164,7 @@ class ChatChunk(HeadedCosted, kw_only=True):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
+    prompt_token_ids: list[int] | UnsetType = UNSET
     usage: UsageSoFar | UnsetType = UNSET
 
 
@@ -201,6 +206,8 @@ class CompletionChoice(Out, kw_only=True):
     finish_reason: Literal["stop", "length"] | None
     logprobs: CompletionLogprobs | UnsetType | None = UNSET
     likelihood: PromptLikelihood | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class TextCompletion(HeadedCosted, kw_only=True):

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 from dilaserve.engine.engine import Chunk, Completion
+from dilaserve.engine.stream import AnswerStream
 from dilaserve.errors import DilaserveError
 from dilaserve.server.messages_api import Json, failure
 from dilaserve.server.responses import ResponseFormat, cost
@@ -22,6 +23,9 @@ class MessagesFormat:
         self.chat, self.request_id = chat, request_id
         self.id = f"msg_{secrets.token_hex(12)}"
         self.last = Chunk("")
+
+    def begin(self, streams: Sequence[AnswerStream]) -> None:
+        self.chat.begin(streams)
 
     def answer(self, completions: Sequence[Completion], echoes: Sequence[str], prompt_tokens: int) -> Json:
         (one,) = completions

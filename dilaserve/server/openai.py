@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import msgspec
 
 from dilaserve.engine.submit import Options
 from dilaserve.errors import BadRequest, quoted
+from dilaserve.server import first_arrival
 from dilaserve.server.api_keys import Tenant
 from dilaserve.server.schema import ChatRequest, Common, CompletionRequest, Slo, TokenizeRequest
 
@@ -42,6 +44,8 @@ def with_headers(request: Common, headers: Mapping[str, str]) -> None:
     if slo.class_ is None and slo.deadline_ms is None:
         milliseconds = number(headers, "x-slo-deadline-ms", float)
         slo = msgspec.structs.replace(slo, deadline_ms=milliseconds, class_=headers.get("x-slo-class"))
+    if slo.elapsed_ms is None:
+        slo = msgspec.structs.replace(slo, elapsed_ms=first_arrival.elapsed_ms(headers, time.time()))
     if priority is None:
         priority = number(headers, "x-priority", int)
     request.slo, request.priority = slo, priority
@@ -62,6 +66,7 @@ def deadlines(request: Common) -> dict[str, Any]:
     floor = request.min_confidence_threshold if slo.min_confidence_threshold is None else slo.min_confidence_threshold
     return {
         "deadline_ms": slo.deadline_ms,
+        "elapsed_ms": slo.elapsed_ms,
         "slo_class": slo.class_,
         "on_miss": slo.on_miss,
         "priority": request.priority if slo.priority is None else slo.priority,
@@ -87,6 +92,7 @@ def options(request: Common, choice: int, tenant: Tenant | None = None, seed: in
         "stop": (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop),
         "top_logprobs": top_logprobs(request),
         "stop_token_ids": None if request.stop_token_ids is None else tuple(request.stop_token_ids),
+        "resume_token_ids": None if request.resume_token_ids is None else tuple(request.resume_token_ids),
     }
     own = ["top_k", "min_p", "min_tokens", "include_stop_str_in_output", "refresh_interval", "ignore_eos"]
     own += [
@@ -147,7 +153,8 @@ def spelled(request: Common) -> Iterator[None]:
 def spellings(request: Common) -> dict[str, str]:
     """The engine's names of fields whose name, or place, is another in this request."""
     slo = request.slo or Slo()
-    other = {"deadline_ms": "slo.deadline_ms", "slo_class": "slo.class", "on_miss": "slo.on_miss", "task": "slo.task"}
+    other = {name: f"slo.{name}" for name in ("deadline_ms", "elapsed_ms", "on_miss", "task")}
+    other["slo_class"] = "slo.class"
     if isinstance(request, ChatRequest):
         other["prompt"] = "messages"
     if isinstance(request, CompletionRequest):
@@ -171,7 +178,20 @@ def choices_wanted(request: Common, prompts: int, most: int, places: int) -> int
             f"n times the number of prompts must lie between 1 and {limit} ({flag}), not {n * prompts}",
             param=param,
         )
+    if request.resume_token_ids:
+        check_resumed(request, n * prompts)
     return n
+
+
+def check_resumed(request: Common, choices: int) -> None:
+    """Raise `BadRequest` where the resumed tokens would be those of several answers, or stand behind an echo."""
+    if choices > 1:
+        raise BadRequest(
+            f"resume_token_ids belongs to one answer, and this request asks for {choices}; send one prompt and n 1",
+            param="resume_token_ids",
+        )
+    if isinstance(request, CompletionRequest) and request.echo:
+        raise BadRequest("an answer that goes on has no echo; leave out echo or resume_token_ids", param="echo")
 
 
 def prompts(prompt: str | list[Any]) -> list[str | list[int]]:

@@ -11,7 +11,7 @@ from dilaserve import __version__
 from dilaserve.engine.prompts import ROLES, TEXTS
 from dilaserve.engine.submit import MAX_DEADLINE
 from dilaserve.server import answer_schema as out
-from dilaserve.server import messages_schema, responses_schema, schema
+from dilaserve.server import first_arrival, messages_schema, responses_schema, schema
 from dilaserve.server.likelihood_api import HEADER, KINDS
 from dilaserve.server.messages_api import BLOCKS
 from dilaserve.server.plan_api import PlanRequest
@@ -94,6 +94,7 @@ HEADERS = {
     "x-slo-deadline-ms": ("`slo.deadline_ms`, for gateways that do not touch bodies", {"type": "number"}),
     "x-slo-class": ("`slo.class`", {"type": "string"}),
     "x-priority": ("`priority`", {"type": "integer"}),
+    first_arrival.HEADER: ("Unix seconds at which the first server had it, see `slo.elapsed_ms`", {"type": "number"}),
 }
 LIKELIHOOD = {HEADER: ("`likelihood`, for clients that cannot touch the body", {"enum": [*KINDS]})}
 
@@ -136,6 +137,9 @@ FIELDS: Mapping[str, tuple[str, Json]] = {  # of requests: what it says, and its
     "block_length": ("tokens that are unmasked together", between(1)),
     "cache": ("the kind of K/V cache", {}),
     "refresh_interval": ("steps between refreshes within a block; 0: none", between(0)),
+    "resume_token_ids": ("the answer's tokens that the client has; it goes on behind them, with what is new alone", {}),
+    "return_token_ids": ("token ids of the prompt and of the answer, as vLLM gives them", {}),
+    "elapsed_ms": ("milliseconds since the request came to the first server that had it", between(0, MAX_DEADLINE)),
     "ignore_eos": ("go on behind the model's end tokens", {}),
     "slo": ("the deadline", {}),
     "deadline_ms": (

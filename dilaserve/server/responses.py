@@ -13,9 +13,10 @@ from dilaserve import __version__
 from dilaserve.engine.assembly import ModelCard
 from dilaserve.engine.canvas import Canvas
 from dilaserve.engine.engine import Chunk, Completion
-from dilaserve.engine.stream import TopLogprob
+from dilaserve.engine.stream import AnswerStream, TopLogprob
 from dilaserve.errors import DilaserveError
 from dilaserve.server.schema import StreamOptions
+from dilaserve.server.token_ids import TokenIds
 from dilaserve.tokenizer.detokenizer import Detokenizer
 from dilaserve.tokenizer.tokenizer import UNFINISHED, Text
 from dilaserve.types import Usage
@@ -46,7 +47,8 @@ class ModelText(Protocol):
 
 class ResponseFormat:
     """OpenAI's way of writing answers; `chat` or plain completions. `stops`: their text may be cut. `warnings` go
-    into the answer, or into the last chunk of each choice. `wanted` says where a stream counts its tokens.
+    into the answer, or into the last chunk of each choice. `wanted` says where a stream counts its tokens, and `ids`
+    whether answers carry token ids.
     """
 
     named = False
@@ -60,8 +62,9 @@ class ResponseFormat:
         stops: bool = False,
         warnings: Sequence[str] = (),
         wanted: StreamOptions | None = None,
+        ids: bool | None = False,
     ) -> None:
-        self.wanted = wanted or StreamOptions()
+        self.wanted, self.ids = wanted or StreamOptions(), TokenIds(chat, bool(ids))
         self.prompt_tokens = self.streamed = 0  # tokens of all prompts, and of what has been written of all choices
         self.warned: Json = {"warnings": list(warnings)} if warnings else {}
         self.engine, self.chat, self.logprobs, self.stops = engine, chat, logprobs, stops
@@ -80,6 +83,17 @@ class ResponseFormat:
             "model": self.engine.model.name,
             "system_fingerprint": FINGERPRINT,
         }
+
+    def begin(self, streams: Sequence[AnswerStream]) -> None:
+        """Learn of the choices before anything of them is written: their prompts, and the text that their clients have
+        of answers that go on.
+        """
+        self.ids.begin(streams)
+        for index, stream in enumerate(streams):
+            if len(stream.resumed_ids):
+                ids, shown = stream.resumed_ids.tolist(), stream.resumed_characters
+                self.written[index] = len(self.spoken[index].push(ids)) - shown
+                self.held_back[index].resume(ids, shown)
 
     # streams
 
@@ -115,7 +129,8 @@ class ResponseFormat:
             return None
         said: Json = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
         logprobs = self.probabilities(index, tokens)
-        return self.piece({"index": index, **said, "logprobs": logprobs, "finish_reason": None})
+        choice: Json = {"index": index, **said, "logprobs": logprobs, "finish_reason": None}
+        return self.piece(choice | self.ids.of(chunk.token_ids))
 
     def echo(self, index: int, text: str) -> Json:
         self.written[index] += len(text)
@@ -139,27 +154,32 @@ class ResponseFormat:
 
     def piece(self, choice: Json) -> Json:
         used = {"usage": usage(self.prompt_tokens, self.streamed)} if self.wanted.continuous_usage_stats else {}
-        return self.head(True) | {"choices": [choice]} | used
+        prompt = self.ids.prompt(choice["index"])
+        if self.chat:
+            return self.head(True) | {"choices": [choice]} | prompt | used
+        return self.head(True) | {"choices": [choice | prompt]} | used
 
     # whole answers
 
     def answer(self, completions: Sequence[Completion], echoes: Sequence[str], prompt_tokens: int) -> Json:
         choices = [self.choice(i, completion, echoes[i]) for i, completion in enumerate(completions)]
         spent = sum(completion.completion_tokens for completion in completions)
+        prompt = self.ids.prompt(0) if self.chat else {}
         return self.head(False) | {
             "choices": choices,
+            **prompt,
             "usage": usage(prompt_tokens, spent, cached(completion.usage for completion in completions)),
             "dilaserve": cost([completion.usage for completion in completions]),
             **self.warned,
         }
 
     def choice(self, index: int, completion: Completion, echo: str) -> Json:
-        choice: Json = {"index": index, "finish_reason": completion.finish_reason}
+        choice: Json = {"index": index, "finish_reason": completion.finish_reason} | self.ids.of(completion.token_ids)
         self.written[index] += len(echo)
         choice["logprobs"] = self.probabilities(index, self.tokens(index, completion))
         if self.chat:
             return choice | {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
-        return choice | {"text": echo + completion.text}
+        return choice | {"text": echo + completion.text} | self.ids.prompt(index)
 
     def tokens(self, index: int, answer: Chunk | Completion) -> list[Token]:
         """The tokens whose probabilities this chunk carries."""
@@ -214,6 +234,10 @@ class HeldBackTokens:
         self.waiting: deque[tuple[int, Token]] = deque()  # with the character at which they begin
         self.length = self.seen = 0  # characters of all tokens, and of those what is shown
 
+    def resume(self, ids: Sequence[int], characters: int) -> None:
+        """Take in tokens that are not listed, and how much of their text the client has."""
+        self.length, self.seen = len(self.detokenizer.push(ids)), characters
+
     def shown(self, tokens: Sequence[Token], text: str, ends: bool) -> list[Token]:
         """The tokens that `text`, which is shown after what was, begins to show. What it `ends` with is not cut, unless
         the tokens have more text.
@@ -259,7 +283,7 @@ def cached(usages: Iterable[Usage]) -> int:
 
 def cost(usages: Sequence[Usage]) -> Json:
     """Our own object: steps and refreshes over all choices; the longest wait, service and deadline in seconds; what the
-    thresholds were, and the points of accuracy that they are expected to cost.
+    thresholds were, the points of accuracy that they are expected to cost, and the tokens that the client had before.
     """
     timed = [usage for usage in usages if usage.deadline_met is not None]
     fate = {
@@ -275,6 +299,7 @@ def cost(usages: Sequence[Usage]) -> Json:
         ),
         "mean_threshold": mean([usage.mean_threshold for usage in usages]),
         "expected_accuracy_drop": mean([usage.expected_accuracy_drop for usage in usages]),
+        "resumed_tokens": sum(usage.resumed_tokens for usage in usages),
     }
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in fate.items()}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 
 from dilaserve.engine.engine import Chunk, Completion
+from dilaserve.engine.stream import AnswerStream
 from dilaserve.errors import DilaserveError
 from dilaserve.server.responses import Json, ResponseFormat, cost, failure
 from dilaserve.types import FinishReason, Usage
@@ -29,6 +30,9 @@ class ResponsesFormat:
         self.last = Chunk("")
 
     # whole answers
+
+    def begin(self, streams: Sequence[AnswerStream]) -> None:
+        self.chat.begin(streams)
 
     def answer(self, completions: Sequence[Completion], echoes: Sequence[str], prompt_tokens: int) -> Json:
         (one,) = completions

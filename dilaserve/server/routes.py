@@ -173,7 +173,8 @@ async def count_tokens(service: Service, request: HttpRequest) -> HttpResponse:
 
 def openais(engine: Backend, asked: schema.ChatRequest, warnings: Sequence[str]) -> ResponseFormat:
     """How OpenAI writes the answer of this chat."""
-    return ResponseFormat(engine, True, bool(asked.logprobs), bool(asked.stop), warnings, asked.stream_options)
+    wanted, ids = asked.stream_options, asked.return_token_ids
+    return ResponseFormat(engine, True, bool(asked.logprobs), bool(asked.stop), warnings, wanted, ids)
 
 
 async def chatted(engine: Backend, said: list[Message]) -> Prompt:
@@ -183,8 +184,8 @@ async def chatted(engine: Backend, said: list[Message]) -> Prompt:
 async def complete(service: Service, request: HttpRequest) -> HttpResponse:
     asked, warnings = await read_warned(service, request, schema.CompletionRequest)
     engine, prompts = service.backend, openai.prompts(asked.prompt)
-    wanted = asked.stream_options
-    form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, wanted)
+    wanted, ids = asked.stream_options, asked.return_token_ids
+    form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, wanted, ids)
     if (estimated := likelihood_api.wanted(asked, request.headers)) is not None:
         return await score(service, request, asked, form, prompts, likelihood_api.sampling(estimated, asked.seed))
     return await respond(service, request, asked, form, prompts, bool(asked.echo))
@@ -269,6 +270,7 @@ async def respond(
                     options = openai.options(asked, len(streams), request.tenant, engine.config.decode.seed)
                     started = await engine.submit(prompt, options, id=ids[len(streams)])
                 streams.append(await stack.enter_async_context(started))
+        form.begin(streams)
         prompt_tokens = sum(stream.prompt_tokens for stream in streams[::n])
         if asked.stream:
             return sse.relay(request, form, streams, each, prompt_tokens, stack.pop_all())

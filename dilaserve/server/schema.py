@@ -31,6 +31,7 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """When the answer is wanted, and what becomes of it otherwise; `task` names a quality profile."""
 
     deadline_ms: float | None = None
+    elapsed_ms: float | None = None
     class_: str | None = msgspec.field(default=None, name="class")
     on_miss: OnMiss | None = None
     priority: int | None = None
@@ -61,6 +62,7 @@ class Shared(msgspec.Struct, kw_only=True):
     cache: CacheKind | None = None
     refresh_interval: int | None = None
     ignore_eos: bool | None = None
+    resume_token_ids: list[int] | None = None
     slo: Slo | None = None
     priority: int | None = None
     min_confidence_threshold: float | None = None
@@ -74,6 +76,7 @@ class Common(Shared, kw_only=True):
     stop: str | list[str] | None = None
     n: int | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
     user: str | None = None
 
 

@@ -37,7 +37,7 @@ TOOLS = 'answers hold no calls of tools; leave them out, or send tool_choice "no
 FUNCTIONS = 'answers hold no calls of functions; leave them out, or send function_call "none"'
 TEMPLATE = "the chat template is the model's own and takes no arguments"
 TEXT = "this server reads and writes text"
-IDS = "token ids are not part of answers"
+IDS = "token ids stand in answers of /v1/chat/completions and /v1/completions alone"
 STORE = "answers are not stored"
 
 LISTS = {"tools": "tool_choice", "functions": "function_call"}  # which may hold anything where the choice is none
@@ -106,7 +106,7 @@ COMMON = {
     # vLLM: the answer and the road to it
     "request_id": Unsupported(at(), "send the header x-request-id"),
     "return_token_ids": Unsupported(at(False), IDS),
-    "return_tokens_as_token_ids": Unsupported(at(False), IDS),
+    "return_tokens_as_token_ids": Unsupported(at(False), "send return_token_ids"),
     "return_prompt_text": Unsupported(at(False), "the prompt is not part of answers"),
     "cache_salt": Unsupported(anything, "nothing is shared between requests"),
     "kv_transfer_params": Unsupported(at({}), "K/V is not moved between servers"),
@@ -122,12 +122,13 @@ COMMON = {
     "lora_path": Unsupported(at(), "adapters are not supported"),
     "separate_reasoning": Unsupported(at(True, False), "the model does not reason before its answer"),
 }
-CHAT = COMMON | {
+OPENAIS = {name: about for name, about in COMMON.items() if name != "return_token_ids"}
+CHAT = OPENAIS | {
     "prompt": Unsupported(at(), "send messages here, or the prompt to /v1/completions"),
     "echo": Unsupported(at(False), "the messages are not part of the answer; use /v1/completions"),
     "add_special_tokens": Unsupported(at(False), "the chat template writes all special tokens"),
 }
-COMPLETIONS = COMMON | {
+COMPLETIONS = OPENAIS | {
     "top_logprobs": Unsupported(at(0), "send the number as logprobs here"),
     "messages": Unsupported(at(), "send messages to /v1/chat/completions"),
     "add_special_tokens": Unsupported(at(True), "send token ids for a prompt without special tokens"),
@@ -196,4 +197,5 @@ MESSAGES = ANTHROPICS_TEXT | {
     "inference_geo": Unsupported(at(), "there is one place: this server"),
     "diagnostics": Unsupported(anything, STORE),
     "stop": Unsupported(at([]), "send stop_sequences"),
+    "return_token_ids": Unsupported(at(False), IDS),
 }

@@ -28,9 +28,18 @@ class Detokenizer:
         self.held += added
         piece = self.text.decode_more(self.stream, added)
         if piece is None:
-            return ""
+            return self.push_singly() if len(added) > 1 else ""
         self.shown, self.held = self.held, []
         return piece
+
+    def push_singly(self) -> str:
+        """The text of what is held up to the character that is not whole, so that what is shown of some ids does not
+        depend on how many come together.
+        """
+        self.stream, held, self.held = DecodeStream(skip_special_tokens=True), self.held, []
+        if self.shown:
+            self.text.decode_more(self.stream, self.shown)
+        return "".join([self.push([id]) for id in held])
 
     def flush(self) -> str:
         """What is held back, when no more ids will come."""

@@ -41,7 +41,8 @@ COLUMNS = (
     Column("canvas", "int32", PER_POSITION),  # token ids; ~id where a mask stands for a token that is known
     Column("confidence", "float32", PER_POSITION),  # of each token when it was unmasked; 0 where none was
     Column("generation", "int64"),
-    Column("known", "bool"),  # masks stand for known tokens, which are put there whatever the model prefers
+    Column("known", "bool"),  # masks stand for known tokens, which are judged in place of what the model prefers
+    Column("resumed", "bool"),  # masks stand for known tokens, which are put there when their positions are unmasked
     Column("rule", "int32"),
     Column("threshold", "float64"),  # reached by what is unmasked
     Column("exceeds", "bool"),  # of a row whose confidences must be above its threshold, which is then the next number
@@ -70,6 +71,7 @@ class RequestTable:
     confidence: np.ndarray[Any, np.dtype[np.float32]]  # [rows, length]
     generation: np.ndarray[Any, np.dtype[np.int64]]  # [rows], as are the rest
     known: np.ndarray[Any, np.dtype[np.bool_]]
+    resumed: np.ndarray[Any, np.dtype[np.bool_]]
     rule: np.ndarray[Any, np.dtype[np.int32]]
     threshold: np.ndarray[Any, np.dtype[np.float64]]
     exceeds: np.ndarray[Any, np.dtype[np.bool_]]
@@ -108,16 +110,20 @@ class RequestTable:
         decoding: Decoding,
         ending: Ending = Ending(),  # noqa: B008 - frozen
         answer: np.ndarray[Any, Any] | None = None,
+        judged: bool = True,
     ) -> int:
         """Lay out a new request in a free row; returns the row's new generation number. Behind the prompt stand masks,
-        or an `answer` that is known: its tokens, and ~token where one is masked.
+        or an `answer` of which some is known: tokens, ~token where one is masked, and masks. `judged`: the masked
+        tokens are judged as they are put back; else positions are unmasked by what the model prefers, as if none was
+        known.
 
         The generation goes first: a step of the row's last request, if one is still under way, writes nothing after it.
         """
         self.generation[row] += 1
         self.canvas[row, : len(prompt)] = prompt
         self.canvas[row, len(prompt) : canvas_tokens] = mask_id if answer is None else answer
-        self.known[row] = answer is not None
+        hidden = answer is not None and bool((answer < 0).any())
+        self.known[row], self.resumed[row] = hidden and judged, hidden and not judged
         self.confidence[row, :canvas_tokens] = 0.0
         self.rule[row] = RULES[decoding.rule]
         self.exceeds[row] = decoding.traits.exceeds

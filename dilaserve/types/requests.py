@@ -85,6 +85,10 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
     `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PAGE tokens, of the first two times so many, …,
     where K/V of equal beginnings are equal. `shows_canvas`: its client sees the open block after each step.
+
+    The client has `resumed_tokens` of the answer already. They stand in the row, and those of whole blocks are final;
+    the others are put back when their positions are unmasked again. `ended`: how they end the answer, if they do.
+    `elapsed`: seconds from `arrived_at` until it came here, for a request that had come to another server before.
     """
 
     id: str
@@ -98,6 +102,19 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     slo: Slo = Slo()
     prefix_hashes: tuple[int, ...] = ()
     shows_canvas: bool = False
+    resumed_tokens: int = 0
+    ended: FinishReason | None = None
+    elapsed: float = 0.0
+
+    @property
+    def begin(self) -> int:
+        """The canvas position of the first token that the client does not have."""
+        return self.prompt_tokens + self.resumed_tokens
+
+    @property
+    def received_at(self) -> float:
+        """When it came to this server."""
+        return self.arrived_at + self.elapsed
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -110,6 +127,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     Where the time went: `alone` are the seconds that it was expected to take with nothing else on the server,
     `stepping` those of all steps that it took part in, whole (the rest of `served` it waited between steps), and
     `restarts` counts how often it lost its K/V: to another request, a change of plan, or a lost worker.
+    `resumed_tokens`: those of the answer that the client had before; all else counts what is new.
     `expected_drop` is an old name of `expected_accuracy_drop`, and raises a `DeprecationWarning`.
     """
 
@@ -128,6 +146,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     alone: float = 0.0
     stepping: float = 0.0
     restarts: int = 0
+    resumed_tokens: int = 0
 
     @property
     def expected_drop(self) -> float:

@@ -14,8 +14,8 @@ class Span(NamedTuple):
     pool from token `kv_start` on. With a `grain` a query before `origin` sees no further than the end of its own run
     of so many positions, which are counted from there (1: causal); those from `origin` on, the open block's, see all
     keys. Masks are filled in `[block_start, block_end)` only, each by the logits of the position `shift` before it.
-    `quota` is the number of tokens to unmask under the rules that count; `step` numbers the row's steps, for its random
-    stream.
+    `quota` is the number of tokens to unmask under the rules that count; `step` numbers the steps of these positions,
+    for the row's random stream.
     """
 
     row: int

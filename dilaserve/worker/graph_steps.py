@@ -77,7 +77,7 @@ class ReuseSteps:
             and not columns.grain.any()
             and not table.temperature[columns.row].any()
             and not table.top_logprobs[columns.row].any()
-            and not table.known[columns.row].any()
+            and not (table.known[columns.row] | table.resumed[columns.row]).any()
             and (table.rule[columns.row] <= BY_CONFIDENCE).all()
             and np.isinf(table.editing_threshold[columns.row]).all()
             and (columns.block_start >= table.may_end_at[columns.row]).all()

@@ -201,6 +201,8 @@ class Runner:
         self.group.check()
         token, sure = found[:, 0], found[:, 1].view(np.float32)
         taken = token >= 0
+        if self.table.resumed[columns.row].any():
+            token = np.where(canvas < 0, ~canvas, token)
         written, confidence = self.write(columns, blocks, taken, token, sure)
         results = self.results(columns, blocks, written, confidence, edited=(written & ~masked).sum(1))
         if likeliest is not None:
@@ -292,7 +294,7 @@ class Runner:
         """Id, position and pool token of each of the spans' tokens, one after the other."""
         positions = ranges(columns.start, columns.length)
         ids = self.table.canvas[np.repeat(columns.row, columns.length), positions]
-        if self.table.known[columns.row].any():
+        if (self.table.known[columns.row] | self.table.resumed[columns.row]).any():
             ids = np.where(ids < 0, self.spec.mask_id, ids)
         return ids.astype(np.int64), positions, positions + np.repeat(columns.kv_start, columns.length)
 
@@ -334,7 +336,7 @@ class Runner:
         each = [np.repeat(knob, masks) for knob in (*(knob[row] for knob in knobs), columns.step)]
         ends = np.repeat(self.ends(row), masks, axis=0)
         never = np.where(early[masked][:, None], ends, NO_TOKEN)
-        hidden = canvas[masked].astype(np.int64)
+        hidden = np.where(table.known[row, None], canvas, 0)[masked].astype(np.int64)
         return [*each, blocks.positions[masked], never.astype(np.int64), np.where(hidden < 0, ~hidden, -1)]
 
     def ends(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

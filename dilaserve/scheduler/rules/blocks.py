@@ -1,5 +1,6 @@
 """The blocks of a request's canvas, and the parts in which their tokens are unmasked."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,6 +40,12 @@ def parts(request: Request) -> list[Part]:
                 alone = takes_first(request, start) and first == start
                 found.append(Part(max(first, prompt), last, start, end, block, alone))
     return found
+
+
+def first_open(parts: Sequence[Part], begin: int) -> int:
+    """The place of the first part of the block in which position `begin` lies; the last block's if it lies behind."""
+    block = next((part.block for part in parts if part.block_end > begin), parts[-1].block)
+    return next(place for place, part in enumerate(parts) if part.block == block)
 
 
 def inner_cuts(request: Request, start: int, end: int) -> list[int]:
