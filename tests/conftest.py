@@ -21,7 +21,7 @@ CORES = sorted(os.sched_getaffinity(0))
 # Files whose workers compute together: on one core each would wait for the others' turns.
 TOGETHER = {
     *("test_cuda_engine.py", "test_cuda_steps.py", "test_plan_changes.py", "test_tp_group.py", "test_lost_ranks.py"),
-    *("test_fake_cuda.py", "test_process_groups.py"),
+    *("test_fake_cuda.py", "test_process_groups.py", "test_ray_cluster.py"),
 }
 
 

@@ -24,14 +24,16 @@ LOOK_BACK = 10.0  # seconds over which the backlog is averaged
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """`nodes`: how many, or `LEAST:MOST` to follow the backlog, of `target_backlog` seconds for each instance. Each has
-    `gpus` and `cpus` of Ray's; `doors` speak HTTP.
+    """`nodes`: how many, or `LEAST:MOST` to follow the backlog, of `target_backlog` seconds for each instance, from
+    `first` on; more come when that is so for `up_after` seconds, and fewer for `down_after`. Each has `gpus` and `cpus`
+    of Ray's; `doors` speak HTTP.
     """
 
     nodes: str = "1"
     gpus: float = 0.0
     cpus: float = 1.0
     doors: int = 1
+    first: int | None = None
     target_backlog: Annotated[float, msgspec.Meta(gt=0.0)] = 8.0
     up_after: float = UP_AFTER
     down_after: float = DOWN_AFTER
@@ -95,6 +97,7 @@ def scaled(least: int, most: int, layout: Layout) -> AutoscalingConfig:
 
     return AutoscalingConfig(
         min_replicas=least,
+        initial_replicas=least if layout.first is None else min(most, max(least, layout.first)),
         max_replicas=most,
         upscale_delay_s=layout.up_after,
         downscale_delay_s=layout.down_after,

@@ -139,7 +139,7 @@ class Door:
         self.service = Service(ClusterBackend(RayNodes(nodes), card, config, text), config)
 
     def __serve_build_asgi_app__(self) -> AsgiApp:
-        return AsgiApp(self.service)
+        return AsgiApp(self.service, names_requests=False)  # Ray's proxy does
 
 
 def prepare(config: Config) -> None:

@@ -19,10 +19,13 @@ STALLED_AFTER = 60.0  # seconds that a client may refuse to read
 
 
 class AsgiApp:
-    """Answers `http` connections and takes part in the `lifespan` of its server."""
+    """Answers `http` connections and takes part in the `lifespan` of its server.
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    `names_requests`: answers carry `x-request-id`; not where the server before it adds that.
+    """
+
+    def __init__(self, service: Service, names_requests: bool = True) -> None:
+        self.service, self.names_requests = service, names_requests
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -59,6 +62,8 @@ class AsgiApp:
 
     async def answer(self, request: HttpRequest, send: Send) -> None:
         response = await edge.answer(self.service, request)
+        if not self.names_requests:
+            del response.headers["x-request-id"]
         async with contextlib.aclosing(response):
             await send(head(response))
             if response.events is None:
