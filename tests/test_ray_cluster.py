@@ -65,7 +65,8 @@ async def test_a_rollout_under_load_loses_no_request(address):
 
 
 async def test_nodes_follow_the_backlog_up_and_down(address):
-    await asyncio.to_thread(deploy, nodes="1:3", target_backlog=1.0, up_after=0.5, down_after=2.0, first=2)
+    scaled = {"target_backlog": 1.0, "up_after": 0.5, "down_after": 2.0}
+    await asyncio.to_thread(deploy, nodes="2:3", **scaled)
     async with session(address) as client:
         assert len(await nodes(client)) == 2
         done = asyncio.Event()
@@ -88,6 +89,7 @@ async def test_nodes_follow_the_backlog_up_and_down(address):
         done.set()
         for answers in await asyncio.gather(*asking):
             assert all(ids == answers[0] for ids in answers)
+        await asyncio.to_thread(deploy, nodes="1:3", **scaled)
         slow = asyncio.create_task(answer(client, PROMPTS[0], max_tokens=400, num_denoising_steps=400))
         await until(one, 120.0)
         assert len(await slow) == 400

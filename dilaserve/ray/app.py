@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import msgspec
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from dilaserve import config
 from dilaserve.config import Config
 from dilaserve.errors import ConfigError
 from dilaserve.ray.deployments import Door, NodeReplica
-from dilaserve.ray.scaling import nodes_wanted
+from dilaserve.ray.scaling import BacklogPolicy
 
 NODE, DOOR = "node", "door"
 SPARE = 64  # calls beside requests that a replica takes: reports, health
@@ -24,16 +24,15 @@ LOOK_BACK = 10.0  # seconds over which the backlog is averaged
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """`nodes`: how many, or `LEAST:MOST` to follow the backlog, of `target_backlog` seconds for each instance, from
-    `first` on; more come when that is so for `up_after` seconds, and fewer for `down_after`. Each has `gpus` and `cpus`
-    of Ray's; `doors` speak HTTP.
+    """`nodes`: how many, or `LEAST:MOST` to follow the backlog, of `target_backlog` seconds for each instance;
+    more come when that is so for `up_after` seconds, and fewer after `down_after`. Each has `gpus` and `cpus` of Ray's;
+    `doors` speak HTTP.
     """
 
     nodes: str = "1"
     gpus: float = 0.0
     cpus: float = 1.0
     doors: int = 1
-    first: int | None = None
     target_backlog: Annotated[float, msgspec.Meta(gt=0.0)] = 8.0
     up_after: float = UP_AFTER
     down_after: float = DOWN_AFTER
@@ -90,17 +89,12 @@ def application(settings: Config, layout: Layout) -> Application:
 
 
 def scaled(least: int, most: int, layout: Layout) -> AutoscalingConfig:
-    def by_backlog(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        reported = (context.aggregated_metrics or {}).get("backlog", {})
-        wanted = nodes_wanted(list(reported.values()), context.target_num_replicas, layout.target_backlog, least, most)
-        return wanted, {}
-
+    rule = {"target": layout.target_backlog, "least": least, "most": most}
     return AutoscalingConfig(
         min_replicas=least,
-        initial_replicas=least if layout.first is None else min(most, max(least, layout.first)),
         max_replicas=most,
         upscale_delay_s=layout.up_after,
         downscale_delay_s=layout.down_after,
-        look_back_period_s=max(LOOK_BACK, 0.0),
-        policy=AutoscalingPolicy(policy_function=by_backlog),
+        look_back_period_s=LOOK_BACK,
+        policy=AutoscalingPolicy(policy_function=BacklogPolicy, policy_kwargs=rule),
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 SLACK = 0.7  # of the target that the others may reach when a node goes, so that it is not back at once
 
@@ -18,3 +19,15 @@ def nodes_wanted(backlogs: Sequence[float], present: int, target: float, least: 
     if wanted < present:
         wanted = present - 1 if present > 1 and total / (present - 1) < SLACK * target else present
     return max(least, min(most, wanted))
+
+
+class BacklogPolicy:
+    """The rule as Ray Serve calls it: with an `AutoscalingContext`, of whose metrics it reads `backlog`."""
+
+    def __init__(self, target: float, least: int, most: int) -> None:
+        self.target, self.least, self.most = target, least, most
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        reported = (context.aggregated_metrics or {}).get("backlog", {})
+        present = context.target_num_replicas
+        return nodes_wanted(list(reported.values()), present, self.target, self.least, self.most), {}
