@@ -20,6 +20,7 @@ from dilaserve.command_flags import (
     listing_flags,
     no_flags,
     pretending_flags,
+    ray_flags,
     simulation_flags,
 )
 from dilaserve.config import Config, Setting
@@ -186,6 +187,16 @@ def listen(settings: Config, assemble: "Callable[[], Assemble]") -> int:
             return code
 
 
+def cluster(settings: Config, extras: argparse.Namespace) -> int:
+    """Serve on many nodes with Ray, until it is stopped."""
+    quiet()
+    try:
+        from dilaserve.ray.command import run
+    except ImportError as error:
+        raise ConfigError(f"`dilaserve ray` needs the extra ray: pip install 'dilaserve[ray]' ({error})") from error
+    return run(settings, extras, announce)
+
+
 def allow_connections() -> None:
     """Each takes a file descriptor, and what a process may have at first is often 1024 or fewer."""
     import resource
@@ -317,6 +328,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "serve": Command(serve, no_flags, "Serve a diffusion language model over OpenAI-compatible HTTP.", True),
+    "ray": Command(cluster, ray_flags, "Serve on many nodes behind one address, with Ray Serve.", True),
     "simulate": Command(simulate, simulation_flags, "Plan capacity: the same engine on pretended devices."),
     "emulate": Command(
         emulate, pretending_flags, "Serve with pretended devices: the real server, filler for text.", True

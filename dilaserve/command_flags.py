@@ -53,6 +53,22 @@ def calibration_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plots", type=folder, default=None, metavar="DIR", help="where to draw the curves (PNG)")
 
 
+def ray_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Nodes").add_argument
+    add("--nodes", default="1", metavar="N", help="how many, or LEAST:MOST to follow the backlog (default: 1)")
+    add("--gpus-per-node", dest="gpus", type=amount, default=0.0, metavar="G", help="that Ray gives each (default: 0)")
+    add("--cpus-per-node", dest="cpus", type=amount, default=1.0, metavar="C", help="likewise (default: 1)")
+    add("--doors", type=positive, default=1, metavar="N", help="processes that speak HTTP (default: 1)")
+    told = "seconds of work for each instance that a node should have before it; more nodes come above (default: 8)"
+    add("--target-backlog", type=amount, default=8.0, metavar="S", help=told)
+    add("--up-after", type=amount, default=5.0, metavar="S", help="that more nodes are wanted (default: 5)")
+    add("--down-after", type=amount, default=60.0, metavar="S", help="that fewer nodes are wanted (default: 60)")
+    there = (
+        "of a Ray cluster that runs, or auto; the command then leaves (default: a Ray of this machine, while it runs)"
+    )
+    add("--address", default=None, metavar="ADDRESS", help=there)
+
+
 def pretending_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Pretended devices").add_argument
     from dilaserve.sim.published import NAMES

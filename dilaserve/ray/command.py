@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -14,7 +14,8 @@ from ray import serve
 
 from dilaserve.config import Config
 from dilaserve.errors import ConfigError, DilaserveError
-from dilaserve.ray.app import Layout, application
+from dilaserve.ray.app import NODE, Layout, application
+from dilaserve.ray.node_calls import NodeCard
 from dilaserve.server.listening import url_of
 
 log = logging.getLogger(__name__)
@@ -36,18 +37,24 @@ def run(settings: Config, extras: argparse.Namespace, announce: Announce) -> int
     layout = layout_of(extras)
     check(settings)
     deployed = application(settings, layout)
-    stop = signalled()
+    interrupted_by_signals()
     with cluster(extras.address, layout):
         serve.start(http_options={"host": settings.server.host, "port": settings.server.port})
         try:
             serve.run(deployed, name=NAME, route_prefix="/", blocking=False)
         except RuntimeError as error:
             raise DilaserveError(f"the nodes did not come up: {error}; their logs are below {logs_of()}") from error
-        announce(url_of(settings.server.host, settings.server.port), "", settings.server.api_key is not None, True)
+        say_ready(settings, announce)
         if extras.address is None:
-            stop.wait()
-            serve.delete(NAME)
+            threading.Event().wait()
     return 0
+
+
+def say_ready(settings: Config, announce: Announce) -> None:
+    handle = serve.get_deployment_handle(NODE, NAME)
+    card: NodeCard = handle.card.remote().result(timeout_s=60.0)
+    server = settings.server
+    announce(url_of(server.host, server.port), card.model.name, server.api_key is not None, card.chats)
 
 
 def layout_of(extras: argparse.Namespace) -> Layout:
@@ -75,6 +82,8 @@ def cluster(address: str | None, layout: Layout) -> Iterator[None]:
         _, most = layout.bounds()
         cores = most * layout.cpus + layout.doors + 1
         local = {"object_store_memory": STORE, "num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+    for name in ("ray.serve", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -83,22 +92,24 @@ def cluster(address: str | None, layout: Layout) -> Iterator[None]:
         yield
     finally:
         if address is None:
-            serve.shutdown()
+            with suppress(Exception):  # of a Serve that has not started
+                serve.delete(NAME)
         ray.shutdown()
 
 
-def signalled() -> threading.Event:
-    """Set by SIGINT or SIGTERM; a second one ends the process at once."""
-    stop = threading.Event()
+def interrupted_by_signals() -> None:
+    """SIGINT or SIGTERM end what runs with `KeyboardInterrupt`; a second one ends the process at once."""
+    again = False
 
     def asked(number: int, frame: object) -> None:
-        if stop.is_set():
+        nonlocal again
+        if again:
             os._exit(1)
-        stop.set()
+        again = True
+        raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, asked)
-    return stop
 
 
 def logs_of() -> str:

@@ -43,7 +43,8 @@ class Node:
         await self.engine.__aexit__(None, None, None)
 
     def card(self) -> NodeCard:
-        return NodeCard(self.engine.model, self.engine.vocab_size)
+        engine = self.engine
+        return NodeCard(engine.model, engine.vocab_size, engine.text.template is not None)
 
     async def answer(self, call: Call) -> AsyncGenerator[Piece, None]:
         """`Started`, then the chunks; or a `Failure`, at any place, as the last."""

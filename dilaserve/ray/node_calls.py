@@ -11,10 +11,11 @@ from dilaserve.errors import DilaserveError
 
 
 class NodeCard(msgspec.Struct, frozen=True):
-    """The model that a node serves, and how many token ids it has."""
+    """The model that a node serves, how many token ids it has, and whether it has a chat template."""
 
     model: ModelCard
     vocab_size: int
+    chats: bool
 
 
 class Call(msgspec.Struct, frozen=True):
