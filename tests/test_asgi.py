@@ -23,6 +23,7 @@ from dilaserve.server.service import Service
 from dilaserve.tokenizer.tokenizer import Text
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+PSEUDO = {"likelihood": "pseudo"}
 TEXT = {"prompt": "hello", "max_tokens": 8, "ignore_eos": True, "logprobs": 2}
 REQUESTS = {
     "health": ("GET", "/health", None),
