@@ -154,6 +154,31 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         return self.expected_accuracy_drop
 
 
+class Quote(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler would say now of a request that is not submitted; lengths of time in seconds.
+
+    `admitted`: it would not be declined or refused on arrival, by its own `on_miss`. `met`: the test says that its
+    `deadline`, counted from now, would be met; None without a deadline, and where it is not tested: while step costs
+    are a guess, or no instance has run for long. Where it would be met: by how much (`slack`), and at which confidence
+    `threshold`. Where it would not: whether that is `never_feasible`, or else after how long to ask again.
+
+    `wait` and `finish` are expected until its first step and its end; None where that is not known. `running` and
+    `waiting` count the requests that there are.
+    """
+
+    admitted: bool
+    deadline: float | None = None
+    met: bool | None = None
+    slack: float | None = None
+    threshold: float | None = None
+    never_feasible: bool = False
+    retry_after: float | None = None
+    wait: float | None = None
+    finish: float | None = None
+    running: int = 0
+    waiting: int = 0
+
+
 class Load(msgspec.Struct, frozen=True, gc=False):
     """What one row still needs at one threshold: steps, and seconds of device time beyond each step's fixed part."""
 
