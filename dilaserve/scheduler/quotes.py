@@ -5,7 +5,8 @@ requests, and what was worked out of rows, which would else be older than it is 
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,8 @@ from dilaserve.scheduler.rules.admission import finish, free_after
 from dilaserve.scheduler.rules.demand import end_beside, ends
 from dilaserve.types import Load, Quote, Request
 
+SAMPLE = 16  # rows of an instance that are looked at for the time of one without a deadline; 10 µs each
+
 
 class Quotes:
     """Judges requests as `Scheduler.arrival` does."""
@@ -35,7 +38,7 @@ class Quotes:
         request that gives way.
         """
         running = self.placement.running
-        with unchanged(self.placement):
+        with unchanged(self.placement), untouched(self.rows_with_deadline()):
             state = self.deadlines.arrived(request)
             state.deadline = self.check.deadline(state)
             state.has_deadline = state.deadline is not None
@@ -44,8 +47,16 @@ class Quotes:
             found = self.timed(state, now) if state.has_deadline else self.untimed(state, now)
             refused = not has_row and self.placement.gives_way(request.slo.tenant) is None
             if refused or (found.admitted and self.check.is_too_much(state, now)):
-                found = replace(found, admitted=False, retry_after=self.retry_times.peek(now))
+                found = replace(found, admitted=False, retry_after=self.retry_after(now))
         return replace(found, running=running, waiting=len(self.endings.requests) - running)
+
+    def rows_with_deadline(self) -> list[RequestState]:
+        return list(chain.from_iterable(replica.with_deadline for replica in self.placement.all_replicas()))
+
+    def retry_after(self, now: float) -> float:
+        """Of a request that would be refused."""
+        with untouched(list(chain.from_iterable(one.residents.values() for one in self.placement.all_replicas()))):
+            return self.retry_times.peek(now)
 
     def timed(self, state: RequestState, now: float) -> Quote:
         """Of a request with a deadline."""
@@ -89,10 +100,10 @@ class Quotes:
         ahead = len(self.placement.queue) + len(self.placement.waiting)
         free = [] if ahead else [replica for replica in replicas if self.has_room(replica, state)]
         replica = min(free or replicas, key=lambda one: len(one.residents))
-        needs, fixed = self.needs(replica), self.estimates.pace(replica.degree).fixed
+        (needs, weight), fixed = self.needs(replica), self.estimates.pace(replica.degree).fixed
         wait = max(0.0, replica.ends_at - now)
         if not free and needs:  # all instances are expected to free rows as this one does
-            wait = free_after(ends(needs, fixed), ahead // len(replicas) + 1)
+            wait = free_after(ends(needs, fixed), math.ceil((ahead // len(replicas) + 1) / weight))
         need = self.estimates.loads(state, replica.degree)[0]
         return Quote(admitted=True, wait=wait, finish=wait + end_beside(need, needs, fixed))
 
@@ -100,23 +111,34 @@ class Quotes:
         rows = len(replica.residents) < self.placement.max_rows * replica.degree
         return rows and replica.pages.fits_without(state.kv_tokens, [])
 
-    def needs(self, replica: InstanceState) -> list[Load]:
-        """What the rows of an instance still need."""
+    def needs(self, replica: InstanceState) -> tuple[list[Load], float]:
+        """What the rows of an instance still need: some of many rows, and how many rows each stands for."""
         rows = [row for row in replica.residents.values() if row.status is not Status.LEAVING]
-        return [self.estimates.loads(row, replica.degree)[row.level] for row in rows]
+        some = rows[:: -(-len(rows) // SAMPLE) or 1]
+        weight = len(rows) / max(1, len(some))
+        with untouched(some):
+            loads = [self.estimates.loads(row, replica.degree)[row.level] for row in some]
+        return [Load(load.steps, weight * load.work) for load in loads], weight or 1.0
 
 
 @contextlib.contextmanager
 def unchanged(placement: Placement) -> Iterator[None]:
-    """Put back what judging a request writes down, as it was."""
+    """Put back the sums over requests, and which step costs were looked at."""
     estimates, backlog = placement.estimates, placement.backlog
-    rows = list(chain.from_iterable(replica.residents.values() for replica in placement.all_replicas()))
-    known = [(row.loads, row.tracks, row.tracked) for row in rows]
     paces, surely, sums = dict(estimates.paces), set(estimates.surely), dict(vars(backlog))
+    try:
+        yield
+    finally:
+        estimates.paces, estimates.surely = paces, surely
+        vars(backlog).update(sums)
+
+
+@contextlib.contextmanager
+def untouched(rows: Sequence[RequestState]) -> Iterator[None]:
+    """Put back what is worked out of these rows."""
+    known = [(row.loads, row.tracks, row.tracked) for row in rows]
     try:
         yield
     finally:
         for row, before in zip(rows, known, strict=True):
             row.loads, row.tracks, row.tracked = before
-        estimates.paces, estimates.surely = paces, surely
-        vars(backlog).update(sums)
