@@ -31,6 +31,7 @@ from dilaserve.server import (
     openapi,
     page_files,
     plan_api,
+    quote_api,
     responses_api,
     schema,
     sse,
@@ -285,6 +286,12 @@ def engine_ids(request: web.Request, count: int) -> list[str]:
     if "x-request-id" in request.headers:
         id = f"{id}-{secrets.token_hex(4)}"
     return [id] if count == 1 else [f"{id}-{index}" for index in range(count)]
+
+
+async def quote(request: web.Request) -> web.StreamResponse:
+    engine, asked = request.app[ENGINE], quote_api.asked(request.query)
+    known(engine, asked.model)
+    return json_response(quote_api.answer(engine, asked, request.get(TENANT)))
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
