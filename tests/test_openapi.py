@@ -17,12 +17,15 @@ LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 BODIES = [
     (CHAT, HELLO | LOGPROBS | {"temprature": 1}),
     (CHAT, HELLO | {"slo": {"deadline_ms": 60_000}, "n": 2}),
+    (CHAT, HELLO | {"return_token_ids": True, "resume_token_ids": [5, 6], "slo": {"elapsed_ms": 10.5}}),
+    (COMPLETE, {"prompt": ["hello", "you"], "max_tokens": 8, "return_token_ids": True, "n": 2}),
     (COMPLETE, {"prompt": ["hello", "you"], "max_tokens": 8, "logprobs": 2}),
     (COMPLETE, {"prompt": "hello", "max_tokens": 8, "echo": True}),
     (COMPLETE, {"prompt": "hello", "max_tokens": 8}),
     (RESPONSES, {"input": "hello", "max_output_tokens": 8, "top_logprobs": 1}),
     (RESPONSES, {"input": [{"role": "user", "content": "hi"}], "instructions": "x", "metadata": {"a": "b"}}),
     (MESSAGES, ASKED),
+    (MESSAGES, ASKED | {"resume_token_ids": [5]}),
     (MESSAGES, ASKED | {"system": "x", "maxTokens": 1}),
 ]
 

@@ -83,8 +83,8 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A prompt that waits in, or runs from, a row of the request table.
 
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
-    `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PAGE tokens, of the first two times so many, …,
-    where K/V of equal beginnings are equal. `shows_canvas`: its client sees the open block after each step.
+    `max_tokens` of the latter. `prefix_hashes`: of the first PAGE tokens, of the first two times so many, …, as far as
+    they are final, where K/V of equal beginnings are equal. `shows_canvas`: its client sees the block after each step.
 
     The client has `resumed_tokens` of the answer already. They stand in the row, and those of whole blocks are final;
     the others are put back when their positions are unmasked again. `ended`: how they end the answer, if they do.
