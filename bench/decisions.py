@@ -6,13 +6,14 @@ The scheduler alone, on steps that a law and chance make up: every decision star
 just come back, and each quarter of a second one also looks at those that wait. With deadlines six rows of each instance
 are guaranteed and the others wait: until far deadlines, or until near ones, of which most are missed. Without, all run
 as they came. A size is requests x instances. Times are those of the processor; the
-goals are for the longest decision.
+goals are for the longest decision. A quote for one more request of the same kind is asked for after each decision.
 """
 
 import argparse
 import random
 import statistics
 import time
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +53,15 @@ def request(number: int, row: int, now: float, seconds: float | None) -> Request
     )
 
 
-def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> list[float]:
-    """Seconds of each decision while `rows` requests are in the scheduler."""
+class Took(NamedTuple):
+    """Seconds of each decision, and of a quote behind it."""
+
+    decisions: list[float]
+    quotes: list[float]
+
+
+def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> Took:
+    """What is taken while `rows` requests are in the scheduler."""
     profile, rng = llada_8b_h200(), random.Random(0)
     law = next(iter(profile.costs.values()))
     config = Config.of(max_num_seqs=64, max_queue=4096 + 2 * rows, best_effort_backlog=1e9)
@@ -61,6 +69,7 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
     now, number = 0.0, 0
     in_flight: list[tuple[float, Batch]] = []
     took: list[float] = []
+    quoted: list[float] = []
 
     def perform(commands: list[Command]) -> None:
         nonlocal number
@@ -92,7 +101,10 @@ def decide(rows: int, instances: int, seconds: float | None, decisions: int) -> 
         commands = list(machine.decide(now))
         took.append(time.thread_time() - began)
         perform(commands)
-    return took[decisions // 5 :]
+        began = time.thread_time()
+        machine.quotes.quote(request(0, -1, now, seconds), now)
+        quoted.append(time.thread_time() - began)
+    return Took(took[decisions // 5 :], quoted[decisions // 5 :])
 
 
 GOALS = {(1000, 8): 5.0, (10000, 64): 10.0}  # ms that no decision takes
@@ -102,19 +114,25 @@ def sizes(text: str) -> list[tuple[int, int]]:
     return [(int(rows), int(instances)) for rows, _, instances in (size.partition("x") for size in text.split(","))]
 
 
+def middle_and_tail(ordered: list[float]) -> tuple[float, float]:
+    return statistics.median(ordered), ordered[int(0.99 * len(ordered))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=sizes, default="16x1,64x1,256x1,16x8,64x8,256x8,1000x8,10000x64")
     parser.add_argument("--decisions", type=int, default=1500)
     args = parser.parse_args()
-    table = Table("requests", "instances", "deadlines", "median, ms", "p99, ms", "longest, ms", "goal")
+    heads = ("median, ms", "p99, ms", "longest, ms", "goal", "quote: median, ms", "p99, ms")
+    table = Table("requests", "instances", "deadlines", *heads)
     for rows, instances in args.sizes:
         for name, seconds in (("no", None), ("far", 600.0), ("near", 2.0)):
-            took = sorted(1000 * one for one in decide(rows, instances, seconds, args.decisions))
-            middle, tail = statistics.median(took), took[int(0.99 * len(took))]
+            found = decide(rows, instances, seconds, args.decisions)
+            took, quotes = (sorted(1000 * one for one in each) for each in found)
             goal = f"{GOALS[rows, instances]:g}" if (rows, instances) in GOALS else ""
-            figures = [f"{one:.3f}" for one in (middle, tail, took[-1])]
-            table.add_row(str(rows), str(instances), name, *figures, goal)
+            figures = [f"{one:.3f}" for one in (*middle_and_tail(took), took[-1])]
+            quoted = [f"{one:.3f}" for one in middle_and_tail(quotes)]
+            table.add_row(str(rows), str(instances), name, *figures, goal, *quoted)
     Console().print(table)
 
 

@@ -32,6 +32,8 @@ REQUESTS = {
     "models": ("GET", "/v1/models", None),
     "model": ("GET", "/v1/models/random", None),
     "unknown model": ("GET", "/v1/models/a%2Fb", None),
+    "quote": ("GET", "/v1/quote?prompt_tokens=20&max_tokens=8", None),
+    "no quote": ("GET", "/v1/quote?prompt_tokens=20&max_tokens=x", None),
     "page": ("GET", "/static/style.css", None),
     "since": ("GET", "/v1/stats?since=x", None),
     "chat": ("POST", CHAT, EIGHT),

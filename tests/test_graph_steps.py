@@ -161,6 +161,11 @@ def test_only_greedy_reuse_rows_with_blocks_of_a_page_are_taken(random_model):
     harness.table.temperature[1] = 0.5
     assert not takes(reuse)
     assert takes(reuse[:1])
+    for column in (harness.table.known, harness.table.resumed):
+        column[0] = True
+        assert not takes(reuse[:1])
+        column[0] = False
+    assert takes(reuse[:1])
 
 
 def test_batches_are_padded_by_a_row_at_most():

@@ -16,12 +16,15 @@ LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 BODIES = [
     (CHAT, HELLO | LOGPROBS | {"temprature": 1}),
     (CHAT, HELLO | {"slo": {"deadline_ms": 60_000}, "n": 2}),
+    (CHAT, HELLO | {"return_token_ids": True, "resume_token_ids": [5, 6], "slo": {"elapsed_ms": 10.5}}),
+    (COMPLETE, {"prompt": ["hello", "you"], "max_tokens": 8, "return_token_ids": True, "n": 2}),
     (COMPLETE, {"prompt": ["hello", "you"], "max_tokens": 8, "logprobs": 2}),
     (COMPLETE, {"prompt": "hello", "max_tokens": 8, "echo": True}),
     (COMPLETE, {"prompt": "hello", "max_tokens": 8}),
     (RESPONSES, {"input": "hello", "max_output_tokens": 8, "top_logprobs": 1}),
     (RESPONSES, {"input": [{"role": "user", "content": "hi"}], "instructions": "x", "metadata": {"a": "b"}}),
     (MESSAGES, ASKED),
+    (MESSAGES, ASKED | {"resume_token_ids": [5]}),
     (MESSAGES, ASKED | {"system": "x", "maxTokens": 1}),
 ]
 
@@ -101,7 +104,8 @@ async def test_a_likelihood_is_what_the_document_says(client):
 async def test_answers_of_other_routes_are_what_the_document_says(client):
     paths = [route.path for route in ROUTES if route.method == "get" and route.answer not in (None, dict)]
     for path in paths:
-        async with client.get(path.replace("{model}", "random")) as response:
+        query = {"prompt_tokens": 5} if path == "/v1/quote" else {}
+        async with client.get(path.replace("{model}", "random"), params=query) as response:
             assert response.status == 200, path
             check(name_of(answered(path, "get")["application/json"]), await response.json())
     async with client.get("/openapi.json") as response:

@@ -1,6 +1,8 @@
 """Answers that go on behind tokens which their client has: the whole is that of an answer without a break."""
 
 import asyncio
+import os
+import signal
 
 import block_checkpoints
 import checkpoints
@@ -13,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_builders import request
 from scheduler_world import opening
+from worker_faults import wait_for_plan
+from worker_waits import until
 
 from dilaserve import BadRequest, Config, Engine, Options
 from dilaserve.engine.answer_text import AnswerText, cutting
@@ -237,3 +241,28 @@ async def test_a_tp_group_goes_on_in_several_steps_a_launch(family):
         for how in (dict(confidence_threshold=0.4), dict(temperature=1.0, seed=2, top_k=9)):
             options = Options(max_tokens=TOKENS, block_length=8, ignore_eos=True, **how)
             await cut_everywhere(engine, "Sort: 3 1 2", options)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_killed_workers_and_changes_of_plan_change_nothing_of_what_goes_on(family):
+    cache = "exact" if FAMILIES[family[0]] == EXACT else "none"  # where K/V lost within a block change nothing
+    options = Options(max_tokens=60, block_length=20, cache=cache, ignore_eos=True, confidence_threshold=0.95)
+    async with Engine(Config.of(model=family[1], devices="cpu,cpu", plan="2x1", port=0)) as engine:
+        whole = (await engine.generate("Sort: 3 1 2", options)).token_ids
+        cuts = [7, 15, 19, 33, 39] * 3
+
+        async def under_way():
+            begun = engine.profile.steps + 6
+            rest = [asyncio.create_task(engine.generate("Sort: 3 1 2", resumed(options, whole[:cut]))) for cut in cuts]
+            await until(lambda: engine.profile.steps >= begun)
+            return rest
+
+        rest = await under_way()
+        os.kill(engine.executor.workers[1].process.pid, signal.SIGKILL)
+        answers = await asyncio.gather(*rest)
+        await wait_for_plan(engine)
+        rest = await under_way()
+        await engine.replan("1x2")
+        answers += await asyncio.gather(*rest)
+        assert [answer.token_ids for answer in answers] == [whole[cut:] for cut in cuts * 2]
+        assert any(answer.usage.restarts for answer in answers)

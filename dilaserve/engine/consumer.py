@@ -38,8 +38,10 @@ from dilaserve.types import (
     Kill,
     Launch,
     Paused,
+    Quote,
     Refuse,
     Release,
+    Request,
     Reshaped,
     Reshard,
     Slo,
@@ -195,6 +197,10 @@ class Consumer:
             timed = slo.seconds is not None or slo.multiple is not None
             raise full(self.places, self.scheduler.refused(timed, now))
         return self.free.popleft()
+
+    def quote(self, request: Request) -> Quote:
+        """What the scheduler would say of the request, and whether there is a row for it."""
+        return self.scheduler.quotes.quote(request, self.loop.time(), has_row=bool(self.free))
 
     def smallest_pool(self, smallest_degree: int) -> int:
         """K/V tokens that each instance has under any plan, so that rows fit on instances after a change of plan."""

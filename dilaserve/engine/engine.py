@@ -14,12 +14,13 @@ from dilaserve.engine.assembly import Assemble, ModelCard, Parts, advised, real
 from dilaserve.engine.consumer import Consumer
 from dilaserve.engine.counters import Profile
 from dilaserve.engine.known_canvas import KnownCanvas
+from dilaserve.engine.new_request import Place, new_request
 from dilaserve.engine.observer import Observer
 from dilaserve.engine.offload import Offload, apart
 from dilaserve.engine.planner_client import PlannerClient
 from dilaserve.engine.prefix_hashes import PrefixHasher, prefix_hasher
 from dilaserve.engine.prompts import Prompt, token_ids
-from dilaserve.engine.resume import Resumed, Vocabulary, resumed
+from dilaserve.engine.resume import Resumed, Vocabulary, check_length, resumed
 from dilaserve.engine.slo_classes import parse_classes, wanted
 from dilaserve.engine.stream import Chunk, Completion, Stream, collect
 from dilaserve.engine.submit import Options, ResolvedOptions, check_pool, ending, resolve, validated
@@ -30,7 +31,7 @@ from dilaserve.planner.planner import PlannerPort
 from dilaserve.plans import checked, parsed
 from dilaserve.scheduler.scheduler import Scheduler
 from dilaserve.transport.devices import steps_for
-from dilaserve.types import Arrival, Cancel, Change, Demand, Plan, Replan, Request, Slo
+from dilaserve.types import Arrival, Cancel, Change, Demand, Plan, Quote, Replan, Slo
 from dilaserve.validation import converted, plain
 
 __all__ = ["Chunk", "Completion", "Engine", "KnownCanvas", "ModelCard", "Options", "Profile", "Prompt", "Stream"]
@@ -296,6 +297,20 @@ class Engine:
                 raise
         return stream
 
+    def quote(self, prompt_tokens: int, options: Options | None = None) -> Quote:
+        """What would become of a request now, with a prompt of so many tokens; nothing is changed by asking.
+
+        K/V that other requests have left of its prompt are not counted. Raises as `submit` does for what cannot be
+        honoured, and `Unavailable` while draining.
+        """
+        self._check_running()
+        options, tokens = validated(options), converted(prompt_tokens, int, "prompt_tokens")
+        resolved = resolve(options, max(0, tokens), self.model.max_model_len, 0, self.config.decode, self.model.traits)
+        check_length(options, resolved)
+        slo = wanted(options, self.classes)
+        self._check_room(resolved)
+        return self.consumer.quote(new_request(Place(), tokens, options, resolved, slo, self.loop.time()))
+
     async def generate(self, prompt: Prompt, options: Options | None = None) -> Completion:
         """The whole answer."""
         async with await self.submit(prompt, options) as stream:
@@ -347,22 +362,8 @@ class Engine:
             generation = self.table.fill(
                 row, prompt, resolved.canvas_tokens, self.mask_id, resolved.decoding, ending(options), answer, judged
             )
-            request = Request(
-                id=id,
-                row=row,
-                generation=generation,
-                prompt_tokens=len(prompt),
-                canvas_tokens=resolved.canvas_tokens,
-                max_tokens=resolved.max_tokens,
-                arrived_at=self.loop.time() - options.elapsed_ms / 1000,
-                decoding=resolved.decoding,
-                slo=slo,
-                prefix_hashes=hashes,
-                shows_canvas=options.include_canvas,
-                resumed_tokens=len(before.tokens),
-                ended=before.ended,
-                elapsed=options.elapsed_ms / 1000,
-            )
+            place, now = Place(id, row, generation), self.loop.time()
+            request = new_request(place, len(prompt), options, resolved, slo, now, hashes, before.ended)
             stream = Stream(request, prompt, before, self.text, self.consumer.post, self.mask_id, hasher)
         except BaseException:
             self.consumer.free.append(row)

@@ -70,11 +70,7 @@ def resumed(
     token_ids(ids, vocabulary.size, NAME)
     if vocabulary.mask_id in ids:
         raise BadRequest(f"{NAME} holds the mask token {vocabulary.mask_id}, which no answer has", param=NAME)
-    if len(ids) > resolved.max_tokens:
-        raise BadRequest(
-            f"{NAME} holds {len(ids)} tokens, and max_tokens, which counts the whole answer, is {resolved.max_tokens}",
-            param=NAME,
-        )
+    check_length(options, resolved)
     stop = first_stop(ids, options, vocabulary)
     said.push(ids if stop is None else ids[: stop + said.cut.shown])
     ended: FinishReason | None = None
@@ -86,6 +82,15 @@ def resumed(
     if ended is None and whole < len(ids):
         check_open_block(resolved)
     return Resumed(np.array(ids, dtype=np.int32), whole, said, ended)
+
+
+def check_length(options: Options, resolved: ResolvedOptions) -> None:
+    """Raise `BadRequest` for more tokens than the answer may have."""
+    if (count := len(options.resume_token_ids)) > resolved.max_tokens:
+        raise BadRequest(
+            f"{NAME} holds {count} tokens, and max_tokens, which counts the whole answer, is {resolved.max_tokens}",
+            param=NAME,
+        )
 
 
 def first_stop(ids: list[int], options: Options, vocabulary: Vocabulary) -> int | None:

@@ -61,8 +61,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     the options of the first request, and its seed above temperature 0, all of it is what it would have been without the
     break, as far as equal steps give equal tokens: not under thresholds that deadlines lower.
 
-    `elapsed_ms`: milliseconds since the request came to the first server that had it; its deadline, and its age in
-    queues, count from then.
+    `elapsed_ms`: milliseconds since the request came to the first server that had it; its deadline, and its place in
+    the order of arrivals, count from then.
 
     `include_canvas`: a stream has chunks between the others that show the open block after each step, and no text.
 

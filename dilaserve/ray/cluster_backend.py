@@ -18,6 +18,7 @@ from dilaserve.ray.resumed_stream import NodeLost, ResumedStream
 from dilaserve.server.http_metrics import HttpMetrics
 from dilaserve.server.plan_api import PlanRequest
 from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.types import Quote
 
 Json = dict[str, Any]
 CARRIED = ("traceparent", "tracestate")  # headers that nodes get
@@ -63,6 +64,13 @@ class ClusterBackend:
         if isinstance(found, Failure):
             raise found.error()
         return found
+
+    async def quote(self, prompt_tokens: int, options: Options) -> Quote:
+        """That of the node which would do best; which one gets a request is not known before."""
+        found = [quote for _, quote in await self.reports("quote", prompt_tokens, options)]
+        if failed := next((one for one in found if isinstance(one, Failure)), None):
+            raise failed.error()
+        return cluster_view.best(found)
 
     def traced(self, ids: Sequence[str], headers: Mapping[str, str]) -> Callable[[], object]:
         known = {name: headers[name] for name in CARRIED if name in headers}

@@ -1,13 +1,17 @@
 """What all nodes report, as one report: metrics with a label of the node, statistics, and plans."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+
+from dilaserve.types import Quote
 
 Json = dict[str, Any]
 NODE = "node"  # the label
@@ -36,6 +40,20 @@ class Given(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self.families
+
+
+def best(quotes: Sequence[Quote]) -> Quote:
+    """Of quotes for one request: that which keeps its deadline with most slack, or else is admitted and ends first.
+    Requests are counted over all.
+    """
+
+    def rank(quote: Quote) -> tuple[bool, bool, float, float]:
+        slack = -math.inf if quote.slack is None else quote.slack
+        return bool(quote.met), quote.admitted, slack, -math.inf if quote.finish is None else -quote.finish
+
+    found = max(quotes, key=rank)
+    counts = {name: sum(getattr(one, name) for one in quotes) for name in ("running", "waiting")}
+    return msgspec.structs.replace(found, **counts)
 
 
 def plans(reports: Sequence[tuple[str, Json]]) -> Json:

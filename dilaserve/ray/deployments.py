@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dilaserve.config import Config
 from dilaserve.engine.likelihood import Likelihood, Sampling
+from dilaserve.engine.submit import Options
 from dilaserve.errors import Overloaded
 from dilaserve.models import hub
 from dilaserve.ray.cluster_backend import ClusterBackend
@@ -28,6 +29,7 @@ from dilaserve.server.plan_api import PlanRequest
 from dilaserve.server.service import Service
 from dilaserve.system import logs
 from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.types import Quote
 
 Json = dict[str, Any]
 GONE = (  # what a call raises when its replica is lost
@@ -70,6 +72,9 @@ class NodeReplica:
 
     def name(self) -> str:
         return self.node.name
+
+    async def quote(self, prompt_tokens: int, options: Options) -> tuple[str, Quote | Failure]:
+        return await self.node.quote(prompt_tokens, options)
 
     async def metrics(self) -> tuple[str, bytes]:
         return await self.node.metrics()

@@ -12,10 +12,12 @@ from dilaserve.engine.assembly import Assemble, real
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.likelihood import Likelihood, Sampling
 from dilaserve.engine.request_views import under_way
+from dilaserve.engine.submit import Options
 from dilaserve.errors import DilaserveError
 from dilaserve.ray.node_calls import Call, Failure, NodeCard, Piece, Started
 from dilaserve.server.backend import LocalBackend
 from dilaserve.server.plan_api import PlanRequest
+from dilaserve.types import Quote
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -65,7 +67,13 @@ class Node:
         except DilaserveError as error:
             return Failure.of(error)
 
-    # what operators ask all nodes
+    # what is asked of all nodes
+
+    async def quote(self, prompt_tokens: int, options: Options) -> tuple[str, Quote | Failure]:
+        try:
+            return self.name, self.engine.quote(prompt_tokens, options)
+        except DilaserveError as error:
+            return self.name, Failure.of(error)
 
     async def metrics(self) -> tuple[str, bytes]:
         return self.name, await self.backend.metrics()

@@ -35,17 +35,22 @@ class ArrivalCheck:
         whole = self.deadlines.arrived(replace(request, resumed_tokens=0)) if request.resumed_tokens else state
         return request.arrived_at + slo.multiple * self.estimates.unloaded(whole)
 
+    @property
+    def tests(self) -> bool:
+        """Whether deadlines are tested: not before step costs are known, nor during a change of all instances."""
+        changes = not self.placement.replicas and bool(self.placement.closing or self.plan_state.forming)
+        return self.deadlines.admits and not changes
+
     def admissible(self, state: RequestState, now: float) -> bool:
         """Whether an instance takes a newcomer with a deadline, or may do so as soon as a change of plan is done."""
-        placement = self.placement
-        if not self.deadlines.admits or (not placement.replicas and (placement.closing or self.plan_state.forming)):
+        if not self.tests:
             return True
-        check, replicas = placement.check, placement.open
+        check, replicas = self.placement.check, self.placement.open
         return check.passes(state, replicas, now) or check.is_worth_a_try(state, replicas, now)
 
     def is_too_much(self, state: RequestState, now: float) -> bool:
         """Whether the request would be best effort, while deadlines come and too much such work waits already."""
-        if not self.deadlines.admits or self.tightest.at(now) == NEVER:
+        if not self.deadlines.admits or (state.deadline is None and self.tightest.peek(now) == NEVER):
             return False
         devices = sum(replica.degree for replica in self.placement.replicas.values())
         seconds, requests = self.most_best_effort

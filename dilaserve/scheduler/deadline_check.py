@@ -1,7 +1,7 @@
 """The check of deadlines: which instances would keep a request's deadline, and the deadlines of all rows on them."""
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from dilaserve.scheduler.deadlines import Deadlines
 from dilaserve.scheduler.instance_state import InstanceState
@@ -12,6 +12,14 @@ from dilaserve.types import Load
 STALE = 10.0  # seconds without a step after which what is expected of an instance may be out of date
 FARTHEST = 10.0  # factor on the time left that a request may seem to need and still be tried on such an instance
 RowsByInstance: TypeAlias = dict[int, list[DeadlineRow]]
+
+
+class Passed(NamedTuple):
+    """An instance that keeps a newcomer's deadline, and what the newcomer needs there at its threshold."""
+
+    replica: InstanceState
+    level: int
+    need: Load
 
 
 class DeadlineCheck:
@@ -35,6 +43,12 @@ class DeadlineCheck:
 
         `rows_of` caches the rows with deadlines by instance; the caller drops an entry when these rows change.
         """
+        return (passed.replica for passed in self.passed(state, replicas, rows_of, now))
+
+    def passed(
+        self, state: RequestState, replicas: Sequence[InstanceState], rows_of: RowsByInstance, now: float
+    ) -> Iterator[Passed]:
+        """The same, with the threshold of each."""
         looked = [
             replica
             for replica in replicas
@@ -57,7 +71,7 @@ class DeadlineCheck:
                 if slack is not None:
                     found.append((slack, -replica.instance.id))
             for _, id in sorted(found, reverse=True):
-                yield known[-id]
+                yield Passed(known[-id], level, loads[known[-id].degree][level])
 
     def deadline_rows(self, replica: InstanceState, now: float) -> list[DeadlineRow]:
         """The rows with deadlines, as they are when the step in flight ends."""

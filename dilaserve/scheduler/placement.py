@@ -127,7 +127,7 @@ class Placement:
         return any(self.aged(row, now) for row in replica.residents.values() if not row.has_deadline)
 
     def aged(self, state: RequestState, now: float) -> bool:
-        return now - state.request.arrived_at > self.age
+        return now - state.request.received_at > self.age
 
     @property
     def open(self) -> list[InstanceState]:

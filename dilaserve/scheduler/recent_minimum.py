@@ -20,6 +20,13 @@ class RecentMinimum:
         self.turn(now)
         return min(self.before, self.least)
 
+    def peek(self, now: float) -> float:
+        """What `at` gives, and nothing is forgotten."""
+        windows = (now - self.began) / self.window
+        if windows >= 1.0:
+            return self.least if windows < 2.0 else math.inf
+        return min(self.before, self.least)
+
     def turn(self, now: float) -> None:
         windows = (now - self.began) / self.window
         if windows >= 1.0:

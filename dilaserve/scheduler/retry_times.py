@@ -23,11 +23,19 @@ class RetryTimes:
         """Seconds after which one more refused client will probably find a free row."""
         while self.returning and self.returning[0] <= now:
             heappop(self.returning)
-        if not self.ends[0] <= now < self.ends[0] + FRESH:
-            self.ends = now, self.running_ends()
+        self.ends = self.recent_ends(now)
         seconds = place_in(self.ends[1], len(self.returning) + 1)
         heappush(self.returning, now + seconds)
         return seconds
+
+    def peek(self, now: float) -> float:
+        """What `next` would give, without a client that comes back then."""
+        coming = sum(at > now for at in self.returning)
+        return place_in(self.recent_ends(now)[1], coming + 1)
+
+    def recent_ends(self, now: float) -> tuple[float, list[float]]:
+        """When the ends of running rows were estimated, a short while ago at most, and these."""
+        return self.ends if self.ends[0] <= now < self.ends[0] + FRESH else (now, self.running_ends())
 
     def running_ends(self) -> list[float]:
         """Seconds until each row on an instance is expected to be done."""

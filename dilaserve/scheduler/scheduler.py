@@ -17,6 +17,7 @@ from dilaserve.scheduler.instance_state import InstanceState
 from dilaserve.scheduler.placement import Placement
 from dilaserve.scheduler.plan_change import PlanState, plan_of
 from dilaserve.scheduler.planner_questions import PlannerQuestions
+from dilaserve.scheduler.quotes import Quotes
 from dilaserve.scheduler.recent_minimum import RecentMinimum
 from dilaserve.scheduler.request_state import RequestState, Status, Transition
 from dilaserve.scheduler.retry_times import RetryTimes
@@ -83,6 +84,7 @@ class Scheduler:
         self.expiry = Expiry()  # of requests whose client does not want the answer late
         self.tightest = RecentMinimum(LATELY)  # seconds from arrival to deadline
         self.arrival_check = ArrivalCheck(policy, self.placement, self.plan_state, self.tightest)
+        self.quotes = Quotes(self.arrival_check, self.endings, self.retry_times)
         self.selection = RowSelection(self.placement, self.deadlines, self.batcher, self.tightest)
         self.ticked_at = self.decided_at = -NEVER
         self.gives_up = False  # more requests have become hopeless than one decision looks at

@@ -279,6 +279,24 @@ class PlanState(Out):
     history: list[PlanChange]
 
 
+class Quote(Out):
+    """What would become of a request now. `met` is null without a deadline and where it is not tested; what is expected
+    is null where it is not known.
+    """
+
+    admitted: bool
+    met: bool | None
+    deadline_ms: float | None
+    slack_ms: float | None
+    confidence_threshold: float | None
+    never_feasible: bool
+    retry_after_ms: float | None
+    wait_ms: float | None
+    finish_ms: float | None
+    running: int
+    waiting: int
+
+
 class Tokens(Out):
     tokens: list[int]
     count: int

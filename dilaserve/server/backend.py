@@ -17,6 +17,7 @@ from dilaserve.server import plan_api, stats
 from dilaserve.server.plan_api import PlanRequest
 from dilaserve.server.telemetry import Telemetry
 from dilaserve.tokenizer.tokenizer import Text
+from dilaserve.types import Quote
 
 Json = dict[str, Any]
 
@@ -36,6 +37,8 @@ class Backend(Protocol):
     async def submit(self, prompt: Prompt, options: Options, *, id: str) -> AnswerStream: ...
 
     async def estimate(self, ids: list[int], sampling: Sampling, options: Options, id: str) -> Likelihood: ...
+
+    async def quote(self, prompt_tokens: int, options: Options) -> Quote: ...
 
     def traced(self, ids: Sequence[str], headers: Mapping[str, str]) -> Callable[[], object]:
         """Requests of these ids belong to the trace of the headers; to be called when they are answered."""
@@ -77,6 +80,9 @@ class LocalBackend:
 
     async def estimate(self, ids: list[int], sampling: Sampling, options: Options, id: str) -> Likelihood:
         return await likelihood.estimate(self.engine, ids, sampling, options, id)
+
+    async def quote(self, prompt_tokens: int, options: Options) -> Quote:
+        return self.engine.quote(prompt_tokens, options)
 
     def traced(self, ids: Sequence[str], headers: Mapping[str, str]) -> Callable[[], object]:
         if (tracing := self.telemetry.tracing) is None:

@@ -15,6 +15,7 @@ from dilaserve.server import first_arrival, messages_schema, responses_schema, s
 from dilaserve.server.likelihood_api import HEADER, KINDS
 from dilaserve.server.messages_api import BLOCKS
 from dilaserve.server.plan_api import PlanRequest
+from dilaserve.server.quote_api import ABOUT, QuoteRequest
 from dilaserve.server.responses_api import ITEMS
 from dilaserve.types import MAX_TOP_LOGPROBS
 
@@ -24,7 +25,7 @@ REF = "#/components/schemas/{name}"
 
 class Route(NamedTuple):
     """`answer` None: text. `events`: what an event of a stream holds. `open`: no key is asked for. `texts`: the media
-    types of text that it has instead of, or beside, JSON.
+    types of text that it has instead of, or beside, JSON. `query`: its parameters.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Route(NamedTuple):
     events: tuple[type, ...] = ()
     open: bool = False
     texts: tuple[str, ...] = ()
+    query: type | None = None
 
 
 TEXT: Json = {"type": "string"}
@@ -52,6 +54,7 @@ ROUTES = (
     Route("post", "/v1/messages/count_tokens", "Count a message's tokens", *COUNT),
     Route("get", "/v1/models", "The models that are served", out.Models),
     Route("get", "/v1/models/{model}", "One model", out.Model),
+    Route("get", "/v1/quote", "What would become of a request now", out.Quote, query=QuoteRequest),
     Route("get", "/v1/plan", "Which devices form instances, and what was before", out.PlanState),
     Route("post", "/v1/plan", "Change the plan; takes the admin key", out.PlanChange, PlanRequest),
     Route("post", "/tokenize", "Tokens of a text or a conversation", out.Tokens, schema.TokenizeRequest),
@@ -225,7 +228,20 @@ def operation(route: Route) -> Json:
     parameters = [parameter(name, *about) for name, about in headers.items()]
     places = re.findall(r"{(\w+)}", route.path)
     parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in places]
+    parameters += asked(route.query) if route.query else []
     return found | ({"parameters": parameters} if parameters else {})
+
+
+def asked(query: type) -> list[Json]:
+    """The parameters of a query."""
+    _, components = msgspec.json.schema_components([query], ref_template=REF)
+    one, found = components[query.__name__], list[Json]()
+    for name, about in one["properties"].items():
+        text = FIELDS[name][0] if name in FIELDS else ABOUT[name]
+        kind = {key: value for key, value in field(name, about).items() if key not in ("description", "default")}
+        needed = name in one["required"]
+        found.append({"name": name, "in": "query", "required": needed, "description": text, "schema": kind})
+    return found
 
 
 def answer(route: Route) -> Json:
@@ -251,7 +267,7 @@ def event(route: Route) -> Json:
 def errors(route: Route) -> Json:
     """What may go wrong; Anthropic's routes have the shape that Anthropic's clients read."""
     codes = set(ERRORS) if route.body else {500, 503} if route.open else {401, 404, 500, 503}
-    codes |= {404} if "{" in route.path else set()
+    codes |= {404} if "{" in route.path else {400} if route.query else set()
     kind = "Anthropic" if error_of(route) is messages_schema.AnthropicError else ""
     return {str(code): {"$ref": f"#/components/responses/{kind}{code}"} for code in sorted(codes)}
 

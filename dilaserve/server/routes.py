@@ -25,6 +25,7 @@ from dilaserve.server import (
     openapi,
     page_files,
     plan_api,
+    quote_api,
     responses_api,
     schema,
     sse,
@@ -289,6 +290,12 @@ def engine_ids(request: HttpRequest, count: int) -> list[str]:
     return [id] if count == 1 else [f"{id}-{index}" for index in range(count)]
 
 
+async def quote(service: Service, request: HttpRequest) -> HttpResponse:
+    asked = quote_api.asked(request.query)
+    known(service.backend, asked.model)
+    return json_response(await quote_api.answer(service.backend.quote, asked, request.tenant))
+
+
 async def plan(service: Service, request: HttpRequest) -> HttpResponse:
     return json_response(await service.backend.plan())
 
@@ -335,6 +342,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (  # a name in braces stands for 
     ("POST", "/v1/responses", responses),
     ("POST", messages_api.MESSAGES, messages),
     ("POST", messages_api.COUNT_TOKENS, count_tokens),
+    ("GET", "/v1/quote", quote),
     ("GET", "/v1/plan", plan),
     ("POST", "/v1/plan", replan),
     ("POST", "/tokenize", tokenize),

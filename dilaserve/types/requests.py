@@ -83,8 +83,8 @@ class Request(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A prompt that waits in, or runs from, a row of the request table.
 
     The canvas is `[0, prompt_tokens)` prompt and `[prompt_tokens, canvas_tokens)` masks; the client wants at most
-    `max_tokens` of the latter. `prefix_hashes`: of the prompt's first PAGE tokens, of the first two times so many, …,
-    where K/V of equal beginnings are equal. `shows_canvas`: its client sees the open block after each step.
+    `max_tokens` of the latter. `prefix_hashes`: of the first PAGE tokens, of the first two times so many, …, as far as
+    they are final, where K/V of equal beginnings are equal. `shows_canvas`: its client sees the block after each step.
 
     The client has `resumed_tokens` of the answer already. They stand in the row, and those of whole blocks are final;
     the others are put back when their positions are unmasked again. `ended`: how they end the answer, if they do.
@@ -152,6 +152,31 @@ class Usage(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     def expected_drop(self) -> float:
         warnings.warn("expected_drop is deprecated; read expected_accuracy_drop", DeprecationWarning, stacklevel=2)
         return self.expected_accuracy_drop
+
+
+class Quote(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler would say now of a request that is not submitted; lengths of time in seconds.
+
+    `admitted`: it would not be declined or refused on arrival, by its own `on_miss`. `met`: the test says that its
+    `deadline`, counted from now, would be met; None without a deadline, and where it is not tested: while step costs
+    are a guess, or no instance has run for long. Where it would be met: by how much (`slack`), and at which confidence
+    `threshold`. Where it would not: whether that is `never_feasible`, or else after how long to ask again.
+
+    `wait` and `finish` are expected until its first step and its end; None where that is not known. `running` and
+    `waiting` count the requests that there are.
+    """
+
+    admitted: bool
+    deadline: float | None = None
+    met: bool | None = None
+    slack: float | None = None
+    threshold: float | None = None
+    never_feasible: bool = False
+    retry_after: float | None = None
+    wait: float | None = None
+    finish: float | None = None
+    running: int = 0
+    waiting: int = 0
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):

@@ -77,6 +77,12 @@ def fits(newcomer: DeadlineRow, residents: Sequence[DeadlineRow], fixed: float) 
     return least
 
 
+def finish(newcomer: DeadlineRow, residents: Sequence[DeadlineRow], fixed: float) -> float:
+    """Seconds until the newcomer is done, beside the rows whose deadlines are no later, as the test counts them."""
+    ahead = [newcomer, *(row for row in residents if row.left <= newcomer.left)]
+    return max(row.steps for row in ahead) * fixed + sum(row.work for row in ahead)
+
+
 def hopeless(left: float, seconds: float) -> bool:
     """Whether a row that needs `seconds` alone cannot end within the `left` seconds."""
     return HOPELESS * seconds > left
@@ -100,11 +106,13 @@ def place_in(ends: Sequence[float], number: int) -> float:
 
     A few seconds if no row runs, as nothing is known then.
     """
-    if not ends:
-        return NOTHING_RUNS
+    return min(LONGEST_WAIT, max(0.1, free_after(ends, number))) if ends else NOTHING_RUNS
+
+
+def free_after(ends: Sequence[float], number: int) -> float:
+    """The same without bounds; some row runs."""
     ordered = sorted(ends)
-    seconds = ordered[number - 1] if number <= len(ordered) else ordered[-1] * number / len(ordered)
-    return min(LONGEST_WAIT, max(0.1, seconds))
+    return ordered[number - 1] if number <= len(ordered) else ordered[-1] * number / len(ordered)
 
 
 def retry_after(backlog: float, instances: int) -> float:

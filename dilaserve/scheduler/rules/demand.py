@@ -26,6 +26,12 @@ def ends(loads: Sequence[Load], fixed: float) -> list[float]:
     return found
 
 
+def end_beside(load: Load, others: Sequence[Load], fixed: float) -> float:
+    """Seconds until a row is done that runs together with others: its place among `ends` of all."""
+    shared = sum(other.work * min(1.0, load.steps / other.steps) for other in others if other.steps)
+    return load.steps * fixed + load.work + shared
+
+
 def load(steps: float, refreshes: float, drift: float, refresh: float, reuse: float) -> Load:
     """The load of a row with these steps and refreshes ahead, `refresh` and `reuse` being its marginal step times."""
     steps *= drift
