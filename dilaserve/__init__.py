@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         RequestFailed,
         Unavailable,
     )
-    from dilaserve.types import Change, Plan, Usage
+    from dilaserve.types import Change, Plan, Quote, Usage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Prompt",
+    "Quote",
     "RequestFailed",
     "Stream",
     "Unavailable",
@@ -66,7 +67,7 @@ _HOMES = {
     "engine.prompts": ("Prompt",),
     "engine.stream": ("Chunk", "Completion", "Stream"),
     "engine.synchronous": ("Chunks", "DilaServe"),
-    "types": ("Change", "Plan", "Usage"),
+    "types": ("Change", "Plan", "Quote", "Usage"),
 }
 
 

@@ -21,8 +21,8 @@ ERRORS = {
     *("BadRequest", "ConfigError", "DeadlineMissed", "DilaserveError", "Overloaded", "RequestFailed", "Unavailable"),
 }
 ENGINE = {
-    *("alive", "detokenize", "drain", "ended", "generate", "plan", "ready", "replan", "stream", "submit", "tokenize"),
-    "wanted_plan",
+    *("alive", "detokenize", "drain", "ended", "generate", "plan", "quote", "ready", "replan", "stream", "submit"),
+    *("tokenize", "wanted_plan"),
 }
 
 

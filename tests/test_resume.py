@@ -230,7 +230,7 @@ async def test_tokens_that_the_model_would_not_choose_are_put_back_and_seen(engi
         rest = [id for chunk in await stream.whole() for id in chunk.token_ids]
         row, first = stream.request.row, stream.prompt_tokens
     assert engine.table.canvas[row, first : first + TOKENS].tolist() == [*other, *rest]
-    assert not engine.table.resumed.any()
+    assert not engine.table.resumed[row]
     again = await engine.generate("Sort: 3 1 2", resumed(options, [*other, *rest[:3]]))
     assert list(again.token_ids) == rest[3:]
 

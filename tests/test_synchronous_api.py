@@ -49,6 +49,8 @@ def test_an_answer_whole_and_in_pieces_is_the_engines(served, random_model):
     assert len(chunks) > 3
     assert asyncio.run(by_engine()).token_ids == whole.token_ids
     assert (served.model.max_model_len, served.detokenize(served.tokenize("hello"))) == (256, "hello")
+    quote = served.quote(5, Options(max_tokens=8))
+    assert (quote.admitted, quote.running, quote.waiting) == (True, 0, 0)
 
 
 def test_errors_are_raised_to_the_caller(served):

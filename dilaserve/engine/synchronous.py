@@ -19,6 +19,7 @@ from dilaserve.engine.stream import Chunk, Completion, Stream
 from dilaserve.engine.submit import Options
 from dilaserve.errors import ConfigError, Unavailable
 from dilaserve.keywords import Keywords
+from dilaserve.types import Quote
 
 T = TypeVar("T")
 LAST_CALLS = 5.0  # seconds that calls of other threads get to end, once the engine has stopped
@@ -96,6 +97,14 @@ class DilaServe:
         except BaseException:
             future.add_done_callback(self._forsake)
             raise
+
+    def quote(self, prompt_tokens: int, options: Options | None = None) -> Quote:
+        """What would become of a request now, with a prompt of so many tokens; nothing is changed by asking."""
+
+        async def asked() -> Quote:
+            return self._engine.quote(prompt_tokens, options)
+
+        return self._call(asked)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of a conversation with the mark that opens the answer."""
