@@ -38,6 +38,26 @@ async def test_a_killed_node_loses_no_stream_and_changes_no_token(address):
         assert victim not in pids("node")
 
 
+async def test_a_client_that_leaves_frees_its_row_on_the_node(address):
+    await asyncio.to_thread(deploy, nodes=2)
+    async with session(address) as client:
+
+        async def running():
+            async with client.get("/v1/stats") as response:
+                return (await response.json())["requests"]["running"]
+
+        async def idle():
+            return not await running()
+
+        leaving = asyncio.create_task(answer(client, PROMPTS[0], max_tokens=400, num_denoising_steps=400))
+        await until(running, 60.0)
+        leaving.cancel()
+        await until(idle, 60.0)
+        async with client.get("/metrics") as response:
+            fates = [line for line in (await response.text()).splitlines() if 'fate="cancelled"' in line]
+        assert sum(float(line.split()[-1]) for line in fates if line.startswith("dilaserve_requests_total")) == 1.0
+
+
 async def test_a_rollout_under_load_loses_no_request(address):
     await asyncio.to_thread(deploy, nodes=2)
     async with session(address) as client:

@@ -25,6 +25,8 @@ def metrics(reports: Iterable[tuple[str, bytes]]) -> bytes:
     families: dict[str, Metric] = {}
     for node, text in reports:
         for family in text_string_to_metric_families(text.decode()):
+            if not family.samples:
+                continue  # the door's own have such names
             known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             known.samples += [one._replace(labels={NODE: node, **one.labels}) for one in family.samples]
     registry = CollectorRegistry()

@@ -14,6 +14,8 @@ from ray import serve
 
 from dilaserve.config import Config
 from dilaserve.errors import ConfigError, DilaserveError
+from dilaserve.models import hub
+from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.ray.app import NODE, Layout, application
 from dilaserve.ray.node_calls import NodeCard
 from dilaserve.server.listening import url_of
@@ -35,7 +37,7 @@ def run(settings: Config, extras: argparse.Namespace, announce: Announce) -> int
     Raises `ConfigError` before Ray starts, and `DilaserveError` when the nodes do not come up.
     """
     layout = layout_of(extras)
-    check(settings)
+    check(settings, here=extras.address is None)
     deployed = application(settings, layout)
     interrupted_by_signals()
     with cluster(extras.address, layout):
@@ -64,8 +66,10 @@ def layout_of(extras: argparse.Namespace) -> Layout:
     return layout
 
 
-def check(settings: Config) -> None:
-    """Raises `ConfigError` for settings that Ray's proxies do not have."""
+def check(settings: Config, here: bool) -> None:
+    """Raises `ConfigError` for settings that Ray's proxies do not have, and for a model that is missing `here`."""
+    if here:
+        Checkpoint(hub.directory_of(settings.model.model, settings.model.revision))
     if settings.server.ssl_certfile is not None:
         raise ConfigError("TLS is for a proxy before Ray; leave out --ssl-certfile", param="ssl_certfile")
     if "," in settings.server.host or settings.server.port == 0:

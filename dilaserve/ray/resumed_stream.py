@@ -147,7 +147,8 @@ class ResumedStream:
             return chunk
         self.over = True
         if self.lost and chunk.usage:
-            usage = msgspec.structs.replace(chunk.usage, restarts=chunk.usage.restarts + self.lost)
+            known = {"restarts": chunk.usage.restarts + self.lost, "resumed_tokens": len(self.resumed_ids)}
+            usage = msgspec.structs.replace(chunk.usage, **known)
             chunk = msgspec.structs.replace(chunk, usage=usage)
         return chunk
 
