@@ -11,6 +11,7 @@ import yaml
 from dilaserve import config
 from dilaserve.cli import parsed
 from dilaserve.server import app
+from dilaserve.server.routes import ROUTES
 
 DEPLOY = Path(__file__).parent.parent / "bin" / "deploy"
 CONTAINERFILE = (DEPLOY / "Containerfile").read_text()
@@ -48,9 +49,9 @@ def test_flags_exist_and_who_stops_the_server_waits_longer_than_its_grace_period
 
 
 def test_probes_ask_paths_that_the_server_has_on_the_port_it_listens_on():
-    routes = set(re.findall(r'web\.get\("([^"]+)"', Path(app.__file__).read_text()))
+    paths = {path for method, path, _ in ROUTES if method == "GET"}
     probes = {name: CONTAINER[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
-    assert {one["path"] for one in probes.values()} <= routes
+    assert {one["path"] for one in probes.values()} <= paths
     assert (probes["readinessProbe"]["path"], probes["livenessProbe"]["path"]) == ("/ready", "/health")
     assert CONTAINER["ports"] == [{"name": "http", "containerPort": PORT}]
     assert {one["port"] for one in probes.values()} == {"http"}

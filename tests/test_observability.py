@@ -67,6 +67,10 @@ async def test_metrics_count_a_request_where_dashboards_look_for_it(engine):
     assert found["dilaserve_deadline_slack_seconds_count"] == 1
     assert found["dilaserve_request_steps_sum"] <= found["dilaserve_step_rows_total"]
     assert found[f'vllm:num_requests_running{{model_name="{engine.model.name}"}}'] == 0
+    page, pages = found["dilaserve_kv_cache_page_tokens"], found["dilaserve_kv_cache_pages"]
+    assert page * pages == found['dilaserve_kv_cache_tokens{state="capacity"}'] > 0
+    labels = f'block_size="{page:.0f}",model_name="{engine.model.name}",num_gpu_blocks="{pages:.0f}"'
+    assert found[f"vllm:cache_config_info{{{labels}}}"] == 1
     assert found[f'vllm:request_success_total{{finished_reason="length",model_name="{engine.model.name}"}}'] == 2
     assert sum(value for name, value in found.items() if "steps_by_kind" in name) == found["dilaserve_steps_total"]
     assert found["process_resident_memory_bytes"] > 0

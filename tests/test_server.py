@@ -7,7 +7,7 @@ import time
 
 import aiohttp
 import pytest
-from http_requests import CHAT, HELLO, post
+from http_requests import CHAT, COMPLETE, HELLO, post
 
 from dilaserve import Config, Engine
 from dilaserve.server.app import running
@@ -81,10 +81,37 @@ async def test_a_server_that_shuts_down_says_that_it_is_draining():
         running(engine, config) as address,
         aiohttp.ClientSession(address) as client,
     ):
+        async with client.get("/ready") as response:
+            assert (response.status, response.headers.get("connection")) == (200, None)
         await engine.drain(0.0)
         async with client.get("/ready") as response:
             message = (await response.json())["error"]["message"]
-    assert (response.status, message) == (503, "the server is draining")
+        assert (response.status, message) == (503, "the server is draining")
+        status, body, headers = await post(client, COMPLETE, {"prompt": [1, 2], "stream": True})
+        assert (status, body["error"]["message"]) == (503, "the server is shutting down; try another")
+        for told in (response.headers, headers):
+            assert int(told["retry-after"]) > 0
+            assert told["connection"] == "close"  # a gateway's next request goes to another server
+        async with client.get("/health") as response:
+            assert (response.status, response.headers["connection"]) == (200, "close")
+
+
+async def test_a_connection_that_was_kept_open_ends_while_the_server_drains(engine):
+    """The bytes behind the answer are the end; before, it would have been the answer to another request."""
+    async with running(engine, Config.of(port=0)) as address:
+        reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+        ask = b"GET /ready HTTP/1.1\r\nhost: here\r\n\r\n"
+        try:
+            writer.write(ask)
+            assert b"200" in await reader.readline()
+            await reader.readuntil(b'{"status":"ready"}')
+            await engine.drain(30)
+            writer.write(ask)
+            assert b"503" in await reader.readline()
+            assert b"draining" in await asyncio.wait_for(reader.read(), 60)
+        finally:
+            engine.draining = False
+            writer.close()
 
 
 async def test_a_deadline_that_passes_while_a_worker_is_stopped_is_answered_at_once(client, engine):

@@ -41,6 +41,8 @@ class Nodes(Protocol):
 class ClusterBackend:
     """A `Backend`; `card` is that of any node, for all serve one model."""
 
+    draining = False  # Ray sends nothing to a door that it stops
+
     def __init__(self, nodes: Nodes, card: NodeCard, config: Config, text: Text) -> None:
         self.nodes, self.model, self.config, self.text = nodes, card.model, config, text
         self.off_loop = Offload()

@@ -62,7 +62,7 @@ class Body:
 
 def whole(answer: HttpResponse) -> web.Response:
     response = web.Response(body=answer.body, status=answer.status, headers=answer.headers)
-    if answer.closes:  # the body is broken, and with it what would come behind it
+    if answer.closes:
         response.force_close()
     return response
 
@@ -71,6 +71,8 @@ async def streamed(request: web.BaseRequest, answer: HttpResponse) -> web.Stream
     """Write what comes as it comes; a client that stops reading is cut off."""
     assert answer.events
     response = web.StreamResponse(status=answer.status, headers=answer.headers)
+    if answer.closes:
+        response.force_close()
     await response.prepare(request)
     async for data in answer.events:
         if not data:

@@ -30,6 +30,11 @@ class Backend(Protocol):
     text: Text
     off_loop: Offload
 
+    @property
+    def draining(self) -> bool:
+        """No new requests are taken, and never will be again."""
+        ...
+
     async def tokenize(self, prompt: Prompt, limit: int | None = None) -> list[int]: ...
 
     def detokenize(self, ids: Sequence[int]) -> str: ...
@@ -77,6 +82,10 @@ class LocalBackend:
         self.model, self.config, self.text, self.off_loop = engine.model, engine.config, engine.text, engine.off_loop
         self.tokenize, self.detokenize, self.submit = engine.tokenize, engine.detokenize, engine.submit
         self.answered = self.telemetry.http.answered
+
+    @property
+    def draining(self) -> bool:
+        return self.engine.draining
 
     async def estimate(self, ids: list[int], sampling: Sampling, options: Options, id: str) -> Likelihood:
         return await likelihood.estimate(self.engine, ids, sampling, options, id)

@@ -37,6 +37,7 @@ async def answer(service: Service, request: HttpRequest) -> HttpResponse:
         watch.left()
         raise
     response.headers["x-request-id"] = request.id
+    response.closes |= service.backend.draining  # so that a gateway's next request goes to another server
     service.origins.mark(request, response)
     watch.begun(response)
     return response

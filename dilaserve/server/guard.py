@@ -11,6 +11,7 @@ from dilaserve.server.service import Service
 
 PLAN = "/v1/plan"
 OPEN = {"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"}  # no key needed
+ELSEWHERE = 5.0  # seconds after which it makes sense to ask again where nothing is taken for a reason unknown
 FILES = "/static/"  # nor for what the page loads
 
 
@@ -52,8 +53,9 @@ def is_key(sent: str | None, key: str | None) -> bool:
 
 def refused(error: DilaserveError, request: HttpRequest) -> HttpResponse:
     headers = {}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    retry_after = ELSEWHERE if error.status == 503 and error.retry_after is None else error.retry_after
+    if retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after)))
     if error.never_feasible:
         headers["x-should-retry"] = "false"  # OpenAI's clients heed it
     if error.status == 401:

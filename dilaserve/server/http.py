@@ -64,8 +64,8 @@ class HttpRequest:
 class HttpResponse:
     """An answer: its `body`, or the pieces of a stream in `events`.
 
-    Whoever sends it closes it, whether all was sent or not; `resources` are released then. `closes`: nothing can be
-    read from the connection any more.
+    Whoever sends it closes it, whether all was sent or not; `resources` are released then. `closes`: the
+    connection ends with it.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from dilaserve import __version__
 from dilaserve.engine.engine import Engine
 from dilaserve.engine.request_views import thresholds_in_force, under_way
+from dilaserve.types import PAGE
 
 PREFIX = "dilaserve_"
 MOST_TENANTS = 16  # with a label of their own, those with most requests; the others share the label "other"
@@ -109,6 +110,10 @@ class EngineCollector(Collector):
         for state, count in states.items():
             tokens.add_metric([state], count)
         yield tokens
+        yield gauge(
+            "kv_cache_page_tokens", "Tokens of a page, of which K/V memory and the reuse of prompts consist", PAGE
+        )
+        yield gauge("kv_cache_pages", "K/V memory of all instances in pages", capacity // PAGE)
         yield gauge(
             "kv_cache_usage_ratio", "K/V memory that rows use, as a share of all (0 to 1)", ratio(used, capacity)
         )

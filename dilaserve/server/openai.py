@@ -3,18 +3,19 @@
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 
+from dilaserve.engine import slo_classes
 from dilaserve.engine.submit import Options
-from dilaserve.errors import BadRequest, quoted
-from dilaserve.server import first_arrival
+from dilaserve.errors import BadRequest
+from dilaserve.server import first_arrival, gateway_headers
 from dilaserve.server.api_keys import Tenant
+from dilaserve.server.backend import Backend
+from dilaserve.server.gateway_headers import number
 from dilaserve.server.schema import ChatRequest, Common, CompletionRequest, Slo, TokenizeRequest
-
-N = TypeVar("N", int, float)
 
 
 def check_stream(request: Common) -> None:
@@ -38,26 +39,41 @@ def check_tokenize(request: TokenizeRequest) -> None:
         )
 
 
-def with_headers(request: Common, headers: Mapping[str, str]) -> None:
-    """Take over what gateways put into headers that cannot touch the body; the body goes before."""
-    slo, priority = request.slo or Slo(), request.priority
+def with_headers(request: Common, headers: Mapping[str, str], engine: Backend) -> list[str]:
+    """Take over what gateways put into headers that cannot touch the body; gives warnings about what was ignored.
+
+    The body goes before, then our own headers, then those that gateways set for themselves too. Raises `BadRequest`.
+    """
+    slo, warnings = request.slo or Slo(), tuple[str, ...]()
     if slo.class_ is None and slo.deadline_ms is None:
-        milliseconds = number(headers, "x-slo-deadline-ms", float)
-        slo = msgspec.structs.replace(slo, deadline_ms=milliseconds, class_=headers.get("x-slo-class"))
+        slo, warnings = asked_of_gateway(request, own_headers(slo, headers), headers, engine)
     if slo.elapsed_ms is None:
         slo = msgspec.structs.replace(slo, elapsed_ms=first_arrival.elapsed_ms(headers, time.time()))
-    if priority is None:
-        priority = number(headers, "x-priority", int)
-    request.slo, request.priority = slo, priority
+    if request.priority is None:
+        request.priority = number(headers, "x-priority", int)
+    if request.user is None:
+        request.user = gateway_headers.tenant(headers)
+    request.slo = slo
+    return [*warnings]
 
 
-def number(headers: Mapping[str, str], name: str, kind: Callable[[str], N]) -> N | None:
-    if (text := headers.get(name)) is None:
-        return None
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise BadRequest(f"the header {name} is not a number: {quoted(text)}", param=name) from error
+def own_headers(slo: Slo, headers: Mapping[str, str]) -> Slo:
+    milliseconds = number(headers, "x-slo-deadline-ms", float)
+    return msgspec.structs.replace(slo, deadline_ms=milliseconds, class_=headers.get("x-slo-class"))
+
+
+def asked_of_gateway(
+    request: Common, slo: Slo, headers: Mapping[str, str], engine: Backend
+) -> tuple[Slo, tuple[str, ...]]:
+    """What the headers of gateways ask, where the body and our own headers ask nothing."""
+    if slo.class_ is not None or slo.deadline_ms is not None:
+        return slo, ()
+    default = max(engine.config.decode.default_max_tokens, request.min_tokens or 0)
+    tokens = default if (wanted := max_tokens(request)) is None else wanted
+    classes = slo_classes.parse_classes(engine.config.scheduler.slo_class)
+    found = gateway_headers.slo(headers, min(tokens, engine.model.max_model_len), bool(request.stream), classes)
+    slo = msgspec.structs.replace(slo, deadline_ms=found.deadline_ms, class_=found.class_)
+    return slo, found.warnings
 
 
 def deadlines(request: Common) -> dict[str, Any]:

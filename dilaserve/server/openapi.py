@@ -9,9 +9,9 @@ import msgspec
 
 from dilaserve import __version__
 from dilaserve.engine.prompts import ROLES, TEXTS
-from dilaserve.engine.submit import MAX_DEADLINE
+from dilaserve.engine.submit import MAX_DEADLINE, MAX_TENANT_LENGTH
 from dilaserve.server import answer_schema as out
-from dilaserve.server import first_arrival, messages_schema, responses_schema, schema
+from dilaserve.server import first_arrival, gateway_headers, messages_schema, responses_schema, schema
 from dilaserve.server.likelihood_api import HEADER, KINDS
 from dilaserve.server.messages_api import BLOCKS
 from dilaserve.server.plan_api import PlanRequest
@@ -40,6 +40,7 @@ class Route(NamedTuple):
 
 
 TEXT: Json = {"type": "string"}
+LATENCY: Json = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_DEADLINE}
 FILES = "text/css", "text/html", "text/javascript", "image/svg+xml"
 CHAT = out.ChatCompletion, schema.ChatRequest, (out.ChatChunk, out.ChatCanvas)
 COMPLETION = out.TextCompletion, schema.CompletionRequest, (out.TextChunk, out.TextCanvas)
@@ -98,6 +99,10 @@ HEADERS = {
     "x-slo-class": ("`slo.class`", {"type": "string"}),
     "x-priority": ("`priority`", {"type": "integer"}),
     first_arrival.HEADER: ("Unix seconds at which the first server had it, see `slo.elapsed_ms`", {"type": "number"}),
+    gateway_headers.OBJECTIVE: ("`slo.class`, where it names one and nothing else asks for a deadline", TEXT),
+    gateway_headers.FAIRNESS_ID: ("`user`, where there is none", {"type": "string", "maxLength": MAX_TENANT_LENGTH}),
+    gateway_headers.TTFT: ("milliseconds to the first token; a deadline with the next, or without `stream`", LATENCY),
+    gateway_headers.TPOT: ("milliseconds for each token behind the first; a deadline with the one before", LATENCY),
 }
 LIKELIHOOD = {HEADER: ("`likelihood`, for clients that cannot touch the body", {"enum": [*KINDS]})}
 

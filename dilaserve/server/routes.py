@@ -61,6 +61,14 @@ async def read_warned(service: Service, request: HttpRequest, kind: type[Asked])
     return asked, warnings
 
 
+def warned(service: Service, request: HttpRequest, asked: schema.Common, warnings: list[str]) -> list[str]:
+    """Take over what the headers say; these warnings, and those about the headers, which gateways set every time."""
+    ignored = openai.with_headers(asked, request.headers, service.backend)
+    for warning in ignored:
+        log.info("request %s: %s", request.id, warning)
+    return warnings + ignored
+
+
 async def front(service: Service, request: HttpRequest) -> HttpResponse:
     """The page; for clients that want JSON, what this is and the routes that it has."""
     if page_files.wants_page(request):
@@ -139,27 +147,28 @@ def known(engine: Backend, name: str | None) -> None:
 
 async def chat(service: Service, request: HttpRequest) -> HttpResponse:
     asked, warnings = await read_warned(service, request, schema.ChatRequest)
-    engine = service.backend
-    return await respond(
-        service, request, asked, openais(engine, asked, warnings), [await chatted(engine, asked.messages)]
-    )
+    prompt = await chatted(service.backend, asked.messages)
+    form = openais(service.backend, asked, warned(service, request, asked, warnings))
+    return await respond(service, request, asked, form, [prompt])
 
 
 async def responses(service: Service, request: HttpRequest) -> HttpResponse:
     asked, warnings = await read_warned(service, request, schema.ResponsesRequest)
     engine, heard = service.backend, responses_api.as_chat(asked)
-    form = ResponsesFormat(openais(engine, heard.chat, warnings), responses_api.repeated(asked))
     with heard.spelled():
         prompt = await chatted(engine, heard.chat.messages)
+        warnings = warned(service, request, heard.chat, warnings)
+        form = ResponsesFormat(openais(engine, heard.chat, warnings), responses_api.repeated(asked))
         return await respond(service, request, heard.chat, form, [prompt])
 
 
 async def messages(service: Service, request: HttpRequest) -> HttpResponse:
     asked, warnings = await read_warned(service, request, schema.MessagesRequest)
     engine, heard = service.backend, messages_api.as_chat(asked)
-    form = MessagesFormat(openais(engine, heard.chat, warnings), request.id)
     with heard.spelled():
         prompt = await chatted(engine, heard.chat.messages)
+        warnings = warned(service, request, heard.chat, warnings)
+        form = MessagesFormat(openais(engine, heard.chat, warnings), request.id)
         return await respond(service, request, heard.chat, form, [prompt])
 
 
@@ -186,8 +195,10 @@ async def complete(service: Service, request: HttpRequest) -> HttpResponse:
     asked, warnings = await read_warned(service, request, schema.CompletionRequest)
     engine, prompts = service.backend, openai.prompts(asked.prompt)
     wanted, ids = asked.stream_options, asked.return_token_ids
+    estimated = likelihood_api.wanted(asked, request.headers)
+    warnings = warned(service, request, asked, warnings)
     form = ResponseFormat(engine, False, asked.logprobs is not None, bool(asked.stop), warnings, wanted, ids)
-    if (estimated := likelihood_api.wanted(asked, request.headers)) is not None:
+    if estimated is not None:
         return await score(service, request, asked, form, prompts, likelihood_api.sampling(estimated, asked.seed))
     return await respond(service, request, asked, form, prompts, bool(asked.echo))
 
@@ -203,7 +214,6 @@ async def score(
     """Estimate the likelihood of each prompt, one after the other; leaving early cancels what runs."""
     engine, limit = service.backend, service.config.server.max_choices
     known(engine, asked.model)
-    openai.with_headers(asked, request.headers)
     openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
     tenant, tops, choices, spent, total = request.tenant, bool(asked.logprobs), list[Json](), 0, 0
     with counted(service, request, len(prompts)), openai.spelled(asked):
@@ -257,7 +267,6 @@ async def respond(
     engine, limit = service.backend, service.config.server.max_choices
     known(engine, asked.model)
     openai.check_stream(asked)
-    openai.with_headers(asked, request.headers)
     n = openai.choices_wanted(asked, len(prompts), limit, engine.config.scheduler.max_queue)
     ids = engine_ids(request, n * len(prompts))
     each = [await echo(engine, prompt) if echoes else "" for prompt in prompts for _ in range(n)]

@@ -28,6 +28,12 @@ ALIASES = {  # vLLM's names, with ours
 LABELS = {"finish_reason": "finished_reason"}  # labels that have another name there
 
 
+def value_of(metric: Metric) -> float:
+    """That of a metric without labels."""
+    (sample,) = metric.samples
+    return sample.value
+
+
 class VllmCollector(Collector):
     """Gives the metrics of `collect` again under vLLM's names, with its label `model_name` in front."""
 
@@ -38,6 +44,23 @@ class VllmCollector(Collector):
         found = {metric.name.removeprefix("dilaserve_"): metric for metric in self.ours()}
         for theirs, ours in ALIASES.items():
             yield self.renamed(found[ours], f"vllm:{theirs}")
+        yield self.cache(value_of(found["kv_cache_page_tokens"]), value_of(found["kv_cache_pages"]))
+        yield self.adapters()
+
+    def cache(self, page: float, pages: float) -> Metric:
+        """From which pickers of endpoints take the size of the K/V memory."""
+        labels = {"block_size": f"{page:.0f}", "num_gpu_blocks": f"{pages:.0f}"}
+        return self.alone("cache_config_info", "K/V memory in pages; its figures are labels", labels, 1.0)
+
+    def adapters(self) -> Metric:
+        """There are none; pickers of endpoints log an error at each scrape without this."""
+        labels = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        return self.alone("lora_requests_info", "Adapters that are served; the value would be a time", labels, 0.0)
+
+    def alone(self, name: str, about: str, labels: dict[str, str], value: float) -> Metric:
+        family = Metric(f"vllm:{name}", about, "gauge")
+        family.add_sample(family.name, {"model_name": self.model, **labels}, value)
+        return family
 
     def renamed(self, metric: Metric, name: str) -> Metric:
         alias = Metric(name, metric.documentation, metric.type)
