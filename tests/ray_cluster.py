@@ -17,7 +17,7 @@ from ray import serve
 from dilaserve.ray.app import app
 
 NAME = "dilaserve"
-QUIET = {"devices": "cpu", "log_level": "warning"}
+QUIET = {"devices": "cpu", "cpu_threads": 1, "log_level": "warning"}
 STEPS = 96  # of each long answer, one token each
 LONG = {
     "max_tokens": STEPS,

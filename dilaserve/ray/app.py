@@ -21,6 +21,10 @@ NODE, DOOR = "node", "door"
 SPARE = 64  # calls beside requests that a replica takes: reports, health
 UP_AFTER, DOWN_AFTER = 5.0, 60.0  # seconds for which more, or fewer, nodes must be wanted
 LOOK_BACK = 10.0  # seconds over which the backlog is averaged
+ONE_LOOP = {  # ours is Ray's own: each piece of an answer would else go through two threads more
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +67,7 @@ def app(args: Mapping[str, Any]) -> Application:
 def application(settings: Config, layout: Layout) -> Application:
     places = settings.scheduler.max_queue + SPARE
     stopping = settings.server.grace_period + 5.0
+    environment: dict[str, Any] = {"runtime_env": {"env_vars": ONE_LOOP}}
     least, most = layout.bounds()
     size: dict[str, Any] = {"num_replicas": least}
     if most > least:
@@ -70,7 +75,7 @@ def application(settings: Config, layout: Layout) -> Application:
     node = serve.deployment(NodeReplica).options(
         name=NODE,
         max_ongoing_requests=places,
-        ray_actor_options={"num_cpus": layout.cpus, "num_gpus": layout.gpus},
+        ray_actor_options={"num_cpus": layout.cpus, "num_gpus": layout.gpus} | environment,
         graceful_shutdown_timeout_s=stopping,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,
@@ -81,7 +86,7 @@ def application(settings: Config, layout: Layout) -> Application:
         name=DOOR,
         num_replicas=layout.doors,
         max_ongoing_requests=places * most,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1} | environment,
         graceful_shutdown_timeout_s=stopping,
         graceful_shutdown_wait_loop_s=0.5,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
 
@@ -38,7 +39,7 @@ def run(settings: Config, extras: argparse.Namespace, announce: Announce) -> int
     """
     layout = layout_of(extras)
     check(settings, here=extras.address is None)
-    deployed = application(settings, layout)
+    deployed = application(sharing(settings, layout) if extras.address is None else settings, layout)
     interrupted_by_signals()
     with cluster(extras.address, layout):
         serve.start(http_options={"host": settings.server.host, "port": settings.server.port})
@@ -50,6 +51,15 @@ def run(settings: Config, extras: argparse.Namespace, announce: Announce) -> int
         if extras.address is None:
             threading.Event().wait()
     return 0
+
+
+def sharing(settings: Config, layout: Layout) -> Config:
+    """Where all nodes are on this machine, each computes with its part of the cores, unless --cpu-threads says else."""
+    if settings.device.cpu_threads is not None:
+        return settings
+    _, most = layout.bounds()
+    threads = max(1, len(os.sched_getaffinity(0)) // most)
+    return msgspec.structs.replace(settings, device=msgspec.structs.replace(settings.device, cpu_threads=threads))
 
 
 def say_ready(settings: Config, announce: Announce) -> None:
