@@ -22,7 +22,7 @@ from dilaserve.server.gateway_headers import FAIRNESS_ID
 
 with_envoy = pytest.mark.skipif(envoy_process.ENVOY is None, reason=envoy_process.MISSING)
 LONG = {"prompt": "hello", "max_tokens": 240, "block_length": 1, "ignore_eos": True}
-ID = "3d1c1c62-5a1b-4e0f-9b0e-000000000001"  # in whose 15th character Envoy would note how it is traced
+ID = "3d1c1c62-5a1b-1e0f-9b0e-000000000001"  # whose 15th character Envoy changes where it notes how it is traced
 
 
 def seconds(text):
