@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -48,15 +49,23 @@ def deploy(**given):
     serve.run(app(QUIET | given), name=NAME, route_prefix="/")
 
 
-def pids(name):
-    """The processes of the replicas of this deployment."""
+def pids(name, driver=None):
+    """The processes of the replicas of this deployment, in the Ray that the driver (this process) has started."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                if (folder / "cmdline").read_bytes().startswith(f"ray::ServeReplica:{NAME}:{name}".encode()):
+                command = (folder / "cmdline").read_bytes()
+                if command.startswith(f"ray::ServeReplica:{NAME}:{name}".encode()):
                     found.append(int(folder.name))
-    return sorted(found)
+    return sorted(pid for pid in found if parent(parent(pid)) == (driver or os.getpid()))
+
+
+def parent(pid):
+    """0 for a process that has ended."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    return 0
 
 
 def kill(pid):
@@ -81,8 +90,6 @@ async def answer(client, prompt, **options):
 
 
 def ray_json(line):
-    import json
-
     return json.loads(line.removeprefix(b"data: "))
 
 

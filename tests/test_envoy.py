@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import time
 
 import aiohttp
 import envoy_process
 import pytest
+import yaml
 from envoy_process import envoy, parts
 from forked_python import Python
 from http_requests import CHAT, COMPLETE, HELLO, post
@@ -16,10 +18,11 @@ from http_requests import CHAT, COMPLETE, HELLO, post
 from dilaserve import Config, Engine
 from dilaserve.server import app, edge, first_arrival, routes, sse
 from dilaserve.server.app import running
+from dilaserve.server.gateway_headers import FAIRNESS_ID
 
 with_envoy = pytest.mark.skipif(envoy_process.ENVOY is None, reason=envoy_process.MISSING)
 LONG = {"prompt": "hello", "max_tokens": 240, "block_length": 1, "ignore_eos": True}
-ID = "3d1c1c62-5a1b-4e0f-9b0e-000000000001"  # in whose 15th character Envoy would note how it is traced
+ID = "3d1c1c62-5a1b-1e0f-9b0e-000000000001"  # whose 15th character Envoy changes where it notes how it is traced
 
 
 def seconds(text):
@@ -176,6 +179,37 @@ async def test_a_429_goes_to_the_client_with_its_retry_after(random_model, tmp_p
         assert await gateway.count("upstream_rq_total") == 3
 
 
+def hashed(found):
+    """The variant that README.md tells of: a tenant's requests go to one server while it has room."""
+    named(found)
+    text = (envoy_process.FILE.parent / "README.md").read_text()
+    _, route, cluster = parts(found)
+    for owner, name in ((cluster, "lb_policy"), (cluster, "common_lb_config"), (route["route"], "hash_policy")):
+        (setting,) = re.findall(rf"`({name}: [^`]+)`", text)
+        owner |= yaml.safe_load(setting)
+
+
+@with_envoy
+async def test_with_a_hash_a_tenant_stays_at_its_server_until_that_drains(random_model, tmp_path):
+    async with two_engines(random_model) as (engines, addresses), envoy(tmp_path, addresses, hashed) as gateway:
+
+        async def servers_of(tenant):
+            header = {FAIRNESS_ID: tenant}
+            answers = [
+                await post(gateway.client, COMPLETE, {"prompt": "hi", "max_tokens": 4}, **header) for _ in "1234"
+            ]
+            assert {status for status, _, _ in answers} == {200}
+            return {headers["x-server"] for _, _, headers in answers}
+
+        homes = [await servers_of(f"tenant-{number}") for number in range(24)]
+        assert {len(home) for home in homes} == {1}
+        assert len(set().union(*homes)) == 2  # it hashes
+        (home,) = homes[0]
+        places = [address.removeprefix("http://") for address in addresses]
+        engines[places.index(home)].draining = True
+        assert await servers_of("tenant-0") == {*places} - {home}
+
+
 @with_envoy
 async def test_ids_stay_and_the_servers_learn_when_a_request_came(random_model, tmp_path, caplog, monkeypatch):
     seen = []
@@ -213,6 +247,44 @@ async def test_an_answer_whose_server_dies_before_it_comes_from_the_other(two_pr
         assert await gateway.count("upstream_rq_retry_success") == 1
         status, answer, _ = await post(gateway.client, COMPLETE, LONG)  # or it cannot connect, and asks the other
         assert (status, answer["choices"]) == (200, wanted["choices"])
+
+
+@with_envoy
+async def test_a_server_that_is_stopped_finishes_its_stream_while_the_other_takes_the_rest(two_processes, tmp_path):
+    ask = LONG | {"return_token_ids": True}
+    by_place = {server.address.removeprefix("http://"): server for server in two_processes}
+    async with envoy(tmp_path, [server.address for server in two_processes], named) as gateway:
+        _, whole, _ = await post(gateway.client, COMPLETE, ask)
+        ids, others = [], set()
+        async with gateway.client.post(COMPLETE, json=ask | {"stream": True}) as response:
+            stopped = by_place[response.headers["x-server"]].process
+            async for line in response.content:
+                ids += ids_of(line)
+                if ids and not others:
+                    stopped.terminate()
+                    answers = [
+                        await post(gateway.client, COMPLETE, {"prompt": "hello", "max_tokens": 8}) for _ in "1234"
+                    ]
+                    others = {headers["x-server"] for status, _, headers in answers if status == 200}
+        assert ids == whole["choices"][0]["token_ids"]
+        assert stopped.wait(60) == 0
+        assert others - {response.headers["x-server"]}
+        status, _, headers = await post(gateway.client, COMPLETE, {"prompt": "hello", "max_tokens": 8})
+        assert (status, {headers["x-server"]}) == (200, by_place.keys() - {response.headers["x-server"]})
+
+
+@with_envoy
+async def test_with_no_server_left_clients_read_an_error_of_the_gateway_that_says_when_to_come_back(tmp_path):
+    with contextlib.ExitStack() as stack:
+        unused = [stack.enter_context(socket.socket()) for _ in range(2)]  # bound, and nobody listens
+        for one in unused:
+            one.bind(("127.0.0.1", 0))
+        places = [f"http://127.0.0.1:{one.getsockname()[1]}" for one in unused]
+        async with envoy(tmp_path, places, unwatched) as gateway:
+            status, body, headers = await post(gateway.client, COMPLETE, {"prompt": "hello"})
+    assert (status, body["error"]["code"], body["error"]["param"]) == (503, "gateway", None)
+    assert body["error"]["message"].startswith("gateway: ")
+    assert int(headers["retry-after"]) > 0
 
 
 @with_envoy

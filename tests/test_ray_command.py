@@ -56,6 +56,7 @@ def test_ctrl_c_lets_the_answer_end_and_leaves_no_process():
     try:
         ready = next(line for line in server.stdout if line.startswith("ready:"))
         assert f"ready: dilaserve-tiny on http://127.0.0.1:{port}" in ready
+        assert len(pids("node", server.pid)) == 1
         url = f"http://127.0.0.1:{port}/v1/completions"
 
         def ask():
@@ -74,7 +75,7 @@ def test_ctrl_c_lets_the_answer_end_and_leaves_no_process():
         assert answer["usage"]["completion_tokens"] == 64
         assert server.wait(60) == 0
         assert "Traceback" not in server.stderr.read()
-        assert pids("node") == []
+        assert pids("node", server.pid) == []
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)

@@ -4,7 +4,7 @@ It knows headers and nothing of bodies.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from dilaserve.engine.submit import MAX_DEADLINE, MAX_TENANT_LENGTH
 from dilaserve.errors import BadRequest, quoted
@@ -23,36 +23,37 @@ class AskedSlo(NamedTuple):
     class_: str | None = None
     warnings: tuple[str, ...] = ()
 
+    def warned(self, about: str) -> Self:
+        return self._replace(warnings=(*self.warnings, about))
+
 
 def slo(headers: Mapping[str, str], tokens: int, streamed: bool, classes: Collection[str]) -> AskedSlo:
     """What the headers ask of an answer of at most so many tokens; latencies go before an objective.
 
     Raises `BadRequest`, which names the header.
     """
-    milliseconds, ignored = deadline(headers, tokens, streamed)
-    objective = headers.get(OBJECTIVE)
+    found, objective = deadline(headers, tokens, streamed), headers.get(OBJECTIVE)
     if not objective:
-        return AskedSlo(milliseconds, None, ignored)
-    if milliseconds is not None:
-        return AskedSlo(milliseconds, None, (*ignored, f"{OBJECTIVE} was ignored: {TTFT} gives a deadline"))
+        return found
+    if found.deadline_ms is not None:
+        return found.warned(f"{OBJECTIVE} was ignored: {TTFT} gives a deadline")
     if objective not in classes:
-        about = f"{OBJECTIVE} was ignored: {quoted(objective)} is no class here (--slo-class)"
-        return AskedSlo(None, None, (*ignored, about))
-    return AskedSlo(None, objective, ignored)
+        return found.warned(f"{OBJECTIVE} was ignored: {quoted(objective)} is no class here (--slo-class)")
+    return found._replace(class_=objective)
 
 
-def deadline(headers: Mapping[str, str], tokens: int, streamed: bool) -> tuple[float | None, tuple[str, ...]]:
-    """Milliseconds for the whole answer, and a warning where the headers give none.
+def deadline(headers: Mapping[str, str], tokens: int, streamed: bool) -> AskedSlo:
+    """The deadline of the whole answer, and a warning where the latencies give none.
 
     Tokens come a block at a time, so the two latencies hold together: the first token in time, and each of the others
     in its own. The time to the first token is a deadline by itself where the client sees no token before the last.
     """
     first, each = latency(headers, TTFT), latency(headers, TPOT)
     if first is None:
-        missing = f"{TPOT} was ignored: it makes a deadline only together with {TTFT}"
-        return None, () if each is None else (missing,)
+        alone = f"{TPOT} was ignored: it makes a deadline only together with {TTFT}"
+        return AskedSlo() if each is None else AskedSlo().warned(alone)
     if each is None and streamed and tokens > 1:
-        return None, (f"{TTFT} was ignored: of a stream it makes a deadline only together with {TPOT}",)
+        return AskedSlo().warned(f"{TTFT} was ignored: of a stream it makes a deadline only together with {TPOT}")
     found = first + (each or 0.0) * max(0, tokens - 1)
     if found > MAX_DEADLINE:
         raise BadRequest(
@@ -60,7 +61,7 @@ def deadline(headers: Mapping[str, str], tokens: int, streamed: bool) -> tuple[f
             "the most",
             param=TPOT,
         )
-    return found, ()
+    return AskedSlo(found)
 
 
 def latency(headers: Mapping[str, str], name: str) -> float | None:

@@ -14,7 +14,7 @@ from dilaserve.errors import BadRequest
 from dilaserve.server import first_arrival, gateway_headers
 from dilaserve.server.api_keys import Tenant
 from dilaserve.server.backend import Backend
-from dilaserve.server.gateway_headers import number
+from dilaserve.server.gateway_headers import AskedSlo, number
 from dilaserve.server.schema import ChatRequest, Common, CompletionRequest, Slo, TokenizeRequest
 
 
@@ -44,9 +44,14 @@ def with_headers(request: Common, headers: Mapping[str, str], engine: Backend) -
 
     The body goes before, then our own headers, then those that gateways set for themselves too. Raises `BadRequest`.
     """
-    slo, warnings = request.slo or Slo(), tuple[str, ...]()
-    if slo.class_ is None and slo.deadline_ms is None:
-        slo, warnings = asked_of_gateway(request, own_headers(slo, headers), headers, engine)
+    slo, asked = request.slo or Slo(), AskedSlo()
+    if not dated(slo):
+        slo = msgspec.structs.replace(
+            slo, deadline_ms=number(headers, "x-slo-deadline-ms", float), class_=headers.get("x-slo-class")
+        )
+    if not dated(slo):
+        asked = asked_by_gateway(request, headers, engine)
+        slo = msgspec.structs.replace(slo, deadline_ms=asked.deadline_ms, class_=asked.class_)
     if slo.elapsed_ms is None:
         slo = msgspec.structs.replace(slo, elapsed_ms=first_arrival.elapsed_ms(headers, time.time()))
     if request.priority is None:
@@ -54,26 +59,20 @@ def with_headers(request: Common, headers: Mapping[str, str], engine: Backend) -
     if request.user is None:
         request.user = gateway_headers.tenant(headers)
     request.slo = slo
-    return [*warnings]
+    return [*asked.warnings]
 
 
-def own_headers(slo: Slo, headers: Mapping[str, str]) -> Slo:
-    milliseconds = number(headers, "x-slo-deadline-ms", float)
-    return msgspec.structs.replace(slo, deadline_ms=milliseconds, class_=headers.get("x-slo-class"))
+def dated(slo: Slo) -> bool:
+    """Whether it asks for a deadline."""
+    return slo.class_ is not None or slo.deadline_ms is not None
 
 
-def asked_of_gateway(
-    request: Common, slo: Slo, headers: Mapping[str, str], engine: Backend
-) -> tuple[Slo, tuple[str, ...]]:
-    """What the headers of gateways ask, where the body and our own headers ask nothing."""
-    if slo.class_ is not None or slo.deadline_ms is not None:
-        return slo, ()
+def asked_by_gateway(request: Common, headers: Mapping[str, str], engine: Backend) -> AskedSlo:
+    """What headers ask that gateways set for themselves too."""
     default = max(engine.config.decode.default_max_tokens, request.min_tokens or 0)
     tokens = default if (wanted := max_tokens(request)) is None else wanted
     classes = slo_classes.parse_classes(engine.config.scheduler.slo_class)
-    found = gateway_headers.slo(headers, min(tokens, engine.model.max_model_len), bool(request.stream), classes)
-    slo = msgspec.structs.replace(slo, deadline_ms=found.deadline_ms, class_=found.class_)
-    return slo, found.warnings
+    return gateway_headers.slo(headers, min(tokens, engine.model.max_model_len), bool(request.stream), classes)
 
 
 def deadlines(request: Common) -> dict[str, Any]:
