@@ -22,6 +22,7 @@ from dilaserve.profile.profile_file import ModelProfile, cost_key
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.machine import DELAY, SimMachine
+from dilaserve.sim.quote import hurried
 from dilaserve.sim.workload import Job
 from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.request_table import RequestTable, nbytes, private_bytes
@@ -191,17 +192,21 @@ async def sent(
     return Run(sorted(outcomes, key=lambda outcome: outcome.at), engines, timeline)
 
 
-async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0) -> Outcome:
-    """Ask for it; prompts of different `number`s differ from the token behind the shared ones on."""
+async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0, spent: float = 0.0) -> Outcome:
+    """Ask for it; prompts of different `number`s differ from the token behind the shared ones on.
+
+    `spent` are seconds for which the request was under way already: they are taken off its deadline, and count.
+    """
     loop = asyncio.get_running_loop()
     index = tasks.index(job.task) if job.task in tasks else 0
     prompt = [index] + [0] * (job.prompt_tokens - 1)
     if (first := max(1, job.shared)) < job.prompt_tokens:
         prompt[first] = number
-    began = loop.time()
-    name = None if job.scale is None else f"x{job.scale:g}"
-    options = Options(max_tokens=job.max_tokens, slo_class=name, task=job.task, on_miss=job.on_miss)
+    began = loop.time() - spent
+    options = options_of(job)
     try:
+        if spent:
+            options = hurried(engine, job.prompt_tokens, options, spent)
         async with await engine.submit(prompt, options) as stream:
             answer = await collect(stream)
     except DilaserveError:
@@ -211,11 +216,16 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0) -
         at=job.at,
         task=job.task,
         scale=job.scale,
-        deadline=usage.deadline,
+        deadline=None if usage.deadline is None else usage.deadline + spent,
         latency=loop.time() - began,
         met=usage.deadline_met,
         usage=usage,
     )
+
+
+def options_of(job: Job) -> Options:
+    name = None if job.scale is None else f"x{job.scale:g}"
+    return Options(max_tokens=job.max_tokens, slo_class=name, task=job.task, on_miss=job.on_miss)
 
 
 async def watch(engines: Sequence[Engine], timeline: list[Noted], began: float) -> None:
