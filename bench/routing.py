@@ -1,12 +1,13 @@
 """What routing buys: deadlines met behind each rule, among equal and unequal nodes, and what decisions cost.
 
-    python bench/routing.py [--nodes 16,4] [--devices 8] [--loads .7,1,1.3] [--seeds 3] [--seconds 4] [--rate R]
+    python bench/routing.py [--nodes 16] [--devices 8] [--loads .7,1,1.3] [--seeds 3] [--seconds 3]
 
 Several engines on one virtual clock (`dilaserve simulate --nodes`), the same arrivals for every rule; LLaDA-8B on
 H200s, from data sheets, each device an instance. Arrivals are Poisson; prompts and answers have lognormal lengths, or
 those of a trace. 1.0x is the rate at which a lone node of --devices devices, without a router, meets 90 % of its
 deadlines, for each so many devices. Half of the unequal nodes have half the devices. A request is cancelled when its
-deadline passes. What arrives in the first second is left out. All runs are independent; --jobs of them run at once.
+deadline passes. What arrives in the first 1.25 and the last .25 seconds is left out. Runs are independent, and --jobs
+of them run at once.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from dilaserve.sim.run import Outcome, pretended, simulate
 from dilaserve.sim.workload import Job
 
 LIMIT = 4096
-WARM_UP = 1.0  # seconds that are left out
+WARM_UP, TAIL = 1.25, 0.25  # seconds at the start and before the end of arrivals that are left out
 PROMPTS, ANSWERS = (400.0, 1.0, 2048), (128.0, 0.8, 1024)  # tokens: the median, the spread of the logarithm, the most
 GOOD = 0.9  # share of deadlines that a lone node meets at 1.0x
 HALVINGS, LEAST, MOST = 6, 10.0, 80.0  # requests a second between which 1.0x is looked for
@@ -69,7 +70,10 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of one run: requests after the warm-up, share of deadlines met, latencies of answers in order, real seconds."""
+    """Of one run: requests counted, share of deadlines met, latencies of answers in order; seconds of this machine.
+
+    `took` is wall time, `busy` that of its core.
+    """
 
     requests: int
     met: float
@@ -77,6 +81,7 @@ class Found(NamedTuple):
     per_decision: float
     per_quote: float
     took: float
+    busy: float
 
 
 def jobs(traffic: Traffic, rate: float, seed: int) -> list[Job]:
@@ -105,7 +110,7 @@ def node(traffic: Traffic, devices: int, seed: int) -> Node:
 def alone(traffic: Traffic, devices: int, rate: float, seed: int) -> float:
     """The share of deadlines that a node without a router meets."""
     one = node(traffic, devices, seed)
-    return met(counted(simulate(one.config, one.assemble, [ANY], jobs(traffic, rate, seed)).outcomes))
+    return met(counted(simulate(one.config, one.assemble, [ANY], jobs(traffic, rate, seed)).outcomes, traffic.seconds))
 
 
 def capacity(traffic: Traffic, devices: int, seeds: int) -> float:
@@ -119,11 +124,11 @@ def capacity(traffic: Traffic, devices: int, seeds: int) -> float:
 
 
 def run(cell: Cell, traffic: Traffic) -> Found:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     nodes = [node(traffic, devices, node_seed(cell.seed, place)) for place, devices in enumerate(cell.fleet)]
     asked = jobs(traffic, cell.rate, cell.seed)
     found, costs = simulate_nodes(nodes, cell.rule, [ANY], asked, ROUTING_DELAY, cell.seed)
-    outcomes = counted(found.outcomes)
+    outcomes = counted(found.outcomes, traffic.seconds)
     return Found(
         len(outcomes),
         met(outcomes),
@@ -131,11 +136,12 @@ def run(cell: Cell, traffic: Traffic) -> Found:
         costs.deciding / max(1, costs.decisions),
         costs.quoting / max(1, costs.quotes),
         time.perf_counter() - began,
+        time.process_time() - busy,
     )
 
 
-def counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.at >= WARM_UP]
+def counted(outcomes: Sequence[Outcome], seconds: float) -> list[Outcome]:
+    return [outcome for outcome in outcomes if WARM_UP <= outcome.at < seconds - TAIL]
 
 
 def met(outcomes: Sequence[Outcome]) -> float:
@@ -279,16 +285,17 @@ def text(args: argparse.Namespace, traffic: Traffic, rate: float, some: Sequence
         if traffic.trace
         else (f"prompts of {PROMPTS[0]:g} and answers of {ANSWERS[0]:g} tokens in the median (lognormal)")
     )
-    spent = sum(f.took for one in some for found in one.found.values() for f in found)
+    runs = [f for one in some for found in one.found.values() for f in found]
     lines = [
         "# What routing buys",
         "",
         f"`python {shlex.join(sys.argv)}` on {machine()}",
         "",
         f"LLaDA-8B on H200s from data sheets, one device an instance; Poisson arrivals, {lengths}; deadlines "
-        f"{traffic.deadline}x. {traffic.seconds:g} s of virtual time a run, of which the first {WARM_UP:g} are left "
-        f"out; {args.seeds} seeds. 1.0x = {rate:.1f} requests/s for each {args.devices} devices, where a lone node "
-        f"meets {100 * GOOD:.0f} %. {1000 * ROUTING_DELAY:g} ms to a node, a report every {REPORT_EVERY:g} s.",
+        f"{traffic.deadline}x. {traffic.seconds:g} s of virtual time a run, of which the first {WARM_UP:g} and the "
+        f"last {TAIL:g} are left out; {args.seeds} seeds. 1.0x = {rate:.1f} requests/s for each {args.devices} "
+        f"devices, where a lone node meets {100 * GOOD:.0f} %. {1000 * ROUTING_DELAY:g} ms to a node, a report every "
+        f"{REPORT_EVERY:g} s.",
         "",
         "% of deadlines met, mean over the seeds (least to most, points over p2c on the same arrivals); p50 and p99 "
         "of the latency of answers in seconds",
@@ -298,18 +305,22 @@ def text(args: argparse.Namespace, traffic: Traffic, rate: float, some: Sequence
         lines += table(one)
     lines += conclusion(some)
     lines += costs(args.devices, rate, some)
-    lines.append(f"{time.perf_counter() - began:.0f} s in all, {spent:.0f} s of them in runs, {args.jobs} at once")
+    lines.append(
+        f"{(time.perf_counter() - began) / 60:.0f} minutes in all; {len(runs)} runs, {args.jobs} at once, of "
+        f"{sum(f.took for f in runs) / 60:.0f} minutes together, in which they had a core for "
+        f"{sum(f.busy for f in runs) / 60:.0f}"
+    )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--nodes", type=lambda text: [int(part) for part in text.split(",")], default=[16, 4])
+    parser.add_argument("--nodes", type=lambda text: [int(part) for part in text.split(",")], default=[16])
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--loads", type=numbers, default=[0.7, 1.0, 1.3])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--deadline", default="2.0", help="as `simulate --deadline`")
     parser.add_argument("--trace", type=Path, help="CSV of arrival_s,prompt_tokens,output_tokens, for its lengths")
     parser.add_argument("--rate", type=float, help="requests a second at 1.0x, instead of measuring it")
