@@ -52,11 +52,12 @@ CONSOLE = Console(stderr=True)
 
 
 class Traffic(NamedTuple):
-    """How long requests are and when they are due; `trace` None for made lengths."""
+    """How long requests are and when they are due, and how often nodes report; `trace` None for made lengths."""
 
     seconds: float
     deadline: str
     trace: Path | None
+    report_every: float
 
 
 class Cell(NamedTuple):
@@ -127,7 +128,9 @@ def run(cell: Cell, traffic: Traffic) -> Found:
     began, busy = time.perf_counter(), time.process_time()
     nodes = [node(traffic, devices, node_seed(cell.seed, place)) for place, devices in enumerate(cell.fleet)]
     asked = jobs(traffic, cell.rate, cell.seed)
-    found, costs = simulate_nodes(nodes, cell.rule, [ANY], asked, ROUTING_DELAY, cell.seed)
+    found, costs = simulate_nodes(
+        nodes, cell.rule, [ANY], asked, ROUTING_DELAY, cell.seed, report_every=traffic.report_every
+    )
     outcomes = counted(found.outcomes, traffic.seconds)
     return Found(
         len(outcomes),
@@ -295,7 +298,7 @@ def text(args: argparse.Namespace, traffic: Traffic, rate: float, some: Sequence
         f"{traffic.deadline}x. {traffic.seconds:g} s of virtual time a run, of which the first {WARM_UP:g} and the "
         f"last {TAIL:g} are left out; {args.seeds} seeds. 1.0x = {rate:.1f} requests/s for each {args.devices} "
         f"devices, where a lone node meets {100 * GOOD:.0f} %. {1000 * ROUTING_DELAY:g} ms to a node, a report every "
-        f"{REPORT_EVERY:g} s.",
+        f"{traffic.report_every:g} s.",
         "",
         "% of deadlines met, mean over the seeds (least to most, points over p2c on the same arrivals); p50 and p99 "
         "of the latency of answers in seconds",
@@ -304,7 +307,8 @@ def text(args: argparse.Namespace, traffic: Traffic, rate: float, some: Sequence
     for one in some:
         lines += table(one)
     lines += conclusion(some)
-    lines += costs(args.devices, rate, some)
+    if set(args.rules) == set(RULES):
+        lines += costs(args.devices, rate, some)
     lines.append(
         f"{(time.perf_counter() - began) / 60:.0f} minutes in all; {len(runs)} runs, {args.jobs} at once, of "
         f"{sum(f.took for f in runs) / 60:.0f} minutes together, in which they had a core for "
@@ -323,20 +327,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--deadline", default="2.0", help="as `simulate --deadline`")
     parser.add_argument("--trace", type=Path, help="CSV of arrival_s,prompt_tokens,output_tokens, for its lengths")
+    parser.add_argument("--report-every", type=float, default=REPORT_EVERY, help="seconds between reports of a node")
+    parser.add_argument("--rules", type=lambda text: text.split(","), default=list(RULES), help="(default: all)")
     parser.add_argument("--rate", type=float, help="requests a second at 1.0x, instead of measuring it")
     parser.add_argument("--jobs", type=int, default=None, help="runs at once (default: as many as there are cores)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "routing.md")
     args = parser.parse_args()
     args.jobs = args.jobs or len(os.sched_getaffinity(0))
     began = time.perf_counter()
-    traffic = Traffic(args.seconds, args.deadline, args.trace)
+    traffic = Traffic(args.seconds, args.deadline, args.trace, args.report_every)
     rate = args.rate or capacity(traffic, args.devices, 2 * args.seeds)
     CONSOLE.print(f"1.0x = {rate:.2f} requests/s for {args.devices} devices")
     some = []
     for count, equal in itertools.product(args.nodes, (True, False)):
         sizes = (args.devices,) if equal else (args.devices, args.devices // 2)
         fleet = tuple(itertools.islice(itertools.cycle(sizes), count))
-        rules = [rule for rule in RULES if not (equal and rule == "p2c-weighted")]  # the same as p2c there
+        rules = [rule for rule in args.rules if not (equal and rule == "p2c-weighted")]  # the same as p2c there
         some.append(measured(args, traffic, rate, fleet, rules))
         page = text(args, traffic, rate, some, began)
         args.out.write_text(page)

@@ -63,10 +63,14 @@ def simulate_nodes(
     delay: float = ROUTING_DELAY,
     seed: int = 0,
     seen: Callable[[int], None] = lambda done: None,
+    report_every: float = REPORT_EVERY,
 ) -> RoutedRun:
-    """Run all jobs to their end behind a router with this rule (see `RULES`); `delay` is one way, in seconds."""
+    """Run all jobs to their end behind a router with this rule (see `RULES`).
+
+    `delay` is one way, in seconds; `report_every` are the seconds between two reports of a node.
+    """
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(play(nodes, rule, tasks, jobs, delay, seed, seen))
+        return runner.run(play(nodes, rule, tasks, jobs, delay, seed, seen, report_every))
 
 
 async def play(
@@ -77,11 +81,12 @@ async def play(
     delay: float,
     seed: int,
     seen: Callable[[int], None],
+    report_every: float,
 ) -> RoutedRun:
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(Engine(node.config, assemble=node.assemble)) for node in nodes]
         routing = Routing(engines, Router([node.devices for node in nodes], rule, seed), tasks, delay)
-        reporting = asyncio.create_task(routing.report())
+        reporting = asyncio.create_task(routing.report(report_every))
         run = await sent(routing.send, engines, jobs, seen)
         reporting.cancel()
     return RoutedRun(run, routing.costs)
@@ -147,10 +152,10 @@ class Routing:
         if self.delay:
             await asyncio.sleep(self.delay)
 
-    async def report(self) -> None:
-        """Each node reports once in `REPORT_EVERY`, one after the other."""
+    async def report(self, every: float) -> None:
+        """Each node reports once in so many seconds, one after the other."""
         for node in itertools.cycle(range(len(self.engines))):
-            await asyncio.sleep(REPORT_EVERY / len(self.engines))
+            await asyncio.sleep(every / len(self.engines))
             report = node_report(self.engines[node].scheduler.requests.values(), self.loop.time())
             self.loop.call_later(self.delay, self.router.reported, node, report)
 
