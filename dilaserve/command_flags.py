@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from dilaserve.flag_values import amount, devices, folder, positive, tokens
+from dilaserve.flag_values import amount, delay, device_counts, devices, folder, nodes, positive, tokens
 
 PROBLEMS = "JSON lines of prompt, answer (optional) and task (default: the package's own problems)"
+ROUTING_RULES = ("p2c", "p2c-weighted", "least-backlog", "slack", "quote")
 HERE = "http://127.0.0.1:8000"
 
 
@@ -104,6 +105,16 @@ def simulation_flags(parser: argparse.ArgumentParser) -> None:
     add("--shared-prompt", type=tokens, default=0, metavar="N", help="tokens with which all prompts begin (default: 0)")
     add("--task", default=None, metavar="NAMES", help="tasks of the profile, comma separated")
     add("--out", type=folder, default=None, metavar="DIR", help="save outcomes.json, report.json and timeline.png")
+    routing_flags(parser)
+
+
+def routing_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Several nodes").add_argument
+    add("--nodes", type=nodes, default=None, metavar="N", help="engines of --sim-devices each, behind a router")
+    add("--routing", default=None, choices=ROUTING_RULES, help="how the router chooses a node (default: p2c)")
+    add("--routing-delay-ms", type=delay, default=None, metavar="MS", help="one way to a node (default: 3)")
+    sizes = "devices by node, from the first again after the last, as 8,4; instead of --sim-devices"
+    add("--node-devices", type=device_counts, default=None, metavar="LIST", help=sizes)
 
 
 def listing_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 MOST = 1_000_000  # of whatever a flag counts
 MOST_DEVICES = 4096  # that a plan is made for
+MOST_NODES = 1024  # behind one router
+LONGEST_DELAY = 10_000.0  # milliseconds to a node
 
 
 def positive(text: str) -> int:
@@ -22,6 +24,27 @@ def tokens(text: str) -> int:
 def devices(text: str) -> int:
     if (number := positive(text)) > MOST_DEVICES:
         raise argparse.ArgumentTypeError(f"{number} devices are too many to plan for; at most {MOST_DEVICES}")
+    return number
+
+
+def device_counts(text: str) -> tuple[int, ...]:
+    return tuple(devices(part) for part in text.split(","))
+
+
+def nodes(text: str) -> int:
+    if not text.isdecimal() or not 1 <= (number := int(text)) <= MOST_NODES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST_NODES}")
+    return number
+
+
+def delay(text: str) -> float:
+    """Milliseconds."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number <= LONGEST_DELAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 to {LONGEST_DELAY:g}")
     return number
 
 

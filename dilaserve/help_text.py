@@ -39,6 +39,10 @@ EXAMPLES = {
         "dilaserve --tensor-parallel-size 2 --port 9000        instances of two devices",
         "dilaserve --slo-class chat=2x,batch=none --seed 1     classes of deadlines, repeatable answers",
     ),
+    "simulate": (
+        "dilaserve simulate --rate 40 --seconds 60 --deadline 2.0 --out report",
+        "dilaserve simulate --nodes 16 --routing least-backlog --rate 600 --seconds 10",
+    ),
     "chat": ("dilaserve chat", "echo 'Reverse: lamu' | dilaserve chat http://127.0.0.1:8000"),
     "bench": (
         "dilaserve bench http://127.0.0.1:8000 --rate 5 --seconds 60 --deadline-ms 800 --out report",

@@ -5,8 +5,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,11 +19,14 @@ from dilaserve.planner.process import PlannerProcess
 from dilaserve.profile import profile_file
 from dilaserve.profile.decode_speed import ANY
 from dilaserve.profile.profile_file import ModelProfile
-from dilaserve.sim import workload
+from dilaserve.sim import routing_report, workload
 from dilaserve.sim.data_sheet import Pretended, pretended_model
 from dilaserve.sim.h200 import llada_8b_h200
+from dilaserve.sim.layout import Layout, layout
+from dilaserve.sim.nodes import Node, node_seed, simulate_nodes
 from dilaserve.sim.published import NAMES
 from dilaserve.sim.report import Report, lines, report
+from dilaserve.sim.routing_report import RoutingReport
 from dilaserve.sim.run import Run, classes, pretended, written
 from dilaserve.sim.run import simulate as play
 from dilaserve.sim.workload import Job
@@ -35,25 +39,55 @@ ROWS = 4096  # requests that run or wait at once, so that a backlog shows instea
 
 def simulate(settings: Config, extras: argparse.Namespace, seen: Callable[[str, int, int], None]) -> Iterator[str]:
     """Lines to print; raises `ConfigError`."""
+    nodes = layout(extras)
     model = costs(extras.costs)
-    profile = model.profile
     scales = mix(extras.deadline)
     limit = settings.model.max_model_len or 4096
-    jobs, cut = traffic(extras, profile, scales, limit)
+    jobs, cut = traffic(extras, model.profile, scales, limit)
     settings = prepared(settings, scales)
-    assemble = pretended(
-        profile, extras.sim_devices, limit, seed=extras.sim_seed, traits=model.traits, degrees=model.degrees
-    )
     began = time.perf_counter()
-    run = play(settings, assemble, list(profile.quality.tasks), jobs, lambda done: seen("requests", done, len(jobs)))
+    played = playing(settings, extras, model, nodes, jobs, lambda done: seen("requests", done, len(jobs)))
     took = time.perf_counter() - began
-    result = report(run, extras.seconds)
-    yield from lines(result)
+    yield from lines(played.report)
+    if played.routing:
+        yield from routing_report.lines(played.routing)
     if cut:
         yield f"{cut} of {len(jobs)} requests were cut to the {limit} tokens that the model holds (--max-model-len)"
-    yield f"{extras.sim_devices} devices, {extras.seconds:g} s simulated in {took:.1f} s ({extras.seconds / took:.0f}x)"
+    yield f"{played.devices} devices, {extras.seconds:g} s simulated in {took:.1f} s ({extras.seconds / took:.0f}x)"
     if extras.out:
-        yield from saved(run, result, settings, extras)
+        yield from saved(played, settings, extras)
+
+
+class Played(NamedTuple):
+    run: Run
+    report: Report
+    routing: RoutingReport | None
+    devices: int
+
+
+def playing(
+    settings: Config,
+    extras: argparse.Namespace,
+    model: Pretended,
+    nodes: Layout | None,
+    jobs: Sequence[Job],
+    seen: Callable[[int], None],
+) -> Played:
+    """Run the jobs on one engine, or on nodes behind a router."""
+    tasks, limit = list(model.profile.quality.tasks), settings.model.max_model_len or 4096
+
+    def machines(devices: int, node: int = 0) -> Assemble:
+        seed = node_seed(extras.sim_seed, node)
+        return pretended(model.profile, devices, limit, seed=seed, traits=model.traits, degrees=model.degrees)
+
+    if nodes is None:
+        run = play(settings, machines(extras.sim_devices), tasks, jobs, seen)
+        return Played(run, report(run, extras.seconds), None, extras.sim_devices)
+    engines = [Node(settings, machines(devices, node), devices) for node, devices in enumerate(nodes.devices)]
+    run, spent = simulate_nodes(engines, nodes.rule, tasks, jobs, nodes.delay, extras.sim_seed, seen)
+    whole = report(run, extras.seconds)
+    routing = routing_report.routing_report(run.outcomes, spent, nodes, extras.seconds, whole.warm_up)
+    return Played(run, whole, routing, sum(nodes.devices))
 
 
 def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
@@ -73,20 +107,22 @@ def assembly(settings: Config, extras: argparse.Namespace) -> Assemble:
     )
 
 
-def saved(run: Run, result: Report, settings: Config, extras: argparse.Namespace) -> Iterator[str]:
+def saved(played: Played, settings: Config, extras: argparse.Namespace) -> Iterator[str]:
     from dilaserve.sim import timeline
 
     out: Path = extras.out
-    written(run, out / "outcomes.json")
+    written(played.run, out / "outcomes.json")
     whole = {
-        **msgspec.to_builtins(result),
+        **msgspec.to_builtins(played.report),
+        **({"routing": msgspec.to_builtins(played.routing)} if played.routing else {}),
         "simulation": {name: value for name, value in vars(extras).items() if name != "out"},
         "settings": {name: part for name, part in msgspec.to_builtins(settings).items() if name != "server"},
     }
     (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(whole, enc_hook=str), indent=1))
-    if rows := timeline.moments(run, extras.seconds):
-        title = f"{extras.sim_devices} simulated devices, {result.rate:.1f} requests/s, deadlines {extras.deadline} x"
-        timeline.draw(rows, title, out / "timeline.png")
+    if rows := timeline.moments(played.run, extras.seconds):
+        rate, where = played.report.rate, f"{played.devices} simulated devices"
+        where += f" of {len(played.routing.nodes)} nodes" if played.routing else ""
+        timeline.draw(rows, f"{where}, {rate:.1f} requests/s, deadlines {extras.deadline} x", out / "timeline.png")
     yield f"saved in {out}"
 
 

@@ -1,9 +1,9 @@
-"""One simulated run: the real engine on a virtual clock, requests thrown at it, and what became of each."""
+"""One simulated run: real engines on a virtual clock, requests thrown at them, and what became of each."""
 
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from dilaserve.profile.profile_file import ModelProfile, cost_key
 from dilaserve.profile.step_cost import StepCost
 from dilaserve.sim.clock import VirtualLoop
 from dilaserve.sim.machine import DELAY, SimMachine
+from dilaserve.sim.quote import hurried
 from dilaserve.sim.workload import Job
 from dilaserve.tokenizer.tokenizer import Text
 from dilaserve.transport.request_table import RequestTable, nbytes, private_bytes
@@ -32,7 +33,10 @@ DEGREES = (1, 2, 4, 8)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one request; seconds. `latency` is None for one that was declined."""
+    """What became of one request; seconds. `latency` is None for one that was declined.
+
+    `node` is the number of the engine that had it, 0 where there is one.
+    """
 
     at: float
     task: str | None
@@ -41,6 +45,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     latency: float | None
     met: bool | None
     usage: Usage | None
+    node: int = 0
 
 
 class PlainText(Text):
@@ -115,7 +120,7 @@ def by_degree(costs: Mapping[str, StepCost]) -> dict[int, StepCost]:
 
 
 class Noted(NamedTuple):
-    """The engine at one second: requests, their mean threshold, and devices by tensor-parallel degree."""
+    """All engines at one second: requests, their mean threshold, and devices by tensor-parallel degree."""
 
     second: float
     waiting: int
@@ -125,9 +130,16 @@ class Noted(NamedTuple):
 
 
 class Run(NamedTuple):
+    """`outcomes` in the order of arrival; the engines have been left."""
+
     outcomes: list[Outcome]
-    engine: Engine
+    engines: list[Engine]
     timeline: list[Noted]
+
+    @property
+    def engine(self) -> Engine:
+        """The first engine, of a run that has one."""
+        return self.engines[0]
 
 
 def simulate(
@@ -151,36 +163,50 @@ async def play(
     seen: Callable[[int], None],
     planner: PlannerPort | None,
 ) -> Run:
+    async with Engine(config, assemble=assemble, planner=planner) as engine:
+        return await sent(lambda job, number: ask(engine, job, tasks, number), [engine], jobs, seen)
+
+
+async def sent(
+    send: Callable[[Job, int], Awaitable[Outcome]],
+    engines: list[Engine],
+    jobs: Sequence[Job],
+    seen: Callable[[int], None],
+) -> Run:
+    """Send each job, with its number from 1 on, when it is due, and wait until all have ended."""
     loop = asyncio.get_running_loop()
     outcomes: list[Outcome] = []
     timeline: list[Noted] = []
-    async with Engine(config, assemble=assemble, planner=planner) as engine:
-        began = loop.time()
+    began = loop.time()
 
-        async def one(job: Job, number: int) -> None:
-            outcomes.append(await ask(engine, job, tasks, number))
+    async def one(job: Job, number: int) -> None:
+        outcomes.append(await send(job, number))
 
-        async with asyncio.TaskGroup() as group:
-            watching = asyncio.create_task(watch(engine, timeline, began))
-            for count, job in enumerate(jobs):
-                await asyncio.sleep(began + job.at - loop.time())
-                group.create_task(one(job, count + 1))
-                seen(count + 1)
-        watching.cancel()
-    return Run(sorted(outcomes, key=lambda outcome: outcome.at), engine, timeline)
+    async with asyncio.TaskGroup() as group:
+        watching = asyncio.create_task(watch(engines, timeline, began))
+        for count, job in enumerate(jobs):
+            await asyncio.sleep(began + job.at - loop.time())
+            group.create_task(one(job, count + 1))
+            seen(count + 1)
+    watching.cancel()
+    return Run(sorted(outcomes, key=lambda outcome: outcome.at), engines, timeline)
 
 
-async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0) -> Outcome:
-    """Ask for it; prompts of different `number`s differ from the token behind the shared ones on."""
+async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0, spent: float = 0.0) -> Outcome:
+    """Ask for it; prompts of different `number`s differ from the token behind the shared ones on.
+
+    `spent` are seconds for which the request was under way already: they are taken off its deadline, and count.
+    """
     loop = asyncio.get_running_loop()
     index = tasks.index(job.task) if job.task in tasks else 0
     prompt = [index] + [0] * (job.prompt_tokens - 1)
     if (first := max(1, job.shared)) < job.prompt_tokens:
         prompt[first] = number
-    began = loop.time()
-    name = None if job.scale is None else f"x{job.scale:g}"
-    options = Options(max_tokens=job.max_tokens, slo_class=name, task=job.task, on_miss=job.on_miss)
+    began = loop.time() - spent
+    options = options_of(job)
     try:
+        if spent:
+            options = hurried(engine, job.prompt_tokens, options, spent)
         async with await engine.submit(prompt, options) as stream:
             answer = await collect(stream)
     except DilaserveError:
@@ -190,22 +216,27 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0) -
         at=job.at,
         task=job.task,
         scale=job.scale,
-        deadline=usage.deadline,
+        deadline=None if usage.deadline is None else usage.deadline + spent,
         latency=loop.time() - began,
         met=usage.deadline_met,
         usage=usage,
     )
 
 
-async def watch(engine: Engine, timeline: list[Noted], began: float) -> None:
+def options_of(job: Job) -> Options:
+    name = None if job.scale is None else f"x{job.scale:g}"
+    return Options(max_tokens=job.max_tokens, slo_class=name, task=job.task, on_miss=job.on_miss)
+
+
+async def watch(engines: Sequence[Engine], timeline: list[Noted], began: float) -> None:
     """Note queue lengths, the mean threshold and the plan every second of virtual time."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(1.0)
-        rows = list(engine.scheduler.requests.values())
+        rows = [row for engine in engines for row in engine.scheduler.requests.values()]
         placed = [row for row in rows if row.replica]
         mean = sum(row.table_threshold for row in placed) / len(placed) if placed else math.nan
-        devices = Counter(len(group) for group in engine.plan.groups for _ in group)
+        devices = Counter(len(group) for engine in engines for group in engine.plan.groups for _ in group)
         timeline.append(Noted(loop.time() - began, len(rows) - len(placed), len(placed), mean, dict(devices)))
 
 
