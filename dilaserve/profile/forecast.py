@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -124,6 +125,15 @@ class Forecast:
             chains[key] = chain(laws_of({**self.laws, **changed}, *key[:3]), key[3])
             yield
         self.take_in(changed, chains)
+
+    @contextmanager
+    def unkept(self) -> Iterator[None]:
+        """What is worked out meanwhile is not kept: the more there is, the more slowly new laws are taken in."""
+        kept = dict(self.chains), dict(self.known_tracks), dict(self.ladders)
+        try:
+            yield
+        finally:
+            self.chains, self.known_tracks, self.ladders = kept
 
     def take_in(self, laws: Mapping[str, Laws], chains: dict[ChainKey, Chain]) -> None:
         """These are the laws of their kinds from now on, and these chains were worked out from them."""

@@ -123,11 +123,12 @@ class Quotes:
 
 @contextlib.contextmanager
 def unchanged(placement: Placement) -> Iterator[None]:
-    """Put back the sums over requests, and which step costs were looked at."""
+    """Put back the sums over requests, which step costs were looked at, and what the forecast has kept."""
     estimates, backlog = placement.estimates, placement.backlog
     paces, surely, sums = dict(estimates.paces), set(estimates.surely), dict(vars(backlog))
     try:
-        yield
+        with estimates.forecast.unkept():
+            yield
     finally:
         estimates.paces, estimates.surely = paces, surely
         vars(backlog).update(sums)

@@ -20,11 +20,12 @@ from dilaserve.engine.assembly import Assemble
 from dilaserve.engine.engine import Engine
 from dilaserve.errors import DilaserveError
 from dilaserve.sim.clock import VirtualLoop
-from dilaserve.sim.quote import Quote, alone, quote
+from dilaserve.sim.quote import alone, quote
 from dilaserve.sim.router import Router, Sent, node_report
 from dilaserve.sim.routing import best_quote
 from dilaserve.sim.run import Outcome, Run, ask, options_of, sent
 from dilaserve.sim.workload import Job
+from dilaserve.types import Quote
 
 REPORT_EVERY = (
     0.3  # seconds between two reports of a node; statistics of Ray Serve 2.60's replicas were as old, measured

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from dilaserve.sim.quote import Quote
+from dilaserve.types import Quote
 
 QUOTED = 2  # nodes that are asked for a quote; each costs an arrival test there
 TIE = 1e-9  # weight of requests in flight where deadlines need equally much of two nodes
@@ -86,6 +86,6 @@ def best_quote(known: Known, nodes: Sequence[int], quotes: Sequence[Quote | None
     def worth(place: int) -> tuple[float, ...]:
         node, told = nodes[place], quotes[place]
         crowd = -float(known.in_flight[node] / known.devices[node])
-        return (1.0, told.threshold, told.slack, crowd) if told and told.met else (0.0, 0.0, 0.0, crowd)
+        return (1.0, told.threshold or 0.0, told.slack or 0.0, crowd) if told and told.met else (0.0, 0.0, 0.0, crowd)
 
     return nodes[max(range(len(nodes)), key=worth)]

@@ -195,7 +195,7 @@ async def sent(
 async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0, spent: float = 0.0) -> Outcome:
     """Ask for it; prompts of different `number`s differ from the token behind the shared ones on.
 
-    `spent` are seconds for which the request was under way already: they are taken off its deadline, and count.
+    `spent` are seconds for which the request was under way already.
     """
     loop = asyncio.get_running_loop()
     index = tasks.index(job.task) if job.task in tasks else 0
@@ -203,11 +203,8 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0, s
     if (first := max(1, job.shared)) < job.prompt_tokens:
         prompt[first] = number
     began = loop.time() - spent
-    options = options_of(job)
     try:
-        if spent:
-            options = hurried(engine, job.prompt_tokens, options, spent)
-        async with await engine.submit(prompt, options) as stream:
+        async with await engine.submit(prompt, hurried(options_of(job), spent)) as stream:
             answer = await collect(stream)
     except DilaserveError:
         return Outcome(at=job.at, task=job.task, scale=job.scale, deadline=None, latency=None, met=False, usage=None)
@@ -216,7 +213,7 @@ async def ask(engine: Engine, job: Job, tasks: Sequence[str], number: int = 0, s
         at=job.at,
         task=job.task,
         scale=job.scale,
-        deadline=None if usage.deadline is None else usage.deadline + spent,
+        deadline=usage.deadline,
         latency=loop.time() - began,
         met=usage.deadline_met,
         usage=usage,
