@@ -24,6 +24,7 @@ LONG = {"prompt": "Reverse: lamu", "max_tokens": 64, "num_denoising_steps": 64, 
     [
         (["--nodes", "0"], "nodes '0': write a number such as 2, or a range such as 1:4"),
         (["--nodes", "3:1"], "nodes '3:1': write a number such as 2, or a range such as 1:4"),
+        (["--nodes", "1:"], "nodes '1:': write a number such as 2, or a range such as 1:4"),
         (["--nodes", "many"], "nodes 'many': write a number such as 2, or a range such as 1:4"),
         (["--port", "0"], "Ray's proxy listens on one --host and one --port; give one of each, and not port 0"),
         (["--host", "127.0.0.1,::1"], "Ray's proxy listens on one --host and one --port"),

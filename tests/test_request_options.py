@@ -8,6 +8,7 @@ from dilaserve.config import DecodeConfig
 from dilaserve.engine.slo_classes import parse_classes
 from dilaserve.engine.submit import Options, resolve, validated
 from dilaserve.errors import BadRequest, ConfigError
+from dilaserve.types.families import FamilyTraits
 
 DEFAULTS = DecodeConfig()
 
@@ -132,3 +133,22 @@ def test_a_settled_canvas_always_fits(prompt_tokens, limit, options):
     except BadRequest:
         return
     assert prompt_tokens + found.max_tokens <= found.canvas_tokens <= limit
+
+
+@given(
+    st.sampled_from(("prompt", "start")),
+    st.integers(1, 600),
+    st.integers(2, 600),
+    st.integers(1, 700) | st.just(2**31),
+    st.none() | st.integers(1, 64),
+)
+def test_a_block_is_no_longer_than_the_canvas_and_its_grid_stays(grid, prompt_tokens, limit, length, max_tokens):
+    traits, options = FamilyTraits(attention="block", grid=grid), Options(max_tokens=max_tokens, block_length=length)
+    try:
+        found = resolve(validated(options), prompt_tokens, limit, 0, DEFAULTS, traits)
+    except BadRequest:
+        return
+    origin = prompt_tokens if grid == "prompt" else 0
+    asked, taken = (set(range(origin, found.canvas_tokens, one)) for one in (length, found.decoding.block_length))
+    assert found.decoding.block_length <= found.canvas_tokens
+    assert taken == asked

@@ -145,8 +145,8 @@ def resolve(
     canvas_tokens = min(begin + -(-(end - begin) // block_length) * block_length, limit)
     if traits.noise_steps:
         noise_options.check_room(prompt_tokens, canvas_tokens - begin, block_length, limit)
-    if traits.grid == "prompt":
-        block_length = min(block_length, canvas_tokens - prompt_tokens)
+    origin = prompt_tokens if traits.grid == "prompt" else 0
+    block_length = min(block_length, canvas_tokens - origin)  # estimates take time and memory with the block's length
     steps = steps_of(options, rule, canvas_tokens - begin, block_length, traits)
     threshold = options.confidence_threshold
     editing = defaults.editing_threshold if options.editing_threshold is None else options.editing_threshold

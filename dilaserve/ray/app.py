@@ -43,9 +43,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
     def bounds(self) -> tuple[int, int]:
         """The least and the most nodes. Raises `ConfigError`."""
-        least, _, most = self.nodes.partition(":")
+        least, colon, most = self.nodes.partition(":")
         try:
-            found = int(least), int(most or least)
+            found = int(least), int(most if colon else least)
         except ValueError:
             found = (0, 0)
         if not 1 <= found[0] <= found[1]:
