@@ -348,6 +348,16 @@ def test_best_effort_work_is_refused_when_there_is_more_than_will_be_done_while_
     assert machine.placement.backlog.requests == 41 + int(5.0 / need)
 
 
+def test_best_effort_work_that_is_alone_is_never_too_much():
+    machine = scheduler(best_effort_backlog=1e-6)
+    feed(machine, InstanceReady(Instance(0, (0,), 10**6)))
+    feed(machine, Arrival(request(0, at=0.0, seconds=1000.0)))
+    feed(machine, Arrival(request(1, at=0.1)), 0.1)
+    assert sorted(machine.requests) == ["0", "1"]
+    (refused,) = feed(machine, Arrival(request(2, at=0.2)), 0.2)
+    assert (refused.request.id, refused.too_much) == ("2", True)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32))
 def test_the_backlog_is_what_is_unfinished(seed):

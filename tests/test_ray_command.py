@@ -46,7 +46,8 @@ def test_without_the_extra_the_command_says_how_to_install_it(run_main, monkeypa
     assert "pip install 'dilaserve[ray]'" in error
 
 
-def test_ctrl_c_lets_the_answer_end_and_leaves_no_process():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_answer_end_and_leaves_no_process(number):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +70,7 @@ def test_ctrl_c_lets_the_answer_end_and_leaves_no_process():
             await asyncio.to_thread(ask)
             running = asyncio.create_task(asyncio.to_thread(ask))
             await until(lambda: requests_running(port))
-            server.send_signal(signal.SIGINT)
+            server.send_signal(number)
             return await running
 
         answer = asyncio.run(asked_and_interrupted())

@@ -12,6 +12,10 @@ from dilaserve.transport.request_table import RequestTable
 from dilaserve.types import Cancel, Decline, Denoised, Emit, Event, Fail, Finish, PrefixGrown, Refuse, RowResult, Usage
 
 log = logging.getLogger(__name__)
+TOO_MUCH = (
+    "more work without deadlines waits than is done while others have deadlines (--best-effort-backlog); "
+    "try again later, or send a deadline"
+)
 
 
 class Delivery:
@@ -88,8 +92,10 @@ class Delivery:
                 stream.fail(RequestFailed(for_client))
             case Decline(_, usage, retry, never_feasible):
                 stream.fail(missed(usage, retry, never_feasible))
-            case Refuse(_, retry_after):
-                stream.fail(full(self.places, retry_after))
+            case Refuse(_, retry_after, _, too_much):
+                stream.fail(
+                    Overloaded(TOO_MUCH, retry_after=retry_after) if too_much else full(self.places, retry_after)
+                )
 
     def learn(self, results: Iterable[RowResult]) -> None:
         """Hand the alternatives of what a step has unmasked to the streams that want them."""
@@ -147,8 +153,10 @@ def ending(message: Finish | Fail | Decline | Refuse, stream: Stream | None, now
     )
 
 
-def full(places: int, retry_after: float) -> Overloaded:
-    """The error of a request for which there is no row."""
+def full(places: int, retry_after: float, too_much: bool = False) -> Overloaded:
+    """The error of a request for which there is no row, or before which too much work waits."""
+    if too_much:
+        return Overloaded(TOO_MUCH, retry_after=retry_after)
     return Overloaded(f"all {places} places (--max-queue) are taken; try again later", retry_after=retry_after)
 
 

@@ -102,6 +102,7 @@ def cluster(address: str | None, layout: Layout) -> Iterator[None]:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DilaserveError(f"Ray could not be reached or started: {error}") from error
+    interrupted_by_signals()  # Ray has set its own handler of SIGTERM, which ends with exit code 15
     try:
         yield
     finally:

@@ -49,15 +49,13 @@ class ArrivalCheck:
         return check.passes(state, replicas, now) or check.is_worth_a_try(state, replicas, now)
 
     def is_too_much(self, state: RequestState, now: float) -> bool:
-        """Whether the request would be best effort, while deadlines come and too much such work waits already."""
+        """Whether the request would be best effort, while deadlines come and too much such work of others waits."""
         if not self.deadlines.admits or (state.deadline is None and self.tightest.peek(now) == NEVER):
             return False
         devices = sum(replica.degree for replica in self.placement.replicas.values())
         seconds, requests = self.most_best_effort
-        if (
-            self.placement.backlog.best_effort <= seconds * max(1, devices)
-            and self.placement.backlog.requests <= requests
-        ):
+        others = self.placement.backlog.best_effort - (0.0 if state.has_deadline else state.seconds)
+        if others <= seconds * max(1, devices) and self.placement.backlog.requests <= requests:
             return False
         if not state.has_deadline:
             return True

@@ -227,7 +227,7 @@ class Scheduler:
         elif rejects:
             yield from self.endings.decline(state, now)
         elif check.is_too_much(state, now):
-            refuse = Refuse(request, self.retry_times.next(now), state.usage(now))
+            refuse = Refuse(request, self.retry_times.next(now), state.usage(now), too_much=True)
             yield from self.endings.gone(state, refuse, now, "refused")
         elif self.deadlines.sheds and state.deadline is not None and slo.on_miss != "best_effort":
             self.expiry.add(state, state.deadline, len(self.requests))

@@ -71,11 +71,14 @@ class Decline(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refuse(msgspec.Struct, frozen=True, gc=False):
-    """A waiting request that has not started gives its place to another tenant's; `retry_after` in seconds."""
+    """A request that has not started finds no place, or gives its own to another tenant's; `retry_after` in seconds.
+    `too_much`: there is a place, but too much work without deadlines waits.
+    """
 
     request: Request
     retry_after: float
     usage: Usage
+    too_much: bool = False
 
 
 class Adjust(msgspec.Struct, frozen=True, gc=False):
