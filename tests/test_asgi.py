@@ -165,7 +165,7 @@ async def test_a_client_that_leaves_ends_its_request(local, engine, after, caplo
     )
     exchange = Exchange(local, "POST", CHAT, body.encode(), after=after)
     running = asyncio.create_task(exchange.run())
-    await until(lambda: engine.streams)
+    await until(lambda: engine.streams or running.done())
     if after is None:
         exchange.leave()
     await running
