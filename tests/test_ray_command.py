@@ -69,7 +69,7 @@ def test_a_signal_lets_the_answer_end_and_leaves_no_process(number):
         async def asked_and_interrupted():
             await asyncio.to_thread(ask)
             running = asyncio.create_task(asyncio.to_thread(ask))
-            await until(lambda: requests_running(port))
+            await until(lambda: running.done() or requests_running(port))
             server.send_signal(number)
             return await running
 
