@@ -20,7 +20,7 @@ from dilaserve.ray.scaling import BacklogPolicy
 NODE, DOOR = "node", "door"
 SPARE = 64  # calls beside requests that a replica takes: reports, health
 UP_AFTER, DOWN_AFTER = 5.0, 60.0  # seconds for which more, or fewer, nodes must be wanted
-LOOK_BACK = 10.0  # seconds over which the backlog is averaged
+LOOK_BACK = 15.0  # seconds over which the backlog is averaged
 ONE_LOOP = {  # ours is Ray's own: each piece of an answer would else go through two threads more
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
