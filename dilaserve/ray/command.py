@@ -20,6 +20,7 @@ from dilaserve.models.checkpoint import Checkpoint
 from dilaserve.ray.app import NODE, Layout, application
 from dilaserve.ray.node_calls import NodeCard
 from dilaserve.server.listening import url_of
+from dilaserve.system import host
 
 log = logging.getLogger(__name__)
 NAME = "dilaserve"  # of the application
@@ -58,7 +59,7 @@ def sharing(settings: Config, layout: Layout) -> Config:
     if settings.device.cpu_threads is not None:
         return settings
     _, most = layout.bounds()
-    threads = max(1, len(os.sched_getaffinity(0)) // most)
+    threads = max(1, host.cores() // most)
     return msgspec.structs.replace(settings, device=msgspec.structs.replace(settings.device, cpu_threads=threads))
 
 
@@ -95,7 +96,7 @@ def cluster(address: str | None, layout: Layout) -> Iterator[None]:
     if address is None:
         _, most = layout.bounds()
         cores = most * layout.cpus + layout.doors + 1
-        local = {"object_store_memory": STORE, "num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+        local = {"object_store_memory": STORE, "num_cpus": max(cores, host.cores()), "include_dashboard": False}
     for name in ("ray.serve", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

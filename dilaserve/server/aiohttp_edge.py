@@ -8,10 +8,8 @@ from aiohttp import web
 
 from dilaserve.server import edge, paths
 from dilaserve.server.connection import INTERIM, Connection
-from dilaserve.server.http import HttpError, HttpRequest, HttpResponse
+from dilaserve.server.http import STALLED_AFTER, HttpError, HttpRequest, HttpResponse
 from dilaserve.server.service import Service
-
-STALLED_AFTER = 60.0  # seconds that a client may refuse to read
 
 
 def server(service: Service) -> web.Server:

@@ -9,13 +9,12 @@ from urllib.parse import parse_qsl
 from multidict import CIMultiDict, MultiDict
 
 from dilaserve.server import edge, paths
-from dilaserve.server.http import HttpRequest, HttpResponse
+from dilaserve.server.http import STALLED_AFTER, HttpRequest, HttpResponse
 from dilaserve.server.service import Service
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-STALLED_AFTER = 60.0  # seconds that a client may refuse to read
 
 
 class AsgiApp:

@@ -11,6 +11,7 @@ from dilaserve.server.api_keys import Tenant
 
 _json = msgspec.json.Encoder()
 JSON = "application/json"
+STALLED_AFTER = 60.0  # seconds that a client may refuse to read before it is cut off
 
 
 class Body(Protocol):
@@ -110,9 +111,3 @@ class HttpError(DilaserveError):
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
     return HttpResponse(_json.encode(body), status, headers)
-
-
-async def nothing() -> AsyncIterator[bytes]:
-    """No body."""
-    return
-    yield b""
