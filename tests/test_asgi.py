@@ -99,8 +99,8 @@ class HereNodes:
         return await self.nodes[0].estimate(ids, sampling, call)
 
     async def all(self, method, *given):
-        if method == "name":
-            return [node.name for node in self.nodes]
+        if method == "card":
+            return [node.card() for node in self.nodes]
         return [await getattr(node, method)(*given) for node in self.nodes]
 
 

@@ -85,7 +85,7 @@ class ClusterBackend:
         """The door itself is alive; nodes that are not are made anew."""
 
     async def check_ready(self) -> None:
-        if not await self.nodes.all("name"):
+        if not await self.nodes.all("card"):
             raise Unavailable("no node is up", retry_after=1.0)
 
     async def metrics(self) -> bytes:

@@ -17,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 
 from dilaserve.config import Config
 from dilaserve.engine.likelihood import Likelihood, Sampling
-from dilaserve.engine.submit import Options
 from dilaserve.errors import Overloaded
 from dilaserve.models import hub
 from dilaserve.ray.cluster_backend import ClusterBackend
@@ -25,11 +24,9 @@ from dilaserve.ray.node import Node
 from dilaserve.ray.node_calls import Call, Failure, NodeCard, Piece
 from dilaserve.ray.resumed_stream import NodeLost
 from dilaserve.server.asgi import AsgiApp
-from dilaserve.server.plan_api import PlanRequest
 from dilaserve.server.service import Service
 from dilaserve.system import logs
 from dilaserve.tokenizer.tokenizer import Text
-from dilaserve.types import Quote
 
 Json = dict[str, Any]
 GONE = (  # what a call raises when its replica is lost
@@ -44,55 +41,20 @@ GONE = (  # what a call raises when its replica is lost
 ALL_WITHIN = 5.0  # seconds for all nodes to report
 
 
-class NodeReplica:
-    """A node as Ray calls it."""
+class NodeReplica(Node):
+    """A node as Ray makes, asks and ends it."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]
         prepare(config)
-        self.node = Node(serve.get_replica_context().replica_id.unique_id, config)
-        await self.node.start()
+        super().__init__(serve.get_replica_context().replica_id.unique_id, config)
+        await self.start()
 
     async def __del__(self) -> None:
-        if hasattr(self, "node"):
-            await self.node.stop()
-
-    def card(self) -> NodeCard:
-        return self.node.card()
-
-    async def answer(self, call: Call) -> AsyncGenerator[Piece, None]:
-        pieces = self.node.answer(call)
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:
-            await pieces.aclose()
-
-    async def estimate(self, ids: list[int], sampling: Sampling, call: Call) -> Likelihood | Failure:
-        return await self.node.estimate(ids, sampling, call)
-
-    def name(self) -> str:
-        return self.node.name
-
-    async def quote(self, prompt_tokens: int, options: Options) -> tuple[str, Quote | Failure]:
-        return await self.node.quote(prompt_tokens, options)
-
-    async def metrics(self) -> tuple[str, bytes]:
-        return await self.node.metrics()
-
-    async def stats(self, since: float, now: float) -> tuple[str, Json]:
-        return await self.node.stats(since, now)
-
-    async def plan(self) -> tuple[str, Json]:
-        return await self.node.plan()
-
-    async def replan(self, asked: PlanRequest) -> tuple[str, Json | Failure | None]:
-        return await self.node.replan(asked)
-
-    async def check_health(self) -> None:
-        await self.node.check_health()
+        if hasattr(self, "engine"):
+            await self.stop()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return self.node.load()
+        return self.load()
 
 
 class RayNodes:
